@@ -1,0 +1,35 @@
+"""The three bundles, written from one template: they differ in the backbone's id and in nothing else."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from regpipe.encoders import BACKBONES
+from regpipe.errors import InputError
+
+PLACEHOLDER = "@BACKBONE@"
+
+
+def write_bundle(backbone: str, folder: str | Path) -> Path:
+    """Write the bundle of a backbone into ``folder``; files of the template that are there are replaced.
+
+    Raises:
+        InputError: unknown backbone.
+    """
+    if backbone not in BACKBONES:
+        raise InputError(f"unknown backbone '{backbone}': choose one of {', '.join(BACKBONES)}")
+    folder = Path(folder)
+    with resources.as_file(resources.files("regpipe") / "bundle") as template:
+        for source in sorted(path for path in template.rglob("*") if path.is_file()):
+            target = folder / source.relative_to(template)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            text = source.read_text(encoding="utf-8")
+            target.write_text(text.replace(PLACEHOLDER, backbone), encoding="utf-8")
+    (folder / "models").mkdir(exist_ok=True)
+    return folder
+
+
+def write_all(parent: str | Path) -> list[Path]:
+    """``symreg_<backbone>`` for each backbone, in ``parent``."""
+    return [write_bundle(backbone, Path(parent) / f"symreg_{backbone}") for backbone in BACKBONES]

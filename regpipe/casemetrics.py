@@ -1,0 +1,139 @@
+"""The metrics of many cases: an Ignite metric for MONAI's evaluator, and the per-case CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine
+from ignite.exceptions import NotComputableError
+from ignite.metrics import Metric
+from ignite.metrics.metric import MetricUsage
+
+from regpipe.fields import Registration
+from regpipe.metrics import HIGHER_IS_BETTER, known, mean_of, measure
+
+Row = dict[str, Any]  # "case" and one number per metric
+
+
+class CaseMetrics(Metric):
+    """Ignite metric that measures every case and averages over the cases of all processes.
+
+    ``update`` takes ``{"pred": Registration's fields by name, "batch": collated batch}``. At the
+    end of a run ``engine.state.metrics`` holds each mean under its own name, and the key metric
+    under the attached name, turned so that higher is better;
+    ``engine.state.metric_details["cases"]`` holds the rows.
+
+    Args:
+        spacing: mm per voxel of the working grid.
+        key: a name of ``HIGHER_IS_BETTER``, or ``auto``: Dice if any case has labels, else TRE if
+            any has landmarks, else NCC.
+        output_transform: from ``engine.state.output`` to what ``update`` takes.
+
+    Raises:
+        ValueError: unknown ``key``.
+    """
+
+    def __init__(
+        self,
+        spacing: Sequence[float],
+        *,
+        key: str = "auto",
+        output_transform: Callable[[Any], Any] = lambda output: output,
+    ) -> None:
+        if key != "auto" and key not in HIGHER_IS_BETTER:
+            names = ", ".join(["auto", *HIGHER_IS_BETTER])
+            raise ValueError(f"unknown metric {key!r}; choose one of {names}")
+        self.spacing, self.key = tuple(spacing), key
+        super().__init__(output_transform)
+
+    def reset(self) -> None:
+        self._rows: list[Row] = []
+
+    @torch.no_grad()
+    def update(self, output: Mapping[str, Any]) -> None:
+        pred, batch = output["pred"], output["batch"]
+        for i, case in enumerate(batch["case"]):
+            one = slice(i, i + 1)
+            registration = Registration(*(pred[field][one] for field in Registration._fields))
+            item = {name: value[one] for name, value in batch.items()}
+            self._rows.append({"case": case, **measure(registration, item, self.spacing)})
+
+    def compute(self) -> dict[str, float]:
+        """Mean of each metric over the cases of all processes that have it.
+
+        Raises:
+            NotComputableError: without cases.
+        """
+        return _means(_gather(self._rows))
+
+    def attach(self, engine: Engine, name: str, usage: str | MetricUsage = "epoch_wise") -> None:
+        if name in HIGHER_IS_BETTER:  # the negated TRE must not overwrite the TRE
+            raise ValueError(f"{name!r} is a metric's own name; attach as 'key_metric' or the like")
+        super().attach(engine, name, usage)
+
+    def iteration_completed(self, engine: Engine) -> None:
+        # Ignite's own would take a pair (y_pred, y) and refuses a mapping.
+        self.update(self._output_transform(engine.state.output))
+
+    def completed(self, engine: Engine, name: str) -> None:
+        rows = _gather(self._rows)
+        means = _means(rows)
+        key = _choose_key(means) if self.key == "auto" else self.key
+        engine.state.metrics.update(means)
+        engine.state.metrics[name] = means[key] if HIGHER_IS_BETTER[key] else -means[key]
+        details = getattr(engine.state, "metric_details", None) or {}  # MONAI's addition to Ignite
+        engine.state.metric_details = {**details, "cases": rows}  # type: ignore[attr-defined]
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a header, one line per case, then 'mean' and 'std' (n - 1), both without NaNs.
+
+    The file is written aside and renamed, so that an old one is replaced whole or not at all.
+
+    Raises:
+        ValueError: without rows.
+    """
+    if not rows:
+        raise ValueError(f"{path}: there are no cases to write")
+    names = [key for key in rows[0] if key != "case"]
+    table = [[row["case"], *(float(row[name]) for name in names)] for row in rows]
+    table.append(["mean", *(mean_of(row[name] for row in rows) for name in names)])
+    table.append(["std", *(_std(row[name] for row in rows) for name in names)])
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(target.name + ".part")
+    with aside.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["case", *names], *table])
+    os.replace(aside, target)
+
+
+def _std(values: Iterable[float]) -> float:
+    numbers = known(values)
+    return float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan
+
+
+def _choose_key(means: Mapping[str, float]) -> str:
+    return next((key for key in ("dice", "tre") if not math.isnan(means[key])), "ncc")
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    if not rows:
+        raise NotComputableError("CaseMetrics has seen no case")
+    return {name: mean_of(row[name] for row in rows) for name in HIGHER_IS_BETTER}
+
+
+def _gather(rows: list[Row]) -> list[Row]:
+    # Rows of all processes. A distributed sampler repeats cases so that every process gets equally
+    # many; each case counts once.
+    if idist.get_world_size() == 1:
+        return list(rows)
+    parts: list[list[Row]] = [[] for _ in range(idist.get_world_size())]
+    torch.distributed.all_gather_object(parts, rows)
+    return list({row["case"]: row for part in parts for row in part}.values())

@@ -1,0 +1,144 @@
+"""The command line: register, compare, phantom, doctor. Training and evaluating are the bundles' own commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regpipe.errors import InputError, cause
+
+app = typer.Typer(
+    help="Learned diffeomorphic registration of medical images: train with the bundles, register and compare here.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Bundle = Annotated[Path, typer.Option(help="A trained bundle: the folder that holds configs/ and models/.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")]
+
+
+@app.command()
+def register(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
+    ],
+    bundle: Bundle,
+    out: Out,
+    fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
+    moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
+    pairing: Annotated[
+        str, typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first.")
+    ] = "all",
+) -> None:
+    """Register a folder of pairs, or one pair, with a trained bundle.
+
+    Each case gets a folder with the warped image and labels, the displacement both ways (LPS mm, for ITK, ANTs and
+    Slicer), the Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on.
+    """
+    if len(inputs) > 2:
+        raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
+    with tempfile.TemporaryDirectory() as aside:
+        dataset = inputs[0]
+        if len(inputs) == 2:
+            labels = {"fixed_label": fixed_label, "moving_label": moving_label}
+            dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], labels)
+        _run_inference(bundle, dataset, out, pairing)
+
+
+def _one_pair(path: Path, fixed: Path, moving: Path, labels: dict[str, Path | None]) -> Path:
+    files = {"fixed_image": fixed, "moving_image": moving, **labels}
+    entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
+    path.write_text(json.dumps({"test": [entry]}))
+    return path
+
+
+def _run_inference(bundle: Path, dataset: Path, out: Path, pairing: str) -> None:
+    config = bundle / "configs" / "inference.yaml"
+    if not config.is_file():
+        raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
+    from monai.bundle import ConfigWorkflow
+
+    workflow = ConfigWorkflow(
+        str(config),
+        workflow_type="infer",
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        logging_file=False,
+        bundle_root=str(bundle),
+        dataset_dir=str(dataset),
+        output_dir=str(out),
+        pairing=pairing,
+    )
+    workflow.initialize()
+    workflow.run()
+
+
+@app.command()
+def compare(
+    out: Out,
+    data: Annotated[Path | None, typer.Argument(help="Folder or datalist; default: phantoms.")] = None,
+    backbones: Annotated[str, typer.Option(help="Which, separated by commas.")] = "resnet18,vgg16,alexnet",
+    overlay: Annotated[list[Path] | None, typer.Option(help="Configuration over train.yaml, see configs/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="An id of train.yaml: ID=VALUE.")] = None,
+) -> None:
+    """Train and evaluate the backbones on equal terms; print one table with intervals.
+
+    Runs that are finished are not run again, broken ones go on. See the curves with: tensorboard --logdir OUT
+    """
+    from regpipe.compare import compare as run
+
+    pairs = [item.partition("=") for item in set_ or []]
+    if any(not separator for _, separator, _ in pairs):
+        raise InputError("--set wants ID=VALUE, e.g. --set max_epochs=20")
+    settings = {name: value for name, _, value in pairs}
+    if data is not None:
+        settings["dataset_dir"] = str(data.absolute())
+    overlays = [str(path.absolute()) for path in overlay or []]
+    print(run(out, backbones=backbones.split(","), overlays=overlays, settings=settings))
+    print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: tensorboard --logdir {out}")
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder to write the pairs to.")],
+    kind: Annotated[str, typer.Option(help="ultrasound or mr.")] = "ultrasound",
+    shape: Annotated[str, typer.Option(help="Voxels per axis, 2 or 3 numbers.")] = "64,64",
+    pairs: Annotated[int, typer.Option(help="How many pairs.")] = 40,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+) -> None:
+    """Write synthetic pairs with labels, landmarks and the true displacement, as a data set folder."""
+    from regpipe.cohort import write_cohort
+
+    try:
+        sides = [int(side) for side in shape.split(",")]
+        print(write_cohort(out, kind=kind, shape=sides, n_pairs=pairs, seed=seed))
+    except ValueError as problem:
+        raise InputError(str(problem)) from problem
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions, device, the three backbones, a phantom registered, a file that ITK reads."""
+    from regpipe.doctor import examine
+
+    for line in examine():
+        print(line, flush=True)
+
+
+def main() -> None:
+    """Entry point: what a user can mend ends in one line on stderr and exit status 1."""
+    warnings.filterwarnings("ignore", module="monai")
+    try:
+        app()
+    except Exception as error:
+        problem = cause(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,105 @@
+"""A cohort of phantoms as a data set folder on disk, like the ones that users bring."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+
+from regpipe.phantoms import MAGNITUDE, Phantom, checked_shape, make_pair
+
+COHORT_FORMAT = 1  # raise it when the same arguments give other voxels: no reuse of old cohorts
+BUILTIN_SHAPES = {2: (64, 64), 3: (32, 32, 32)}
+AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm; in LPS mm, then, a voxel lies at its index
+
+
+def write_cohort(
+    out: str | Path,
+    *,
+    kind: str = "ultrasound",
+    shape: Sequence[int] = (64, 64),
+    n_pairs: int = 40,
+    seed: int = 0,
+) -> Path:
+    """Write ``n_pairs`` pairs as a data set folder; the same arguments give the same bytes.
+
+    ``{fixed,moving}_{images,labels}/case_000.nii.gz`` (1 mm), ``displacements/case_000.nii.gz``
+    (5-D, intent 1007, LPS mm: warps moving onto fixed), ``{fixed,moving}_landmarks/case_000.csv``
+    (LPS mm) and ``phantom.json``, the arguments. A folder that holds this cohort already is
+    returned at once, and several processes may call this together.
+
+    Raises:
+        ValueError: if ``out`` holds anything else, or as ``make_pair``.
+    """
+    if n_pairs < 1:
+        raise ValueError(f"phantom cohort of {n_pairs} pairs: give 1 or more")
+    out, shape = Path(out), checked_shape(kind, shape, MAGNITUDE)
+    about = dict(format=COHORT_FORMAT, kind=kind, shape=shape, n_pairs=n_pairs, seed=seed)
+    record = json.dumps(about) + "\n"
+    if _holds(out, record):
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside, so that a cohort broken off halfway is never taken for one.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
+        part = Path(aside) / "cohort"
+        for case in range(n_pairs):
+            pair = make_pair(kind, shape, seed=(seed, case))
+            _write_case(part, f"case_{case:03d}", pair)
+        (part / "phantom.json").write_text(record)
+        try:
+            part.rename(out)
+        except OSError:
+            if not _holds(out, record):  # else another process was first
+                raise
+    return out
+
+
+def builtin_cohort(folder: str | Path, spatial_dims: int) -> str:
+    """The cohort that a bundle trains on when it is given no data: 60 ultrasound pairs, written once.
+
+    Raises:
+        ValueError: ``spatial_dims`` is neither 2 nor 3.
+    """
+    if spatial_dims not in BUILTIN_SHAPES:
+        raise ValueError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
+    shape = BUILTIN_SHAPES[spatial_dims]
+    return str(write_cohort(Path(folder) / f"ultrasound_{spatial_dims}d", shape=shape, n_pairs=60))
+
+
+def _holds(out: Path, record: str) -> bool:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    found = out / "phantom.json"
+    if found.is_file() and found.read_text() == record:
+        return True
+    raise ValueError(f"{out}: holds something else than this cohort; name another folder")
+
+
+def _write_case(out: Path, case: str, pair: Phantom) -> None:
+    dim = len(pair.displacement)
+    vectors = np.moveaxis(pair.displacement, 0, -1)
+    vectors = vectors.reshape(*vectors.shape[:-1], *[1] * (4 - dim), dim)
+    for side in ("fixed", "moving"):
+        for what in ("image", "label"):
+            _write_nifti(out / f"{side}_{what}s" / f"{case}.nii.gz", getattr(pair, f"{side}_{what}"))
+        path = out / f"{side}_landmarks" / f"{case}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        points, header = getattr(pair, f"{side}_landmarks"), ",".join("xyz"[:dim])
+        np.savetxt(path, points, fmt="%.9g", delimiter=",", header=header, comments="")
+    _write_nifti(out / "displacements" / f"{case}.nii.gz", vectors, intent="vector")
+
+
+def _write_nifti(path: Path, array: NDArray, *, intent: str = "none") -> None:
+    image = nibabel.Nifti1Image(array, AFFINE)
+    image.set_sform(AFFINE, 1)
+    image.set_qform(AFFINE, 1)
+    image.header.set_xyzt_units("mm")
+    image.header.set_intent(intent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))  # no time stamp: same bytes

@@ -1,0 +1,118 @@
+"""The three backbones on equal terms: same data, split, seed and number of steps; one table with intervals.
+
+Each backbone is trained and evaluated by its bundle's own commands in processes of their own, so that a
+comparison is nothing else than what a user of the bundles gets; a backbone whose results are there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from regpipe.bundles import write_bundle
+from regpipe.errors import InputError
+from regpipe.evaluation import SHOWN, interval, table
+from regpipe.transforms import replace_file
+
+COSTS = ("seconds/pair", "parameters M", "GFLOP", "peak memory GiB", "training min")
+
+
+def compare(
+    out: str | Path,
+    *,
+    backbones: Sequence[str],
+    overlays: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Train and evaluate each backbone in ``out/<backbone>``; writes the table, returns it as Markdown.
+
+    ``out/comparison.md``, ``comparison.csv`` and TensorBoard logs beside each other: ``tensorboard --logdir out``.
+
+    Args:
+        out: a folder, made where needed.
+        backbones: which.
+        overlays: configuration files that lie over the bundle's ``train.yaml``.
+        settings: ids of ``train.yaml`` and their values, e.g. ``dataset_dir``, ``max_epochs``.
+
+    Raises:
+        InputError: a run failed; its log is named.
+    """
+    out, settings = Path(out).absolute(), dict(settings or {})
+    results = {}
+    for backbone in backbones:
+        folder = out / backbone
+        bundle = folder if (folder / "configs").is_dir() else write_bundle(backbone, folder)
+        results[backbone] = run_bundle(bundle, overlays=overlays, settings=settings)
+    page = comparison_table(results)
+    write_tables(out, page, results)
+    return page
+
+
+def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Train and evaluate one bundle; returns its summary. Skipped where the same has been run already."""
+    summary, record = bundle / "eval" / "summary.json", bundle / "eval" / "command.json"
+    asked = json.dumps({"overlays": [Path(o).read_text() for o in overlays], **settings}, default=str, indent=1)
+    if not (summary.is_file() and record.is_file() and record.read_text() == asked):
+        configs = [str(bundle / "configs" / "train.yaml"), *overlays]
+        print(f"== {bundle.name}: training", flush=True)
+        _bundle_command(bundle, "training", configs, settings)
+        print(f"== {bundle.name}: evaluating", flush=True)
+        configs.append(str(bundle / "configs" / "evaluate.yaml"))
+        # where the weights came from is the overlay's to say now: from the trained model
+        kept = {k: v for k, v in settings.items() if k not in ("pretrained", "freeze")}
+        _bundle_command(bundle, "evaluating", configs, kept)
+        replace_file(record, asked.encode())
+    return json.loads(summary.read_text())
+
+
+def _bundle_command(bundle: Path, run_id: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id]
+    for name, value in {
+        "config_file": str(list(configs)),
+        "meta_file": str(bundle / "configs" / "metadata.json"),
+        "logging_file": str(bundle / "configs" / "logging.conf"),
+        "bundle_root": str(bundle),
+        **settings,
+    }.items():
+        command += [f"--{name}", str(value)]
+    if subprocess.run(command).returncode:
+        raise InputError(f"{bundle}: {run_id} failed, see above; the same command goes on where it stopped")
+
+
+def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy and cost, a line per backbone, in Markdown; intervals are 95 % over cases."""
+    lines = table({name: result["metrics"] for name, result in results.items()}).splitlines()
+    costs = ["| " + " | ".join(COSTS) + " |", "|---" * len(COSTS) + "|"]
+    costs += ["| " + " | ".join(_costs(result)) + " |" for result in results.values()]
+    return "\n".join(line + cost[1:] for line, cost in zip(lines, costs, strict=True))
+
+
+def _costs(result: Mapping[str, Any]) -> list[str]:
+    return [
+        interval(result["seconds_per_pair"], 3),
+        f"{result['parameters'] / 1e6:.1f}",
+        f"{result['flops'] / 1e9:.1f}",
+        f"{result['peak_memory_bytes'] / 2**30:.2f}",
+        f"{result['training_seconds'] / 60:.1f}",
+    ]
+
+
+def write_tables(out: Path, page: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """``comparison.md``, ``comparison.csv`` (mean, low, high) and the text tab of TensorBoard."""
+    replace_file(out / "comparison.md", (page + "\n").encode())
+    lines = ["backbone,metric,mean,low,high"]
+    for name, result in results.items():
+        for metric in [m for m in SHOWN if m in result["metrics"]]:
+            lines.append(f"{name},{metric}," + ",".join(f"{v:.6g}" for v in result["metrics"][metric]))
+        lines.append(f"{name},seconds_per_pair," + ",".join(f"{v:.6g}" for v in result["seconds_per_pair"]))
+        for cost in ("parameters", "flops", "peak_memory_bytes", "training_seconds"):
+            lines.append(f"{name},{cost},{result[cost]:.6g},,")
+    replace_file(out / "comparison.csv", ("\n".join(lines) + "\n").encode())
+    with SummaryWriter(str(out / "comparison")) as writer:
+        writer.add_text("comparison", page)

@@ -1,0 +1,84 @@
+"""Is this installation sound? Each check does the real thing in small."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import itk
+import numpy as np
+import torch
+
+from regpipe import transforms
+from regpipe.encoders import BACKBONES
+from regpipe.fields import register
+from regpipe.losses import RegistrationLoss
+from regpipe.metrics import ncc
+from regpipe.network import SymmetricNet
+from regpipe.phantoms import make_pair
+
+PACKAGES = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "nibabel", "numpy")
+
+
+def examine() -> Iterator[str]:
+    """Lines of a report, each check as it is done.
+
+    Raises:
+        Exception: whatever a failed check raised: it is what a bug report needs.
+    """
+    yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    yield f"CPU threads {torch.get_num_threads()}, GPU {gpu}"
+    checks: dict[str, Callable[[], str]] = {
+        "backbones": _backbones,
+        "training on one phantom": _training,
+        "displacement read by ITK": _itk,
+    }
+    for name, check in checks.items():
+        yield f"{name}: {check()}"
+    yield "all is well"
+
+
+def _backbones() -> str:
+    for dim in (2, 3):
+        pair = torch.rand(1, 2, *(24,) * dim)
+        for backbone in BACKBONES:
+            net = SymmetricNet(dim, backbone).eval()
+            with torch.no_grad():
+                swapped = net(pair.flip(1))
+                if not torch.allclose(net(pair), -swapped, atol=1e-6):
+                    raise RuntimeError(f"{backbone} in {dim}D is not symmetric on this machine")
+    return ", ".join(BACKBONES) + " build and are symmetric in 2D and 3D"
+
+
+def _training() -> str:
+    phantom = make_pair("mr", (48, 48), seed=0)
+    fixed, moving = (torch.tensor(a)[None, None] for a in (phantom.fixed_image, phantom.moving_image))
+    torch.manual_seed(0)
+    net, loss = SymmetricNet(2, "resnet18"), RegistrationLoss({"lncc": 1.0, "diffusion": 1.0})
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(30):
+        registration = register(fixed, moving, net(torch.cat([fixed, moving], 1)))
+        optimizer.zero_grad()
+        loss(registration._asdict(), {"fixed_image": fixed, "moving_image": moving}).backward()
+        optimizer.step()
+    before, after = ncc(fixed[0, 0], moving[0, 0]), ncc(fixed[0, 0], registration.warped_moving[0, 0].detach())
+    if not after > before:
+        raise RuntimeError(f"30 steps of training did not raise the correlation: {before:.3f} to {after:.3f}")
+    return f"correlation {before:.3f} before, {after:.3f} after 30 steps"
+
+
+def _itk() -> str:
+    field = np.random.default_rng(0).normal(size=(3, 5, 6, 7)).astype(np.float32)
+    affine = np.diag([0.9, 1.1, 3.0, 1.0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "displacement.nii.gz"
+        transforms.write_displacement(path, field, affine)
+        read = itk.array_from_image(itk.imread(str(path), itk.Vector[itk.F, 3]))
+    if not np.array_equal(read.transpose(3, 2, 1, 0), field):
+        raise RuntimeError("ITK reads another field than was written")
+    return "equal to what was written"

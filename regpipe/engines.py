@@ -1,0 +1,98 @@
+"""The adapters between regpipe's functions and MONAI's SupervisedTrainer / SupervisedEvaluator.
+
+The trainer's iteration is MONAI's own: ``prepare_batch`` makes the network's input of a collated batch
+(``regpipe.pairs``), ``RegistrationInferer`` turns the network's velocity into warped images, and
+``regpipe.losses.RegistrationLoss`` weighs them. What happens around an iteration is in ``regpipe.handlers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+
+from regpipe.cohort import BUILTIN_SHAPES
+from regpipe.errors import InputError
+from regpipe.fields import SQUARINGS, register, register_midway
+from regpipe.images import Grid, load_grid, make_grid
+
+
+def prepare_batch(
+    batch: Mapping[str, Any],
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    **to_kwargs: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """A collated batch -> (pair (B, 2, *spatial), the whole batch on the device); MONAI's ``prepare_batch``."""
+    target = {
+        key: value.to(device, non_blocking=non_blocking, **to_kwargs) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+    return torch.cat([target["fixed_image"], target["moving_image"]], 1), target
+
+
+class RegistrationInferer(Inferer):
+    """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
+
+    Args:
+        squarings: scaling-and-squaring steps.
+        midway: the network gives SYMNet's two velocities instead of one.
+    """
+
+    def __init__(self, *, squarings: int = SQUARINGS, midway: bool = False) -> None:
+        super().__init__()
+        self.squarings = squarings
+        self._register = register_midway if midway else register
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        velocity = network(inputs, *args, **kwargs)
+        with torch.autocast(inputs.device.type, enabled=False):
+            fixed, moving = inputs.float().chunk(2, dim=1)
+            return self._register(fixed, moving, velocity.float(), squarings=self.squarings)._asdict()
+
+
+def metric_input(output: Mapping[str, Any]) -> dict[str, Any]:
+    """A MONAI evaluator's ``engine.state.output`` -> what ``regpipe.metrics.CaseMetrics`` is updated with."""
+    return {"pred": output["pred"], "batch": output["label"]}
+
+
+def parameter_groups(network: nn.Module, learning_rate: float, *, encoder_factor: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups, the encoder's with ``encoder_factor`` times the learning rate.
+
+    Transferred weights are near a good place already: give them a factor below 1 (discriminative fine-tuning,
+    Howard & Ruder 2018).
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("encoder.")].append(parameter)
+    rates = {True: learning_rate * encoder_factor, False: learning_rate}
+    return [{"params": params, "lr": rates[key]} for key, params in groups.items() if params]
+
+
+def trained_grid(ckpt_dir: str) -> Grid:
+    """The working grid that the model in ``ckpt_dir`` was trained on; a 2D one where nothing is trained yet."""
+    path = Path(ckpt_dir) / "working_grid.json"
+    return load_grid(path) if path.is_file() else make_grid(BUILTIN_SHAPES[2], (1.0, 1.0))
+
+
+def trained_weights(ckpt_dir: str) -> str:
+    """``pretrained`` for a network that ``model.pt`` will be loaded into: its layout, or ``none`` before training."""
+    path = Path(ckpt_dir) / "model.pt"
+    return str(path) if path.is_file() else "none"
+
+
+def require_model(ckpt_dir: str) -> str:
+    """The path of the trained model.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(ckpt_dir) / "model.pt"
+    if not path.is_file():
+        raise InputError(f"{path}: no trained model; run training first, or give --ckpt_dir")
+    return str(path)

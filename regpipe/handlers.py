@@ -1,0 +1,120 @@
+"""What happens around an iteration: guard, clip, show progress, keep the best weights."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch import nn
+from tqdm import tqdm
+
+from regpipe.losses import RegistrationLoss
+from regpipe.transforms import replace_file
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss term stopped being a number."""
+
+
+class NanGuard:
+    """Stops training before a loss that is no number reaches the weights; says which term and which case."""
+
+    def __init__(self, loss: RegistrationLoss) -> None:
+        self.loss = loss
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        bad = [name for name, value in self.loss.terms.items() if not math.isfinite(value)]
+        if bad:
+            named = ", ".join(name for name in bad if name != "loss") or "loss"
+            raise TrainingDiverged(
+                f"loss term {named} is not finite at iteration {engine.state.iteration}, "
+                f"{_cases(engine)}: lower the learning rate, or look at that case's images; "
+                "the last checkpoint is untouched"
+            )
+
+
+def _cases(engine: Engine) -> str:
+    batch: Any = engine.state.batch
+    return "case " + ", ".join(batch["case"])
+
+
+class GradientClip:
+    """Scales gradients down to a total norm: one odd pair shall not undo an epoch."""
+
+    def __init__(self, network: nn.Module, *, max_norm: float = 1.0) -> None:
+        self.network, self.max_norm = network, max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        if not torch.isfinite(norm):
+            raise TrainingDiverged(
+                f"the gradient is not finite at iteration {engine.state.iteration}, "
+                f"{_cases(engine)}; the last checkpoint is untouched"
+            )
+
+
+class Progress:
+    """One bar over the whole training, with the running loss terms, the key metric and the time left."""
+
+    def __init__(self, loss: RegistrationLoss, evaluator: Engine) -> None:
+        self.loss, self.evaluator = loss, evaluator
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._close)
+
+    def _open(self, engine: Engine) -> None:
+        total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
+        # a log file gets a line now and then, a terminal a bar that moves
+        every = 0.5 if sys.stderr.isatty() else 10
+        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="pair", mininterval=every, file=sys.stderr)
+
+    def _step(self, engine: Engine) -> None:
+        best: Any = self.evaluator.state
+        shown = {"epoch": engine.state.epoch, **{k: f"{v:.4f}" for k, v in self.loss.terms.items()}}
+        if best.best_metric_epoch > 0:
+            shown["best"] = f"{best.best_metric:.4f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def _close(self, engine: Engine, *error: BaseException) -> None:
+        self.bar.close()
+        if error:
+            raise error[0]  # Ignite takes an error that a handler saw for handled
+
+
+class BestModel:
+    """Saves the network's weights to ``path`` whenever the evaluator's key metric is the best so far.
+
+    Attach it to the evaluator. Unlike MONAI's ``CheckpointSaver``, which keeps its own list of scores, it goes by
+    the engine's ``best_metric``, which ``regpipe.runs`` brings back: a resumed run does not take its first epoch for
+    the best.
+    """
+
+    def __init__(self, network: nn.Module, path: str) -> None:
+        self.network, self.path = network, Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if idist.get_rank() == 0 and engine.state.best_metric_epoch == engine.state.epoch:  # type: ignore[attr-defined]
+            wrapped: Any = self.network
+            buffer = io.BytesIO()
+            torch.save(getattr(wrapped, "module", wrapped).state_dict(), buffer)  # without DDP's prefix
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path, buffer.getvalue())

@@ -1,0 +1,170 @@
+"""Register a folder: each case to its own folder of results, finished ones skipped, bad ones reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.data import Dataset
+from tqdm import tqdm
+
+from regpipe import report, transforms
+from regpipe.boards import case_pictures
+from regpipe.casemetrics import write_csv
+from regpipe.checks import check_pairs
+from regpipe.errors import InputError, cause
+from regpipe.fields import Registration, jacobian_determinant
+from regpipe.images import Image, read_image, read_label
+from regpipe.loading import LoadPair, collate_pairs
+from regpipe.metrics import measure
+from regpipe.pairs import Case, list_pairs
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
+
+
+class FolderRun:
+    """The pairs of a folder, what becomes of each, and the handler that writes their results.
+
+    ``metrics.json`` is written last: a case that has one is finished and is not registered again.
+    Iterating gives the batches, one case each, of those that are to be done and can be read; the others are
+    in ``failures``.
+
+    Args:
+        dataset_dir: see ``regpipe.list_pairs``.
+        pairing: likewise.
+        load: how a case becomes tensors.
+        output_dir: a folder per case is made in it.
+
+    Raises:
+        InputError: there is no pair in ``dataset_dir`` at all.
+    """
+
+    def __init__(self, dataset_dir: str, *, load: LoadPair, output_dir: str, pairing: str = "all") -> None:
+        self.load, self.folder = load, Path(output_dir)
+        self.failures: dict[str, str] = {}
+        self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
+        todo = [case for name, case in self.cases.items() if not self._result(name).is_file()]
+        self.dataset = Dataset(data=todo, transform=load)
+
+    def _result(self, name: str) -> Path:
+        return self.folder / name / "metrics.json"
+
+    # No __len__: a case that fails yields no batch, and Ignite would begin again to fill up an epoch.
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i, case in enumerate(tqdm(self.dataset.data, desc="registering", unit="pair")):
+            try:
+                problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
+                if problem:
+                    raise InputError(problem[case["case"]])
+                batch = collate_pairs([self.dataset[i]])
+            except Exception as error:
+                self._fail(case["case"], error)
+                continue
+            yield batch
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        name = output["label"]["case"][0]
+        try:
+            save_case(self.cases[name], output["label"], output["pred"], self.load, self.folder / name)
+        except InputError as problem:
+            self._fail(name, problem)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        known = cause(error)
+        if known is None:
+            raise error
+        self.failures[name] = str(known)
+        tqdm.write(f"{name}: {known}")
+
+    def register(self, evaluator: Engine) -> None:
+        """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
+
+        Raises:
+            SystemExit: with 1, if a case failed; with 130 on Ctrl-C, finished cases kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finished = len(self.cases) - len(self.dataset)
+        if finished:
+            print(f"{finished} of {len(self.cases)} cases are finished already")
+        try:
+            if len(self.dataset):
+                evaluator.run()
+        except KeyboardInterrupt:
+            print("\nstopped: the same command goes on with the cases that are left")
+            raise SystemExit(130) from None
+        self._summary()
+
+    def _summary(self) -> None:
+        results = [self._result(name) for name in self.cases if self._result(name).is_file()]
+        rows = [json.loads(path.read_text()) for path in results]
+        if rows:
+            write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
+        print(f"{len(rows)} of {len(self.cases)} pairs registered; results in {self.folder}")
+        if self.failures:
+            print(f"{len(self.failures)} failed:")
+            print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
+            raise SystemExit(1)
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value  # JSON has no NaN
+
+
+def save_case(
+    case: Case, batch: Mapping[str, Any], prediction: Mapping[str, Any], load: LoadPair, folder: Path
+) -> None:
+    """Everything that one registered case gives, in native space, ``metrics.json`` last.
+
+    Raises:
+        InputError: a native image cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
+    fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
+    fixed_frame, moving_frame = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
+    forward = transforms.native_displacement(_array(registration.displacement), fixed_frame, moving_frame, fixed)
+    backward = transforms.native_displacement(_array(registration.inverse), moving_frame, fixed_frame, moving)
+    transforms.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
+    transforms.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
+    _save_warped(case, fixed, moving, forward, folder, load)
+    jacobian = jacobian_determinant(registration.displacement)[0].cpu().numpy()
+    transforms.write_image(folder / "jacobian.nii.gz", jacobian, fixed_frame)
+    shown = case_pictures(batch, prediction)
+    for name in ("checkerboard", "overlay"):
+        report.save_png(folder / f"{name}.png", shown[name])
+    report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
+    measured = measure(registration, batch, load.grid.spacing)
+    row = {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}
+    transforms.replace_file(folder / "metrics.json", json.dumps(row, indent=1).encode())
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return tensor[0].cpu().numpy()
+
+
+def _save_warped(case: Case, fixed: Image, moving: Image, forward: np.ndarray, folder: Path, load: LoadPair) -> None:
+    warped = transforms.resample_through(moving, forward, fixed.affine, order=1)
+    transforms.write_image(folder / "warped.nii.gz", warped.astype(np.float32), fixed.affine)
+    if case["fixed_image"].lower().endswith(PICTURE_SUFFIXES):
+        transforms.write_image(folder / "warped.png", warped, fixed.affine)
+    if "moving_label" in case:
+        label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
+        labels = transforms.resample_through(label, forward, fixed.affine, order=0)
+        transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int16), fixed.affine)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The cases of a ``metrics.csv``, without its ``mean`` and ``std`` lines."""
+    with Path(path).open(newline="", encoding="utf-8") as stream:
+        rows = [{k: v if k == "case" else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    return [row for row in rows if row["case"] not in ("mean", "std")]

@@ -1,0 +1,99 @@
+"""Pairs -> tensors on the working grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nibabel.affines import apply_affine
+from torch import Tensor
+
+from regpipe import images, transforms
+from regpipe.checks import unlike_landmarks
+from regpipe.images import Grid, InputError
+from regpipe.pairs import KINDS, SIDES, Case
+
+
+class LoadPair:
+    """case -> tensors on the working grid; a callable for ``monai.data.Dataset``.
+
+    Gives ``case`` and, for ``fixed_`` and ``moving_``: ``image`` (1, *S) float32 in [0, 1];
+    ``label`` (1, *S) int32, zeros where there is none; ``landmarks`` (K, D) float32 in working
+    voxels, K may be 0; ``affine`` (D+1, D+1) float64, working voxel -> RAS mm. ``displacement`` (D, *S) where the
+    case has a true one, in working voxels. With ``cache`` they
+    are kept, per image and not per pair, and handed out without a copy: never change them in place.
+    """
+
+    def __init__(self, grid: Grid, *, landmark_channels: int | None = None, cache: bool = True) -> None:
+        self.grid = grid
+        self.landmark_channels = landmark_channels
+        self.cache: dict[tuple[str | None, ...], dict[str, Tensor]] | None = {} if cache else None
+
+    def __call__(self, case: Case) -> dict[str, Any]:
+        item: dict[str, Any] = {"case": case["case"]}
+        for side in SIDES:
+            item |= {f"{side}_{key}": value for key, value in self._side(case, side).items()}
+        if "displacement" in case:
+            item["displacement"] = self._true_displacement(case, item)
+        unlike = unlike_landmarks(case, {side: len(item[f"{side}_landmarks"]) for side in SIDES})
+        if unlike:
+            raise InputError(unlike)
+        return item
+
+    def _side(self, case: Case, side: str) -> dict[str, Tensor]:
+        image, label, landmarks = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
+        if self.cache is not None and files in self.cache:
+            return self.cache[files]
+        assert image is not None
+        tensors = self._load(image, label, landmarks)
+        if self.cache is not None:
+            self.cache[files] = tensors
+        return tensors
+
+    def _true_displacement(self, case: Case, item: Mapping[str, Any]) -> Tensor:
+        field, affine = transforms.read_displacement(case["displacement"])
+        frames = (item["fixed_affine"].numpy(), item["moving_affine"].numpy())
+        return torch.from_numpy(transforms.grid_displacement(field, affine, *frames, self.grid.shape)).float()
+
+    def _load(self, path: str, label: str | None, landmarks: str | None) -> dict[str, Tensor]:
+        shape, dim = self.grid.shape, len(self.grid.shape)
+        image = images.read_image(path)
+        try:
+            affine = images.to_grid(image, self.grid)
+        except InputError as problem:
+            raise InputError(f"{path}: {problem}") from None
+        grey = image._replace(array=images.normalise(image.array))
+        array = images.resample(grey, affine, shape, order=1)
+        labels, points, back = (
+            np.zeros(shape, np.int32),
+            [np.zeros((0, dim))],
+            np.linalg.inv(affine),
+        )
+        if label:
+            found, channels = images.read_label(label, landmark_channels=self.landmark_channels)
+            labels = images.resample(found, affine, shape, order=0)
+            if channels is not None:
+                points.append(apply_affine(back @ found.affine, channels))
+        if landmarks:
+            lps = images.read_landmarks(landmarks)
+            points.append(apply_affine(back, lps * [-1.0, -1.0, 1.0][:dim]))
+        return {
+            "image": torch.from_numpy(array)[None],
+            "label": torch.from_numpy(labels)[None],
+            "landmarks": torch.from_numpy(np.concatenate(points)).float(),
+            "affine": torch.from_numpy(affine),
+        }
+
+
+def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Batch items of ``LoadPair``: tensors stacked, landmarks NaN-padded, ``case`` a list."""
+    batch: dict[str, Any] = {"case": [item["case"] for item in items]}
+    for key in items[0].keys() & items[-1].keys():
+        if key.endswith("landmarks"):
+            points = [item[key] for item in items]
+            batch[key] = torch.nn.utils.rnn.pad_sequence(points, True, float("nan"))
+        elif key != "case":
+            batch[key] = torch.stack([item[key] for item in items])
+    return batch

@@ -1,0 +1,223 @@
+"""From a pair of images to a velocity: the symmetric coarse-to-fine network, and SYMNet itself.
+
+Both take one tensor ``(B, 2, *spatial)``, channel 0 fixed and channel 1 moving, and return one tensor, so that
+tracing, export and MONAI's bundle checks work; integration and warping are not theirs (``regpipe.fields.register``).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from regpipe.encoders import Encoder
+from regpipe.fields import integrate_both, resize, resize_image, warp
+from regpipe.images import InputError
+from regpipe.weights import read_state_dict
+
+VELOCITY_STRIDE = 2  # the velocity lives at half resolution
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class SymmetricNet(nn.Module):
+    """One encoder for both images, then a velocity refined from coarse to fine, antisymmetric in the two.
+
+    ``net(pair (B, 2, *spatial)) -> velocity (B, D, *half)``, in voxels of its own grid of ``half`` points
+    per axis, about ``spatial / 2``, of the same extent as the images. Swapping fixed and moving flips its sign,
+    exactly: at each level ``v += (g(a, b) - g(b, a)) / 2``, a and b the features of both images in the midway
+    space (moving warped by exp(v/2), fixed by exp(-v/2); Mok & Chung, CVPR 2020).
+
+    Args:
+        spatial_dims: 2 or 3.
+        backbone: ``resnet18``, ``vgg16`` or ``alexnet``.
+        pretrained: where the encoder's weights come from, see ``regpipe.weights``.
+        freeze: how many encoder stages keep their weights.
+        width: channels of the decoder's coarse levels; the finest has half as many.
+        correlation: radius in voxels of the local correlation that each level sees; 0 for none.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        backbone: str,
+        *,
+        pretrained: str = "none",
+        freeze: int = 0,
+        width: int = 32,
+        correlation: int = 1,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze)
+        self.detail = _Detail(spatial_dims, width // 4, width // 2)
+        channels = {VELOCITY_STRIDE: width // 2}
+        for stride, count in zip(self.encoder.strides, self.encoder.channels, strict=True):
+            channels[stride] = channels.get(stride, 0) + count
+        self.strides = tuple(sorted(channels, reverse=True))  # coarse to fine
+        self.levels = nn.ModuleList(
+            _Level(
+                spatial_dims,
+                channels[stride],
+                width // 2 if stride == VELOCITY_STRIDE else width,
+                correlation,
+            )
+            for stride in self.strides
+        )
+
+    def forward(self, pair: Tensor) -> Tensor:
+        pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
+        images = torch.cat([pair[:, :1], pair[:, 1:]])  # (2B, 1, *inner): fixed first
+        features = {VELOCITY_STRIDE: [self.detail(images)]}
+        for stride, feature in zip(self.encoder.strides, self.encoder(images), strict=True):
+            features.setdefault(stride, []).append(feature)
+        velocity: Tensor | None = None
+        for stride, level in zip(self.strides, self.levels, strict=True):
+            velocity = level(torch.cat(features[stride], 1), velocity)
+        assert velocity is not None  # every backbone has a level
+        return velocity
+
+    def _inner_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        # On grids of 16 k + 1 points every level's first and last voxel sit on the image's corners,
+        # as align_corners says; on others a velocity of stride 16 would be 15 voxels off at the far end.
+        coarsest = self.strides[0]
+        return tuple(-(-(int(n) - 1) // coarsest) * coarsest + 1 for n in shape)
+
+
+class _Detail(nn.Sequential):
+    """A cheap, untransferred view of the full-resolution image, at stride 2."""
+
+    def __init__(self, spatial_dims: int, narrow: int, wide: int) -> None:
+        conv = CONV[spatial_dims]
+        super().__init__(
+            conv(1, narrow, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            conv(narrow, wide, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        )
+
+
+class _Level(nn.Module):
+    """One resolution: features of both images and the velocity so far -> the velocity here."""
+
+    def __init__(self, spatial_dims: int, channels: int, width: int, correlation: int) -> None:
+        super().__init__()
+        conv = CONV[spatial_dims]
+        self.offsets = list(itertools.product(range(-correlation, correlation + 1), repeat=spatial_dims))
+        self.project = nn.Sequential(conv(channels, width, 1), nn.GroupNorm(4, width))
+        seen = 2 * width + (len(self.offsets) if correlation else 0)
+        self.head = nn.Sequential(
+            conv(seen, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            conv(width, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+        )
+        self.flow = conv(width, spatial_dims, 3, padding=1, bias=False)
+        nn.init.normal_(self.flow.weight, std=1e-3)  # begin near the identity
+
+    def forward(self, features: Tensor, velocity: Tensor | None) -> Tensor:
+        features = self.project(features)  # (2B, width, *grid): fixed, then moving
+        if velocity is not None:
+            velocity = resize(velocity, features.shape[2:])
+            forward, backward = integrate_both(velocity / 2, squarings=4)
+            features = warp(features, torch.cat([backward, forward]))
+        swapped = torch.cat(features.chunk(2)[::-1])
+        seen = [features, swapped]
+        if len(self.offsets) > 1:
+            seen.append(local_correlation(features, swapped, self.offsets))
+        ours, theirs = self.flow(self.head(torch.cat(seen, 1))).float().chunk(2)
+        residual = (ours - theirs) / 2
+        return residual if velocity is None else velocity + residual
+
+
+def local_correlation(a: Tensor, b: Tensor, offsets: list[tuple[int, ...]]) -> Tensor:
+    """mean over channels of a(x) b(x + o) for each offset o: (B, C, *grid) twice -> (B, len(offsets), *grid)."""
+    radius = max(offsets[-1])
+    padded = nn.functional.pad(b, [radius] * 2 * (b.ndim - 2))
+    windows = []
+    for offset in offsets:
+        view = padded
+        for axis, step in enumerate(offset):
+            view = view.narrow(2 + axis, radius + step, b.shape[2 + axis])
+        windows.append((a * view).mean(1))
+    return torch.stack(windows, 1)
+
+
+class SymNet(nn.Module):
+    """SYMNet (Mok & Chung, CVPR 2020), the study's reference: images concatenated, a U-Net, two velocity heads.
+
+    ``net(pair (B, 2, *spatial)) -> (B, 2 D, *spatial)``: the velocity that takes fixed towards moving's midway space
+    and the one that takes moving towards fixed's, in voxels; see ``regpipe.fields.register_midway``.
+
+    Args:
+        spatial_dims: 2 or 3 (the authors': 3).
+        start_channels: width of the finest level (the authors': 7 or 8).
+        limit: largest velocity in voxels along an axis; the heads end in a softsign.
+    """
+
+    def __init__(self, spatial_dims: int, *, start_channels: int = 8, limit: float = 100.0) -> None:
+        super().__init__()
+        self.limit = limit
+        c = start_channels
+        widths = (c, 2 * c, 4 * c, 8 * c)
+        self.down = nn.ModuleList(
+            _two(spatial_dims, a, b, b, stride=s) for a, b, s in zip((2, *widths), widths, (1, 2, 2, 2), strict=False)
+        )
+        self.bottom = _two(spatial_dims, 8 * c, 16 * c, 8 * c, stride=2)
+        # in, middle and out of the four decoder levels, coarse to fine: the authors' own numbers
+        self.up = nn.ModuleList(_transposed(spatial_dims, width) for width in (8 * c, 4 * c, 2 * c, 2 * c))
+        shapes = (
+            (16 * c, 8 * c, 4 * c),
+            (8 * c, 4 * c, 2 * c),
+            (4 * c, 4 * c, 2 * c),
+            (3 * c, 2 * c, 2 * c),
+        )
+        self.merge = nn.ModuleList(_two(spatial_dims, *shape) for shape in shapes)
+        self.heads = nn.ModuleList(CONV[spatial_dims](2 * c, spatial_dims, 5, padding=2, bias=False) for _ in range(2))
+
+    def forward(self, pair: Tensor) -> Tensor:
+        x, skips = pair, []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        x = self.bottom(x)
+        for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
+            x = merge(torch.cat([resize_image(up(x), skip.shape[2:]), skip], 1))
+        return self.limit * torch.cat([nn.functional.softsign(head(x)) for head in self.heads], 1)
+
+
+def _two(spatial_dims: int, first: int, middle: int, last: int, stride: int = 1) -> nn.Sequential:
+    conv = CONV[spatial_dims]
+    return nn.Sequential(
+        conv(first, middle, 3, stride=stride, padding=1),
+        nn.ReLU(),
+        conv(middle, last, 3, padding=1),
+        nn.ReLU(),
+    )
+
+
+def _transposed(spatial_dims: int, width: int) -> nn.Sequential:
+    conv = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[spatial_dims]
+    return nn.Sequential(conv(width, width, 2, stride=2), nn.ReLU())
+
+
+def load_symnet(path: str, *, limit: float = 100.0) -> SymNet:
+    """The authors' 3D weights (their names, e.g. ``ec2.0.weight``) in our ``SymNet``.
+
+    Raises:
+        InputError: not a readable weight file, or not SYMNet's.
+    """
+    state = read_state_dict(path)
+    if "eninput.0.weight" not in state:
+        raise InputError(f"{path}: not SYMNet's weights, 'eninput.0.weight' is not in it; take the authors' .pth")
+    net = SymNet(3, start_channels=state["eninput.0.weight"].shape[0], limit=limit)
+    blocks = [f"{block}.{i}" for block in ("down.0", "down.1", "down.2", "down.3", "bottom") for i in (0, 2)]
+    theirs = dict(zip(blocks, ["eninput", *(f"ec{i}" for i in range(1, 10))], strict=True))
+    theirs |= {f"merge.{k}.{i}": f"dc{2 * k + 1 + i // 2}" for k in range(4) for i in (0, 2)}
+    theirs |= {f"up.{k}.0": f"up{k + 1}" for k in range(4)} | {"heads.0": "dc9", "heads.1": "dc10"}
+    ours = {}
+    for key in net.state_dict():
+        module, leaf = key.rpartition(".")[::2]
+        tensor = state[f"{theirs[module]}.0.{leaf}"]
+        ours[key] = tensor.flip(0) if module.startswith("heads") else tensor  # their channel 0 is the last axis
+    net.load_state_dict(ours)
+    return net

@@ -1,0 +1,221 @@
+"""A training run as a whole: what is checked before it, what is saved of it, how it stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping
+from monai.utils import set_determinism
+
+from regpipe.checks import check_pairs
+from regpipe.errors import InputError, one_line_errors
+from regpipe.pairs import Case
+
+log = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 10
+
+
+def begin(seed: int) -> None:
+    """Seed every random number generator, and let mistakes of the user end in a line, not in a traceback."""
+    one_line_errors()
+    set_determinism(seed=seed)
+
+
+def require(cases: Sequence[Case], *, landmark_channels: int | None = None) -> None:
+    """Read every file once before training starts.
+
+    Raises:
+        InputError: naming the files, if any case has a problem.
+    """
+    problems = check_pairs(cases, landmark_channels=landmark_channels, progress=True)
+    if problems:
+        found = list(dict.fromkeys(problems.values()))
+        more = len(found) - SHOWN_PROBLEMS
+        lines = found[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        raise InputError(f"{len(problems)} of {len(cases)} pairs cannot be used:\n  " + "\n  ".join(lines))
+
+
+class RandomState:
+    """The states of torch's, CUDA's, numpy's and Python's generators, in types that ``weights_only`` loads."""
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, position, *gauss = np.random.get_state()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, *gauss],
+            "python": list(random.getstate()[1]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        random.setstate((3, tuple(state["python"]), None))
+
+
+class Progress:
+    """What a run has reached: its settings, the best metrics so far, the seconds spent.
+
+    Loading the state of a run with other settings is refused.
+    """
+
+    def __init__(self, evaluator: Engine, settings: Mapping[str, Any]) -> None:
+        self.evaluator: Any = evaluator  # MONAI adds the best metric to Ignite's state
+        self.settings = json.dumps(dict(settings), sort_keys=True, default=str)
+        self.best: dict[str, float] = {}
+        self._started, self._before = time.monotonic(), 0.0
+        evaluator.add_event_handler(Events.COMPLETED, self._note_best)
+
+    def _note_best(self, engine: Engine) -> None:
+        state: Any = engine.state
+        if state.best_metric_epoch == state.epoch:
+            self.best = {k: v for k, v in state.metrics.items() if isinstance(v, float) and math.isfinite(v)}
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, all its parts together."""
+        return self._before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.evaluator.state
+        metric = [float(state.best_metric), int(state.best_metric_epoch)]
+        return {"settings": self.settings, "best": self.best, "metric": metric, "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["settings"] != self.settings:
+            old, new = json.loads(state["settings"]), json.loads(self.settings)
+            changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+            raise InputError(
+                f"the run saved here had other settings ({'; '.join(changed)}): "
+                "give another --ckpt_dir, or --resume False to begin anew"
+            )
+        self.best = state["best"]
+        self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["metric"]
+        self._before, self._started = state["seconds"], time.monotonic()
+
+
+class Run:
+    """A trainer with its evaluator, whose whole state is saved after each epoch and can be gone on from.
+
+    Two files are kept, ``checkpoint_<epoch>.pt``, each written aside and renamed, so that a killed run never leaves
+    half of one. Make it after the trainer has its other handlers: what those draw from the random state in an epoch
+    belongs to that epoch.
+
+    Args:
+        trainer: MONAI's trainer.
+        evaluator: MONAI's evaluator with a key metric, run by the trainer.
+        objects: what else has a state, by name: network, optimizer, lr_scheduler.
+        folder: where the files are.
+        settings: the choices that make two runs comparable.
+        patience: validations without a better key metric until training stops.
+    """
+
+    def __init__(
+        self,
+        trainer: Engine,
+        evaluator: Engine,
+        *,
+        objects: Mapping[str, Any],
+        folder: str,
+        settings: Mapping[str, Any],
+        patience: int,
+    ) -> None:
+        self.trainer, self.folder = trainer, Path(folder)
+        self.progress = Progress(evaluator, settings)
+        stopper = EarlyStopping(patience, _key_metric, trainer)
+        evaluator.add_event_handler(Events.COMPLETED, stopper)
+        self.objects = {
+            **objects,
+            "trainer": trainer,
+            "stopper": stopper,
+            "progress": self.progress,
+            "random": RandomState(),
+        }
+        self._saver = Checkpoint(
+            self.objects,
+            DiskSaver(folder, require_empty=False, create_dir=True),
+            filename_pattern="checkpoint_{global_step}.pt",
+            n_saved=2,
+            global_step_transform=lambda engine, _: engine.state.epoch,
+            include_self=True,
+        )
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._saver)
+
+    @property
+    def best_metrics(self) -> dict[str, float]:
+        """The validation metrics of the best epoch so far, and the training time in seconds."""
+        return {**self.progress.best, "training_seconds": self.progress.seconds}
+
+    def resume(self) -> int:
+        """Bring back the newest state; returns its epoch, 0 where there is none.
+
+        Raises:
+            InputError: it cannot be read, or it belongs to a run with other settings.
+        """
+        files = saved_states(self.folder)
+        if not files:
+            return 0
+        wanted = self.trainer.state.max_epochs
+        try:
+            saved = torch.load(files[-1], map_location="cpu", weights_only=True)
+            self.progress.load_state_dict(saved["progress"])  # refuses before anything else is touched
+            Checkpoint.load_objects({**self.objects, "checkpointer": self._saver}, saved)
+        except InputError:
+            raise
+        except Exception as error:  # a damaged file fails in many ways
+            raise InputError(
+                f"{files[-1]}: cannot be gone on from ({error}); delete it to take the one before"
+            ) from error
+        self.trainer.state.max_epochs = wanted
+        log.info("going on after epoch %d, from %s", self.trainer.state.epoch, files[-1])
+        return int(self.trainer.state.epoch)
+
+    def train(self, *, resume: bool = True) -> None:
+        """Train, going on from the newest saved state where there is one; Ctrl-C ends it with that state kept.
+
+        Raises:
+            SystemExit: with 130, on Ctrl-C.
+        """
+        if not resume:
+            for path in saved_states(self.folder):
+                path.unlink()
+        epoch, epochs = self.resume(), self.trainer.state.max_epochs or 0
+        if epoch >= epochs:
+            print(f"all {epochs} epochs are done: give more --max_epochs to go on")
+            return
+        try:
+            self.trainer.run()
+        except KeyboardInterrupt:
+            print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
+            raise SystemExit(130) from None
+
+
+def saved_states(folder: str | Path) -> list[Path]:
+    """The full checkpoints in a folder, oldest first."""
+    found = Path(folder).glob("checkpoint_*.pt")
+    return sorted(found, key=lambda path: int(path.stem.rpartition("_")[2]))
+
+
+def training_seconds(folder: str | Path) -> float:
+    """Wall-clock seconds that the run saved in ``folder`` took; NaN where its checkpoints are gone."""
+    files = saved_states(folder)
+    return float(torch.load(files[-1], weights_only=True)["progress"]["seconds"]) if files else math.nan
+
+
+def _key_metric(engine: Engine) -> float:
+    state: Any = engine.state
+    return float(state.metrics[state.key_metric_name])

@@ -1,0 +1,191 @@
+"""Symmetry to the bit, any size, tracing; and SYMNet against what its authors' own code computes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from regpipe.encoders import BACKBONES
+from regpipe.fields import Registration, register, register_midway, resize_image
+from regpipe.network import SymmetricNet, SymNet, load_symnet, local_correlation
+
+DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+SIZES = {2: [(40, 33), (37, 50), (9, 5), (1, 2)], 3: [(20, 17, 13), (33, 18, 15), (5, 3, 2)]}
+EVERY = pytest.mark.parametrize(("backbone", "dims"), list(itertools.product(BACKBONES, (2, 3))))
+
+
+@functools.cache
+def built(backbone: str, dims: int) -> SymmetricNet:
+    """A network for evaluation, with heads large enough that its velocities are some voxels."""
+    torch.manual_seed(0)
+    net = SymmetricNet(dims, backbone, width=16).eval()
+    for level in net.levels:
+        torch.nn.init.normal_(level.flow.weight, std=0.03)
+    return net
+
+
+def pair(size: tuple[int, ...], seed: int = 0, batch: int = 1) -> Tensor:
+    """Two smooth random images: noise on a grid eight times coarser."""
+    generator = torch.Generator().manual_seed(seed)
+    return resize_image(torch.rand(batch, 2, *[n // 8 + 2 for n in size], generator=generator), size)
+
+
+@EVERY
+def test_swapping_the_images_flips_the_velocity_to_the_bit(backbone: str, dims: int) -> None:
+    net = built(backbone, dims)
+    for size in SIZES[dims]:
+        both = pair(size)
+        with torch.no_grad():
+            v, w = net(both), net(both.flip(1))
+            there, back = register(both[:, :1], both[:, 1:], v), register(both[:, 1:], both[:, :1], w)
+        assert v.isfinite().all() and v.abs().max() > 0.01 and v.shape[:2] == (1, dims)
+        assert torch.equal(v, -w)
+        assert torch.equal(there.displacement, back.inverse) and torch.equal(there.inverse, back.displacement)
+        assert torch.equal(there.warped_moving, back.warped_fixed)
+        assert torch.equal(there.warped_fixed, back.warped_moving)
+
+
+@EVERY
+def test_an_image_is_registered_to_itself_by_standing_still(backbone: str, dims: int) -> None:
+    same = pair(SIZES[dims][0])[:, :1].repeat(1, 2, *[1] * dims)
+    with torch.no_grad():
+        assert torch.equal(built(backbone, dims)(same), torch.zeros(()).expand_as(built(backbone, dims)(same)))
+
+
+@EVERY
+def test_the_velocity_lives_at_half_resolution_with_corners_on_the_images_corners(backbone: str, dims: int) -> None:
+    net = built(backbone, dims)
+    size = (33, 49, 17)[:dims]  # 16 k + 1: nothing is resampled, and every second voxel carries a vector
+    seen: list[tuple[int, ...]] = []
+    hooks = [level.register_forward_hook(lambda _, a, out: seen.append(tuple(out.shape[2:]))) for level in net.levels]
+    with torch.no_grad():
+        v = net(pair(size))
+    for hook in hooks:
+        hook.remove()
+    assert seen == [tuple((n - 1) // stride + 1 for n in size) for stride in net.strides]
+    assert net.strides[-1] == 2 and tuple(v.shape[2:]) == seen[-1]
+    with torch.no_grad():  # any other size goes to the next such grid, corner on corner
+        odd = pair(tuple(n - 3 for n in size))
+        assert torch.allclose(net(odd), net(resize_image(odd, size)), atol=1e-6)
+
+
+@EVERY
+def test_gradients_reach_every_weight(backbone: str, dims: int) -> None:
+    net = copy.deepcopy(built(backbone, dims)).train()
+    both = pair(SIZES[dims][0], batch=2)
+    register(both[:, :1], both[:, 1:], net(both)).warped_moving.square().mean().backward()
+    unreached = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not unreached
+
+
+@EVERY
+def test_a_traced_network_gives_the_same_and_other_shapes_are_undisturbed(
+    backbone: str, dims: int, tmp_path: Path
+) -> None:
+    net, size = built(backbone, dims), SIZES[dims][0]
+    with torch.no_grad():
+        expected, other = net(pair(size, 1)), net(pair(SIZES[dims][1]))
+        traced = torch.jit.trace(net, pair(size))
+        torch.jit.save(traced, tmp_path / "net.ts")
+        again = torch.jit.load(tmp_path / "net.ts")
+        assert isinstance(expected, Tensor)
+        assert torch.allclose(again(pair(size, 1)), expected, atol=1e-5)
+        assert torch.equal(net(pair(size, 1)), expected) and torch.equal(net(pair(SIZES[dims][1])), other)
+
+
+def test_a_saved_state_gives_the_same_network_and_batches_do_not_mix(tmp_path: Path) -> None:
+    net = built("resnet18", 2)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    other = SymmetricNet(2, "resnet18", width=16).eval()
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    batch = pair((40, 33), batch=2)
+    with torch.no_grad():
+        assert torch.equal(net(batch), other(batch))
+        assert torch.allclose(net(batch)[1:], net(batch[1:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze", [0, 2])
+def test_transferred_and_frozen_weights_keep_the_symmetry_in_training(freeze: int, tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    net = SymmetricNet(2, "resnet18", pretrained=str(tmp_path / "resnet18.pth"), freeze=freeze, correlation=0)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    both = pair((40, 33))
+    (net(both) - 1).square().mean().backward()
+    optimiser.step()
+    assert torch.equal(net(both), -net(both.flip(1)))
+    stem = net.encoder.stages[0][0].weight.grad
+    assert (stem is None) if freeze else stem.any()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_correlation_is_that_of_shifted_features(dims: int) -> None:
+    a, b = torch.rand(2, 1, 5, *(6, 7, 4)[:dims], generator=torch.Generator().manual_seed(0))
+    offsets = list(itertools.product(range(-1, 2), repeat=dims))
+    got = local_correlation(a, b, offsets)
+    assert got.shape[1] == 3**dims
+    for channel, offset in enumerate(offsets):
+        shifted = b.roll([-o for o in offset], dims=list(range(2, 2 + dims)))  # b(x + o)
+        inside = (0, *[slice(1, -1)] * dims)
+        assert torch.allclose(got[:, channel][inside], (a * shifted).mean(1)[inside], atol=1e-6)
+    assert torch.equal(got[0, 0].flatten()[0], torch.tensor(0.0))  # zeros beyond the rim
+
+
+def test_an_unknown_backbone_is_refused_with_the_names() -> None:
+    with pytest.raises(ValueError, match="resnet18, vgg16, alexnet"):
+        SymmetricNet(2, "resnet")
+
+
+@pytest.mark.parametrize("size", [(32, 48), (37, 21), (17, 16, 23), (16, 16, 16)])
+def test_symnet_takes_any_size_in_2d_and_3d_and_is_bounded(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net, both = SymNet(len(size), start_channels=4, limit=3.0).eval(), pair(size)
+    with torch.no_grad():
+        velocities = net(both)
+        got = register_midway(both[:, :1], both[:, 1:], velocities)
+    assert velocities.shape == (1, 2 * len(size), *size) and velocities.abs().max() < 3
+    assert got.displacement.shape == (1, len(size), *size) and got.warped_moving.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def authors_pair() -> tuple[Registration, dict[str, np.ndarray]]:
+    """Our registration (fixed A, moving B) by the authors' weights, and what their code computed."""
+    folder = DATA / "symnet"
+    if not folder.is_dir():
+        pytest.skip(f"no SYMNet weights and images in {folder} (set REGPIPE_DATA)")
+    images = []
+    for name in "AB":
+        image = np.asarray(nib.load(folder / f"image_{name}.nii.gz").dataobj, dtype=np.float32)  # type: ignore[attr-defined]
+        images.append(torch.from_numpy((image - image.min()) / (image.max() - image.min()))[None, None])
+    with torch.no_grad():
+        velocities = load_symnet(str(folder / "symnet_oasis.pth")).eval()(torch.cat(images, 1))
+        registration = register_midway(images[0], images[1], velocities)
+    with np.load(folder / "reference.npz") as reference:
+        return registration, dict(reference)
+
+
+def test_symnet_reproduces_its_authors_output(authors_pair: tuple[Registration, dict[str, np.ndarray]]) -> None:
+    ours, theirs = authors_pair
+    to_moving, to_fixed = ours.velocity.chunk(2, dim=1)
+    expected = {
+        "velocity_AB": to_moving,
+        "velocity_BA": to_fixed,
+        "displacement_B_to_A": ours.displacement,
+        "displacement_A_to_B": ours.inverse,
+        "warped_B": ours.warped_moving,
+        "warped_A": ours.warped_fixed,
+    }
+    inside = (slice(None), *[slice(2, -2)] * 3)  # 8 voxels, of every 4th: their sampler pads with zeros
+    for name, field in expected.items():
+        difference = field[0, :, ::4, ::4, ::4].numpy() - theirs[name]
+        assert np.abs(difference[inside]).max() < 1e-3, name  # voxels; 3e-5 to 6e-5 measured
+    assert np.abs(theirs["displacement_B_to_A"]).max() > 3  # there is something to reproduce
