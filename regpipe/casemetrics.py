@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import MetricUsage
 
+from regpipe.errors import InputError
 from regpipe.fields import Registration
+from regpipe.files import replace_file
 from regpipe.metrics import HIGHER_IS_BETTER, known, mean_of, measure
 
 Row = dict[str, Any]  # "case" and one number per metric
@@ -37,7 +39,7 @@ class CaseMetrics(Metric):
         output_transform: from ``engine.state.output`` to what ``update`` takes.
 
     Raises:
-        ValueError: unknown ``key``.
+        InputError: unknown ``key``; or, after a run, one that no case has.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class CaseMetrics(Metric):
     ) -> None:
         if key != "auto" and key not in HIGHER_IS_BETTER:
             names = ", ".join(["auto", *HIGHER_IS_BETTER])
-            raise ValueError(f"unknown metric {key!r}; choose one of {names}")
+            raise InputError(f"unknown metric {key!r}; choose one of {names}")
         self.spacing, self.key = tuple(spacing), key
         super().__init__(output_transform)
 
@@ -86,6 +88,8 @@ class CaseMetrics(Metric):
         rows = _gather(self._rows)
         means = _means(rows)
         key = _choose_key(means) if self.key == "auto" else self.key
+        if math.isnan(means[key]):
+            raise InputError(f"key metric {key}: no case has what it needs (labels or landmarks); choose another")
         engine.state.metrics.update(means)
         engine.state.metrics[name] = means[key] if HIGHER_IS_BETTER[key] else -means[key]
         details = getattr(engine.state, "metric_details", None) or {}  # MONAI's addition to Ignite
@@ -106,12 +110,9 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     table = [[row["case"], *(float(row[name]) for name in names)] for row in rows]
     table.append(["mean", *(mean_of(row[name] for row in rows) for name in names)])
     table.append(["std", *(_std(row[name] for row in rows) for name in names)])
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(target.name + ".part")
-    with aside.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([["case", *names], *table])
-    os.replace(aside, target)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["case", *names], *table])
+    replace_file(path, text.getvalue().encode())
 
 
 def _std(values: Iterable[float]) -> float:

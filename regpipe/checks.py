@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from regpipe import images
-from regpipe.images import InputError
+from regpipe.errors import InputError
 from regpipe.pairs import KINDS, SIDES, Case
 
 

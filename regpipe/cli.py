@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Bundle = Annotated[Path, typer.Option(help="A trained bundle: the folder that holds configs/ and models/.")]
+Bundle = Annotated[Path, typer.Option(help="A trained bundle, or a comparison: its best one.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")]
 
 
@@ -34,8 +34,9 @@ def register(
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
     pairing: Annotated[
-        str, typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first.")
-    ] = "all",
+        str | None,
+        typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained."),
+    ] = None,
 ) -> None:
     """Register a folder of pairs, or one pair, with a trained bundle.
 
@@ -49,22 +50,30 @@ def register(
         if len(inputs) == 2:
             labels = {"fixed_label": fixed_label, "moving_label": moving_label}
             dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], labels)
+        elif fixed_label or moving_label:
+            raise InputError("--fixed-label and --moving-label go with two files; a folder holds its own labels")
         _run_inference(bundle, dataset, out, pairing)
 
 
 def _one_pair(path: Path, fixed: Path, moving: Path, labels: dict[str, Path | None]) -> Path:
     files = {"fixed_image": fixed, "moving_image": moving, **labels}
     entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
+    for file in entry.values():
+        if not Path(file).is_file():
+            raise InputError(f"{file}: no such file")
     path.write_text(json.dumps({"test": [entry]}))
     return path
 
 
-def _run_inference(bundle: Path, dataset: Path, out: Path, pairing: str) -> None:
+def _run_inference(bundle: Path, dataset: Path, out: Path, pairing: str | None) -> None:
+    from monai.bundle import ConfigWorkflow
+
+    from regpipe.compare import bundle_in
+
+    bundle = bundle_in(bundle)
     config = bundle / "configs" / "inference.yaml"
     if not config.is_file():
         raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
-    from monai.bundle import ConfigWorkflow
-
     workflow = ConfigWorkflow(
         str(config),
         workflow_type="infer",
@@ -73,7 +82,7 @@ def _run_inference(bundle: Path, dataset: Path, out: Path, pairing: str) -> None
         bundle_root=str(bundle),
         dataset_dir=str(dataset),
         output_dir=str(out),
-        pairing=pairing,
+        **({"pairing": pairing} if pairing else {}),
     )
     workflow.initialize()
     workflow.run()
@@ -100,7 +109,7 @@ def compare(
     if data is not None:
         settings["dataset_dir"] = str(data.absolute())
     overlays = [str(path.absolute()) for path in overlay or []]
-    print(run(out, backbones=backbones.split(","), overlays=overlays, settings=settings))
+    print(run(out, backbones=[name.strip() for name in backbones.split(",")], overlays=overlays, settings=settings))
     print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: tensorboard --logdir {out}")
 
 
@@ -117,6 +126,9 @@ def phantom(
 
     try:
         sides = [int(side) for side in shape.split(",")]
+    except ValueError:
+        raise InputError(f"--shape wants 2 or 3 whole numbers, e.g. 64,64; got {shape}") from None
+    try:
         print(write_cohort(out, kind=kind, shape=sides, n_pairs=pairs, seed=seed))
     except ValueError as problem:
         raise InputError(str(problem)) from problem
@@ -137,7 +149,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        problem = cause(error)
+        problem = cause(error) or (error if isinstance(error, OSError) else None)  # OSError: which file, and why
         if problem is None:
             raise
         print(f"error: {problem}", file=sys.stderr)

@@ -16,6 +16,7 @@ from regpipe.phantoms import MAGNITUDE, Phantom, checked_shape, make_pair
 
 COHORT_FORMAT = 1  # raise it when the same arguments give other voxels: no reuse of old cohorts
 BUILTIN_SHAPES = {2: (64, 64), 3: (32, 32, 32)}
+BUILTIN_PAIRS = {2: 150, 3: 60}
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm; in LPS mm, then, a voxel lies at its index
 
 
@@ -61,15 +62,16 @@ def write_cohort(
 
 
 def builtin_cohort(folder: str | Path, spatial_dims: int) -> str:
-    """The cohort that a bundle trains on when it is given no data: 60 ultrasound pairs, written once.
+    """The cohort that a bundle trains on when it is given no data: ultrasound pairs, written once.
 
     Raises:
         ValueError: ``spatial_dims`` is neither 2 nor 3.
     """
     if spatial_dims not in BUILTIN_SHAPES:
         raise ValueError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
-    shape = BUILTIN_SHAPES[spatial_dims]
-    return str(write_cohort(Path(folder) / f"ultrasound_{spatial_dims}d", shape=shape, n_pairs=60))
+    out = Path(folder) / f"ultrasound_{spatial_dims}d"
+    shape, n_pairs = BUILTIN_SHAPES[spatial_dims], BUILTIN_PAIRS[spatial_dims]
+    return str(write_cohort(out, shape=shape, n_pairs=n_pairs))
 
 
 def _holds(out: Path, record: str) -> bool:

@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
 from torch.utils.tensorboard import SummaryWriter
 
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
 from regpipe.evaluation import SHOWN, interval, table
-from regpipe.transforms import replace_file
+from regpipe.files import replace_file
+from regpipe.metrics import HIGHER_IS_BETTER
 
+BEST = "best"  # file with the best backbone's name
 COSTS = ("seconds/pair", "parameters M", "GFLOP", "peak memory GiB", "training min")
 
 
@@ -32,7 +35,8 @@ def compare(
 ) -> str:
     """Train and evaluate each backbone in ``out/<backbone>``; writes the table, returns it as Markdown.
 
-    ``out/comparison.md``, ``comparison.csv`` and TensorBoard logs beside each other: ``tensorboard --logdir out``.
+    ``out/comparison.md``, ``comparison.csv``, ``best``, the best backbone's name, and TensorBoard logs beside each
+    other: ``tensorboard --logdir out``.
 
     Args:
         out: a folder, made where needed.
@@ -41,17 +45,44 @@ def compare(
         settings: ids of ``train.yaml`` and their values, e.g. ``dataset_dir``, ``max_epochs``.
 
     Raises:
-        InputError: a run failed; its log is named.
+        InputError: an unknown backbone or setting; or a run failed.
     """
     out, settings = Path(out).absolute(), dict(settings or {})
-    results = {}
-    for backbone in backbones:
-        folder = out / backbone
-        bundle = folder if (folder / "configs").is_dir() else write_bundle(backbone, folder)
-        results[backbone] = run_bundle(bundle, overlays=overlays, settings=settings)
+    bundles = {name: _bundle(name, out / name, settings) for name in backbones}  # mistakes show before any training
+    results = {name: run_bundle(folder, overlays=overlays, settings=settings) for name, folder in bundles.items()}
     page = comparison_table(results)
     write_tables(out, page, results)
+    replace_file(out / BEST, best_of(results).encode())
     return page
+
+
+def _bundle(backbone: str, folder: Path, settings: Mapping[str, Any]) -> Path:
+    """The backbone's bundle, written where there is none; MONAI would take a misspelt setting for a new id."""
+    if not (folder / "configs").is_dir():
+        write_bundle(backbone, folder)
+    config = folder / "configs" / "train.yaml"
+    known = ConfigParser.load_config_file(str(config))
+    for name in settings:
+        if name.lstrip("+").replace("::", "#").partition("#")[0] not in known:
+            raise InputError(f"--set {name}: no such id in {config}; those at its top can be set")
+    return folder
+
+
+def bundle_in(folder: Path) -> Path:
+    """``folder`` itself, or the best bundle of a comparison in it."""
+    best = folder / BEST
+    return folder / best.read_text().strip() if best.is_file() else folder
+
+
+def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The backbone with the highest Dice; without labels the lowest TRE, else the highest NCC."""
+
+    def score(name: str) -> float:
+        metrics = results[name]["metrics"]
+        key = next(key for key in ("dice", "tre", "ncc") if key in metrics)
+        return metrics[key][0] if HIGHER_IS_BETTER[key] else -metrics[key][0]
+
+    return max(results, key=score)
 
 
 def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +103,7 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
 
 
 def _bundle_command(bundle: Path, run_id: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id]
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id]
     for name, value in {
         "config_file": str(list(configs)),
         "meta_file": str(bundle / "configs" / "metadata.json"),

@@ -22,13 +22,14 @@ Batch statistics make no sense with one pair in a batch: BatchNorm is frozen whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from regpipe.errors import InputError
 from regpipe.weights import lay_in, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226  # the means over the three colours
@@ -46,12 +47,12 @@ class Backbone(NamedTuple):
     halve_first: bool = False
 
 
-def _resnet18_stages(net: nn.Module) -> list[nn.Module]:
+def _resnet18_stages(net: Any) -> list[nn.Module]:
     stem = nn.Sequential(net.conv1, net.bn1, net.relu)
     return [stem, nn.Sequential(net.maxpool, net.layer1), net.layer2, net.layer3, net.layer4]
 
 
-def _vgg16_stages(net: nn.Module) -> list[nn.Module]:
+def _vgg16_stages(net: Any) -> list[nn.Module]:
     layers = list(net.features)
     pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
     for i in pools:
@@ -60,7 +61,7 @@ def _vgg16_stages(net: nn.Module) -> list[nn.Module]:
     return [nn.Sequential(*layers[a:b]) for a, b in zip(starts, pools, strict=True)]
 
 
-def _alexnet_stages(net: nn.Module) -> list[nn.Module]:
+def _alexnet_stages(net: Any) -> list[nn.Module]:
     layers = list(net.features)
     layers[0].padding = (5, 5)
     pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
@@ -93,7 +94,7 @@ class Encoder(nn.Module):
         max_stride: coarser stages are cut off: a feature map of two or three voxels tells nothing of motion.
 
     Raises:
-        ValueError: unknown backbone, dimension, or weights that do not fit.
+        InputError: unknown backbone, dimension, or weights that do not fit.
     """
 
     def __init__(
@@ -107,16 +108,15 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
-            raise ValueError(f"unknown backbone '{backbone}': choose one of {', '.join(BACKBONES)}")
+            raise InputError(f"unknown backbone '{backbone}': choose one of {', '.join(BACKBONES)}")
         if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
+            raise InputError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
         spec = BACKBONES[backbone]
         kept = [i for i, stride in enumerate(spec.strides) if stride <= max_stride]
         if not 0 <= freeze <= len(kept):
-            raise ValueError(f"freeze is {freeze}: {backbone} has {len(kept)} stages here")
+            raise InputError(f"freeze is {freeze}: {backbone} has {len(kept)} stages here")
         self.channels = tuple(spec.channels[i] for i in kept)
         self.strides = tuple(spec.strides[i] for i in kept)
-        self.frozen = freeze
         with torch.device("meta"):  # the classifiers, nine tenths of all weights, are never made
             net = spec.build()
         stages = nn.ModuleList(spec.stages(net)[: len(kept)])
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         stages.to_empty(device="cpu")
         _take_grey(stages)
         keep_norm = state is not None and any(name.endswith("running_mean") for name in state)
-        self.stages = adapt(stages, spatial_dims, keep_statistics=keep_norm)
+        self.stages = nn.ModuleList(adapt(stage, spatial_dims, keep_statistics=keep_norm) for stage in stages)
         self.stages.apply(_initialise)
         if state is not None:
             lay_in(self.stages, state, names, source=pretrained)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-from regpipe.images import InputError
 
-__all__ = ["InputError", "cause", "one_line_errors"]
+class InputError(ValueError):
+    """What a user can mend; the message is one line: the file or setting, what is wrong, what to do."""
 
 
 def cause(error: BaseException | None) -> InputError | None:

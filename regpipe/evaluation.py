@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import nn
 
 from regpipe import cost
 from regpipe.casemetrics import write_csv
+from regpipe.files import replace_file
 from regpipe.metrics import HIGHER_IS_BETTER, bootstrap_interval, known
-from regpipe.transforms import replace_file
 
 SHOWN = {  # metric -> (heading, digits); what people read, in this order
     "dice_before": ("Dice before", 3),
@@ -57,6 +58,9 @@ class EvaluationReport:
         self._from = time.perf_counter()
 
     def _stop(self, engine: Engine) -> None:
+        device: torch.device = engine.state.device  # type: ignore[attr-defined]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # Python is ahead of the GPU
         self._seconds.append(time.perf_counter() - self._from)
 
     def __call__(self, engine: Engine) -> None:

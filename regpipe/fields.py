@@ -30,7 +30,9 @@ SQUARINGS = 7
 class Registration(NamedTuple):
     """What registering a batch of pairs gives. Fields are in voxels, see the convention above."""
 
-    velocity: Tensor  # (B, D, *grid), voxels of its own grid, which may be coarser than the images
+    velocity: (
+        Tensor  # (B, D, *grid), voxels of its own grid, maybe coarser than the images; SYMNet: two, (B, 2 D, *grid)
+    )
     displacement: Tensor  # (B, D, *spatial): warps moving onto fixed
     inverse: Tensor  # (B, D, *spatial): warps fixed onto moving
     warped_moving: Tensor  # (B, C, *spatial)

@@ -15,11 +15,12 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 from tqdm import tqdm
 
+from regpipe.errors import InputError
+from regpipe.files import replace_file
 from regpipe.losses import RegistrationLoss
-from regpipe.transforms import replace_file
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(InputError):
     """A loss term stopped being a number."""
 
 
@@ -115,6 +116,7 @@ class BestModel:
         if idist.get_rank() == 0 and engine.state.best_metric_epoch == engine.state.epoch:  # type: ignore[attr-defined]
             wrapped: Any = self.network
             buffer = io.BytesIO()
-            torch.save(getattr(wrapped, "module", wrapped).state_dict(), buffer)  # without DDP's prefix
+            state = getattr(wrapped, "module", wrapped).state_dict()  # without DDP's prefix
+            torch.save({name: tensor.cpu() for name, tensor in state.items()}, buffer)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, buffer.getvalue())

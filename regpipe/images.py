@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +21,16 @@ from nibabel.orientations import inv_ornt_aff, io_orientation
 from PIL import Image as Picture
 from scipy import ndimage
 
+from regpipe.errors import InputError
+
+log = logging.getLogger(__name__)
+
 PathLike = str | Path
 
 NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
 SUFFIXES = NIFTI + ITK + PICTURE
-
-
-class InputError(ValueError):
-    """Something is wrong with the user's data. One line: which file, what is wrong, what to do."""
 
 
 class Image(NamedTuple):
@@ -253,7 +253,7 @@ def _pixels(path: Path, indexed: bool) -> np.ndarray:
             return np.array(picture).T
         rgb = np.array(picture.convert("RGB"))
         if (rgb != rgb[..., :1]).any():
-            warnings.warn(f"{path}: is in colour; its luminance is used", stacklevel=4)
+            log.warning("%s: is in colour; its luminance is used", path)
         return np.array(picture.convert("RGB").convert("L")).T
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -19,13 +20,12 @@ from regpipe.boards import case_pictures
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.errors import InputError, cause
-from regpipe.fields import Registration, jacobian_determinant
-from regpipe.images import Image, read_image, read_label
+from regpipe.fields import Registration
+from regpipe.files import replace_file
+from regpipe.images import PICTURE, Image, read_image, read_label
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.metrics import measure
 from regpipe.pairs import Case, list_pairs
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class FolderRun:
@@ -37,26 +37,44 @@ class FolderRun:
 
     Args:
         dataset_dir: see ``regpipe.list_pairs``.
-        pairing: likewise.
         load: how a case becomes tensors.
         output_dir: a folder per case is made in it.
+        model: the weight file; a case finished with another one, or from other files, is done anew.
+        pairing: see ``regpipe.list_pairs``.
 
     Raises:
         InputError: there is no pair in ``dataset_dir`` at all.
     """
 
-    def __init__(self, dataset_dir: str, *, load: LoadPair, output_dir: str, pairing: str = "all") -> None:
+    def __init__(self, dataset_dir: str, *, load: LoadPair, output_dir: str, model: str, pairing: str = "all") -> None:
         self.load, self.folder = load, Path(output_dir)
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
-        todo = [case for name, case in self.cases.items() if not self._result(name).is_file()]
-        self.dataset = Dataset(data=todo, transform=load)
+        weights = Path(model)
+        self._weights = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+        self.dataset = Dataset(data=self._todo(), transform=load)
+        self._current = ""
 
-    def _result(self, name: str) -> Path:
-        return self.folder / name / "metrics.json"
+    def _result(self, name: str) -> dict[str, Any] | None:
+        """The row of a finished case."""
+        path = self.folder / name / "metrics.json"
+        if not path.is_file():
+            return None
+        row = json.loads(path.read_text())
+        return row if row.pop("made_from", None) == self._made_from(self.cases[name]) else None
+
+    def _made_from(self, case: Case) -> dict[str, Any]:
+        """What a result depends on: each file's name, size and time, and the weights."""
+        files = {key: Path(path) for key, path in case.items() if key != "case"}
+        found = {key: [p.name, p.stat().st_size, p.stat().st_mtime_ns] for key, p in files.items() if p.exists()}
+        return {**found, "weights": self._weights}
+
+    def _todo(self) -> list[Case]:
+        return [c for name, c in self.cases.items() if name not in self.failures and self._result(name) is None]
 
     # No __len__: a case that fails yields no batch, and Ignite would begin again to fill up an epoch.
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.dataset.data = self._todo()
         for i, case in enumerate(tqdm(self.dataset.data, desc="registering", unit="pair")):
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
@@ -66,6 +84,7 @@ class FolderRun:
             except Exception as error:
                 self._fail(case["case"], error)
                 continue
+            self._current = case["case"]
             yield batch
 
     def attach(self, engine: Engine) -> None:
@@ -75,9 +94,13 @@ class FolderRun:
         output: Any = engine.state.output
         name = output["label"]["case"][0]
         try:
-            save_case(self.cases[name], output["label"], output["pred"], self.load, self.folder / name)
+            row = save_case(self.cases[name], output["label"], output["pred"], self.load, self.folder / name)
+            row["made_from"] = self._made_from(self.cases[name])
+            replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
         except InputError as problem:
             self._fail(name, problem)
+        except OSError as problem:  # a full disk, a file where the case's folder should be
+            self._fail(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
 
     def _fail(self, name: str, error: Exception) -> None:
         known = cause(error)
@@ -90,26 +113,43 @@ class FolderRun:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
 
         Raises:
+            InputError: the output folder cannot be made.
             SystemExit: with 1, if a case failed; with 130 on Ctrl-C, finished cases kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            message = f"{self.folder}: cannot be made ({problem.strerror}); give another --output_dir"
+            raise InputError(message) from problem
         finished = len(self.cases) - len(self.dataset)
         if finished:
             print(f"{finished} of {len(self.cases)} cases are finished already")
         try:
-            if len(self.dataset):
-                evaluator.run()
+            while self._todo():
+                self._run(evaluator)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on with the cases that are left")
             raise SystemExit(130) from None
         self._summary()
 
+    def _run(self, evaluator: Engine) -> None:
+        """All that is left, or up to a case that the network cannot take: out of memory, say."""
+        self._current = ""
+        try:
+            evaluator.run()
+        except (RuntimeError, MemoryError) as error:
+            if not self._current:
+                raise  # not a case's fault
+            why = str(error).partition("\n")[0] or type(error).__name__
+            self._fail(self._current, InputError(f"{self._current}: cannot be registered ({why})"))
+
     def _summary(self) -> None:
-        results = [self._result(name) for name in self.cases if self._result(name).is_file()]
-        rows = [json.loads(path.read_text()) for path in results]
+        rows = [row for row in map(self._result, self.cases) if row is not None]
         if rows:
             write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
-        print(f"{len(rows)} of {len(self.cases)} pairs registered; results in {self.folder}")
+        print(
+            f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
+        )
         if self.failures:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
@@ -122,8 +162,8 @@ def _number(value: Any) -> Any:
 
 def save_case(
     case: Case, batch: Mapping[str, Any], prediction: Mapping[str, Any], load: LoadPair, folder: Path
-) -> None:
-    """Everything that one registered case gives, in native space, ``metrics.json`` last.
+) -> dict[str, Any]:
+    """Write everything that one registered case gives, in native space; returns its metrics, on the working grid.
 
     Raises:
         InputError: a native image cannot be read.
@@ -137,15 +177,13 @@ def save_case(
     transforms.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
     transforms.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
     _save_warped(case, fixed, moving, forward, folder, load)
-    jacobian = jacobian_determinant(registration.displacement)[0].cpu().numpy()
-    transforms.write_image(folder / "jacobian.nii.gz", jacobian, fixed_frame)
+    transforms.write_image(folder / "jacobian.nii.gz", transforms.native_jacobian(forward, fixed.affine), fixed.affine)
     shown = case_pictures(batch, prediction)
     for name in ("checkerboard", "overlay"):
         report.save_png(folder / f"{name}.png", shown[name])
     report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
     measured = measure(registration, batch, load.grid.spacing)
-    row = {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}
-    transforms.replace_file(folder / "metrics.json", json.dumps(row, indent=1).encode())
+    return {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}
 
 
 def _array(tensor: Any) -> np.ndarray:
@@ -155,12 +193,12 @@ def _array(tensor: Any) -> np.ndarray:
 def _save_warped(case: Case, fixed: Image, moving: Image, forward: np.ndarray, folder: Path, load: LoadPair) -> None:
     warped = transforms.resample_through(moving, forward, fixed.affine, order=1)
     transforms.write_image(folder / "warped.nii.gz", warped.astype(np.float32), fixed.affine)
-    if case["fixed_image"].lower().endswith(PICTURE_SUFFIXES):
+    if case["fixed_image"].lower().endswith(PICTURE) and warped.min() >= 0:  # pictures have no negative values
         transforms.write_image(folder / "warped.png", warped, fixed.affine)
     if "moving_label" in case:
         label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
         labels = transforms.resample_through(label, forward, fixed.affine, order=0)
-        transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int16), fixed.affine)
+        transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int32), fixed.affine)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

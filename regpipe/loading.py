@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regpipe import images, transforms
 from regpipe.checks import unlike_landmarks
-from regpipe.images import Grid, InputError
+from regpipe.errors import InputError
+from regpipe.images import Grid
 from regpipe.pairs import KINDS, SIDES, Case
 
 
@@ -90,7 +91,7 @@ class LoadPair:
 def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Batch items of ``LoadPair``: tensors stacked, landmarks NaN-padded, ``case`` a list."""
     batch: dict[str, Any] = {"case": [item["case"] for item in items]}
-    for key in items[0].keys() & items[-1].keys():
+    for key in set.intersection(*({*item} for item in items)):  # not every case has a true displacement
         if key.endswith("landmarks"):
             points = [item[key] for item in items]
             batch[key] = torch.nn.utils.rnn.pad_sequence(points, True, float("nan"))

@@ -15,6 +15,7 @@ import torch
 from monai.losses import BendingEnergyLoss, GlobalMutualInformationLoss
 from torch import Tensor, nn
 
+from regpipe.errors import InputError
 from regpipe.fields import (
     Registration,
     differences,
@@ -57,8 +58,7 @@ def lncc(a: Tensor, b: Tensor, *, window: int = 9, epsilon: float = 1e-5) -> Ten
     Source: Avants et al. 2008 (ANTs' CC), normalised by the voxels really inside the window.
     """
     with torch.autocast(a.device.type, enabled=False):
-        centre = a.mean()  # a common offset would cost all digits of the running sums
-        a, b = a.float() - centre, b.float() - centre
+        a, b = (x.float() - x.float().mean() for x in (a, b))  # an offset would cost the running sums all digits
         count = box_sum(torch.ones_like(a[:1]), window)
         mean = box_sum(torch.cat([a, b, a * a, b * b, a * b], 1), window) / count
         mean_a, mean_b, aa, bb, ab = mean.split(1, 1)
@@ -93,10 +93,14 @@ def _mi(r: Registration, target: Target, options: Options) -> Tensor:
 
 
 def _midway(r: Registration, target: Target, options: Options) -> Tensor:
-    """LNCC of both images in the midway space, moving through exp(v/2) and fixed through exp(-v/2) (SYMNet)."""
-    halves = integrate(torch.cat([r.velocity, -r.velocity]) / 2)
-    u = resize(halves, r.displacement.shape[2:])
-    moving, fixed = warp(torch.cat([target["moving_image"], target["fixed_image"]]), u).chunk(2)
+    """LNCC of both images in the midway space: exp(v/2) and exp(-v/2), or exp of SYMNet's two velocities."""
+    moving, fixed = target["moving_image"], target["fixed_image"]
+    if r.velocity.shape[1] == r.displacement.shape[1]:
+        halves = torch.cat([r.velocity, -r.velocity]) / 2
+    else:
+        halves = torch.cat(r.velocity.chunk(2, dim=1)[::-1])
+    u = resize(integrate(halves), moving.shape[2:])
+    moving, fixed = warp(torch.cat([moving, fixed]), u).chunk(2)
     return lncc(moving, fixed, window=options.window)
 
 
@@ -111,7 +115,8 @@ _bending_energy = BendingEnergyLoss()
 
 def _bending(r: Registration, target: Target, options: Options) -> Tensor:
     """Bending energy of the velocity (MONAI's, Rueckert 1999), on the velocity's grid."""
-    return _bending_energy(r.velocity)
+    dim = r.displacement.shape[1]
+    return torch.stack([_bending_energy(v) for v in r.velocity.split(dim, dim=1)]).mean()  # SYMNet has two
 
 
 def _jacobian(r: Registration, target: Target, options: Options) -> Tensor:
@@ -167,6 +172,8 @@ def _landmarks(r: Registration, target: Target, options: Options) -> Tensor:
 
 def _known_field(r: Registration, target: Target, options: Options) -> Tensor:
     """Mean squared distance to the true displacement ``target["displacement"]``, voxels^2 (phantoms)."""
+    if "displacement" not in target:
+        raise InputError("loss term known_field: these pairs have no displacements/ to learn from; give it no weight")
     return (r.displacement - target["displacement"]).square().sum(1).mean()
 
 
@@ -196,7 +203,7 @@ class RegistrationLoss(nn.Module):
         label_ids: the labels that ``dice`` sees; none given: all that a batch's images share.
 
     Raises:
-        ValueError: a term that does not exist, a negative or non-finite weight, no term at all.
+        ValueError: a term that does not exist, a negative or non-finite weight, no term at all, an even window.
     """
 
     def __init__(self, weights: Mapping[str, float], *, window: int = 9, label_ids: Sequence[int] = ()) -> None:
@@ -209,6 +216,8 @@ class RegistrationLoss(nn.Module):
         self.weights = {name: float(w) for name, w in weights.items() if w > 0}
         if not self.weights:
             raise ValueError("every loss weight is 0: give at least one term a weight")
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"the window of lncc must be odd, got {window} voxels")
         self.options = Options(window, tuple(label_ids))
         self.terms: dict[str, float] = {}
 

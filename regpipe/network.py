@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from regpipe.encoders import Encoder
+from regpipe.errors import InputError
 from regpipe.fields import integrate_both, resize, resize_image, warp
-from regpipe.images import InputError
 from regpipe.weights import read_state_dict
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe import images
-from regpipe.images import SUFFIXES, Grid, InputError, PathLike
+from regpipe.errors import InputError
+from regpipe.images import SUFFIXES, Grid, PathLike
 
 Case = dict[str, str]
 SIDES = ("fixed", "moving")
@@ -63,7 +64,7 @@ def list_pairs(
     for value, known in ((split, ("all", "training", "validation")), (pairing, ("all", "first"))):
         if value not in known:
             raise InputError(f"{value!r} is not one of {', '.join(known)}")
-    root = Path(dataset_dir).expanduser().absolute()
+    root = Path(str(dataset_dir)).expanduser().absolute()
     cut = _Cut(split, holdout, seed)
     if root.is_file() and root.suffix.lower() == ".json":
         cases = _from_datalist(root, cut, problems)
@@ -72,7 +73,7 @@ def list_pairs(
     elif any((root / f"{side}_images").is_dir() for side in SIDES):
         cases = _from_two_folders(root, cut, problems)
     else:
-        cases = _from_one_folder(root, cut, pairing)
+        cases = _from_one_folder(root, cut, pairing, problems)
     if max_pairs is not None and max_pairs < len(cases):
         kept = np.random.default_rng(seed).choice(len(cases), max_pairs, replace=False)
         cases = [cases[i] for i in sorted(kept)]
@@ -132,7 +133,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _subjects(root: Path, prefix: str, folder: Path) -> dict[str, Case]:
+def _subjects(root: Path, prefix: str, folder: Path, problems: dict[str, str] | None) -> dict[str, Case]:
     """stem -> {image, label, landmarks} of one set of folders."""
     found = {k: _files(root / (prefix + FOLDERS[k]), s) for k, s in KINDS.items() if k != "image"}
     pictures = _files(folder, SUFFIXES)
@@ -141,7 +142,7 @@ def _subjects(root: Path, prefix: str, folder: Path) -> dict[str, Case]:
     for files in found.values():
         for name, path in files.items():
             if name not in pictures:
-                raise InputError(f"{path}: no image of this stem in {folder}; add it or remove this")
+                _report(problems, name, f"{path}: no image of this stem in {folder}; add it or remove this")
     found["image"] = pictures
     return {n: {k: files[n] for k, files in found.items() if n in files} for n in pictures}
 
@@ -176,7 +177,7 @@ def _report(problems: dict[str, str] | None, case: str, message: str) -> None:
 
 
 def _from_two_folders(root: Path, cut: _Cut, problems: dict[str, str] | None) -> list[Case]:
-    fixed, moving = (_subjects(root, f"{side}_", root / f"{side}_images") for side in SIDES)
+    fixed, moving = (_subjects(root, f"{side}_", root / f"{side}_images", problems) for side in SIDES)
     for one, other, where in ((fixed, moving, "moving"), (moving, fixed, "fixed")):
         for name in one:
             if name not in other:
@@ -188,9 +189,9 @@ def _from_two_folders(root: Path, cut: _Cut, problems: dict[str, str] | None) ->
     return [_case(n, fixed[n], moving[n]) | ({"displacement": true[n]} if n in true else {}) for n in kept]
 
 
-def _from_one_folder(root: Path, cut: _Cut, pairing: str) -> list[Case]:
+def _from_one_folder(root: Path, cut: _Cut, pairing: str, problems: dict[str, str] | None) -> list[Case]:
     inner = root / "images"
-    subjects = _subjects(root, "", inner if inner.is_dir() else root)
+    subjects = _subjects(root, "", inner if inner.is_dir() else root, problems)
     names = list(subjects)
     if len(names) < 2:
         raise InputError(f"{subjects[names[0]]['image']}: is the only image; a pair needs two")
@@ -212,7 +213,7 @@ def _from_datalist(file: Path, cut: _Cut, problems: dict[str, str] | None) -> li
     except (json.JSONDecodeError, AttributeError, TypeError) as cause:
         raise InputError(f"{file}: not a datalist ({cause}); see the layouts") from cause
     cases = {c["case"]: c for c in training + validation}
-    if not cases or len(cases) < len(training) + len(validation):
+    if not (cases or problems) or len(cases) < len(training) + len(validation):
         raise InputError(f"{file}: has no case, or two of one name; give each its own 'case'")
     if validation and cut.split != "all":
         return training if cut.split == "training" else validation

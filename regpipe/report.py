@@ -7,7 +7,7 @@ otherwise. One voxel becomes a square of k x k pixels, k the same for every pict
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from regpipe.fields import jacobian_determinant
+from regpipe.files import replace_file
 
 Array = NDArray[np.floating]
 Picture = NDArray[np.uint8]
@@ -265,16 +266,8 @@ def _captioned(picture: Picture, title: str, height: int) -> Image.Image:
     return cell
 
 
-def save_png(path: str | os.PathLike[str], picture: Picture) -> None:
-    """Write (H, W, 3) or (H, W) uint8 as PNG; folders are made.
-
-    The file is written aside and renamed, so that an old one is replaced whole or not at all.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        Image.fromarray(picture).save(aside, format="PNG")
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
+def save_png(path: str | Path, picture: Picture) -> None:
+    """Write (H, W, 3) or (H, W) uint8 as PNG; folders are made."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    replace_file(path, buffer.getvalue())

@@ -16,9 +16,11 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping
 from monai.utils import set_determinism
+from torch.optim.lr_scheduler import LambdaLR
 
 from regpipe.checks import check_pairs
 from regpipe.errors import InputError, one_line_errors
+from regpipe.images import Grid
 from regpipe.pairs import Case
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class RandomState:
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, *gauss],
             "python": list(random.getstate()[1]),
+            "python_gauss": random.getstate()[2],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,7 +67,7 @@ class RandomState:
             torch.cuda.set_rng_state_all(state["cuda"])
         kind, keys, *rest = state["numpy"]
         np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-        random.setstate((3, tuple(state["python"]), None))
+        random.setstate((3, tuple(state["python"]), state.get("python_gauss")))
 
 
 class Progress:
@@ -95,14 +98,19 @@ class Progress:
         metric = [float(state.best_metric), int(state.best_metric_epoch)]
         return {"settings": self.settings, "best": self.best, "metric": metric, "seconds": self.seconds}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["settings"] != self.settings:
-            old, new = json.loads(state["settings"]), json.loads(self.settings)
-            changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises ``InputError`` where the state of a run with other settings is given."""
+        old, new = json.loads(state["settings"]), json.loads(self.settings)
+        # what only one of them knows is another version's, no difference
+        changed = [f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+        if changed:
             raise InputError(
                 f"the run saved here had other settings ({'; '.join(changed)}): "
                 "give another --ckpt_dir, or --resume False to begin anew"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check(state)
         self.best = state["best"]
         self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["metric"]
         self._before, self._started = state["seconds"], time.monotonic()
@@ -136,12 +144,12 @@ class Run:
     ) -> None:
         self.trainer, self.folder = trainer, Path(folder)
         self.progress = Progress(evaluator, settings)
-        stopper = EarlyStopping(patience, _key_metric, trainer)
-        evaluator.add_event_handler(Events.COMPLETED, stopper)
+        self.stopper = EarlyStopping(patience, _key_metric, trainer)
+        evaluator.add_event_handler(Events.COMPLETED, self.stopper)
         self.objects = {
             **objects,
             "trainer": trainer,
-            "stopper": stopper,
+            "stopper": self.stopper,
             "progress": self.progress,
             "random": RandomState(),
         }
@@ -160,48 +168,98 @@ class Run:
         """The validation metrics of the best epoch so far, and the training time in seconds."""
         return {**self.progress.best, "training_seconds": self.progress.seconds}
 
-    def resume(self) -> int:
-        """Bring back the newest state; returns its epoch, 0 where there is none.
+    def check(self) -> dict[str, Any] | None:
+        """The newest saved state, None where there is none; ask for it before anything else is written over.
 
         Raises:
             InputError: it cannot be read, or it belongs to a run with other settings.
         """
         files = saved_states(self.folder)
         if not files:
-            return 0
-        wanted = self.trainer.state.max_epochs
+            return None
         try:
             saved = torch.load(files[-1], map_location="cpu", weights_only=True)
-            self.progress.load_state_dict(saved["progress"])  # refuses before anything else is touched
-            Checkpoint.load_objects({**self.objects, "checkpointer": self._saver}, saved)
+            self.progress.check(saved["progress"])
         except InputError:
             raise
         except Exception as error:  # a damaged file fails in many ways
-            raise InputError(
-                f"{files[-1]}: cannot be gone on from ({error}); delete it to take the one before"
-            ) from error
+            raise _damaged(files[-1], error) from error
+        return saved
+
+    def resume(self) -> int:
+        """Bring back the newest state; returns its epoch, 0 where there is none.
+
+        Raises:
+            InputError: as ``check``.
+        """
+        saved = self.check()
+        if saved is None:
+            return 0
+        wanted, file = self.trainer.state.max_epochs, saved_states(self.folder)[-1]
+        try:
+            Checkpoint.load_objects({**self.objects, "checkpointer": self._saver}, saved)
+        except Exception as error:  # another network's, of the same settings
+            raise _damaged(file, error) from error
         self.trainer.state.max_epochs = wanted
-        log.info("going on after epoch %d, from %s", self.trainer.state.epoch, files[-1])
+        for scheduler in self.objects.values():
+            if isinstance(scheduler, LambdaLR):
+                _follow(scheduler)
+        log.info("going on after epoch %d, from %s", self.trainer.state.epoch, file)
         return int(self.trainer.state.epoch)
 
     def train(self, *, resume: bool = True) -> None:
         """Train, going on from the newest saved state where there is one; Ctrl-C ends it with that state kept.
 
         Raises:
+            InputError: as ``check``; or the saved run is longer than this one shall be.
             SystemExit: with 130, on Ctrl-C.
         """
         if not resume:
             for path in saved_states(self.folder):
                 path.unlink()
         epoch, epochs = self.resume(), self.trainer.state.max_epochs or 0
-        if epoch >= epochs:
+        if epoch > epochs:
+            message = f"the run saved in {self.folder} has {epoch} epochs already, more than max_epochs {epochs}"
+            raise InputError(f"{message}: give another --ckpt_dir")
+        if epoch == epochs:
             print(f"all {epochs} epochs are done: give more --max_epochs to go on")
+            return
+        if self._stopped_early():
             return
         try:
             self.trainer.run()
         except KeyboardInterrupt:
             print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
             raise SystemExit(130) from None
+        self._stopped_early()
+
+    def _stopped_early(self) -> bool:
+        """Whether the patience is used up; says so."""
+        worse, patience = self.stopper.counter, self.stopper.patience
+        if worse >= patience:
+            print(f"stopped: {worse} validations without a better key metric; give more --patience to go on")
+        return worse >= patience
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    why = str(error).partition("\n")[0] or type(error).__name__
+    return InputError(f"{file}: cannot be gone on from ({why}); delete it to take the one before")
+
+
+def _follow(scheduler: LambdaLR) -> None:
+    """Set the learning rates as the schedule has them now: one over more epochs differs from the one saved."""
+    for group, rate, rule in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * rule(scheduler.last_epoch)
+
+
+def same_dimension(spatial_dims: int | None, grid: Grid) -> None:
+    """Raises ``InputError`` where the dimension that was asked for is not the data's."""
+    if spatial_dims not in (None, len(grid.shape)):
+        raise InputError(
+            f"--spatial_dims {spatial_dims}, but the data are {len(grid.shape)}D: leave it out, or give other data"
+        )
 
 
 def saved_states(folder: str | Path) -> list[Path]:
@@ -213,7 +271,11 @@ def saved_states(folder: str | Path) -> list[Path]:
 def training_seconds(folder: str | Path) -> float:
     """Wall-clock seconds that the run saved in ``folder`` took; NaN where its checkpoints are gone."""
     files = saved_states(folder)
-    return float(torch.load(files[-1], weights_only=True)["progress"]["seconds"]) if files else math.nan
+    return (
+        float(torch.load(files[-1], map_location="cpu", weights_only=True)["progress"]["seconds"])
+        if files
+        else math.nan
+    )
 
 
 def _key_metric(engine: Engine) -> float:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from PIL import Image as Picture
 from scipy import ndimage
 
-from regpipe.images import PICTURE, Image, InputError, PathLike
+from regpipe.errors import InputError
+from regpipe.fields import jacobian_determinant
+from regpipe.files import replace_file
+from regpipe.images import PICTURE, Image, PathLike
 
 WRITABLE = (".nii.gz", ".nii")
 VECTOR = 1007  # the NIfTI intent whose values ITK takes as they are, that is as LPS; 1006 is RAS
@@ -44,6 +47,12 @@ def native_displacement(u: np.ndarray, fixed_affine: np.ndarray, moving_affine: 
     at = _move(np.linalg.inv(fixed_affine), places)
     moved = _move(moving_affine, at + _interpolate(u, at))
     return _flip(moved - places).astype(np.float32)
+
+
+def native_jacobian(d: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """det of the map ``p -> p + d(p)`` at each voxel of d's grid -> (*S) float32; 1 keeps the volume."""
+    u = np.tensordot(np.linalg.inv(affine[:-1, :-1]), _flip(np.asarray(d, np.float64)), axes=1)  # in voxels
+    return jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
 
 
 def grid_displacement(
@@ -145,20 +154,6 @@ def write_image(path: PathLike, array: np.ndarray, affine: np.ndarray) -> None:
         replace_file(path, _picture(path, array))
     else:
         raise InputError(f"{path}: unknown format; use one of {' '.join(WRITABLE + PICTURE)}")
-
-
-def replace_file(path: PathLike, data: bytes) -> None:
-    """Write a whole file or leave what was there: aside, to the disk, then renamed."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _indices(shape: Sequence[int]) -> np.ndarray:

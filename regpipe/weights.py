@@ -13,7 +13,6 @@ Files are read with ``weights_only=True``, always: nothing in them can run.
 
 from __future__ import annotations
 
-import logging
 import pickle
 from pathlib import Path
 
@@ -21,9 +20,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from regpipe.images import InputError
-
-log = logging.getLogger(__name__)
+from regpipe.errors import InputError
 
 MEDICALNET = ("TencentMedicalNet/MedicalNet-Resnet18", "resnet_18_23dataset.pth")
 
@@ -103,7 +100,7 @@ def _medicalnet(backbone: str) -> dict[str, Tensor]:
 
 
 def lay_in(stages: nn.Module, state: dict[str, Tensor], names: dict[str, str], *, source: str) -> list[str]:
-    """Copy ``state`` into ``stages`` in place, fitting 2D to 3D and colour to grey; returns what stayed untouched.
+    """Copy ``state`` into ``stages`` in place, fitting 2D to 3D and colour to grey; returns what it lacks.
 
     Args:
         stages: an encoder's ``nn.ModuleList``.
@@ -131,8 +128,9 @@ def lay_in(stages: nn.Module, state: dict[str, Tensor], names: dict[str, str], *
             f"{source}: not this backbone's weights: {len(essential)} of {len(own)} tensors are not in it, "
             f"e.g. {essential[0]}; name the backbone they belong to"
         )
-    if missing:
-        log.warning("%d shortcut tensors are not in the weight file and stay random", len(missing))
+    for key in missing:  # MedicalNet's shortcuts subsample and pad with empty channels: what an identity kernel does
+        if own[key].ndim > 1:
+            nn.init.dirac_(own[key])
     return missing
 
 

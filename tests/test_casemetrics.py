@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def direct(out: dict) -> list[dict]:
     return rows
 
 
-def run(metric: CaseMetrics, outputs: list[dict], name: str = "key_metric") -> Engine:
+def run(metric: CaseMetrics, outputs: list[dict], name: str = "key_metric") -> Any:
     engine = Engine(lambda _, batch: batch)
     metric.attach(engine, name)
     engine.run(outputs)

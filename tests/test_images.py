@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import itk
@@ -92,16 +91,15 @@ def test_a_picture_is_indexed_column_first_and_its_lps_mm_are_its_pixels(tmp_pat
 
 
 def test_a_colour_picture_becomes_grey_with_a_warning_and_a_grey_rgb_one_without(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     grey = RNG.integers(0, 255, (8, 9), dtype=np.uint8)
     Picture.fromarray(np.stack([grey, grey, 255 - grey], -1)).save(tmp_path / "colour.png")
     Picture.fromarray(np.stack([grey] * 3, -1)).save(tmp_path / "grey.png")
-    with pytest.warns(UserWarning, match="colour.png"):
-        assert read_image(tmp_path / "colour.png").array.shape == (9, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        np.testing.assert_array_equal(read_image(tmp_path / "grey.png").array, grey.T)
+    assert read_image(tmp_path / "colour.png").array.shape == (9, 8)
+    assert "colour.png" in caplog.text
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png").array, grey.T)
+    assert "grey.png" not in caplog.text
 
 
 def test_sixteen_bits_of_a_png_survive(tmp_path: Path) -> None:

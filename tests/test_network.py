@@ -16,11 +16,14 @@ import torchvision
 from torch import Tensor
 
 from regpipe.encoders import BACKBONES
-from regpipe.fields import Registration, register, register_midway, resize_image
+from regpipe.fields import register, register_midway, resize_image
 from regpipe.network import SymmetricNet, SymNet, load_symnet, local_correlation
 
 DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-SIZES = {2: [(40, 33), (37, 50), (9, 5), (1, 2)], 3: [(20, 17, 13), (33, 18, 15), (5, 3, 2)]}
+SIZES: dict[int, list[tuple[int, ...]]] = {
+    2: [(40, 33), (37, 50), (9, 5), (1, 2)],
+    3: [(20, 17, 13), (33, 18, 15), (5, 3, 2)],
+}
 EVERY = pytest.mark.parametrize(("backbone", "dims"), list(itertools.product(BACKBONES, (2, 3))))
 
 
@@ -29,8 +32,9 @@ def built(backbone: str, dims: int) -> SymmetricNet:
     """A network for evaluation, with heads large enough that its velocities are some voxels."""
     torch.manual_seed(0)
     net = SymmetricNet(dims, backbone, width=16).eval()
-    for level in net.levels:
-        torch.nn.init.normal_(level.flow.weight, std=0.03)
+    for name, weight in net.named_parameters():
+        if "flow" in name:
+            torch.nn.init.normal_(weight, std=0.1)
     return net
 
 
@@ -48,7 +52,11 @@ def test_swapping_the_images_flips_the_velocity_to_the_bit(backbone: str, dims: 
         with torch.no_grad():
             v, w = net(both), net(both.flip(1))
             there, back = register(both[:, :1], both[:, 1:], v), register(both[:, 1:], both[:, :1], w)
-        assert v.isfinite().all() and v.abs().max() > 0.01 and v.shape[:2] == (1, dims)
+        assert (
+            v.isfinite().all()
+            and v.abs().max() > (0.3 if size == SIZES[dims][0] else 1e-3)
+            and v.shape[:2] == (1, dims)
+        )
         assert torch.equal(v, -w)
         assert torch.equal(there.displacement, back.inverse) and torch.equal(there.inverse, back.displacement)
         assert torch.equal(there.warped_moving, back.warped_fixed)
@@ -88,6 +96,7 @@ def test_gradients_reach_every_weight(backbone: str, dims: int) -> None:
     assert not unreached
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*is deprecated")
 @EVERY
 def test_a_traced_network_gives_the_same_and_other_shapes_are_undisturbed(
     backbone: str, dims: int, tmp_path: Path
@@ -123,8 +132,8 @@ def test_transferred_and_frozen_weights_keep_the_symmetry_in_training(freeze: in
     (net(both) - 1).square().mean().backward()
     optimiser.step()
     assert torch.equal(net(both), -net(both.flip(1)))
-    stem = net.encoder.stages[0][0].weight.grad
-    assert (stem is None) if freeze else stem.any()
+    stem = net.get_parameter("encoder.stages.0.0.weight").grad
+    assert (stem is None) == bool(freeze)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -135,7 +144,7 @@ def test_the_correlation_is_that_of_shifted_features(dims: int) -> None:
     assert got.shape[1] == 3**dims
     for channel, offset in enumerate(offsets):
         shifted = b.roll([-o for o in offset], dims=list(range(2, 2 + dims)))  # b(x + o)
-        inside = (0, *[slice(1, -1)] * dims)
+        inside: tuple[int | slice, ...] = (0, *[slice(1, -1)] * dims)
         assert torch.allclose(got[:, channel][inside], (a * shifted).mean(1)[inside], atol=1e-6)
     assert torch.equal(got[0, 0].flatten()[0], torch.tensor(0.0))  # zeros beyond the rim
 
@@ -156,36 +165,50 @@ def test_symnet_takes_any_size_in_2d_and_3d_and_is_bounded(size: tuple[int, ...]
     assert got.displacement.shape == (1, len(size), *size) and got.warped_moving.isfinite().all()
 
 
+Reference = dict[str, np.ndarray]
+Block = tuple[slice, slice, slice]
+
+
 @pytest.fixture(scope="module")
-def authors_pair() -> tuple[Registration, dict[str, np.ndarray]]:
-    """Our registration (fixed A, moving B) by the authors' weights, and what their code computed."""
+def authors() -> tuple[Tensor, Tensor, Reference]:
+    """The authors' pair (A, B), our velocities by their weights, and what their own code computed."""
     folder = DATA / "symnet"
     if not folder.is_dir():
         pytest.skip(f"no SYMNet weights and images in {folder} (set REGPIPE_DATA)")
     images = []
     for name in "AB":
         image = np.asarray(nib.load(folder / f"image_{name}.nii.gz").dataobj, dtype=np.float32)  # type: ignore[attr-defined]
-        images.append(torch.from_numpy((image - image.min()) / (image.max() - image.min()))[None, None])
-    with torch.no_grad():
-        velocities = load_symnet(str(folder / "symnet_oasis.pth")).eval()(torch.cat(images, 1))
-        registration = register_midway(images[0], images[1], velocities)
-    with np.load(folder / "reference.npz") as reference:
-        return registration, dict(reference)
+        images.append(torch.from_numpy((image - image.min()) / (image.max() - image.min())))
+    both = torch.stack(images)[None]
+    with torch.no_grad(), np.load(folder / "reference.npz") as reference:
+        return both, load_symnet(str(folder / "symnet_oasis.pth")).eval()(both), dict(reference)
 
 
-def test_symnet_reproduces_its_authors_output(authors_pair: tuple[Registration, dict[str, np.ndarray]]) -> None:
-    ours, theirs = authors_pair
-    to_moving, to_fixed = ours.velocity.chunk(2, dim=1)
-    expected = {
-        "velocity_AB": to_moving,
-        "velocity_BA": to_fixed,
-        "displacement_B_to_A": ours.displacement,
-        "displacement_A_to_B": ours.inverse,
-        "warped_B": ours.warped_moving,
-        "warped_A": ours.warped_fixed,
-    }
-    inside = (slice(None), *[slice(2, -2)] * 3)  # 8 voxels, of every 4th: their sampler pads with zeros
-    for name, field in expected.items():
-        difference = field[0, :, ::4, ::4, ::4].numpy() - theirs[name]
-        assert np.abs(difference[inside]).max() < 1e-3, name  # voxels; 3e-5 to 6e-5 measured
-    assert np.abs(theirs["displacement_B_to_A"]).max() > 3  # there is something to reproduce
+def registration_errors(authors: tuple[Tensor, Tensor, Reference], block: Block, margin: int) -> dict[str, float]:
+    """Largest difference by field, A fixed and B moving, in ``block`` without its outer ``margin``: multiples of 4."""
+    (both, velocities, theirs), place = authors, (slice(None), slice(None), *block)
+    ours = register_midway(both[place][:, :1], both[place][:, 1:], velocities[place])
+    names = {"displacement_B_to_A": ours.displacement, "displacement_A_to_B": ours.inverse}
+    names |= {"warped_B": ours.warped_moving, "warped_A": ours.warped_fixed}
+    seen = {name: theirs[name][(slice(None), *(slice(s.start // 4, s.stop // 4) for s in block))] for name in names}
+    assert np.abs(seen["displacement_B_to_A"]).max() > 1  # there is something to reproduce
+    inner = (slice(None), *[slice(margin // 4, -margin // 4)] * 3)
+    return {k: np.abs(u[0, :, ::4, ::4, ::4].numpy() - seen[k])[inner].max() for k, u in names.items()}
+
+
+def test_symnet_reproduces_its_authors_velocities(authors: tuple[Tensor, Tensor, Reference]) -> None:
+    for name, ours in zip(("velocity_AB", "velocity_BA"), authors[1][0].chunk(2), strict=True):
+        assert np.abs(ours[:, ::4, ::4, ::4].numpy() - authors[2][name]).max() < 1e-3  # voxels
+
+
+def test_symnet_reproduces_its_authors_registration_in_the_middle(authors: tuple[Tensor, Tensor, Reference]) -> None:
+    # nothing moves by the 16 voxels that the block is cut short by, so the rest is as in the whole volume
+    errors = registration_errors(authors, (slice(32, 128), slice(32, 160), slice(48, 176)), 16)
+    assert max(errors.values()) < 1e-3, errors  # voxels; of intensity for the images
+
+
+@pytest.mark.slow  # 25 s and more of warping on one thread
+def test_symnet_reproduces_its_authors_registration(authors: tuple[Tensor, Tensor, Reference]) -> None:
+    # 8 voxels in: their sampler pads with zeros
+    errors = registration_errors(authors, (slice(0, 160), slice(0, 192), slice(0, 224)), 8)
+    assert max(errors.values()) < 1e-3, errors

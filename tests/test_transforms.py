@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from regpipe import transforms
+from regpipe import files, transforms
 from regpipe.images import Grid, Image, InputError, read_image, to_grid
 
 
@@ -314,9 +314,9 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(name, array, t
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    monkeypatch.setattr(transforms.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        transforms.replace_file(path, b"new")
+        files.replace_file(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

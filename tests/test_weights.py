@@ -113,18 +113,24 @@ def medicalnet(resnet: State) -> dict[str, State]:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_medicalnet_weights_come_through_its_hub_and_leave_only_shortcuts_random(
-    dims: int, resnet: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_medicalnet_weights_come_through_its_hub_and_its_shortcuts_pass_on(
+    dims: int, resnet: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, str]] = []
+
+    def download(**what: str) -> str:
+        asked.append(what)
+        return path
+
     hub = types.ModuleType("huggingface_hub")
     path = saved(medicalnet(resnet), tmp_path / "resnet_18_23dataset.pth")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda **what: asked.append(what) or path, raising=False)
+    monkeypatch.setattr(hub, "hf_hub_download", download, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     got = Encoder("resnet18", dims, pretrained="medicalnet").state_dict()
     same = Encoder("resnet18", dims, pretrained=path).state_dict()  # the file given by hand
     assert asked == [{"repo_id": "TencentMedicalNet/MedicalNet-Resnet18", "filename": "resnet_18_23dataset.pth"}]
-    assert "shortcut" in caplog.text
+    shortcut = got["stages.2.0.downsample.0.weight"].flatten(1)  # 64 channels to 128: its own have no weights
+    assert torch.equal(shortcut, torch.eye(128, 64))
     expected = resnet["layer1.0.conv1.weight"]
     for state in (got, same):
         weight = state["stages.1.1.0.conv1.weight"]

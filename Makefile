@@ -1,0 +1,44 @@
+# The two commands of the README, and what developers run. Each makes what it needs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: demo test test-slow lint bundles clean
+
+$(BIN)/regpipe: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@
+
+# Train the three bundles on synthetic ultrasound, compare them, register new pairs with the best.
+demo: $(BIN)/regpipe
+	$(BIN)/regpipe phantom $(DEMO)/training --pairs 150
+	$(BIN)/regpipe phantom $(DEMO)/new --pairs 6 --seed 1
+	$(BIN)/regpipe compare $(DEMO)/training -o $(DEMO)/comparison --set max_epochs=16 --set pairs_per_epoch=40
+	$(BIN)/regpipe register $(DEMO)/new --bundle $(DEMO)/comparison -o $(DEMO)/registered
+	@echo
+	@cat $(DEMO)/comparison/comparison.md
+	@echo
+	@echo "transforms  $(DEMO)/registered/case_000/displacement.nii.gz, inverse_displacement.nii.gz (LPS mm: ITK, ANTs, Slicer)"
+	@echo "pictures    $(DEMO)/registered/case_000/sheet.png"
+	@echo "metrics     $(DEMO)/registered/metrics.csv"
+	@echo "dashboard   $(BIN)/tensorboard --logdir $(DEMO)/comparison"
+
+test: $(BIN)/regpipe
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(BIN)/regpipe
+	$(BIN)/python -m pytest -m slow
+
+lint: $(BIN)/regpipe
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The three bundles are written from regpipe/bundle; edit there.
+bundles: $(BIN)/regpipe
+	$(BIN)/python -c "from regpipe.bundles import write_all; write_all('bundles')"
+
+clean:
+	rm -rf $(DEMO) .venv

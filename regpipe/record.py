@@ -1,0 +1,71 @@
+"""What a model was trained on, kept beside it: evaluating and inference need not be told again, nor be told wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regpipe.errors import InputError
+from regpipe.files import replace_file
+from regpipe.pairs import Case
+
+NAME = "training.json"
+DATA = ("dataset_dir", "holdout", "pairing", "seed", "landmark_channels")
+
+
+def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
+    """Keep the choices ``DATA`` and the images of the training pairs beside the model."""
+    about = {key: data[key] for key in DATA} | {"dataset_dir": str(Path(str(data["dataset_dir"])).absolute())}
+    text = json.dumps({**about, "training_images": _images(cases)}, indent=1)
+    replace_file(Path(ckpt_dir) / NAME, text.encode())
+
+
+def read(ckpt_dir: str) -> dict[str, Any]:
+    """What ``write`` kept; without training images where nothing is trained yet.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = Path(ckpt_dir) / NAME
+    if not path.is_file():
+        return {"pairing": "all", "landmark_channels": None, "training_images": []}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); train again") from error
+
+
+def default_split(dataset_dir: str, record: dict[str, Any]) -> str:
+    """``validation`` of the data that the model was trained on, ``all`` of any other."""
+    return "validation" if str(Path(str(dataset_dir)).absolute()) == record.get("dataset_dir") else "all"
+
+
+def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> None:
+    """A model is not evaluated on what it was trained on.
+
+    A sequence's fixed image is in every pair of it, and is no leak while the moving ones are held out.
+
+    Raises:
+        InputError: a case's moving image, or both of its images, were trained on.
+    """
+    seen = set(record["training_images"])
+    leaks = [case["case"] for case in cases if case["moving_image"] in seen]
+    if leaks:
+        raise InputError(
+            f"{len(leaks)} of {len(cases)} pairs hold images that the model was trained on, e.g. {leaks[0]}: "
+            "evaluate with the data, holdout, pairing and seed of the training (the default), or on other data"
+        )
+
+
+def digest(cases: Sequence[Case]) -> str:
+    """A short hash of the pairs' names and of their images' sizes: other data, another digest."""
+    sizes = {path: Path(path).stat().st_size for path in _images(cases)}
+    known = [(c["case"], sizes[c["fixed_image"]], sizes[c["moving_image"]]) for c in cases]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+
+
+def _images(cases: Sequence[Case]) -> list[str]:
+    return sorted({case[f"{side}_image"] for case in cases for side in ("fixed", "moving")})

@@ -1,0 +1,145 @@
+"""What a user types, and what comes back: help, results, one line for a mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import as_if_in_its_own_process, deforming_bundle
+from typer.testing import CliRunner
+
+from regpipe import cli, doctor, transforms
+from regpipe.bundles import write_bundle
+from regpipe.images import Grid
+from regpipe.inference import read_rows
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deforming_bundle(tmp_path_factory.mktemp("model") / "bundle", Grid((32, 32), (1.0, 1.0)))
+
+
+def regpipe(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit status of ``regpipe ARGUMENTS``."""
+    monkeypatch.setattr("sys.argv", ["regpipe", *(str(a) for a in arguments)])
+    with as_if_in_its_own_process(), pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+HELP = {
+    "register": ("FIXED MOVING", "--bundle", "--out", "--fixed-label", "--pairing", "trained bundle", "LPS mm"),
+    "compare": ("phantoms", "--backbones", "resnet18,vgg16,alexnet", "--set", "ID=VALUE", "tensorboard --logdir"),
+    "phantom": ("ultrasound or mr", "--shape", "--pairs", "--seed", "true displacement"),
+    "doctor": ("versions", "ITK"),
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_says_what_a_newcomer_needs(command: str) -> None:
+    shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    text = re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", shown.output))
+    assert shown.exit_code == 0
+    for words in HELP[command]:
+        assert words in text, words
+
+
+def test_the_overview_lists_every_command() -> None:
+    text = CliRunner().invoke(cli.app, ["--help"]).output
+    assert all(command in text for command in HELP)
+
+
+def test_a_folder_is_registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cohort: Path, bundle: Path) -> None:
+    assert regpipe(monkeypatch, "register", cohort, "--bundle", bundle, "-o", tmp_path / "out") == 0
+    assert [row["case"] for row in read_rows(tmp_path / "out" / "metrics.csv")] == [f"case_00{i}" for i in range(5)]
+
+
+def test_two_files_are_registered_with_their_labels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cohort: Path, bundle: Path
+) -> None:
+    monkeypatch.chdir(cohort)  # relative paths, as people type them
+    files = ["fixed_images/case_000.nii.gz", "moving_images/case_001.nii.gz"]
+    labels = ["--fixed-label", "fixed_labels/case_000.nii.gz", "--moving-label", "moving_labels/case_001.nii.gz"]
+    assert regpipe(monkeypatch, "register", *files, "--bundle", bundle, "--out", tmp_path, *labels) == 0
+    (row,) = read_rows(tmp_path / "metrics.csv")
+    assert row["case"] == "case_001_to_case_000" and 0 < row["dice"] < 1
+    assert (tmp_path / "case_001_to_case_000" / "warped_label.nii.gz").is_file()
+
+
+def test_register_without_arguments_wanted_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert regpipe(monkeypatch, "register") == 2
+
+
+def mistakes(root: Path, cohort: Path, bundle: Path) -> dict[str, tuple[list[object], str]]:
+    new, out = write_bundle("resnet18", root / "new"), root / "out"
+    one = cohort / "fixed_images" / "case_000.nii.gz"
+    with_bundle = ["--bundle", bundle, "-o", out]
+    return {
+        "no bundle": (["register", cohort, "--bundle", root / "none", "-o", out], "none/configs/inference.yaml"),
+        "untrained": (["register", cohort, "--bundle", new, "-o", out], "new/models/model.pt: no trained model"),
+        "no folder": (["register", root / "nowhere", *with_bundle], "nowhere: no such folder"),
+        "no file": (["register", one, root / "gone.nii", *with_bundle], "gone.nii: no such file"),
+        "three files": (["register", one, one, one, *with_bundle], "3 inputs: give one folder, or FIXED and MOVING"),
+        "label": (["register", cohort, "--fixed-label", one, *with_bundle], "two files"),
+        "pairing": (
+            ["register", cohort / "fixed_images", "--pairing", "last", *with_bundle],
+            "'last' is not one of all",
+        ),
+        "output": (["register", cohort, "--bundle", bundle, "-o", one], "case_000.nii.gz: cannot be made"),
+        "kind": (["phantom", root / "p", "--kind", "ct"], "ct"),
+        "shape": (["phantom", root / "p", "--shape", "big"], "--shape"),
+        "pairs": (["phantom", root / "p", "--pairs", 0], "0 pairs"),
+        "occupied": (["phantom", bundle], "holds something else"),
+        "unwritable": (["phantom", "/dev/null/p"], "/dev/null"),
+        "set": (["compare", "-o", out, "--set", "max_epochs"], "--set wants ID=VALUE"),
+        "backbone": (["compare", "-o", out, "--backbones", "resnet"], "'resnet': choose one of resnet18"),
+        "overlay": (["compare", "-o", out, "--overlay", root / "o.yaml"], "o.yaml"),
+    }
+
+
+NAMES = [
+    *("no bundle", "untrained", "no folder", "no file", "three files", "label", "pairing", "output"),
+    *("kind", "shape", "pairs", "occupied", "unwritable", "set", "backbone", "overlay"),
+]
+
+
+@pytest.mark.parametrize("mistake", NAMES)
+def test_a_mistake_ends_in_one_line_and_status_1(
+    mistake: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cohort: Path,
+    bundle: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arguments, said = mistakes(tmp_path, cohort, bundle)[mistake]
+    assert regpipe(monkeypatch, *arguments) == 1
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and said in lines[0] and "Traceback" not in printed
+
+
+def test_phantoms_of_one_seed_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = ("--kind", "mr", "--shape", "32,32", "--pairs", "2")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert regpipe(monkeypatch, "phantom", tmp_path / name, *options, "--seed", seed) == 0
+    a, b, c = (
+        {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()}
+        for name in "abc"
+    )
+    assert len(a) > 10 and a == b and a.keys() == c.keys()
+    assert all(a[file] != c[file] for file in a if file.endswith((".gz", ".csv")))
+
+
+def test_the_doctor_finds_all_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert regpipe(monkeypatch, "doctor") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all is well" and any("itk 5" in line for line in lines)
+
+
+def test_the_doctor_does_not_hide_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = transforms.write_displacement
+    monkeypatch.setattr("regpipe.transforms.write_displacement", lambda path, d, affine: real(path, -d, affine))
+    with pytest.raises(RuntimeError, match="ITK reads another field"):
+        doctor._itk()

@@ -1,0 +1,223 @@
+"""Handlers on a real trainer: nothing that is no number reaches the weights, errors surface, the best model is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from torch import nn
+
+from regpipe.engines import RegistrationInferer, prepare_batch
+from regpipe.handlers import BestModel, GradientClip, NanGuard, Progress, TrainingDiverged
+from regpipe.losses import RegistrationLoss
+
+CPU = torch.device("cpu")
+
+
+def batch(*names: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(map(ord, "".join(names))))
+    fixed, moving = torch.rand(2, len(names), 1, 12, 12, generator=generator)
+    return {"case": list(names), "fixed_image": fixed, "moving_image": moving}
+
+
+def trainer(
+    network: nn.Module, data: list[dict], loss: nn.Module, *handlers: Any, epochs: int = 1, rate: float = 0.01
+) -> SupervisedTrainer:
+    return SupervisedTrainer(
+        CPU,
+        epochs,
+        data,
+        network,
+        torch.optim.SGD(network.parameters(), lr=rate),
+        loss,
+        inferer=RegistrationInferer(squarings=3),
+        prepare_batch=prepare_batch,
+        train_handlers=list(handlers),
+        decollate=False,
+    )
+
+
+def evaluator(network: nn.Module, scores: list[float], *handlers: Any) -> SupervisedEvaluator:
+    """An evaluator whose key metric at epoch n is ``scores[n - 1]``, whatever the network does."""
+    engine = SupervisedEvaluator(
+        CPU,
+        [batch("a")],
+        network,
+        inferer=RegistrationInferer(squarings=1),
+        prepare_batch=prepare_batch,
+        key_val_metric={"key_metric": _Score(scores)},  # type: ignore[dict-item]
+        val_handlers=list(handlers),
+        decollate=False,
+    )
+    return engine
+
+
+class _Score:
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = scores
+
+    def attach(self, engine: Any, name: str) -> None:
+        def note(engine: Any) -> None:
+            engine.state.metrics[name] = self.scores[engine.state.epoch - 1]
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED, note)
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Conv2d(2, 2, 3, padding=1)
+
+
+def states(network: nn.Module, data: list[dict], loss: nn.Module, *handlers: Any) -> tuple[list[dict], Exception]:
+    """The weights before each iteration, and the error that ends the training."""
+    engine, seen = trainer(network, data, loss, *handlers), []
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda: seen.append(copy.deepcopy(network.state_dict())))
+    with pytest.raises(TrainingDiverged) as caught:
+        engine.run()
+    return seen, caught.value
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_term_that_is_no_number_stops_the_training_names_itself_and_its_case_and_spares_the_weights(value) -> None:
+    network, loss = net(), RegistrationLoss({"diffusion": 1, "mse": 1}, window=5)
+    bad = batch("case_17", "case_18")
+    bad["fixed_image"][1, 0, 3, 3] = value
+    # the network must not see it: then every term would be none
+    seen, error = states(_Blind(network), [batch("a"), bad, batch("b")], loss, NanGuard(loss))
+    assert "loss term mse is not finite at iteration 2" in str(error)
+    assert "case case_17, case_18" in str(error) and "diffusion" not in str(error)
+    assert len(seen) == 2 and not same(seen[0], seen[1])
+    assert same(seen[1], _Blind(network).state_dict())
+
+
+class _Blind(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pair: torch.Tensor) -> torch.Tensor:
+        return self.inner(pair.nan_to_num(posinf=0))
+
+
+def test_a_sum_that_overflows_is_named_as_the_loss() -> None:
+    network, loss = net(), RegistrationLoss({"mse": 1e40})  # beyond float32
+    _, error = states(network, [batch("a")], loss, NanGuard(loss))
+    assert "loss term loss is not finite at iteration 1, case a" in str(error)
+
+
+def test_finite_losses_pass_the_guard() -> None:
+    loss = RegistrationLoss({"mse": 1})
+    engine = trainer(net(), [batch("a"), batch("b")], loss, NanGuard(loss), epochs=2)
+    engine.run()
+    assert engine.state.iteration == 4
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1e4, 0.25), (1e-4, None)])
+def test_large_gradients_are_scaled_to_the_norm_and_small_ones_left_alone(weight, expected) -> None:
+    network, loss, norms = net(), RegistrationLoss({"mse": weight}), []
+
+    def norm(*_: Any) -> None:
+        grads = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        norms.append(float(torch.cat(grads).norm()))
+
+    engine = trainer(network, [batch("a")], loss)
+    engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, norm)
+    GradientClip(network, max_norm=0.25).attach(engine)
+    engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, norm)
+    engine.run()
+    assert norms[1] == pytest.approx(expected or norms[0], rel=1e-4)
+    assert (norms[0] > 0.25) == (expected is not None)
+
+
+def test_a_gradient_that_is_no_number_spares_the_weights() -> None:
+    class Root(nn.Module):
+        """The square root of nothing: a finite value with an infinite gradient."""
+
+        def forward(self, prediction: dict, target: dict) -> torch.Tensor:
+            scale = 0.0 if "bad" in target["case"] else 1.0
+            return (prediction["velocity"] * scale).square().sum().sqrt()
+
+    network = net()
+    seen, error = states(network, [batch("a"), batch("bad")], Root(), GradientClip(network))
+    assert "the gradient is not finite at iteration 2, case bad" in str(error)
+    assert same(seen[1], network.state_dict())
+
+
+def test_the_bar_counts_all_iterations_shows_terms_and_best_and_closes(capsys) -> None:
+    loss = RegistrationLoss({"mse": 1})
+    validator = evaluator(net(), [0.5])
+    validator.run(1)
+    progress = Progress(loss, validator)
+    trainer(net(), [batch("a"), batch("b")], loss, progress, epochs=3).run()
+    assert progress.bar.n == progress.bar.total == 6
+    shown = capsys.readouterr().err
+    assert "epoch=3" in shown and f"mse={loss.terms['mse']:.4f}" in shown and "best=0.5" in shown
+
+
+@pytest.mark.parametrize("error", [ValueError("in the loss"), KeyboardInterrupt()])
+def test_the_bar_swallows_no_error(error) -> None:
+    loss = RegistrationLoss({"mse": 1})
+    engine = trainer(net(), [batch("a"), batch("b")], loss, Progress(loss, evaluator(net(), [])))
+
+    def stop() -> None:
+        raise error
+
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), stop)
+    with pytest.raises(type(error)) as caught:
+        engine.run()
+    assert caught.value is error
+
+
+def saved(path: Path) -> Callable[[nn.Module], bool]:
+    return lambda network: same(torch.load(path, weights_only=True), network.state_dict())
+
+
+def change(network: nn.Module, epoch: int) -> None:
+    nn.init.constant_(network.bias, epoch)  # type: ignore[arg-type]
+
+
+def test_the_best_model_is_that_of_the_best_epoch(tmp_path) -> None:
+    network, path = net(), tmp_path / "new" / "model.pt"
+    engine = evaluator(network, [0.3, 0.7, 0.6, 0.7], BestModel(network, str(path)))
+    kept = []
+    for epoch in range(1, 5):
+        change(network, epoch)
+        engine.run(epoch)
+        kept.append(float(torch.load(path, weights_only=True)["bias"][0]))
+    assert kept == [1, 2, 2, 2]  # a tie is no improvement
+    assert [p.name for p in path.parent.iterdir()] == ["model.pt"]  # nothing half-written beside it
+
+
+def test_after_a_resume_a_worse_model_does_not_replace_a_better_one(tmp_path) -> None:
+    network, path = net(), tmp_path / "model.pt"
+    engine = evaluator(network, [0.8], BestModel(network, str(path)))
+    engine.run(1)
+    best = copy.deepcopy(network)
+    later = evaluator(network, [0.8, 0.5, 0.9], BestModel(network, str(path)))
+    later.state.best_metric, later.state.best_metric_epoch = 0.8, 1  # as runs.Progress brings it back
+    change(network, 2)
+    later.run(2)
+    assert saved(path)(best)
+    change(network, 3)
+    later.run(3)
+    assert saved(path)(network)
+
+
+def test_the_model_of_a_parallel_network_is_saved_without_its_wrapper(tmp_path) -> None:
+    network, path = net(), tmp_path / "model.pt"
+    wrapped = nn.Module()
+    wrapped.module = network
+    wrapped.forward = network.forward
+    evaluator(wrapped, [0.8], BestModel(wrapped, str(path))).run(1)
+    assert saved(path)(network)

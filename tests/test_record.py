@@ -1,0 +1,61 @@
+"""A model knows what it was trained on, and is not evaluated on that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Command, evaluate, two_folders
+
+from regpipe import InputError, list_pairs, record
+from regpipe.cohort import write_cohort
+
+CHOICES = {"dataset_dir": "data", "holdout": 0.2, "pairing": "all", "seed": 3, "landmark_channels": 1}
+
+
+def case(moving: str, fixed: str) -> dict[str, str]:
+    return {"case": f"{moving}_to_{fixed}", "moving_image": moving, "fixed_image": fixed}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    record.write(str(tmp_path), [case("a", "b"), case("b", "a")], CHOICES)
+    found = record.read(str(tmp_path))
+    assert found == {**CHOICES, "dataset_dir": str(Path("data").absolute()), "training_images": ["a", "b"]}
+
+
+def test_nothing_is_known_before_training_and_a_damaged_record_is_named(tmp_path: Path) -> None:
+    assert record.read(str(tmp_path))["training_images"] == []
+    (tmp_path / record.NAME).write_text("{")
+    with pytest.raises(InputError, match=record.NAME):
+        record.read(str(tmp_path))
+
+
+def test_other_data_are_evaluated_whole_and_the_training_data_in_their_held_out_part(tmp_path: Path) -> None:
+    record.write(str(tmp_path), [case("a", "b")], CHOICES)
+    found = record.read(str(tmp_path))
+    assert record.default_split("data", found) == "validation"
+    assert record.default_split("other", found) == "all"
+
+
+def test_pairs_whose_moving_image_was_trained_on_are_refused() -> None:
+    known = {"training_images": ["a", "b"]}
+    with pytest.raises(InputError, match="1 of 2 .* a_to_c"):
+        record.refuse_training_images([case("a", "c"), case("c", "d")], known)
+    record.refuse_training_images([case("c", "a")], known)  # a sequence's first frame
+
+
+def test_the_digest_tells_data_apart(tmp_path: Path) -> None:
+    one, same = list_pairs(two_folders(tmp_path / "a")), list_pairs(two_folders(tmp_path / "a"))
+    assert record.digest(one) == record.digest(same)
+    assert record.digest(one) != record.digest(one[1:])
+
+
+def test_evaluating_with_another_seed_is_refused_and_new_data_are_evaluated_whole(
+    tmp_path: Path, trained: Path, cohort: Path, monai_bundle: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Exception) as failure:  # MONAI wraps it; as a process it ends in its line
+        evaluate(monai_bundle, trained, cohort, "--output_dir", tmp_path, "--seed", 1, "--holdout", 4)
+    assert "trained on" in str(failure.value.__cause__)
+    new = write_cohort(tmp_path / "new", shape=(32, 32), n_pairs=3, seed=9)
+    evaluate(monai_bundle, trained, new, "--output_dir", tmp_path / "out")
+    assert "3 cases" in capsys.readouterr().out
