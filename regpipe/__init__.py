@@ -7,36 +7,67 @@
 The convention of every field stands at the top of ``regpipe.fields``.
 """
 
-from regpipe.errors import InputError
-from regpipe.pairs import list_pairs, working_grid
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from regpipe.checks import check_pairs  # isort: skip  (the order is that of the picture)
-from regpipe.loading import LoadPair, collate_pairs  # isort: skip
-from regpipe.encoders import BACKBONES, Encoder  # isort: skip
-from regpipe.network import SymmetricNet, SymNet, load_symnet  # isort: skip
-from regpipe.fields import Registration, compose, integrate, register, warp  # isort: skip
-from regpipe.losses import RegistrationLoss  # isort: skip
-from regpipe.metrics import measure  # isort: skip
+if TYPE_CHECKING:
+    from regpipe.checks import check_pairs as check_pairs
+    from regpipe.encoders import BACKBONES as BACKBONES
+    from regpipe.encoders import Encoder as Encoder
+    from regpipe.errors import InputError as InputError
+    from regpipe.fields import (
+        Registration as Registration,
+    )
+    from regpipe.fields import (
+        compose as compose,
+    )
+    from regpipe.fields import (
+        integrate as integrate,
+    )
+    from regpipe.fields import (
+        register as register,
+    )
+    from regpipe.fields import (
+        warp as warp,
+    )
+    from regpipe.loading import LoadPair as LoadPair
+    from regpipe.loading import collate_pairs as collate_pairs
+    from regpipe.losses import RegistrationLoss as RegistrationLoss
+    from regpipe.metrics import measure as measure
+    from regpipe.network import SymmetricNet as SymmetricNet
+    from regpipe.network import SymNet as SymNet
+    from regpipe.network import load_symnet as load_symnet
+    from regpipe.pairs import list_pairs as list_pairs
+    from regpipe.pairs import working_grid as working_grid
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BACKBONES",
-    "Encoder",
-    "InputError",
-    "LoadPair",
-    "Registration",
-    "RegistrationLoss",
-    "SymNet",
-    "SymmetricNet",
-    "check_pairs",
-    "collate_pairs",
-    "compose",
-    "integrate",
-    "list_pairs",
-    "load_symnet",
-    "measure",
-    "register",
-    "warp",
-    "working_grid",
-]
+# The public names in the picture's order, and their rooms: each is opened when it is asked for first, because
+# torch and MONAI take seconds to load and a command line's --help shall not.
+_ROOMS = {
+    "InputError": "errors",
+    "list_pairs": "pairs",
+    "working_grid": "pairs",
+    "check_pairs": "checks",
+    "LoadPair": "loading",
+    "collate_pairs": "loading",
+    "BACKBONES": "encoders",
+    "Encoder": "encoders",
+    "SymmetricNet": "network",
+    "SymNet": "network",
+    "load_symnet": "network",
+    "Registration": "fields",
+    "register": "fields",
+    "warp": "fields",
+    "compose": "fields",
+    "integrate": "fields",
+    "RegistrationLoss": "losses",
+    "measure": "metrics",
+}
+__all__ = list(_ROOMS)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'regpipe' has no attribute '{name}'")
+    return getattr(import_module(f"regpipe.{_ROOMS[name]}"), name)

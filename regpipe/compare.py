@@ -7,6 +7,7 @@ comparison is nothing else than what a user of the bundles gets; a backbone whos
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ def _costs(result: Mapping[str, Any]) -> list[str]:
         f"{result['parameters'] / 1e6:.1f}",
         f"{result['flops'] / 1e9:.1f}",
         f"{result['peak_memory_bytes'] / 2**30:.2f}",
-        f"{result['training_seconds'] / 60:.1f}",
+        f"{(result['training_seconds'] or math.nan) / 60:.1f}",
     ]
 
 
@@ -143,7 +144,7 @@ def write_tables(out: Path, page: str, results: Mapping[str, Mapping[str, Any]])
             lines.append(f"{name},{metric}," + ",".join(f"{v:.6g}" for v in result["metrics"][metric]))
         lines.append(f"{name},seconds_per_pair," + ",".join(f"{v:.6g}" for v in result["seconds_per_pair"]))
         for cost in ("parameters", "flops", "peak_memory_bytes", "training_seconds"):
-            lines.append(f"{name},{cost},{result[cost]:.6g},,")
+            lines.append(f"{name},{cost},{result[cost] or math.nan:.6g},,")
     replace_file(out / "comparison.csv", ("\n".join(lines) + "\n").encode())
     with SummaryWriter(str(out / "comparison")) as writer:
         writer.add_text("comparison", page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ class EvaluationReport:
             "parameters": cost.parameters(self.network),
             "flops": cost.flops(self.network, self.shape),
             "peak_memory_bytes": cost.peak_memory(),  # of evaluating
-            "training_seconds": self.training_seconds,
+            "training_seconds": None if math.isnan(self.training_seconds) else self.training_seconds,
         }
         replace_file(self.folder / "summary.json", json.dumps(result, indent=1).encode())
         print(table({"held out": metrics}))

@@ -82,7 +82,7 @@ class Progress:
         total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
         # a log file gets a line now and then, a terminal a bar that moves
         every = 0.5 if sys.stderr.isatty() else 10
-        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="pair", mininterval=every, file=sys.stderr)
+        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=every, file=sys.stderr)
 
     def _step(self, engine: Engine) -> None:
         best: Any = self.evaluator.state

@@ -203,21 +203,21 @@ class RegistrationLoss(nn.Module):
         label_ids: the labels that ``dice`` sees; none given: all that a batch's images share.
 
     Raises:
-        ValueError: a term that does not exist, a negative or non-finite weight, no term at all, an even window.
+        InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window.
     """
 
     def __init__(self, weights: Mapping[str, float], *, window: int = 9, label_ids: Sequence[int] = ()) -> None:
         super().__init__()
         unknown = sorted(set(weights) - set(TERMS))
         if unknown:
-            raise ValueError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
+            raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
         if any(not math.isfinite(w) or w < 0 for w in weights.values()):
-            raise ValueError(f"loss weights must be finite and not negative, got {dict(weights)}")
+            raise InputError(f"loss weights must be finite and not negative, got {dict(weights)}")
         self.weights = {name: float(w) for name, w in weights.items() if w > 0}
         if not self.weights:
-            raise ValueError("every loss weight is 0: give at least one term a weight")
+            raise InputError("every loss weight is 0: give at least one term a weight")
         if window < 1 or window % 2 == 0:
-            raise ValueError(f"the window of lncc must be odd, got {window} voxels")
+            raise InputError(f"the window of lncc must be odd, got {window} voxels")
         self.options = Options(window, tuple(label_ids))
         self.terms: dict[str, float] = {}
 

@@ -70,7 +70,7 @@ class RandomState:
         random.setstate((3, tuple(state["python"]), state.get("python_gauss")))
 
 
-class Progress:
+class Standing:
     """What a run has reached: its settings, the best metrics so far, the seconds spent.
 
     Loading the state of a run with other settings is refused.
@@ -143,14 +143,14 @@ class Run:
         patience: int,
     ) -> None:
         self.trainer, self.folder = trainer, Path(folder)
-        self.progress = Progress(evaluator, settings)
+        self.standing = Standing(evaluator, settings)
         self.stopper = EarlyStopping(patience, _key_metric, trainer)
         evaluator.add_event_handler(Events.COMPLETED, self.stopper)
         self.objects = {
             **objects,
             "trainer": trainer,
             "stopper": self.stopper,
-            "progress": self.progress,
+            "progress": self.standing,
             "random": RandomState(),
         }
         self._saver = Checkpoint(
@@ -166,7 +166,7 @@ class Run:
     @property
     def best_metrics(self) -> dict[str, float]:
         """The validation metrics of the best epoch so far, and the training time in seconds."""
-        return {**self.progress.best, "training_seconds": self.progress.seconds}
+        return {**self.standing.best, "training_seconds": self.standing.seconds}
 
     def check(self) -> dict[str, Any] | None:
         """The newest saved state, None where there is none; ask for it before anything else is written over.
@@ -179,7 +179,7 @@ class Run:
             return None
         try:
             saved = torch.load(files[-1], map_location="cpu", weights_only=True)
-            self.progress.check(saved["progress"])
+            self.standing.check(saved["progress"])
         except InputError:
             raise
         except Exception as error:  # a damaged file fails in many ways
@@ -207,16 +207,13 @@ class Run:
         log.info("going on after epoch %d, from %s", self.trainer.state.epoch, file)
         return int(self.trainer.state.epoch)
 
-    def train(self, *, resume: bool = True) -> None:
+    def train(self) -> None:
         """Train, going on from the newest saved state where there is one; Ctrl-C ends it with that state kept.
 
         Raises:
             InputError: as ``check``; or the saved run is longer than this one shall be.
             SystemExit: with 130, on Ctrl-C.
         """
-        if not resume:
-            for path in saved_states(self.folder):
-                path.unlink()
         epoch, epochs = self.resume(), self.trainer.state.max_epochs or 0
         if epoch > epochs:
             message = f"the run saved in {self.folder} has {epoch} epochs already, more than max_epochs {epochs}"
@@ -252,6 +249,13 @@ def _follow(scheduler: LambdaLR) -> None:
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = rate * rule(scheduler.last_epoch)
+
+
+def forget(ckpt_dir: str, log_dir: str) -> None:
+    """Delete a run's states, model and curves: one that begins anew must not be mixed with an old one."""
+    for folder, pattern in ((ckpt_dir, "checkpoint_*.pt"), (ckpt_dir, "model.pt"), (log_dir, "events.out.*")):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 def same_dimension(spatial_dims: int | None, grid: Grid) -> None:
