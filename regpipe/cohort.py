@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel
 import numpy as np
-from numpy.typing import NDArray
 
+from regpipe import transforms
+from regpipe.images import Image
 from regpipe.phantoms import MAGNITUDE, Phantom, checked_shape, make_pair
 
 COHORT_FORMAT = 1  # raise it when the same arguments give other voxels: no reuse of old cohorts
 BUILTIN_SHAPES = {2: (64, 64), 3: (32, 32, 32)}
 BUILTIN_PAIRS = {2: 150, 3: 60}
-AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm; in LPS mm, then, a voxel lies at its index
 
 
 def write_cohort(
@@ -85,23 +83,14 @@ def _holds(out: Path, record: str) -> bool:
 
 def _write_case(out: Path, case: str, pair: Phantom) -> None:
     dim = len(pair.displacement)
-    vectors = np.moveaxis(pair.displacement, 0, -1)
-    vectors = vectors.reshape(*vectors.shape[:-1], *[1] * (4 - dim), dim)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0][:dim] + [1.0])  # RAS mm; in LPS mm, then, a voxel lies at its index
     for side in ("fixed", "moving"):
         for what in ("image", "label"):
-            _write_nifti(out / f"{side}_{what}s" / f"{case}.nii.gz", getattr(pair, f"{side}_{what}"))
+            array = getattr(pair, f"{side}_{what}")
+            transforms.write_image(out / f"{side}_{what}s" / f"{case}.nii.gz", array, affine)
         path = out / f"{side}_landmarks" / f"{case}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         points, header = getattr(pair, f"{side}_landmarks"), ",".join("xyz"[:dim])
         np.savetxt(path, points, fmt="%.9g", delimiter=",", header=header, comments="")
-    _write_nifti(out / "displacements" / f"{case}.nii.gz", vectors, intent="vector")
-
-
-def _write_nifti(path: Path, array: NDArray, *, intent: str = "none") -> None:
-    image = nibabel.Nifti1Image(array, AFFINE)
-    image.set_sform(AFFINE, 1)
-    image.set_qform(AFFINE, 1)
-    image.header.set_xyzt_units("mm")
-    image.header.set_intent(intent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))  # no time stamp: same bytes
+    lps = transforms.native_displacement(pair.displacement, affine, affine, Image(pair.fixed_image, affine))
+    transforms.write_displacement(out / "displacements" / f"{case}.nii.gz", lps, affine)
