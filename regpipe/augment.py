@@ -1,0 +1,68 @@
+"""Random affine motion of each image of a pair, in training: more poses than a small cohort has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regpipe.fields import identity_grid, warp
+from regpipe.pairs import SIDES
+
+
+class RandomAffine:
+    """Loads a case and moves both of its images, labels and landmarks, each by an affine map of its own.
+
+    The map's linear part is the identity plus normal noise of standard deviation ``amount``, its centre is the grid's
+    centre, and its translation is normal with ``amount`` times the grid's size. The images continue beyond the rim.
+    Drawn from torch's generator, so that a resumed run draws the same. A true displacement no longer holds
+    and is left out.
+
+    Args:
+        load: case -> item, ``regpipe.LoadPair``.
+        amount: 0 leaves everything as it is; 0.05 is 3 degrees, 5 % of size and 2 voxels of 40, say.
+    """
+
+    def __init__(self, load: Callable[[Mapping[str, str]], dict[str, Any]], *, amount: float) -> None:
+        self.load, self.amount = load, amount
+
+    def __call__(self, case: Mapping[str, str]) -> dict[str, Any]:
+        item = self.load(case)
+        if not self.amount:
+            return item
+        moved = {key: value for key, value in item.items() if key != "displacement"}
+        for side in SIDES:
+            shape = item[f"{side}_image"].shape[1:]
+            matrix, shift = draw_affine(shape, self.amount)
+            u = affine_displacement(matrix, shift, shape)
+            for kind, mode in (("image", "bilinear"), ("label", "nearest")):
+                moved[f"{side}_{kind}"] = warp(item[f"{side}_{kind}"][None], u, mode=mode)[0]
+            # the image is pulled: what stood at p is seen where x + u(x) = p
+            moved[f"{side}_landmarks"] = move_points(item[f"{side}_landmarks"], matrix, shift, shape)
+        return moved
+
+
+def draw_affine(shape: torch.Size, amount: float) -> tuple[Tensor, Tensor]:
+    """A random linear map (D, D) and translation (D,) in voxels."""
+    dim = len(shape)
+    return torch.eye(dim) + amount * torch.randn(dim, dim), amount * torch.randn(dim) * torch.tensor(shape)
+
+
+def affine_displacement(matrix: Tensor, shift: Tensor, shape: torch.Size) -> Tensor:
+    """u (1, D, *shape) with ``x + u(x) = c + matrix (x - c) + shift``, c the grid's centre."""
+    grid = identity_grid(shape)
+    centre = _centre(shape).view(1, -1, *[1] * len(shape))
+    moved = torch.einsum("ij,bj...->bi...", matrix, grid - centre)
+    return moved + centre + shift.view_as(centre) - grid
+
+
+def move_points(points: Tensor, matrix: Tensor, shift: Tensor, shape: torch.Size) -> Tensor:
+    """Where points (K, D) of an image are seen after it was pulled through ``affine_displacement``."""
+    centre = _centre(shape)
+    return (points - centre - shift) @ torch.linalg.inv(matrix).T + centre
+
+
+def _centre(shape: torch.Size) -> Tensor:
+    return (torch.tensor(shape) - 1) / 2

@@ -1,0 +1,66 @@
+"""Random affine motion moves image, label and landmarks together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regpipe.augment import RandomAffine, affine_displacement, draw_affine, move_points
+from regpipe.fields import identity_grid, warp
+
+
+def blob(shape: tuple[int, ...], centre: torch.Tensor) -> torch.Tensor:
+    distance = (identity_grid(shape)[0] - centre.view(-1, *[1] * len(shape))).square().sum(0)
+    return torch.exp(-distance / 8)[None]
+
+
+def centroid(image: torch.Tensor) -> torch.Tensor:
+    weights = image[0] / image.sum()
+    return (identity_grid(image.shape[1:])[0] * weights).flatten(1).sum(1)
+
+
+def item(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    points = {side: torch.tensor([s // 2 + 2.0 for s in shape]) for side in ("fixed", "moving")}
+    made: dict[str, torch.Tensor] = {"displacement": torch.zeros(len(shape), *shape)}
+    for side, point in points.items():
+        made |= {f"{side}_image": blob(shape, point), f"{side}_landmarks": point[None]}
+        made[f"{side}_label"] = (made[f"{side}_image"] > 0.5).int()
+    return made
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (24, 28, 26)])
+def test_a_landmark_goes_where_its_blob_goes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    before = item(shape)
+    after = RandomAffine(lambda case: dict(before), amount=0.08)({"case": "a"})
+    for side in ("fixed", "moving"):
+        assert torch.allclose(centroid(after[f"{side}_image"]), after[f"{side}_landmarks"][0], atol=0.15)
+        assert torch.allclose(centroid(after[f"{side}_label"].float()), after[f"{side}_landmarks"][0], atol=0.5)
+        assert (after[f"{side}_landmarks"] - before[f"{side}_landmarks"]).norm() > 0.5
+    assert "displacement" not in after and after["fixed_label"].dtype == torch.int32
+    assert not torch.equal(after["fixed_landmarks"], after["moving_landmarks"])  # each its own motion
+
+
+def test_no_amount_changes_nothing_and_the_same_seed_the_same() -> None:
+    before = item((20, 22))
+    assert RandomAffine(lambda case: before, amount=0.0)({}) is before
+    twice = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        twice.append(RandomAffine(lambda case: dict(before), amount=0.1)({})["fixed_image"])
+    assert torch.equal(*twice)
+
+
+def test_missing_landmarks_stay_missing() -> None:
+    matrix, shift = draw_affine(torch.Size((9, 9)), 0.1)
+    points = torch.tensor([[1.0, 2.0], [float("nan"), 3.0]])
+    assert move_points(points, matrix, shift, torch.Size((9, 9))).isnan().tolist() == [[False] * 2, [True] * 2]
+
+
+def test_a_translation_in_closed_form() -> None:
+    shape = torch.Size((12, 10))
+    u = affine_displacement(torch.eye(2), torch.tensor([2.0, -1.0]), shape)
+    image = torch.rand(1, 1, *shape)
+    assert torch.allclose(warp(image, u)[0, 0, :-2, 1:], image[0, 0, 2:, :-1], atol=1e-5)
+    moved = move_points(torch.tensor([[5.0, 5.0]]), torch.eye(2), torch.tensor([2.0, -1.0]), shape)
+    assert torch.allclose(moved, torch.tensor([[3.0, 6.0]]))
