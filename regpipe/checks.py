@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from nibabel.affines import apply_affine
 from tqdm import tqdm
 
 from regpipe import images
@@ -20,6 +21,7 @@ class _Facts(NamedTuple):
     shape: tuple[int, ...] = ()
     affine: np.ndarray = np.eye(3)
     points: int = 0
+    lps: np.ndarray | None = None
 
 
 def check_pairs(
@@ -45,7 +47,7 @@ def check_pairs(
 def _facts(kind: str, path: str, landmark_channels: int | None) -> _Facts:
     if kind == "landmarks":
         points = images.read_landmarks(path)
-        return _Facts((0,) * points.shape[1], points=len(points))
+        return _Facts((0,) * points.shape[1], points=len(points), lps=points)
     if kind == "image":
         image, channels = images.read_image(path), None
     else:
@@ -73,6 +75,8 @@ def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -
             return f"{case[f'{side}_label']}: not on its image's grid; resample it onto the image"
         if points and len(points.shape) != len(image.shape):
             return f"{case[f'{side}_landmarks']}: points and image differ in dimension; mend it"
+        if points and points.lps is not None and _outside(points.lps, image):
+            return f"{case[f'{side}_landmarks']}: most points lie outside the image; are they RAS? LPS mm are wanted"
         counts[side] = sum(f.points for f in (label, points) if f)
     return unlike_landmarks(case, counts)
 
@@ -84,6 +88,14 @@ def unlike_landmarks(case: Case, counts: Mapping[str, int]) -> str | None:
     file = case.get("moving_landmarks") or case.get("moving_label") or case["moving_image"]
     held = f"{counts['moving']} landmarks, the fixed side {counts['fixed']}"
     return f"{file}: holds {held}; make them correspond one to one"
+
+
+def _outside(lps: np.ndarray, image: _Facts) -> bool:
+    """Whether more than half of the points are more than a voxel off the image."""
+    known = lps[~np.isnan(lps).any(1)]
+    at = apply_affine(np.linalg.inv(image.affine), known * [-1.0, -1.0, 1.0][: lps.shape[1]])
+    off = ((at < -1) | (at > np.array(image.shape))).any(1)
+    return bool(len(off) and off.mean() > 0.5)
 
 
 def _same_grid(a: _Facts, b: _Facts) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from regpipe.errors import InputError, cause
+from regpipe.errors import InputError, explain
 
 app = typer.Typer(
     help="Learned diffeomorphic registration of medical images: train with the bundles, register and compare here.",
@@ -78,7 +78,7 @@ def _run_inference(bundle: Path, dataset: Path, out: Path, pairing: str | None) 
         str(config),
         workflow_type="infer",
         meta_file=str(bundle / "configs" / "metadata.json"),
-        logging_file=False,
+        logging_file=str(bundle / "configs" / "logging.conf"),
         bundle_root=str(bundle),
         dataset_dir=str(dataset),
         output_dir=str(out),
@@ -149,8 +149,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        problem = cause(error) or (error if isinstance(error, OSError) else None)  # OSError: which file, and why
-        if problem is None:
+        told = explain(error)
+        if told is None:
             raise
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from regpipe import transforms
+from regpipe.errors import InputError
 from regpipe.images import Image
 from regpipe.phantoms import MAGNITUDE, Phantom, checked_shape, make_pair
 
@@ -63,10 +64,10 @@ def builtin_cohort(folder: str | Path, spatial_dims: int) -> str:
     """The cohort that a bundle trains on when it is given no data: ultrasound pairs, written once.
 
     Raises:
-        ValueError: ``spatial_dims`` is neither 2 nor 3.
+        InputError: ``spatial_dims`` is neither 2 nor 3.
     """
     if spatial_dims not in BUILTIN_SHAPES:
-        raise ValueError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
+        raise InputError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
     out = Path(folder) / f"ultrasound_{spatial_dims}d"
     shape, n_pairs = BUILTIN_SHAPES[spatial_dims], BUILTIN_PAIRS[spatial_dims]
     return str(write_cohort(out, shape=shape, n_pairs=n_pairs))

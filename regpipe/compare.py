@@ -6,6 +6,7 @@ comparison is nothing else than what a user of the bundles gets; a backbone whos
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -89,7 +90,8 @@ def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
 def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Train and evaluate one bundle; returns its summary. Skipped where the same has been run already."""
     summary, record = bundle / "eval" / "summary.json", bundle / "eval" / "command.json"
-    asked = json.dumps({"overlays": [Path(o).read_text() for o in overlays], **settings}, default=str, indent=1)
+    about = {"overlays": [Path(o).read_text() for o in overlays], **settings, "files": _files(settings)}
+    asked = json.dumps(about, default=str, indent=1)
     if not (summary.is_file() and record.is_file() and record.read_text() == asked):
         configs = [str(bundle / "configs" / "train.yaml"), *overlays]
         print(f"== {bundle.name}: training", flush=True)
@@ -103,6 +105,14 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
     return json.loads(summary.read_text())
 
 
+def _files(settings: Mapping[str, Any]) -> str:
+    """A hash of the data's files by name, size and time: data that have changed are compared anew."""
+    root = Path(str(settings.get("dataset_dir", "")))
+    files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    known = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
 def _bundle_command(bundle: Path, run_id: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
     command = [sys.executable, "-m", "monai.bundle", "run", run_id]
     for name, value in {
@@ -114,7 +124,7 @@ def _bundle_command(bundle: Path, run_id: str, configs: Sequence[str], settings:
     }.items():
         command += [f"--{name}", str(value)]
     if subprocess.run(command).returncode:
-        raise InputError(f"{bundle}: {run_id} failed, see above; the same command goes on where it stopped")
+        raise InputError(f"{bundle}: {run_id} failed, see above; mend it and repeat the command, or give another -o")
 
 
 def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -77,7 +77,9 @@ def parameter_groups(network: nn.Module, learning_rate: float, *, encoder_factor
 def trained_grid(ckpt_dir: str) -> Grid:
     """The working grid that the model in ``ckpt_dir`` was trained on; a 2D one where nothing is trained yet."""
     path = Path(ckpt_dir) / "working_grid.json"
-    return load_grid(path) if path.is_file() else make_grid(BUILTIN_SHAPES[2], (1.0, 1.0))
+    if path.is_file() or (Path(ckpt_dir) / "model.pt").is_file():  # a model without its grid is an error, not a guess
+        return load_grid(path)
+    return make_grid(BUILTIN_SHAPES[2], (1.0, 1.0))
 
 
 def trained_weights(ckpt_dir: str) -> str:

@@ -17,14 +17,27 @@ def cause(error: BaseException | None) -> InputError | None:
     return error
 
 
+def explain(error: BaseException) -> str | None:
+    """The line for a user: an ``InputError``'s message, or which file the system refused and why; else None."""
+    known = cause(error)
+    if known is not None:
+        return str(known)
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, OSError):
+        chain = chain.__cause__ or chain.__context__
+    if chain is None or chain.strerror is None:
+        return None
+    return f"{chain.filename or 'writing'}: {chain.strerror}"
+
+
 def one_line_errors() -> None:
-    """Make an uncaught ``InputError`` end the process with its message alone, and exit status 1."""
+    """Make an error that ``explain`` knows end the process with one line, and exit status 1."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        problem = cause(error)
-        if problem is None:
+        told = explain(error)
+        if told is None:
             sys.__excepthook__(kind, error, trace)
         else:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {told}", file=sys.stderr)
 
     sys.excepthook = show

@@ -43,11 +43,14 @@ class EvaluationReport:
         network: whose cost the summary states.
         shape: the working grid, for the FLOPs.
         training_seconds: what the training took.
+        split: which part of the data it was, for the table.
     """
 
-    def __init__(self, folder: str, network: nn.Module, *, shape: Sequence[int], training_seconds: float) -> None:
+    def __init__(
+        self, folder: str, network: nn.Module, *, shape: Sequence[int], training_seconds: float, split: str
+    ) -> None:
         self.folder, self.network, self.shape = Path(folder), network, tuple(shape)
-        self.training_seconds = training_seconds
+        self.training_seconds, self.split = training_seconds, split
         self._seconds: list[float] = []
 
     def attach(self, engine: Engine) -> None:
@@ -79,7 +82,7 @@ class EvaluationReport:
             "training_seconds": None if math.isnan(self.training_seconds) else self.training_seconds,
         }
         replace_file(self.folder / "summary.json", json.dumps(result, indent=1).encode())
-        print(table({"held out": metrics}))
+        print(table({"held out" if self.split == "validation" else self.split: metrics}))
         print(f"{len(rows)} cases, each in {self.folder / 'metrics.csv'}; labels warped by nearest neighbour")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from regpipe.checks import unlike_landmarks
 from regpipe.errors import InputError
 from regpipe.images import Grid
 from regpipe.pairs import KINDS, SIDES, Case
+
+log = logging.getLogger(__name__)
 
 
 class LoadPair:
@@ -65,6 +68,9 @@ class LoadPair:
             affine = images.to_grid(image, self.grid)
         except InputError as problem:
             raise InputError(f"{path}: {problem}") from None
+        seen = _covered(image, affine, shape)
+        if seen < 0.9:
+            log.warning("%s: the working grid covers only %.0f %% of it, around its centre", path, 100 * seen)
         grey = image._replace(array=images.normalise(image.array))
         array = images.resample(grey, affine, shape, order=1)
         labels, points, back = (
@@ -86,6 +92,16 @@ class LoadPair:
             "landmarks": torch.from_numpy(np.concatenate(points)).float(),
             "affine": torch.from_numpy(affine),
         }
+
+
+def _covered(image: images.Image, affine: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Share of an image's volume inside the working grid, along the grid's axes."""
+    size = np.array(image.array.shape)
+    corners = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in size], indexing="ij"), -1).reshape(-1, len(size))
+    at = apply_affine(np.linalg.inv(affine) @ image.affine, corners)
+    low, high = at.min(0), at.max(0)
+    inside = np.minimum(high, np.array(shape) - 0.5) - np.maximum(low, -0.5)
+    return float(np.prod(inside.clip(min=0) / (high - low)))
 
 
 def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def list_pairs(
     for value, known in ((split, ("all", "training", "validation")), (pairing, ("all", "first"))):
         if value not in known:
             raise InputError(f"{value!r} is not one of {', '.join(known)}")
-    root = Path(str(dataset_dir)).expanduser().absolute()
+    root = Path(str(dataset_dir)).expanduser().resolve()
     cut = _Cut(split, holdout, seed)
     if root.is_file() and root.suffix.lower() == ".json":
         cases = _from_datalist(root, cut, problems)
@@ -233,6 +233,10 @@ def _entries(entries: Iterable[Mapping[str, str]], file: Path, problems: dict[st
 def _entry(entry: Mapping[str, str], file: Path) -> Case:
     """One dict of a datalist, its files absolute and there (MONAI lets a missing one pass)."""
     case = {}
+    keys = [f"{side}_{kind}" for side, kind in itertools.product(SIDES, KINDS)]
+    wrong = [key for key in entry if key.startswith(SIDES) and key not in keys]
+    if wrong:
+        raise InputError(f"{file}: unknown key '{wrong[0]}'; known are {', '.join(keys)}")
     for side, kind in itertools.product(SIDES, KINDS):
         key = f"{side}_{kind}"
         if key in entry:

@@ -18,7 +18,8 @@ DATA = ("dataset_dir", "holdout", "pairing", "seed", "landmark_channels")
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     """Keep the choices ``DATA`` and the images of the training pairs beside the model."""
-    about = {key: data[key] for key in DATA} | {"dataset_dir": str(Path(str(data["dataset_dir"])).absolute())}
+    root = str(Path(str(data["dataset_dir"])).expanduser().resolve())
+    about = {**{key: data[key] for key in DATA}, "dataset_dir": root}
     text = json.dumps({**about, "training_images": _images(cases)}, indent=1)
     replace_file(Path(ckpt_dir) / NAME, text.encode())
 
@@ -40,7 +41,7 @@ def read(ckpt_dir: str) -> dict[str, Any]:
 
 def default_split(dataset_dir: str, record: dict[str, Any]) -> str:
     """``validation`` of the data that the model was trained on, ``all`` of any other."""
-    return "validation" if str(Path(str(dataset_dir)).absolute()) == record.get("dataset_dir") else "all"
+    return "validation" if str(Path(str(dataset_dir)).expanduser().resolve()) == record.get("dataset_dir") else "all"
 
 
 def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> None:

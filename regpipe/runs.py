@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from regpipe.checks import check_pairs
 from regpipe.errors import InputError, one_line_errors
 from regpipe.images import Grid
+from regpipe.options import refuse_unknown
 from regpipe.pairs import Case
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ SHOWN_PROBLEMS = 10
 
 
 def begin(seed: int) -> None:
-    """Seed every random number generator, and let mistakes of the user end in a line, not in a traceback."""
+    """Seed every random number generator; let mistakes of the user, misspelt options too, end in a line."""
     one_line_errors()
+    refuse_unknown()
     set_determinism(seed=seed)
 
 
@@ -229,6 +231,9 @@ class Run:
             print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
             raise SystemExit(130) from None
         self._stopped_early()
+        state: Any = self.standing.evaluator.state
+        if state.best_metric_epoch > 0:
+            print(f"best epoch {state.best_metric_epoch}, key metric {state.best_metric:.4f}; weights in {self.folder}")
 
     def _stopped_early(self) -> bool:
         """Whether the patience is used up; says so."""
@@ -249,6 +254,16 @@ def _follow(scheduler: LambdaLR) -> None:
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = rate * rule(scheduler.last_epoch)
+
+
+def check_supervision(cases: Sequence[Case], weights: Mapping[str, float], landmark_channels: int | None) -> None:
+    """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs."""
+    needs = {"dice": "fixed_label", "landmarks": "fixed_landmarks", "known_field": "displacement"}
+    if landmark_channels is not None:
+        needs["landmarks"] = "fixed_label"
+    for term, key in needs.items():
+        if weights.get(term) and not any(key in case for case in cases):
+            raise InputError(f"loss term {term}: no training pair has {key}; leave the term out, or add the files")
 
 
 def forget(ckpt_dir: str, log_dir: str) -> None:

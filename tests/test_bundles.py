@@ -229,7 +229,18 @@ def test_an_overlay_trains_and_sets_only_ids_that_the_bundles_have(
     changes = ConfigParser.load_config_file(overlay)
     assert {key.partition("::")[0] for key in changes} <= ids.keys()
     data = volumes if changes.get("spatial_dims") == 3 else cohort / "fixed_images"
-    few = ("--max_epochs", "1", "--pairs_per_epoch", "1", "--max_val_pairs", "1", "--holdout", "2")
+    few = (
+        "--max_epochs",
+        "1",
+        "--val_interval",
+        "1",
+        "--pairs_per_epoch",
+        "1",
+        "--max_val_pairs",
+        "1",
+        "--holdout",
+        "2",
+    )
     bundle = write_bundle("alexnet", tmp_path)
     train(monai_bundle, bundle, data, *few, overlay=overlay)
     evaluate(monai_bundle, bundle, data, *few, overlay=overlay)

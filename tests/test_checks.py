@@ -22,7 +22,7 @@ def test_check_pairs_names_the_file_of_each_planted_problem(tmp_path: Path) -> N
     save(root / "moving_images" / "c1.nii.gz", np.zeros((6, 7, 8), np.uint8))
     save(root / "fixed_labels" / "c2.nii.gz", np.ones((6, 7, 9), np.uint8))
     save(root / "moving_labels" / "c3.nii.gz", np.ones((6, 7, 8), np.uint8), np.diag([1, 1, 1.01, 1]))
-    (root / "fixed_landmarks" / "c4.csv").write_text("x,y,z\n1,2,3\n")
+    (root / "fixed_landmarks" / "c4.csv").write_text("x,y,z\n-1,-2,3\n")
     (root / "moving_landmarks" / "c5.csv").write_text("x,y\n1,2\n1,3\n")
     save(root / "moving_images" / "c6.nii.gz", volume((6, 7)))
     whole = (root / "fixed_labels" / "c7.nii.gz").read_bytes()

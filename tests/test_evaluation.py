@@ -59,7 +59,7 @@ def evaluate(folder, names: str) -> SupervisedEvaluator:
         inferer=RegistrationInferer(),
         prepare_batch=prepare_batch,
         key_val_metric={"key_metric": CaseMetrics((1.0, 1.0), output_transform=metric_input)},
-        val_handlers=[EvaluationReport(str(folder), network, shape=(16, 12), training_seconds=7.5)],
+        val_handlers=[EvaluationReport(str(folder), network, shape=(16, 12), training_seconds=7.5, split="validation")],
         decollate=False,
     )
     evaluator.run()
@@ -155,7 +155,7 @@ def test_peak_memory_is_the_systems_high_water_mark_in_bytes() -> None:
 
 
 def test_the_clock_waits_for_the_gpu_which_computes_while_python_goes_on(tmp_path, monkeypatch) -> None:
-    report = EvaluationReport(str(tmp_path), Slow(), shape=(16, 12), training_seconds=0)
+    report = EvaluationReport(str(tmp_path), Slow(), shape=(16, 12), training_seconds=0, split="all")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.1))
     for device, least, most in (("cpu", 0.0, 0.09), ("cuda", 0.1, 1.0)):
         engine: Any = SimpleNamespace(state=SimpleNamespace(device=torch.device(device)))

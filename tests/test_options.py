@@ -1,0 +1,49 @@
+"""A misspelt option is named, with the one that was probably meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from regpipe import InputError
+from regpipe.options import check_numbers, refuse_unknown
+
+PROGRAM = "/somewhere/monai/bundle/__main__.py"
+
+
+def command(tmp_path: Path, *options: str) -> list[str]:
+    for name, text in (("a.yaml", "max_epochs: 3\nnetwork_def: {width: 2}\n"), ("b.yaml", "mine: 1\n")):
+        (tmp_path / name).write_text(text)
+    return [PROGRAM, "run", "training", "--config_file", f"['{tmp_path}/a.yaml', '{tmp_path}/b.yaml']", *options]
+
+
+def test_a_misspelt_option_is_refused_and_the_nearest_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--max_epoch: no such option; did you mean --max_epochs"):
+        refuse_unknown(command(tmp_path, "--max_epoch", "4"))
+
+
+@pytest.mark.parametrize(
+    "option", ["--max_epochs", "--mine", "--network_def#width", "--network_def::new", "--logging_file", "--max-epochs"]
+)
+def test_what_a_file_or_monai_knows_is_let_through(tmp_path: Path, option: str) -> None:
+    refuse_unknown(command(tmp_path, option, "4"))
+
+
+def test_other_programs_are_left_alone() -> None:
+    refuse_unknown(["/bin/pytest", "--nonsense"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"max_epochs": 0}, {"batch_size": "ten"}, {"patience": True}, {"learning_rate": -1.0}, {"max_epochs": 1.5}],
+)
+def test_numbers_out_of_range_are_named(given: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"--{next(iter(given))}"):
+        check_numbers(**given)
+
+
+def test_a_validation_that_never_happens_is_refused() -> None:
+    check_numbers(max_epochs=2, val_interval=2, learning_rate=0.1)
+    with pytest.raises(InputError, match="no model would be chosen"):
+        check_numbers(max_epochs=2, val_interval=5)
