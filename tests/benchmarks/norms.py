@@ -23,7 +23,7 @@ STEPS, SEEDS = 250, 3
 NORMS = {
     "group (16 groups)": lambda norm, *_: nn.GroupNorm(16, norm.num_features),
     "instance": lambda norm, *_: nn.GroupNorm(norm.num_features, norm.num_features),
-    "batch, frozen at the identity": lambda norm, *_: norm,
+    "batch, frozen at the identity": lambda norm, *_: nn.BatchNorm2d(norm.num_features),
     "none": lambda norm, *_: nn.Identity(),
 }
 
