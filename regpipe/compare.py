@@ -23,6 +23,7 @@ from regpipe.errors import InputError
 from regpipe.evaluation import SHOWN, interval, table
 from regpipe.files import replace_file
 from regpipe.metrics import HIGHER_IS_BETTER
+from regpipe.pairs import list_pairs
 
 BEST = "best"  # file with the best backbone's name
 COSTS = ("seconds/pair", "parameters M", "GFLOP", "peak memory GiB", "training min")
@@ -106,10 +107,13 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
 
 
 def _files(settings: Mapping[str, Any]) -> str:
-    """A hash of the data's files by name, size and time: data that have changed are compared anew."""
-    root = Path(str(settings.get("dataset_dir", "")))
-    files = sorted(root.rglob("*")) if root.is_dir() else [root]
-    known = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    """A hash of the data's files by name, size and time: a comparison of other data is not taken for done."""
+    if "dataset_dir" not in settings:
+        return ""
+    pairing = str(settings.get("pairing", "all"))
+    cases = list_pairs(settings["dataset_dir"], pairing=pairing, problems={})
+    files = sorted({path for case in cases for key, path in case.items() if key != "case"})
+    known = [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

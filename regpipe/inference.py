@@ -193,7 +193,8 @@ def _array(tensor: Any) -> np.ndarray:
 def _save_warped(case: Case, fixed: Image, moving: Image, forward: np.ndarray, folder: Path, load: LoadPair) -> None:
     warped = transforms.resample_through(moving, forward, fixed.affine, order=1)
     transforms.write_image(folder / "warped.nii.gz", warped.astype(np.float32), fixed.affine)
-    if case["fixed_image"].lower().endswith(PICTURE) and warped.min() >= 0:  # pictures have no negative values
+    fits = warped.min() >= 0 and 1 < warped.max() <= 65535  # what a picture's whole numbers can show
+    if fits and case["fixed_image"].lower().endswith(PICTURE):
         transforms.write_image(folder / "warped.png", warped, fixed.affine)
     if "moving_label" in case:
         label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)

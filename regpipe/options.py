@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import math
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from monai.bundle import ConfigParser
 
@@ -22,17 +25,33 @@ def refuse_unknown(argv: Sequence[str] | None = None) -> None:
     Raises:
         InputError: an option that no file knows; the nearest one is named.
     """
-    argv = sys.argv if argv is None else argv
-    if "bundle" not in argv[0] or "--config_file" not in argv:
+    argv = [
+        part for arg in (sys.argv if argv is None else argv) for part in arg.split("=", 1 if arg[:2] == "--" else 0)
+    ]
+    if "bundle" not in argv[0] or "--config_file" not in argv or "run" not in argv:
         return
-    files = re.findall(r"[^\[\]'\",]+", argv[argv.index("--config_file") + 1])
-    known = {*MONAI, *ConfigParser.load_config_files([file.strip() for file in files if file.strip()])}
+    known = {*MONAI, *ConfigParser.load_config_files(_files(argv[argv.index("--config_file") + 1]))}
     tops = {re.split("::|#", key)[0] for key in known}
-    for option in (arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")):
+    for option in (arg[2:] for arg in argv if arg.startswith("--")):
         name = re.split("::|#", option)[0].replace("-", "_")
         if name not in tops:
             near = difflib.get_close_matches(name, sorted(tops), 1)
             raise InputError(f"--{option}: no such option" + (f"; did you mean --{near[0]}?" if near else ""))
+
+
+def _files(given: str) -> list[str]:
+    """``--config_file``'s value: a path, several with commas, or a list as Python writes one."""
+    try:
+        return list(ast.literal_eval(given))
+    except (ValueError, SyntaxError):
+        return [given] if Path(given).is_file() else given.split(",")
+
+
+def check_switches(**given: object) -> None:
+    """Raises ``InputError`` where a switch is neither True nor False: the shell's ``false`` is a text, and true."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise InputError(f"--{name} {value}: give True or False")
 
 
 def check_numbers(**given: object) -> None:
@@ -43,9 +62,11 @@ def check_numbers(**given: object) -> None:
     """
     for name, value in given.items():
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        real = name == "learning_rate" and isinstance(value, (int, float)) and value > 0
+        real = name == "learning_rate" and isinstance(value, (int, float)) and 0 < value < math.inf
         if not (whole or real):
-            wanted = "a number above 0" if name == "learning_rate" else "a whole number of at least 1"
+            wanted = (
+                "a number above 0, written like 0.001," if name == "learning_rate" else "a whole number of at least 1"
+            )
             raise InputError(f"--{name} {value}: give {wanted}")
     if given.get("val_interval", 1) > given.get("max_epochs", 1):  # type: ignore[operator]
         raise InputError("--val_interval is more than --max_epochs: no model would be chosen; give fewer")

@@ -24,13 +24,15 @@ def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     replace_file(Path(ckpt_dir) / NAME, text.encode())
 
 
-def read(ckpt_dir: str) -> dict[str, Any]:
-    """What ``write`` kept; without training images where nothing is trained yet.
+def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
+    """What ``write`` kept; defaults without training images where there is nothing and it is not ``required``.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or missing though required.
     """
     path = Path(ckpt_dir) / NAME
+    if required and not path.is_file():
+        raise InputError(f"{path}: missing; copy the whole folder of the model, or train again")
     if not path.is_file():
         return {"pairing": "all", "landmark_channels": None, "training_images": []}
     try:
@@ -50,7 +52,7 @@ def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> Non
     A sequence's fixed image is in every pair of it, and is no leak while the moving ones are held out.
 
     Raises:
-        InputError: a case's moving image, or both of its images, were trained on.
+        InputError: a case's moving image was trained on.
     """
     seen = set(record["training_images"])
     leaks = [case["case"] for case in cases if case["moving_image"] in seen]

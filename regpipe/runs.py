@@ -256,8 +256,12 @@ def _follow(scheduler: LambdaLR) -> None:
         group["lr"] = rate * rule(scheduler.last_epoch)
 
 
-def check_supervision(cases: Sequence[Case], weights: Mapping[str, float], landmark_channels: int | None) -> None:
+def check_supervision(
+    cases: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None, augment: float
+) -> None:
     """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs."""
+    if weights.get("known_field") and augment:
+        raise InputError("loss term known_field: a true displacement no longer holds with --augment; give one of them")
     needs = {"dice": "fixed_label", "landmarks": "fixed_landmarks", "known_field": "displacement"}
     if landmark_channels is not None:
         needs["landmarks"] = "fixed_label"

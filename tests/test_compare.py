@@ -98,7 +98,7 @@ def test_a_run_that_fails_is_named_and_not_taken_for_done(
 ) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match="alexnet: training failed, see above"):
-            compare(tmp_path, backbones=["alexnet"], settings={"dataset_dir": str(tmp_path / "nowhere")})
+            compare(tmp_path, backbones=["alexnet"], settings={"dataset_dir": str(cohort), "learning_rate": -1})
     assert len(commands) == 2 and not (tmp_path / "comparison.md").exists()
 
 
@@ -107,6 +107,8 @@ def test_mistakes_are_told_before_hours_of_training(tmp_path: Path, commands: li
         compare(tmp_path, backbones=["alexnet", "resnet19"])
     with pytest.raises(InputError, match="max_epoch.*train.yaml"):
         compare(tmp_path, backbones=["alexnet"], settings={"max_epoch": 3})
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        compare(tmp_path, backbones=["alexnet"], settings={"dataset_dir": str(tmp_path / "nowhere")})
     assert not commands
 
 

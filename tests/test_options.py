@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from regpipe import InputError
-from regpipe.options import check_numbers, refuse_unknown
+from regpipe.options import check_numbers, check_switches, refuse_unknown
 
 PROGRAM = "/somewhere/monai/bundle/__main__.py"
 
@@ -28,6 +28,24 @@ def test_a_misspelt_option_is_refused_and_the_nearest_named(tmp_path: Path) -> N
 )
 def test_what_a_file_or_monai_knows_is_let_through(tmp_path: Path, option: str) -> None:
     refuse_unknown(command(tmp_path, option, "4"))
+
+
+@pytest.mark.parametrize("form", ["{}/it's/a.yaml", "{}/it's/a.yaml,{}/b.yaml", '["{}/it\'s/a.yaml", "{}/b.yaml"]'])
+def test_every_form_of_the_configuration_files_is_read(tmp_path: Path, form: str) -> None:
+    (tmp_path / "it's").mkdir()
+    for file in ("it's/a.yaml", "b.yaml"):
+        (tmp_path / file).write_text("max_epochs: 3\n")
+    files = form.replace("{}", str(tmp_path))
+    for argv in ([PROGRAM, "run", "--config_file", files], [PROGRAM, "run", f"--config_file={files}"]):
+        refuse_unknown([*argv, "--max_epochs=3"])
+        with pytest.raises(InputError, match="--max_epoch"):
+            refuse_unknown([*argv, "--max_epoch=3"])
+
+
+def test_a_switch_is_true_or_false_and_no_text() -> None:
+    check_switches(resume=True, cache=False)
+    with pytest.raises(InputError, match="--resume false: give True or False"):
+        check_switches(resume="false")
 
 
 def test_other_programs_are_left_alone() -> None:

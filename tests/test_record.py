@@ -59,3 +59,8 @@ def test_evaluating_with_another_seed_is_refused_and_new_data_are_evaluated_whol
     new = write_cohort(tmp_path / "new", shape=(32, 32), n_pairs=3, seed=9)
     evaluate(monai_bundle, trained, new, "--output_dir", tmp_path / "out")
     assert "3 cases" in capsys.readouterr().out
+
+
+def test_a_required_record_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="training.json: missing"):
+        record.read(str(tmp_path), required=True)
