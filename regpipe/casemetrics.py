@@ -115,6 +115,13 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     replace_file(path, text.getvalue().encode())
 
 
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The cases of a ``metrics.csv``, without its ``mean`` and ``std`` lines."""
+    with Path(path).open(newline="", encoding="utf-8") as stream:
+        rows = [{k: v if k == "case" else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    return [row for row in rows if row["case"] not in ("mean", "std")]
+
+
 def _std(values: Iterable[float]) -> float:
     numbers = known(values)
     return float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser
 from torch.utils.tensorboard import SummaryWriter
 
 from regpipe.bundles import write_bundle
@@ -23,6 +22,7 @@ from regpipe.errors import InputError
 from regpipe.evaluation import SHOWN, interval, table
 from regpipe.files import replace_file
 from regpipe.metrics import HIGHER_IS_BETTER
+from regpipe.options import refuse_unknown_ids
 from regpipe.pairs import list_pairs
 
 BEST = "best"  # file with the best backbone's name
@@ -63,11 +63,7 @@ def _bundle(backbone: str, folder: Path, settings: Mapping[str, Any]) -> Path:
     """The backbone's bundle, written where there is none; MONAI would take a misspelt setting for a new id."""
     if not (folder / "configs").is_dir():
         write_bundle(backbone, folder)
-    config = folder / "configs" / "train.yaml"
-    known = ConfigParser.load_config_file(str(config))
-    for name in settings:
-        if name.lstrip("+").replace("::", "#").partition("#")[0] not in known:
-            raise InputError(f"--set {name}: no such id in {config}; those at its top can be set")
+    refuse_unknown_ids(settings, [str(folder / "configs" / "train.yaml")])
     return folder
 
 

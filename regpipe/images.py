@@ -22,6 +22,7 @@ from PIL import Image as Picture
 from scipy import ndimage
 
 from regpipe.errors import InputError
+from regpipe.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -321,7 +322,8 @@ def make_grid(shape: Sequence[int], spacing: Sequence[float]) -> Grid:
 
 def save_grid(path: PathLike, grid: Grid) -> None:
     """Write a grid as JSON: ``{"shape": [...], "spacing": [...]}``."""
-    Path(path).write_text(json.dumps({"shape": list(grid.shape), "spacing": list(grid.spacing)}) + "\n")
+    text = json.dumps({"shape": list(grid.shape), "spacing": list(grid.spacing)}) + "\n"
+    replace_file(path, text.encode())
 
 
 def load_grid(path: PathLike) -> Grid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -200,10 +199,3 @@ def _save_warped(case: Case, fixed: Image, moving: Image, forward: np.ndarray, f
         label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
         labels = transforms.resample_through(label, forward, fixed.affine, order=0)
         transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int32), fixed.affine)
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The cases of a ``metrics.csv``, without its ``mean`` and ``std`` lines."""
-    with Path(path).open(newline="", encoding="utf-8") as stream:
-        rows = [{k: v if k == "case" else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
-    return [row for row in rows if row["case"] not in ("mean", "std")]

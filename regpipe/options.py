@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from monai.bundle import ConfigParser
@@ -30,13 +30,26 @@ def refuse_unknown(argv: Sequence[str] | None = None) -> None:
     ]
     if "bundle" not in argv[0] or "--config_file" not in argv or "run" not in argv:
         return
-    known = {*MONAI, *ConfigParser.load_config_files(_files(argv[argv.index("--config_file") + 1]))}
-    tops = {re.split("::|#", key)[0] for key in known}
-    for option in (arg[2:] for arg in argv if arg.startswith("--")):
-        name = re.split("::|#", option)[0].replace("-", "_")
-        if name not in tops:
-            near = difflib.get_close_matches(name, sorted(tops), 1)
-            raise InputError(f"--{option}: no such option" + (f"; did you mean --{near[0]}?" if near else ""))
+    files = _files(argv[argv.index("--config_file") + 1])
+    refuse_unknown_ids([arg[2:].replace("-", "_") for arg in argv if arg.startswith("--")], files, also=MONAI)
+
+
+def refuse_unknown_ids(names: Iterable[str], files: Sequence[str], *, also: Iterable[str] = ()) -> None:
+    """Check names of settings, ``id`` or ``id#part``, against the ids at the top of configuration files.
+
+    Raises:
+        InputError: a name that no file knows; the nearest one is named.
+    """
+    tops = {_top(key) for key in (*also, *ConfigParser.load_config_files(list(files)))}
+    for name in names:
+        if _top(name) not in tops:
+            near = difflib.get_close_matches(_top(name), sorted(tops), 1)
+            meant = f"; did you mean --{near[0]}?" if near else ";"
+            raise InputError(f"--{name}: no such option{meant} known are the ids of {', '.join(files)}")
+
+
+def _top(name: str) -> str:
+    return re.split("::|#", name.lstrip("+"))[0]
 
 
 def _files(given: str) -> list[str]:

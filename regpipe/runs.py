@@ -272,9 +272,8 @@ def check_supervision(
 
 def forget(ckpt_dir: str, log_dir: str) -> None:
     """Delete a run's states, model and curves: one that begins anew must not be mixed with an old one."""
-    for folder, pattern in ((ckpt_dir, "checkpoint_*.pt"), (ckpt_dir, "model.pt"), (log_dir, "events.out.*")):
-        for path in Path(folder).glob(pattern):
-            path.unlink()
+    for path in (*saved_states(ckpt_dir), Path(ckpt_dir) / "model.pt", *Path(log_dir).glob("events.out.*")):
+        path.unlink(missing_ok=True)
 
 
 def same_dimension(spatial_dims: int | None, grid: Grid) -> None:

@@ -21,11 +21,11 @@ from conftest import QUICK, Command, as_if_in_its_own_process, deforming_bundle,
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from regpipe.bundles import write_all, write_bundle
+from regpipe.casemetrics import read_rows
 from regpipe.cohort import write_cohort
 from regpipe.encoders import BACKBONES
 from regpipe.errors import InputError
 from regpipe.images import Grid
-from regpipe.inference import read_rows
 from regpipe.network import SymmetricNet
 
 COMMITTED = Path(__file__).parents[1] / "bundles"

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from regpipe import cli, doctor, transforms
 from regpipe.bundles import write_bundle
+from regpipe.casemetrics import read_rows
 from regpipe.images import Grid
-from regpipe.inference import read_rows
 
 
 @pytest.fixture(scope="module")

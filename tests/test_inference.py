@@ -21,9 +21,9 @@ from scipy import ndimage
 
 from regpipe import inference
 from regpipe.bundles import write_bundle
+from regpipe.casemetrics import read_rows
 from regpipe.errors import cause
 from regpipe.images import Grid, read_image
-from regpipe.inference import read_rows
 from regpipe.transforms import map_points, read_displacement
 
 IMAGES = {"displacement", "inverse_displacement", "warped", "warped_label", "jacobian"}
