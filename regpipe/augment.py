@@ -37,8 +37,9 @@ class RandomAffine:
             shape = item[f"{side}_image"].shape[1:]
             matrix, shift = draw_affine(shape, self.amount)
             u = affine_displacement(matrix, shift, shape)
-            for kind, mode in (("image", "bilinear"), ("label", "nearest")):
-                moved[f"{side}_{kind}"] = warp(item[f"{side}_{kind}"][None], u, mode=mode)[0]
+            for kind, mode in (("image", "bilinear"), ("label", "nearest"), ("mask", "nearest")):
+                if f"{side}_{kind}" in item:
+                    moved[f"{side}_{kind}"] = warp(item[f"{side}_{kind}"][None], u, mode=mode)[0]
             # the image is pulled: what stood at p is seen where x + u(x) = p
             moved[f"{side}_landmarks"] = move_points(item[f"{side}_landmarks"], matrix, shift, shape)
         return moved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from regpipe.encoders import BACKBONES
+from regpipe.encoders import BACKBONES, TRANSFERRED
 from regpipe.errors import InputError
 
 PLACEHOLDER = "@BACKBONE@"
@@ -31,5 +31,5 @@ def write_bundle(backbone: str, folder: str | Path) -> Path:
 
 
 def write_all(parent: str | Path) -> list[Path]:
-    """``symreg_<backbone>`` for each backbone, in ``parent``."""
-    return [write_bundle(backbone, Path(parent) / f"symreg_{backbone}") for backbone in BACKBONES]
+    """``symreg_<backbone>`` for each transferred backbone, in ``parent``."""
+    return [write_bundle(backbone, Path(parent) / f"symreg_{backbone}") for backbone in TRANSFERRED]

@@ -29,8 +29,8 @@ def check_pairs(
 ) -> dict[str, str]:
     """case -> what is wrong with it, in one line that names the file; empty if all is well.
 
-    Reads every distinct file once. Checks the file itself, a label's grid against its image's, the
-    dimension of both images, and that landmarks fit the image and each other in number.
+    Reads every distinct file once. Checks the file itself, a label's and a mask's grid against its image's, that
+    a mask is not empty, the dimension of both images, and that landmarks fit the image and each other in number.
     """
     keys = [f"{side}_{kind}" for kind, side in itertools.product(KINDS, SIDES)]
     files = dict.fromkeys((k.split("_")[1], c[k]) for c in cases for k in keys if k in c)
@@ -51,7 +51,9 @@ def _facts(kind: str, path: str, landmark_channels: int | None) -> _Facts:
     if kind == "image":
         image, channels = images.read_image(path), None
     else:
-        image, channels = images.read_label(path, landmark_channels=landmark_channels)
+        image, channels = images.read_label(path, landmark_channels=landmark_channels if kind == "label" else None)
+    if kind == "mask" and not image.array.any():
+        raise InputError(f"{path}: this mask is 0 everywhere; mark what shall count, or remove it")
     return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels))
 
 
@@ -69,10 +71,11 @@ def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -
         return f"{case['moving_image']}: 2-D with 3-D ({case['fixed_image']}); pair like with like"
     counts = {}
     for side in SIDES:
-        image, label, points = (known.get(f"{side}_{kind}") for kind in KINDS)
+        image, label, points, mask = (known.get(f"{side}_{kind}") for kind in KINDS)
         assert image is not None
-        if label and not _same_grid(image, label):
-            return f"{case[f'{side}_label']}: not on its image's grid; resample it onto the image"
+        for kind, drawn in (("label", label), ("mask", mask)):
+            if drawn and not _same_grid(image, drawn):
+                return f"{case[f'{side}_{kind}']}: not on its image's grid; resample it onto the image"
         if points and len(points.shape) != len(image.shape):
             return f"{case[f'{side}_landmarks']}: points and image differ in dimension; mend it"
         if points and points.lps is not None and _outside(points.lps, image):
@@ -82,8 +85,8 @@ def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -
 
 
 def unlike_landmarks(case: Case, counts: Mapping[str, int]) -> str | None:
-    """Message for landmarks that cannot correspond, else None."""
-    if counts["fixed"] == counts["moving"]:
+    """Message for landmarks that cannot correspond, else None; an image without any has none to compare."""
+    if counts["fixed"] == counts["moving"] or not all(counts.values()):
         return None
     file = case.get("moving_landmarks") or case.get("moving_label") or case["moving_image"]
     held = f"{counts['moving']} landmarks, the fixed side {counts['fixed']}"

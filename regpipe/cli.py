@@ -7,7 +7,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Bundle = Annotated[Path, typer.Option(help="A trained bundle, or a comparison: its best one.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")]
 
 
@@ -29,8 +28,18 @@ def register(
         list[Path],
         typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
     ],
-    bundle: Bundle,
     out: Out,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="A trained bundle, or a comparison: its best. None: no network, see --refine."),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(help="Steps of per-pair optimisation after the network's answer (default 0), or from zero."),
+    ] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="What refinement compares images by: lncc, mind, mi, ncc, mse.")
+    ] = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
     pairing: Annotated[
@@ -38,7 +47,7 @@ def register(
         typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained."),
     ] = None,
 ) -> None:
-    """Register a folder of pairs, or one pair, with a trained bundle.
+    """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
 
     Each case gets a folder with the warped image and labels, the displacement both ways (LPS mm, for ITK, ANTs and
     Slicer), the Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on.
@@ -52,7 +61,21 @@ def register(
             dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], labels)
         elif fixed_label or moving_label:
             raise InputError("--fixed-label and --moving-label go with two files; a folder holds its own labels")
-        _run_inference(bundle, dataset, out, pairing)
+        if bundle is None:
+            _register_from_zero(dataset, out, pairing, refine, similarity)
+        else:
+            _run_inference(bundle, dataset, out, pairing, refine, similarity)
+
+
+def _register_from_zero(
+    dataset: Path, out: Path, pairing: str | None, steps: int | None, similarity: str | None
+) -> None:
+    from regpipe.inference import FROM_ZERO_STEPS, register_from_zero
+    from regpipe.refine import refinement_loss
+
+    steps = FROM_ZERO_STEPS if steps is None else steps
+    weights = refinement_loss(similarity or "lncc")
+    register_from_zero(str(dataset), str(out), pairing=pairing or "all", steps=steps, weights=weights)
 
 
 def _one_pair(path: Path, fixed: Path, moving: Path, labels: dict[str, Path | None]) -> Path:
@@ -65,10 +88,21 @@ def _one_pair(path: Path, fixed: Path, moving: Path, labels: dict[str, Path | No
     return path
 
 
-def _run_inference(bundle: Path, dataset: Path, out: Path, pairing: str | None) -> None:
+def _run_inference(
+    bundle: Path, dataset: Path, out: Path, pairing: str | None, refine: int | None, similarity: str | None
+) -> None:
     from monai.bundle import ConfigWorkflow
 
     from regpipe.compare import bundle_in
+    from regpipe.refine import refinement_loss
+
+    chosen: dict[str, Any] = {}
+    if pairing:
+        chosen["pairing"] = pairing
+    if refine is not None:
+        chosen["refine"] = refine
+    if similarity is not None:
+        chosen["refine_loss"] = refinement_loss(similarity)
 
     bundle = bundle_in(bundle)
     config = bundle / "configs" / "inference.yaml"
@@ -82,7 +116,7 @@ def _run_inference(bundle: Path, dataset: Path, out: Path, pairing: str | None) 
         bundle_root=str(bundle),
         dataset_dir=str(dataset),
         output_dir=str(out),
-        **({"pairing": pairing} if pairing else {}),
+        **chosen,
     )
     workflow.initialize()
     workflow.run()
@@ -114,12 +148,38 @@ def compare(
 
 
 @app.command()
+def study(
+    data: Annotated[Path, typer.Argument(help="Folder of subjects with labels.")],
+    out: Out,
+    overlay: Annotated[list[Path], typer.Option(help="Over train.yaml, with spatial_dims: configs/study_2d.yaml.")],
+    pretrain: Annotated[Path | None, typer.Option(help="Of the training on phantoms: configs/pretrain.yaml.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A part of the grid: AXIS=VALUE,VALUE.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of one thread.")] = 1,
+) -> None:
+    """Do transferred weights and depth pay? Backbones x transfer x training subjects x seeds, on equal terms.
+
+    Axes: backbone, transfer, subjects, seed. Finished runs are not run again; Ctrl-C keeps them. See docs/study.md.
+    """
+    from regpipe.study import study as run
+
+    parts = [item.partition("=") for item in only or []]
+    if any(not separator for _, separator, _ in parts):
+        raise InputError("--only wants AXIS=VALUE,VALUE, e.g. --only subjects=5,all")
+    chosen = {axis: [value.strip() for value in values.split(",")] for axis, _, values in parts}
+    print(run(data, out, overlays=overlay, pretraining=pretrain, only=chosen, jobs=jobs))
+    print(f"page: {out / 'study.md'}, runs: {out / 'study.csv'}")
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write the pairs to.")],
-    kind: Annotated[str, typer.Option(help="ultrasound or mr.")] = "ultrasound",
+    kind: Annotated[str, typer.Option(help="ultrasound, mr or shapes.")] = "ultrasound",
     shape: Annotated[str, typer.Option(help="Voxels per axis, 2 or 3 numbers.")] = "64,64",
     pairs: Annotated[int, typer.Option(help="How many pairs.")] = 40,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    motion: Annotated[
+        float | None, typer.Option(help="Largest displacement in voxels, like a breath; default: a small one.")
+    ] = None,
 ) -> None:
     """Write synthetic pairs with labels, landmarks and the true displacement, as a data set folder."""
     from regpipe.cohort import write_cohort
@@ -129,7 +189,7 @@ def phantom(
     except ValueError:
         raise InputError(f"--shape wants 2 or 3 whole numbers, e.g. 64,64; got {shape}") from None
     try:
-        print(write_cohort(out, kind=kind, shape=sides, n_pairs=pairs, seed=seed))
+        print(write_cohort(out, kind=kind, shape=sides, n_pairs=pairs, seed=seed, motion=motion))
     except ValueError as problem:
         raise InputError(str(problem)) from problem
 

@@ -26,6 +26,7 @@ def write_cohort(
     shape: Sequence[int] = (64, 64),
     n_pairs: int = 40,
     seed: int = 0,
+    motion: float | None = None,
 ) -> Path:
     """Write ``n_pairs`` pairs as a data set folder; the same arguments give the same bytes.
 
@@ -34,13 +35,21 @@ def write_cohort(
     (LPS mm) and ``phantom.json``, the arguments. A folder that holds this cohort already is
     returned at once, and several processes may call this together.
 
+    Args:
+        out: the folder; made where needed.
+        kind, shape, motion: as ``regpipe.phantoms.make_pair``; ``motion`` is in voxels.
+        n_pairs: how many.
+        seed: one number for them all.
+
     Raises:
         ValueError: if ``out`` holds anything else, or as ``make_pair``.
     """
     if n_pairs < 1:
         raise ValueError(f"phantom cohort of {n_pairs} pairs: give 1 or more")
-    out, shape = Path(out), checked_shape(kind, shape, MAGNITUDE)
-    about = dict(format=COHORT_FORMAT, kind=kind, shape=shape, n_pairs=n_pairs, seed=seed)
+    out, shape = Path(out), checked_shape(kind, shape, MAGNITUDE, motion)
+    about: dict[str, object] = dict(format=COHORT_FORMAT, kind=kind, shape=shape, n_pairs=n_pairs, seed=seed)
+    if motion is not None:  # else the record of a cohort written before there was motion: it is the same cohort
+        about["motion"] = float(motion)
     record = json.dumps(about) + "\n"
     if _holds(out, record):
         return out
@@ -49,7 +58,7 @@ def write_cohort(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         part = Path(aside) / "cohort"
         for case in range(n_pairs):
-            pair = make_pair(kind, shape, seed=(seed, case))
+            pair = make_pair(kind, shape, seed=(seed, case), motion=motion)
             _write_case(part, f"case_{case:03d}", pair)
         (part / "phantom.json").write_text(record)
         try:

@@ -96,7 +96,7 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
         print(f"== {bundle.name}: evaluating", flush=True)
         configs.append(str(bundle / "configs" / "evaluate.yaml"))
         # where the weights came from is the overlay's to say now: from the trained model
-        kept = {k: v for k, v in settings.items() if k not in ("pretrained", "freeze")}
+        kept = {k: v for k, v in settings.items() if k not in ("pretrained", "freeze", "transfer")}
         _bundle_command(bundle, "evaluating", configs, kept)
         replace_file(record, asked.encode())
     return json.loads(summary.read_text())

@@ -5,7 +5,7 @@ Points q, of shape (D, *S), are in units of the image: -1 is the first voxel of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ Array = NDArray[np.floating]
 Generator = np.random.Generator
 
 MAGNITUDE = 0.055  # mean displacement as a fraction of the side
+LARGEST_MOTION = 0.45  # largest displacement that random_motion gives, as a fraction of the shortest side
 
 
 class Waves(NamedTuple):
@@ -97,6 +98,40 @@ def random_deformation(rng: Generator, dim: int, *, magnitude: float = MAGNITUDE
         mean = np.linalg.norm(phi.forward(coarse) - coarse, axis=0).mean() / 2  # a side is 2 units
         phi = phi.scaled(magnitude / mean if mean else 0.0)
     return phi
+
+
+def random_motion(rng: Generator, shape: Sequence[int], *, motion: float) -> Deformation:
+    """A breath and a random deformation, scaled together until some voxel moves by ``motion`` voxels.
+
+    In or out: along axis 1 the shift grows from none at the first voxel to its most at the last, and bulges in the
+    middle of the other axes like a diaphragm; the other axes widen with it.
+    """
+    dim = len(shape)
+    small = random_deformation(rng, dim)
+    phi = small._replace(couplings=(*_breath(dim, rng.choice([-1, 1])), *small.couplings))
+    half = (np.array(shape) - 1) / 2
+    coarse = unit_grid([17] * dim)
+    for _ in range(12):  # nearly linear in the factor
+        farthest = np.linalg.norm((phi.forward(coarse) - coarse) * column(half, coarse), axis=0).max()
+        phi = phi.scaled(motion / farthest)
+    return phi
+
+
+def _breath(dim: int, sign: int) -> Iterator[Coupling]:
+    nothing = _cosine(np.zeros(dim), 0.0)
+    others = [axis for axis in range(dim) if axis != 1]
+    along = np.eye(dim)[1]
+    stretch = _cosine(np.zeros(dim), sign * 0.2)
+    yield Coupling(1, stretch, stretch)  # q + 1 -> about (q + 1) exp(0.2): the first voxel stays
+    for axis in others:
+        dome = _cosine(np.eye(dim)[axis] * np.pi / 2, sign * 0.3 / len(others))
+        yield Coupling(1, nothing, dome)
+    for axis in others:  # 0 at the first voxel of axis 1, most at the last
+        yield Coupling(axis, _cosine(along * np.pi / 4, sign * 0.12, phase=-np.pi / 4), nothing)
+
+
+def _cosine(frequency: Array, amplitude: float, *, phase: float = 0.0) -> Waves:
+    return Waves(frequency[None], np.array([phase + np.pi / 2]), np.array([amplitude]))
 
 
 def waves(rng: Generator, dim: int, *, frequency: float, rms: float, count: int = 4) -> Waves:

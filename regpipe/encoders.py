@@ -1,4 +1,4 @@
-"""The three transferred backbones, resnet18, vgg16 and alexnet, in 2D and 3D, behind one contract.
+"""The transferred backbones, resnet18, vgg16 and alexnet, and a plain one, in 2D and 3D, behind one contract.
 
 Contract of an encoder
 ----------------------
@@ -6,7 +6,7 @@ Contract of an encoder
 ``(B, channels[i], *ceil(spatial / strides[i]))`` for any input size, odd sizes included.
 ``channels`` and ``strides`` are attributes; whoever uses an encoder reads these and never its name.
 
-The layers are torchvision's own. Three things are done to them:
+The layers are torchvision's own, ``plain``'s, the yardstick, SYMNet's. Three things are done to them:
 
 - grey for RGB: the stem's three input channels are summed, and images in [0, 1] are shifted and
   scaled by the mean of ImageNet's statistics, so that a pretrained stem sees what it was trained on;
@@ -33,10 +33,11 @@ from regpipe.errors import InputError
 from regpipe.weights import lay_in, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226  # the means over the three colours
+MAX_STRIDE = 16
 
 
 class Backbone(NamedTuple):
-    """How to cut a torchvision classifier into stages, finest first, and how coarse each is."""
+    """How to cut a network into stages, finest first, and how coarse each is."""
 
     build: Callable[[], nn.Module]
     stages: Callable[[nn.Module], list[nn.Module]]
@@ -70,6 +71,25 @@ def _alexnet_stages(net: Any) -> list[nn.Module]:
     return [nn.Sequential(*layers[a:b]) for a, b in zip([0, *pools[:-1]], pools, strict=True)]
 
 
+class Plain(nn.Module):
+    """The way down of SYMNet's U-Net (Mok & Chung, CVPR 2020) for one RGB image: pairs of 3 x 3 convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths, strides = (3, 8, 16, 32, 64), (1, 2, 2, 2)
+        down = [_two(a, b, b, stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)]
+        self.down = nn.ModuleList(down)
+        self.bottom = _two(64, 128, 64, stride=2)
+
+
+def _two(first: int, middle: int, last: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(first, middle, 3, stride, 1), nn.ReLU(), nn.Conv2d(middle, last, 3, 1, 1), nn.ReLU())
+
+
+def _plain_stages(net: Any) -> list[nn.Module]:
+    return [nn.Sequential(net.down[0], net.down[1]), net.down[2], net.down[3], net.bottom]
+
+
 BACKBONES: dict[str, Backbone] = {
     "resnet18": Backbone(torchvision.models.resnet18, _resnet18_stages, (64, 64, 128, 256, 512), (2, 4, 8, 16, 32)),
     "vgg16": Backbone(
@@ -80,7 +100,9 @@ BACKBONES: dict[str, Backbone] = {
         halve_first=True,
     ),
     "alexnet": Backbone(torchvision.models.alexnet, _alexnet_stages, (64, 192, 256), (4, 8, 16)),
+    "plain": Backbone(Plain, _plain_stages, (16, 32, 64, 64), (2, 4, 8, 16)),
 }
+TRANSFERRED = tuple(name for name in BACKBONES if name != "plain")  # weights of these are published
 
 
 class Encoder(nn.Module):
@@ -104,7 +126,7 @@ class Encoder(nn.Module):
         *,
         pretrained: str = "none",
         freeze: int = 0,
-        max_stride: int = 16,
+        max_stride: int = MAX_STRIDE,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:

@@ -7,7 +7,7 @@ The trainer's iteration is MONAI's own: ``prepare_batch`` makes the network's in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from regpipe.cohort import BUILTIN_SHAPES
 from regpipe.errors import InputError
 from regpipe.fields import SQUARINGS, register, register_midway
 from regpipe.images import Grid, load_grid, make_grid
+from regpipe.refine import Refiner
+from regpipe.weights import read_state_dict
 
 
 def prepare_batch(
@@ -26,33 +28,66 @@ def prepare_batch(
     device: str | torch.device | None = None,
     non_blocking: bool = False,
     **to_kwargs: Any,
-) -> tuple[Tensor, dict[str, Any]]:
-    """A collated batch -> (pair (B, 2, *spatial), the whole batch on the device); MONAI's ``prepare_batch``."""
+) -> tuple[Tensor, dict[str, Any], tuple[()], dict[str, Any]]:
+    """A collated batch -> (pair (B, 2, *spatial), the whole batch on the device, (), what the inferer is told).
+
+    MONAI's ``prepare_batch``.
+    """
     target = {
         key: value.to(device, non_blocking=non_blocking, **to_kwargs) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
-    return torch.cat([target["fixed_image"], target["moving_image"]], 1), target
+    masks = tuple(target[key] for key in ("fixed_mask", "moving_mask") if key in target)
+    return torch.cat([target["fixed_image"], target["moving_image"]], 1), target, (), {"masks": masks}
 
 
 class RegistrationInferer(Inferer):
     """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
 
+    What a network gives beyond the velocity is the dict's ``anatomy``: see ``regpipe.SymmetricNet``.
+
     Args:
         squarings: scaling-and-squaring steps.
         midway: the network gives SYMNet's two velocities instead of one.
+        refiner: optimises the velocity of each pair further, starting from the network's.
     """
 
-    def __init__(self, *, squarings: int = SQUARINGS, midway: bool = False) -> None:
+    def __init__(self, *, squarings: int = SQUARINGS, midway: bool = False, refiner: Refiner | None = None) -> None:
         super().__init__()
         self.squarings = squarings
-        self._register = register_midway if midway else register
+        self.refiner = refiner
+        self.midway = midway
+        if midway and refiner is not None:
+            raise InputError("refinement starts from one velocity, SYMNet gives two: leave --refine out")
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        velocity = network(inputs, *args, **kwargs)
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
+    ) -> dict[str, Tensor]:
+        output = network(inputs, *args, **kwargs)
+        dim = (inputs.ndim - 2) * (2 if self.midway else 1)
+        anatomy = {"anatomy": output[:, dim:].float()} if output.shape[1] > dim else {}
         with torch.autocast(inputs.device.type, enabled=False):
             fixed, moving = inputs.float().chunk(2, dim=1)
-            return self._register(fixed, moving, velocity.float(), squarings=self.squarings)._asdict()
+            velocity = output[:, :dim].float()
+            if self.refiner is not None:
+                velocity = self.refiner(fixed, moving, velocity, masks=masks, **anatomy)
+            finish = register_midway if self.midway else register
+            result = finish(fixed, moving, velocity, squarings=self.squarings)
+        return {**result._asdict(), **anatomy}
+
+
+class ZeroInferer(Inferer):
+    """Registration without a network: each pair's velocity optimised from zero; the network given is not asked."""
+
+    def __init__(self, refiner: Refiner) -> None:
+        super().__init__()
+        self.refiner = refiner
+
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
+    ) -> dict[str, Tensor]:
+        fixed, moving = inputs.float().chunk(2, dim=1)
+        return register(fixed, moving, self.refiner(fixed, moving, masks=masks))._asdict()
 
 
 def metric_input(output: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +115,13 @@ def trained_grid(ckpt_dir: str) -> Grid:
     if path.is_file() or (Path(ckpt_dir) / "model.pt").is_file():  # a model without its grid is an error, not a guess
         return load_grid(path)
     return make_grid(BUILTIN_SHAPES[2], (1.0, 1.0))
+
+
+def trained_structures(ckpt_dir: str) -> int:
+    """How many structures the model in ``ckpt_dir`` tells apart; 0 before training."""
+    path = Path(ckpt_dir) / "model.pt"
+    head = read_state_dict(path).get("anatomy.weight") if path.is_file() else None
+    return 0 if head is None else len(head) - 1
 
 
 def trained_weights(ckpt_dir: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,44 @@ class GradientClip:
                 f"the gradient is not finite at iteration {engine.state.iteration}, "
                 f"{_cases(engine)}; the last checkpoint is untouched"
             )
+
+
+class Budget:
+    """Ends training after the epoch in which its wall-clock seconds are spent; without a number, never.
+
+    Validating counts. Saved with the run, so that what was spent before a stop counts too.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        if seconds is not None and not seconds > 0:
+            raise InputError(f"--budget_seconds {seconds:g}: give more than 0, or leave it out for no limit")
+        self.seconds, self._before, self._from = seconds, 0.0, math.nan
+
+    @property
+    def spent(self) -> float:
+        """Share of the seconds that is spent; 0 without a limit. What the learning rate's schedule goes by."""
+        return self._used() / self.seconds if self.seconds else 0.0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end)
+
+    def _start(self, engine: Engine) -> None:
+        self._from = time.monotonic()
+        self._end(engine)  # a run whose seconds were spent already has nothing left to do
+
+    def _end(self, engine: Engine) -> None:
+        if self.spent >= 1:
+            engine.terminate()
+
+    def _used(self) -> float:
+        return self._before + (0.0 if math.isnan(self._from) else time.monotonic() - self._from)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"used": self._used()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._before, self._from = state["used"], math.nan
 
 
 class Progress:

@@ -10,21 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
 from tqdm import tqdm
 
 from regpipe import report, transforms
 from regpipe.boards import case_pictures
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
+from regpipe.engines import ZeroInferer, prepare_batch
 from regpipe.errors import InputError, cause
 from regpipe.fields import Registration
 from regpipe.files import replace_file
 from regpipe.images import PICTURE, Image, read_image, read_label
 from regpipe.loading import LoadPair, collate_pairs
+from regpipe.losses import RegistrationLoss
 from regpipe.metrics import measure
-from regpipe.pairs import Case, list_pairs
+from regpipe.pairs import Case, list_pairs, working_grid
+from regpipe.refine import Refiner
+
+FROM_ZERO_STEPS = 80
+FULL_RESOLUTION = 2_000_000  # voxels
 
 
 class FolderRun:
@@ -40,13 +48,23 @@ class FolderRun:
         output_dir: a folder per case is made in it.
         model: the weight file; a case finished with another one, or from other files, is done anew.
         pairing: see ``regpipe.list_pairs``.
+        settings: what else the results depend on; a case finished with other ones is done anew.
 
     Raises:
         InputError: there is no pair in ``dataset_dir`` at all.
     """
 
-    def __init__(self, dataset_dir: str, *, load: LoadPair, output_dir: str, model: str, pairing: str = "all") -> None:
-        self.load, self.folder = load, Path(output_dir)
+    def __init__(
+        self,
+        dataset_dir: str,
+        *,
+        load: LoadPair,
+        output_dir: str,
+        model: str = "",
+        pairing: str = "all",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.load, self.folder, self._settings = load, Path(output_dir), dict(settings or {})
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
         weights = Path(model)
@@ -63,10 +81,10 @@ class FolderRun:
         return row if row.pop("made_from", None) == self._made_from(self.cases[name]) else None
 
     def _made_from(self, case: Case) -> dict[str, Any]:
-        """What a result depends on: each file's name, size and time, and the weights."""
+        """What a result depends on: each file's name, size and time, the weights and the settings."""
         files = {key: Path(path) for key, path in case.items() if key != "case"}
         found = {key: [p.name, p.stat().st_size, p.stat().st_mtime_ns] for key, p in files.items() if p.exists()}
-        return {**found, "weights": self._weights}
+        return {**found, "weights": self._weights, "settings": self._settings}
 
     def _todo(self) -> list[Case]:
         return [c for name, c in self.cases.items() if name not in self.failures and self._result(name) is None]
@@ -153,6 +171,45 @@ class FolderRun:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
             raise SystemExit(1)
+
+
+def register_from_zero(
+    dataset_dir: str,
+    output_dir: str,
+    *,
+    pairing: str = "all",
+    weights: Mapping[str, float],
+    landmark_channels: int | None = None,
+    steps: int = FROM_ZERO_STEPS,
+    window: int = 7,
+) -> None:
+    """Register every pair of a folder without any network: each velocity is optimised from zero.
+
+    On a working grid of more than ``FULL_RESOLUTION`` voxels the images are compared at half resolution at the finest.
+
+    Raises:
+        InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
+        SystemExit: as ``FolderRun.register``.
+    """
+    skipped: dict[str, str] = {}
+    cases = list_pairs(dataset_dir, pairing=pairing, problems=skipped)
+    grid = working_grid([case for case in cases if case["case"] not in skipped])
+    finest = 1 if math.prod(grid.shape) <= FULL_RESOLUTION else 2
+    refiner = Refiner(RegistrationLoss(weights, window=window), steps=steps, finest=finest)
+    settings = {"network": "none", "refine": steps, "refine_loss": dict(weights), "lncc_window": window}
+    load = LoadPair(grid, landmark_channels=landmark_channels)
+    folder = FolderRun(dataset_dir, load=load, output_dir=output_dir, pairing=pairing, settings=settings)
+    folder.register(
+        SupervisedEvaluator(
+            device=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
+            val_data_loader=folder,
+            network=torch.nn.Identity(),
+            inferer=ZeroInferer(refiner),
+            prepare_batch=prepare_batch,
+            val_handlers=[folder],
+            decollate=False,
+        )
+    )
 
 
 def _number(value: Any) -> Any:

@@ -25,14 +25,20 @@ class LoadPair:
 
     Gives ``case`` and, for ``fixed_`` and ``moving_``: ``image`` (1, *S) float32 in [0, 1];
     ``label`` (1, *S) int32, zeros where there is none; ``landmarks`` (K, D) float32 in working
-    voxels, K may be 0; ``affine`` (D+1, D+1) float64, working voxel -> RAS mm. ``displacement`` (D, *S) where the
-    case has a true one, in working voxels. With ``cache`` they
-    are kept, per image and not per pair, and handed out without a copy: never change them in place.
+    voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the image's field
+    of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1) float64,
+    working voxel -> RAS mm. ``displacement`` (D, *S) where the case has a true one, in working voxels. With ``cache``
+    they are kept, per image and not per pair, and handed out without a copy: never change them in place.
+
+    Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
     """
 
-    def __init__(self, grid: Grid, *, landmark_channels: int | None = None, cache: bool = True) -> None:
+    def __init__(
+        self, grid: Grid, *, landmark_channels: int | None = None, cache: bool = True, mask_rims: bool = True
+    ) -> None:
         self.grid = grid
         self.landmark_channels = landmark_channels
+        self.mask_rims = mask_rims
         self.cache: dict[tuple[str | None, ...], dict[str, Tensor]] | None = {} if cache else None
 
     def __call__(self, case: Case) -> dict[str, Any]:
@@ -41,17 +47,20 @@ class LoadPair:
             item |= {f"{side}_{key}": value for key, value in self._side(case, side).items()}
         if "displacement" in case:
             item["displacement"] = self._true_displacement(case, item)
-        unlike = unlike_landmarks(case, {side: len(item[f"{side}_landmarks"]) for side in SIDES})
+        counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
+        unlike = unlike_landmarks(case, counts)
         if unlike:
             raise InputError(unlike)
+        if not all(counts.values()):  # one of them has no partner's: no supervision from this pair
+            item |= {f"{side}_landmarks": item[f"{side}_landmarks"][:0] for side in SIDES}
         return item
 
     def _side(self, case: Case, side: str) -> dict[str, Tensor]:
-        image, label, landmarks = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
+        image, label, landmarks, mask = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
         if self.cache is not None and files in self.cache:
             return self.cache[files]
         assert image is not None
-        tensors = self._load(image, label, landmarks)
+        tensors = self._load(image, label, landmarks, mask)
         if self.cache is not None:
             self.cache[files] = tensors
         return tensors
@@ -61,7 +70,7 @@ class LoadPair:
         frames = (item["fixed_affine"].numpy(), item["moving_affine"].numpy())
         return torch.from_numpy(transforms.grid_displacement(field, affine, *frames, self.grid.shape)).float()
 
-    def _load(self, path: str, label: str | None, landmarks: str | None) -> dict[str, Tensor]:
+    def _load(self, path: str, label: str | None, landmarks: str | None, mask: str | None) -> dict[str, Tensor]:
         shape, dim = self.grid.shape, len(self.grid.shape)
         image = images.read_image(path)
         try:
@@ -90,8 +99,21 @@ class LoadPair:
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],
             "landmarks": torch.from_numpy(np.concatenate(points)).float(),
+            "mask": _mask(image, mask, affine, shape, rims=self.mask_rims)[None],
             "affine": torch.from_numpy(affine),
         }
+
+
+def _mask(image: images.Image, path: str | None, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool) -> Tensor:
+    """(*shape) float32: 1 inside the image's field of view (unless ``rims`` count too) and its mask file."""
+    view = image._replace(array=np.ones(image.array.shape, np.uint8))
+    inside = images.resample(view, affine, shape, order=0) > 0 if rims else np.ones(shape, bool)
+    if path:
+        drawn, _ = images.read_label(path)
+        inside &= images.resample(drawn, affine, shape, order=0) != 0
+    if inside.all():  # most are: one number in memory in place of a volume
+        return torch.ones(()).expand(shape)
+    return torch.from_numpy(inside).float()
 
 
 def _covered(image: images.Image, affine: np.ndarray, shape: tuple[int, ...]) -> float:

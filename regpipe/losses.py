@@ -1,32 +1,31 @@
 """What training minimises: named terms, one weighted sum.
 
 A term is a function ``(registration, target, options) -> scalar``, listed by name in ``TERMS``; its docstring
-says what zero means and in which unit it counts. ``RegistrationLoss`` adds the terms that have a weight.
+says what zero means and in which unit it counts. ``RegistrationLoss`` adds the terms that have a weight. What
+compares images is in ``regpipe.similarity``, what measures fields in ``regpipe.regularity``.
 Every term is computed in float32, outside any autocast: LNCC in half precision is noise.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from monai.losses import BendingEnergyLoss, GlobalMutualInformationLoss
 from torch import Tensor, nn
 
+from regpipe import regularity, similarity
+from regpipe.encoders import Encoder
 from regpipe.errors import InputError
-from regpipe.fields import (
-    Registration,
-    differences,
-    integrate,
-    jacobian_determinant,
-    resize,
-    sample_at,
-    warp,
-)
+from regpipe.fields import Registration, integrate, resize, resize_image, sample_at, warp
+from regpipe.pairs import SIDES
+from regpipe.similarity import box_sum as box_sum
+from regpipe.similarity import lncc as lncc
 
-Target = Mapping[str, Tensor]  # a collated batch, see regpipe.pairs
+Target = Mapping[str, Tensor]  # a collated batch, see regpipe.loading
+Dissimilarity = Callable[..., Tensor]  # f(a, b, *, mask) -> scalar, see regpipe.similarity
 
 
 class Options(NamedTuple):
@@ -34,94 +33,124 @@ class Options(NamedTuple):
 
     window: int = 9  # LNCC, voxels
     label_ids: tuple[int, ...] = ()  # structures that label supervision sees; empty: all that the batch holds
+    encoder: Encoder | None = None  # frozen, for features
 
 
-def box_sum(x: Tensor, window: int) -> Tensor:
-    """Sum over a centred window of ``window`` voxels per axis, cut off at the rim: (B, C, *spatial) -> the same.
-
-    Running sums, one axis after the other: the cost does not depend on the window.
-    """
-    half = window // 2
-    for axis in range(2, x.ndim):
-        n = x.shape[axis]
-        total = nn.functional.pad(x.cumsum(axis).movedim(axis, -1), (1, 0))  # total[i] = sum of the first i
-        where = torch.arange(n, device=x.device)
-        ahead, behind = (where + half + 1).clamp(max=n), (where - half).clamp(min=0)
-        x = (total[..., ahead] - total[..., behind]).movedim(-1, axis)
-    return x
+def nothing(r: Registration) -> Tensor:
+    """0 with a gradient graph: what a term is for pairs that lack what it needs."""
+    return r.displacement.sum() * 0.0
 
 
-def lncc(a: Tensor, b: Tensor, *, window: int = 9, epsilon: float = 1e-5) -> Tensor:
-    """1 - mean squared local correlation of images (B, 1, *spatial) in [0, 1]; 0 for a perfect match up to local gain.
-
-    A flat window has correlation 0. ``epsilon`` is the variance below which a window counts as flat.
-    Source: Avants et al. 2008 (ANTs' CC), normalised by the voxels really inside the window.
-    """
-    with torch.autocast(a.device.type, enabled=False):
-        a, b = (x.float() - x.float().mean() for x in (a, b))  # an offset would cost the running sums all digits
-        count = box_sum(torch.ones_like(a[:1]), window)
-        mean = box_sum(torch.cat([a, b, a * a, b * b, a * b], 1), window) / count
-        mean_a, mean_b, aa, bb, ab = mean.split(1, 1)
-        covariance = ab - mean_a * mean_b
-        var_a = (aa - mean_a * mean_a).clamp(min=0) + epsilon
-        var_b = (bb - mean_b * mean_b).clamp(min=0) + epsilon
-        return 1 - (covariance * covariance / (var_a * var_b)).mean()
+def masks_of(target: Target) -> list[Tensor] | None:
+    """Both images' masks (B, 1, *spatial), fixed first; None where every voxel of the batch counts."""
+    given = [target.get(f"{side}_mask") for side in SIDES]
+    if all(mask is None or bool((mask >= 1).all()) for mask in given):
+        return None
+    shown = [target[f"{side}_image"] for side in SIDES]
+    return [torch.ones_like(x) if mask is None else mask.float() for mask, x in zip(given, shown, strict=True)]
 
 
-def both_ways(r: Registration, target: Target, dissimilarity: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Mean of a dissimilarity over moving-onto-fixed and fixed-onto-moving."""
-    forward = dissimilarity(r.warped_moving, target["fixed_image"])
-    return (forward + dissimilarity(r.warped_fixed, target["moving_image"])) / 2
+@torch.no_grad()
+def overlaps(r: Registration, target: Target) -> tuple[Tensor | None, Tensor | None]:
+    """Where moving on fixed, and fixed on moving, can be compared: one's mask times the other's, warped onto it."""
+    masks = masks_of(target)
+    if masks is None:
+        return None, None
+    fixed, moving = masks
+    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse])).chunk(2)
+    return fixed * warped_moving, moving * warped_fixed
+
+
+def both_ways(r: Registration, target: Target, dissimilarity: Dissimilarity) -> Tensor:
+    """Mean of a dissimilarity over moving-onto-fixed and fixed-onto-moving, where both are in sight."""
+    on_fixed, on_moving = overlaps(r, target)
+    forward = dissimilarity(r.warped_moving, target["fixed_image"], mask=on_fixed)
+    return (forward + dissimilarity(r.warped_fixed, target["moving_image"], mask=on_moving)) / 2
 
 
 def _lncc(r: Registration, target: Target, options: Options) -> Tensor:
     """Local cross-correlation, both ways; in [0, 1]."""
-    return both_ways(r, target, lambda a, b: lncc(a, b, window=options.window))
+    return both_ways(r, target, lambda a, b, mask: lncc(a, b, mask=mask, window=options.window))
+
+
+def _ncc(r: Registration, target: Target, options: Options) -> Tensor:
+    """1 - global correlation, both ways; in [0, 2]."""
+    return both_ways(r, target, similarity.ncc)
 
 
 def _mse(r: Registration, target: Target, options: Options) -> Tensor:
     """Mean squared difference of intensities in [0, 1], both ways."""
-    return both_ways(r, target, nn.functional.mse_loss)
-
-
-_mutual_information = GlobalMutualInformationLoss(num_bins=32)
+    return both_ways(r, target, similarity.mse)
 
 
 def _mi(r: Registration, target: Target, options: Options) -> Tensor:
     """Minus global mutual information in nats (MONAI's Parzen windows), both ways."""
-    return both_ways(r, target, _mutual_information)
+    return both_ways(r, target, similarity.mi)
+
+
+def _mind(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean squared difference of MIND-SSC descriptors, both ways; in [0, 1]."""
+    return both_ways(r, target, similarity.mind)
+
+
+def _features(r: Registration, target: Target, options: Options) -> Tensor:
+    """1 - cosine of the frozen encoder's features, both ways; in [0, 2]."""
+    assert options.encoder is not None  # RegistrationLoss has seen to it
+    encoder = options.encoder
+    return both_ways(r, target, lambda a, b, mask: similarity.feature_similarity(a, b, encoder, mask=mask))
 
 
 def _midway(r: Registration, target: Target, options: Options) -> Tensor:
     """LNCC of both images in the midway space: exp(v/2) and exp(-v/2), or exp of SYMNet's two velocities."""
-    moving, fixed = target["moving_image"], target["fixed_image"]
     if r.velocity.shape[1] == r.displacement.shape[1]:
         halves = torch.cat([r.velocity, -r.velocity]) / 2
     else:
         halves = torch.cat(r.velocity.chunk(2, dim=1)[::-1])
-    u = resize(integrate(halves), moving.shape[2:])
-    moving, fixed = warp(torch.cat([moving, fixed]), u).chunk(2)
-    return lncc(moving, fixed, window=options.window)
+    images, masks = torch.cat([target["moving_image"], target["fixed_image"]]), masks_of(target)
+    u = resize(integrate(halves), images.shape[2:])
+    moving, fixed = warp(images, u).chunk(2)
+    mask = None if masks is None else torch.stack(warp(torch.cat(masks[::-1]), u.detach()).chunk(2)).prod(0)
+    return lncc(moving, fixed, mask=mask, window=options.window)
+
+
+def _of_velocity(r: Registration, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of a measure of fields over the velocities: one, or SYMNet's two."""
+    return torch.stack([measure(v) for v in r.velocity.split(r.displacement.shape[1], dim=1)]).mean()
+
+
+def _of_displacements(r: Registration, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of a measure of fields over both directions."""
+    return torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
 
 
 def _diffusion(r: Registration, target: Target, options: Options) -> Tensor:
-    """Mean squared gradient of the velocity (forward differences): voxels per voxel, the same on any grid."""
-    v = r.velocity
-    return torch.stack([differences(v, axis).square().mean() for axis in range(v.ndim - 2)]).mean()
-
-
-_bending_energy = BendingEnergyLoss()
+    """Mean squared gradient of the velocity, voxels per voxel: the same on any grid."""
+    return _of_velocity(r, regularity.diffusion)
 
 
 def _bending(r: Registration, target: Target, options: Options) -> Tensor:
-    """Bending energy of the velocity (MONAI's, Rueckert 1999), on the velocity's grid."""
-    dim = r.displacement.shape[1]
-    return torch.stack([_bending_energy(v) for v in r.velocity.split(dim, dim=1)]).mean()  # SYMNet has two
+    """Bending energy of the velocity, on the velocity's grid."""
+    return _of_velocity(r, regularity.bending)
+
+
+def _elastic(r: Registration, target: Target, options: Options) -> Tensor:
+    """Linear elastic energy of the velocity, mu = lambda = 1: the same on any grid."""
+    return _of_velocity(r, regularity.elastic)
+
+
+def _divergence(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean squared divergence of the velocity: the same on any grid. It costs local changes of volume, and no shear."""
+    return _of_velocity(r, regularity.divergence)
 
 
 def _jacobian(r: Registration, target: Target, options: Options) -> Tensor:
     """SYMNet's orientation consistency: mean of max(0, -det J), both ways; 0 without folds."""
-    return torch.stack([torch.relu(-jacobian_determinant(u)).mean() for u in (r.displacement, r.inverse)]).mean()
+    return _of_displacements(r, regularity.jacobian)
+
+
+def _log_jacobian(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean of (log det J)^2, both ways; 0 where no volume changes."""
+    return _of_displacements(r, regularity.log_jacobian)
 
 
 def _magnitude(r: Registration, target: Target, options: Options) -> Tensor:
@@ -140,29 +169,69 @@ def _shared_ids(fixed: Tensor, moving: Tensor) -> list[int]:
 
 
 def _dice(r: Registration, target: Target, options: Options) -> Tensor:
-    """1 - soft Dice of linearly warped one-hot labels, both ways, over the labels both images hold."""
+    """1 - soft Dice of linearly warped one-hot labels, both ways, over the labels both images of a pair hold."""
+    if not all(f"{side}_label" in target for side in SIDES):
+        return nothing(r)
     ids = options.label_ids or _shared_ids(target["fixed_label"], target["moving_label"])
     if not ids:
-        return r.displacement.sum() * 0.0
+        return nothing(r)
     fixed, moving = (one_hot(target[key], ids) for key in ("fixed_label", "moving_label"))
-    axes = list(range(2, fixed.ndim))
-    held = (fixed.sum(axes) > 0) & (moving.sum(axes) > 0)
-    if not held.any():
-        return r.displacement.sum() * 0.0
+    held = (fixed.flatten(2).sum(2) > 0) & (moving.flatten(2).sum(2) > 0)
+    return 1 - warped_overlap(r, fixed, moving)[held].mean() if held.any() else nothing(r)
 
-    def overlap(a: Tensor, b: Tensor) -> Tensor:
-        return (2 * (a * b).sum(axes) / (a.sum(axes) + b.sum(axes)).clamp(min=1e-5))[held].mean()
 
+def warped_overlap(r: Registration, fixed: Tensor, moving: Tensor) -> Tensor:
+    """(B, K): soft Dice of K structures (B, K, *spatial), each image's warped onto the other's, mean of both ways."""
     warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse])).chunk(2)
-    return 1 - (overlap(fixed, warped_moving) + overlap(moving, warped_fixed)) / 2
+    return (overlap(fixed, warped_moving) + overlap(moving, warped_fixed)) / 2
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Soft Dice of two (B, K, *spatial) in [0, 1] -> (B, K)."""
+    a, b = a.flatten(2), b.flatten(2)
+    return 2 * (a * b).sum(2) / (a.sum(2) + b.sum(2)).clamp(min=1e-5)
+
+
+def _anatomy(r: Registration, target: Target, options: Options) -> Tensor:
+    """How far each image's structures, as the network sees them, are from its labels: half cross-entropy, half Dice.
+
+    An image without any of ``label_ids`` is left out.
+    """
+    if not all(f"{side}_label" in target for side in SIDES):
+        return nothing(r)
+    labels = torch.cat([target["fixed_label"], target["moving_label"]])  # (2B, 1, *spatial)
+    truth = one_hot(labels, options.label_ids)
+    logits = resize_image(_anatomy_of(target), labels.shape[2:])
+    labelled = truth.flatten(1).amax(1) > 0
+    if not labelled.any():
+        return logits.sum() * 0.0
+    truth, logits = truth[labelled], logits[labelled]
+    entropy = nn.functional.cross_entropy(logits, torch.cat([1 - truth.sum(1, keepdim=True), truth], 1))
+    held = truth.flatten(2).amax(2) > 0
+    return (entropy + 1 - overlap(logits.softmax(1)[:, 1:], truth)[held].mean()) / 2
+
+
+def _predicted_dice(r: Registration, target: Target, options: Options) -> Tensor:
+    """1 - soft Dice of the structures that the network sees in both images, both ways: it needs no label."""
+    tissue = resize_image(_anatomy_of(target).detach().softmax(1)[:, 1:], r.displacement.shape[2:])
+    return 1 - warped_overlap(r, *tissue.chunk(2)).mean()
+
+
+def _anatomy_of(target: Target) -> Tensor:
+    """The network's logits (2B, K + 1, *half), fixed images first."""
+    if "anatomy" not in target:
+        raise InputError("loss terms anatomy and predicted_dice need a network with structures: give --label_ids")
+    return torch.cat(target["anatomy"].chunk(2, dim=1))
 
 
 def _landmarks(r: Registration, target: Target, options: Options) -> Tensor:
     """Mean distance of corresponding landmarks in voxels, both ways; NaN rows are missing points."""
+    if not all(f"{side}_landmarks" in target for side in SIDES):
+        return nothing(r)
     ends = (target["fixed_landmarks"], target["moving_landmarks"])
     valid = ~(ends[0].isnan() | ends[1].isnan()).any(-1)
     if not valid.any():
-        return r.displacement.sum() * 0.0
+        return nothing(r)
     distances = []
     for u, (start, end) in ((r.displacement, ends), (r.inverse, ends[::-1])):
         moved = start + sample_at(u, start.nan_to_num())
@@ -179,17 +248,27 @@ def _known_field(r: Registration, target: Target, options: Options) -> Tensor:
 
 TERMS: dict[str, Callable[[Registration, Target, Options], Tensor]] = {
     "lncc": _lncc,
+    "ncc": _ncc,
     "mse": _mse,
     "mi": _mi,
+    "mind": _mind,
+    "features": _features,
     "midway": _midway,
     "diffusion": _diffusion,
     "bending": _bending,
+    "elastic": _elastic,
+    "divergence": _divergence,
     "jacobian": _jacobian,
+    "log_jacobian": _log_jacobian,
     "magnitude": _magnitude,
     "dice": _dice,
+    "anatomy": _anatomy,
+    "predicted_dice": _predicted_dice,
     "landmarks": _landmarks,
     "known_field": _known_field,
 }
+
+similarity_terms = {"lncc", "ncc", "mse", "mi", "mind", "features", "midway"}  # those that compare images
 
 
 class RegistrationLoss(nn.Module):
@@ -201,30 +280,72 @@ class RegistrationLoss(nn.Module):
         weights: term name -> weight; a weight of 0 leaves the term out.
         window: LNCC's window in voxels, odd.
         label_ids: the labels that ``dice`` sees; none given: all that a batch's images share.
+        encoder: what ``features`` looks through. A frozen copy is used; it is no part of this module's parameters.
 
     Raises:
-        InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window.
+        InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window,
+            ``features`` without an encoder.
     """
 
-    def __init__(self, weights: Mapping[str, float], *, window: int = 9, label_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        window: int = 9,
+        label_ids: Sequence[int] = (),
+        encoder: Encoder | None = None,
+    ) -> None:
         super().__init__()
-        unknown = sorted(set(weights) - set(TERMS))
-        if unknown:
-            raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
-        if any(not math.isfinite(w) or w < 0 for w in weights.values()):
-            raise InputError(f"loss weights must be finite and not negative, got {dict(weights)}")
-        self.weights = {name: float(w) for name, w in weights.items() if w > 0}
-        if not self.weights:
-            raise InputError("every loss weight is 0: give at least one term a weight")
+        self.weights = _checked(weights)
         if window < 1 or window % 2 == 0:
             raise InputError(f"the window of lncc must be odd, got {window} voxels")
-        self.options = Options(window, tuple(label_ids))
+        if "features" in self.weights and encoder is None:
+            raise InputError(
+                "loss term features: no encoder to look through; give RegistrationLoss(encoder=Encoder(...)) with "
+                "transferred weights, or leave the term out"
+            )
+        if encoder is not None:
+            encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.options = Options(window, tuple(label_ids), encoder)  # in a tuple it is not registered: nothing trains it
         self.terms: dict[str, float] = {}
 
     def forward(self, prediction: Mapping[str, Tensor], target: Target) -> Tensor:
         registration = Registration(**{name: prediction[name] for name in Registration._fields})
+        if "anatomy" in prediction:  # what the network sees in both images
+            target = {**target, "anatomy": prediction["anatomy"]}
         with torch.autocast(registration.displacement.device.type, enabled=False):
             terms = {name: TERMS[name](registration, target, self.options) for name in self.weights}
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         self.terms = {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()}
         return total
+
+
+def _checked(weights: Mapping[str, float]) -> dict[str, float]:
+    """The terms that have a weight. Raises InputError for what cannot be one."""
+    unknown = sorted(set(weights) - set(TERMS))
+    if unknown:
+        raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()):
+        raise InputError(f"loss weights must be finite and not negative, got {dict(weights)}")
+    kept = {name: float(w) for name, w in weights.items() if w > 0}
+    if not kept:
+        raise InputError("every loss weight is 0: give at least one term a weight")
+    return kept
+
+
+def feature_encoder(
+    weights: Mapping[str, float], backbone: str, spatial_dims: int, *, pretrained: str
+) -> Encoder | None:
+    """The encoder that the loss ``weights`` call for, or None where ``features`` has no weight.
+
+    Raises:
+        InputError: ``features`` has a weight, but there are no transferred weights to look through.
+    """
+    if not weights.get("features"):
+        return None
+    if pretrained == "none":
+        raise InputError(
+            "loss term features: random features tell nothing; give --pretrained (imagenet, a file, a bundle), "
+            "or leave the term out"
+        )
+    return Encoder(backbone, spatial_dims, pretrained=pretrained)

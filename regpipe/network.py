@@ -7,6 +7,7 @@ tracing, export and MONAI's bundle checks work; integration and warping are not 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from regpipe.encoders import Encoder
 from regpipe.errors import InputError
 from regpipe.fields import integrate_both, resize, resize_image, warp
-from regpipe.weights import read_state_dict
+from regpipe.weights import lay_in_decoder, read_state_dict
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -30,11 +31,15 @@ class SymmetricNet(nn.Module):
 
     Args:
         spatial_dims: 2 or 3.
-        backbone: ``resnet18``, ``vgg16`` or ``alexnet``.
+        backbone: ``resnet18``, ``vgg16``, ``alexnet`` or ``plain``.
         pretrained: where the encoder's weights come from, see ``regpipe.weights``.
         freeze: how many encoder stages keep their weights.
+        transfer: what is taken from ``pretrained``: its ``encoder``, or the whole ``network``.
         width: channels of the decoder's coarse levels; the finest has half as many.
         correlation: radius in voxels of the local correlation that each level sees; 0 for none.
+        structures: how many labelled structures the features shall tell apart, where labels supervise. Their logits,
+            background first, then follow the velocity's channels: fixed's, then moving's, ``2 (structures + 1)``
+            more; and the levels see them as features.
     """
 
     def __init__(
@@ -44,25 +49,28 @@ class SymmetricNet(nn.Module):
         *,
         pretrained: str = "none",
         freeze: int = 0,
+        transfer: str = "encoder",
         width: int = 32,
         correlation: int = 1,
+        structures: int = 0,
     ) -> None:
         super().__init__()
+        if transfer not in ("encoder", "network"):
+            raise InputError(f"transfer is '{transfer}': choose encoder or network")
         self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze)
         self.detail = _Detail(spatial_dims, width // 4, width // 2)
         channels = {VELOCITY_STRIDE: width // 2}
         for stride, count in zip(self.encoder.strides, self.encoder.channels, strict=True):
             channels[stride] = channels.get(stride, 0) + count
         self.strides = tuple(sorted(channels, reverse=True))  # coarse to fine
-        self.levels = nn.ModuleList(
-            _Level(
-                spatial_dims,
-                channels[stride],
-                width // 2 if stride == VELOCITY_STRIDE else width,
-                correlation,
-            )
-            for stride in self.strides
-        )
+        widths = [width // 2 if stride == VELOCITY_STRIDE else width for stride in self.strides]
+        seen = [channels[stride] for stride in self.strides]
+        self.pyramid = _Pyramid(spatial_dims, seen, widths)
+        self.anatomy = CONV[spatial_dims](widths[-1], structures + 1, 1) if structures else None
+        extra = structures + 1 if structures else 0
+        self.levels = nn.ModuleList(_Level(spatial_dims, count + extra, count, correlation) for count in widths)
+        if transfer == "network":
+            lay_in_decoder(self, pretrained, backbone)
 
     def forward(self, pair: Tensor) -> Tensor:
         pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
@@ -70,11 +78,16 @@ class SymmetricNet(nn.Module):
         features = {VELOCITY_STRIDE: [self.detail(images)]}
         for stride, feature in zip(self.encoder.strides, self.encoder(images), strict=True):
             features.setdefault(stride, []).append(feature)
+        maps = self.pyramid([torch.cat(features[stride], 1) for stride in self.strides])
+        logits = None if self.anatomy is None else self.anatomy(maps[-1])
+        if logits is not None:
+            tissue = logits.softmax(1)
+            maps = [torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps]
         velocity: Tensor | None = None
-        for stride, level in zip(self.strides, self.levels, strict=True):
-            velocity = level(torch.cat(features[stride], 1), velocity)
+        for level, x in zip(self.levels, maps, strict=True):
+            velocity = level(x, velocity)
         assert velocity is not None  # every backbone has a level
-        return velocity
+        return velocity if logits is None else torch.cat([velocity, *logits.chunk(2)], 1)
 
     def _inner_shape(self, shape: torch.Size) -> tuple[int, ...]:
         # On grids of 16 k + 1 points every level's first and last voxel sit on the image's corners,
@@ -93,18 +106,42 @@ class _Detail(nn.Sequential):
             nn.LeakyReLU(0.2),
             conv(narrow, wide, 3, stride=2, padding=1),
             nn.LeakyReLU(0.2),
+            conv(wide, wide, 3, padding=1),
+            nn.LeakyReLU(0.2),
         )
 
 
+class _Pyramid(nn.Module):
+    """Encoder features, coarse to fine, each joined by what the coarser ones know of its place (Lin et al. 2017)."""
+
+    def __init__(self, spatial_dims: int, channels: Sequence[int], widths: Sequence[int]) -> None:
+        super().__init__()
+        conv = CONV[spatial_dims]
+        self.lateral = nn.ModuleList(
+            nn.Sequential(conv(count, width, 1), nn.GroupNorm(4, width))
+            for count, width in zip(channels, widths, strict=True)
+        )
+        self.merge = nn.ModuleList(
+            nn.Sequential(conv(coarse + width, width, 3, padding=1), nn.LeakyReLU(0.2), nn.GroupNorm(4, width))
+            for coarse, width in itertools.pairwise(widths)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        maps = [self.lateral[0](features[0])]
+        for lateral, merge, feature in zip(self.lateral[1:], self.merge, features[1:], strict=True):
+            context = resize_image(maps[-1], feature.shape[2:])
+            maps.append(merge(torch.cat([context, lateral(feature)], 1)))
+        return maps
+
+
 class _Level(nn.Module):
-    """One resolution: features of both images and the velocity so far -> the velocity here."""
+    """One resolution: a map of both images and the velocity so far -> the velocity here."""
 
     def __init__(self, spatial_dims: int, channels: int, width: int, correlation: int) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
         self.offsets = list(itertools.product(range(-correlation, correlation + 1), repeat=spatial_dims))
-        self.project = nn.Sequential(conv(channels, width, 1), nn.GroupNorm(4, width))
-        seen = 2 * width + (len(self.offsets) if correlation else 0)
+        seen = 2 * channels + (len(self.offsets) if correlation else 0)
         self.head = nn.Sequential(
             conv(seen, width, 3, padding=1),
             nn.LeakyReLU(0.2),
@@ -115,7 +152,6 @@ class _Level(nn.Module):
         nn.init.normal_(self.flow.weight, std=1e-3)  # begin near the identity
 
     def forward(self, features: Tensor, velocity: Tensor | None) -> Tensor:
-        features = self.project(features)  # (2B, width, *grid): fixed, then moving
         if velocity is not None:
             velocity = resize(velocity, features.shape[2:])
             forward, backward = integrate_both(velocity / 2, squarings=4)

@@ -1,7 +1,7 @@
 """Files, folders and datalists -> pairs, split by subject; the grid they are worked on.
 
 A *case* is a plain dict of strings: ``case`` (its name), ``fixed_image``, ``moving_image`` and,
-where there are any, ``fixed_label``, ``moving_label``, ``fixed_landmarks``, ``moving_landmarks``
+where there are any, ``fixed_label``, ``fixed_landmarks``, ``fixed_mask``, the same of ``moving``,
 and ``displacement`` (the true one, of phantoms): absolute paths.
 """
 
@@ -23,8 +23,8 @@ from regpipe.images import SUFFIXES, Grid, PathLike
 
 Case = dict[str, str]
 SIDES = ("fixed", "moving")
-KINDS = {"image": SUFFIXES, "label": SUFFIXES, "landmarks": (".csv",)}
-FOLDERS = {"image": "images", "label": "labels", "landmarks": "landmarks"}
+KINDS = {"image": SUFFIXES, "label": SUFFIXES, "landmarks": (".csv",), "mask": SUFFIXES}
+FOLDERS = {"image": "images", "label": "labels", "landmarks": "landmarks", "mask": "masks"}
 LAYOUTS = "fixed_images/ + moving_images/, images/, a folder of images, or a .json datalist"
 
 
@@ -41,9 +41,9 @@ def list_pairs(
     """The pairs of a dataset, as cases.
 
     Three layouts. (1) ``fixed_images/`` and ``moving_images/``, and ``fixed_labels/``,
-    ``moving_landmarks/`` ... where there are any; files of one stem belong together. (2)
-    ``images/`` with ``labels/`` and ``landmarks/``, or a plain folder of image files: pairs are
-    made of them. (3) A ``.json`` datalist with ``training`` and ``validation`` (or ``test``):
+    ``moving_landmarks/``, ``fixed_masks/`` ... where there are any; files of one stem belong
+    together. (2) ``images/`` with ``labels/``, ``landmarks/`` and ``masks/``, or a plain folder of image files:
+    pairs are made of them. (3) A ``.json`` datalist with ``training`` and ``validation`` (or ``test``):
     lists of cases, paths relative to the file.
 
     Args:

@@ -15,7 +15,7 @@ scene is the same on any grid. Displacements follow the convention of ``regpipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ from scipy.linalg import expm
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 
+from regpipe import shapes
 from regpipe.deformations import (
+    LARGEST_MOTION,
     MAGNITUDE,
     Array,
     Deformation,
@@ -32,9 +34,11 @@ from regpipe.deformations import (
     column,
     louder,
     random_deformation,
+    random_motion,
     unit_grid,
     waves,
 )
+from regpipe.errors import InputError
 
 SMALLEST_SIDE = 16
 
@@ -85,6 +89,7 @@ def make_pair(
     *,
     seed: int | Sequence[int],
     magnitude: float = MAGNITUDE,
+    motion: float | None = None,
 ) -> Phantom:
     """A random pair of images with its exact displacement; the same arguments give the same bytes.
 
@@ -93,24 +98,29 @@ def make_pair(
         shape: 2 or 3 sides in voxels, each at least 16.
         seed: for ``np.random.default_rng``: a non-negative integer or several.
         magnitude: about the mean displacement, as a fraction of the image's side; 0 is none.
+        motion: instead of it, the largest displacement in voxels, of a motion like a breath
+            (``random_motion``).
 
     Raises:
-        ValueError: for an unknown kind, an impossible shape or a negative magnitude.
+        ValueError: for an unknown kind, an impossible shape, or a magnitude or motion out of range.
     """
-    shape = checked_shape(kind, shape, magnitude)
+    shape = checked_shape(kind, shape, magnitude, motion)
     rng = np.random.default_rng(seed)
-    draw, scan = KINDS[kind]
+    draw, scan, label, points = KINDS[kind]
     anatomy = draw(rng, len(shape))
-    phi = random_deformation(rng, len(shape), magnitude=magnitude)
+    if motion is None:
+        phi = random_deformation(rng, len(shape), magnitude=magnitude)
+    else:
+        phi = random_motion(rng, shape, motion=motion)
     grid = unit_grid(shape)
     tissue = phi.backward(grid)  # what lies under each voxel of the moving image
     half = (np.array(shape) - 1) / 2  # voxels per unit
-    fixed_points, moving_points = _landmarks(anatomy, phi)
+    fixed_points, moving_points = _landmarks(points(anatomy), phi)
     return Phantom(
         fixed_image=scan(rng, anatomy, grid, lambda q: q).astype(np.float32),
         moving_image=scan(rng, anatomy, tissue, phi.forward).astype(np.float32),
-        fixed_label=paint(anatomy, grid)[0],
-        moving_label=paint(anatomy, tissue)[0],
+        fixed_label=label(anatomy, grid),
+        moving_label=label(anatomy, tissue),
         displacement=((phi.forward(grid) - grid) * column(half, grid)).astype(np.float32),
         inverse=((tissue - grid) * column(half, grid)).astype(np.float32),
         fixed_landmarks=((fixed_points.T + 1) * half).astype(np.float32),
@@ -131,14 +141,22 @@ def paint(anatomy: Anatomy, tissue: Array) -> tuple[NDArray[np.uint8], Array]:
     return label, value + anatomy.texture(tissue)
 
 
-def _landmarks(anatomy: Anatomy, phi: Deformation) -> tuple[Array, Array]:
-    """Centre and both x-ends of every labelled body, (D, K), where both images show them."""
+def _label(anatomy: Anatomy, tissue: Array) -> NDArray[np.uint8]:
+    return paint(anatomy, tissue)[0]
+
+
+def _points(anatomy: Anatomy) -> Array:
+    """Centre and both x-ends of every labelled body, (D, K)."""
     points = []
     for body in anatomy.bodies:
         if body.label:
             arm = np.linalg.inv(body.to_ball)[:, 0]
             points += [body.centre, body.centre - arm, body.centre + arm]
-    fixed = np.stack(points, axis=1)
+    return np.stack(points, axis=1)
+
+
+def _landmarks(fixed: Array, phi: Deformation) -> tuple[Array, Array]:
+    """Points (D, K) and where they go, of those that both images show."""
     moving = phi.forward(fixed)
     seen = (np.abs(fixed) <= 1).all(0) & (np.abs(moving) <= 1).all(0)
     return fixed[:, seen], moving[:, seen]
@@ -244,11 +262,19 @@ def _scan_mr(rng: Generator, anatomy: Anatomy, tissue: Array, place: Place) -> A
     return np.clip(magnitude * rng.uniform(0.7, 1.0), 0, 1)
 
 
-Draw = Callable[[Generator, int], Anatomy]  # an anatomy in so many dimensions
-Scan = Callable[[Generator, Anatomy, Array, Place], Array]  # tissue under the voxels -> image (*S)
-KINDS: dict[str, tuple[Draw, Scan]] = {
-    "ultrasound": (_abdomen, _scan_ultrasound),
-    "mr": (_head, _scan_mr),
+class Kind(NamedTuple):
+    """What there is to image and how; the first entry makes the anatomy that the others take."""
+
+    draw: Callable[[Generator, int], Any]  # an anatomy in so many dimensions
+    scan: Callable[[Generator, Any, Array, Place], Array]  # tissue under the voxels -> image (*S)
+    label: Callable[[Any, Array], NDArray[np.uint8]]  # tissue under the voxels -> label map (*S)
+    points: Callable[[Any], Array]  # landmarks (D, K) of the fixed image
+
+
+KINDS = {
+    "ultrasound": Kind(_abdomen, _scan_ultrasound, _label, _points),
+    "mr": Kind(_head, _scan_mr, _label, _points),
+    "shapes": Kind(shapes.draw, shapes.scan, shapes.label, shapes.points),
 }
 
 
@@ -266,11 +292,14 @@ def _body(rng: Generator, dim: int, row: Sequence[float]) -> Body:
     return Body(int(label), value, centre, to_ball, surface, rim)
 
 
-def checked_shape(kind: str, shape: Sequence[int], magnitude: float) -> tuple[int, ...]:
+def checked_shape(kind: str, shape: Sequence[int], magnitude: float, motion: float | None = None) -> tuple[int, ...]:
     if kind not in KINDS:
         raise ValueError(f"unknown phantom kind {kind!r}; there are: {', '.join(KINDS)}")
     if len(shape) not in (2, 3) or min(shape) < SMALLEST_SIDE:
         raise ValueError(f"shape {tuple(shape)}: give 2 or 3 sides of at least {SMALLEST_SIDE}")
     if not magnitude >= 0:
         raise ValueError(f"phantom magnitude {magnitude}: give a fraction of the side, 0 or more")
+    most = LARGEST_MOTION * min(shape)
+    if motion is not None and not 0 < motion <= most:
+        raise InputError(f"phantom motion of {motion} voxels: give more than 0 and at most {most:g}, or longer sides")
     return tuple(int(n) for n in shape)

@@ -262,11 +262,13 @@ def check_supervision(
     """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs."""
     if weights.get("known_field") and augment:
         raise InputError("loss term known_field: a true displacement no longer holds with --augment; give one of them")
-    needs = {"dice": "fixed_label", "landmarks": "fixed_landmarks", "known_field": "displacement"}
+    needs = {"dice": "fixed_label", "anatomy": "fixed_label", "landmarks": "fixed_landmarks"}
+    needs["known_field"] = "displacement"
     if landmark_channels is not None:
         needs["landmarks"] = "fixed_label"
     for term, key in needs.items():
-        if weights.get(term) and not any(key in case for case in cases):
+        both = (key, key.replace("fixed_", "moving_"))
+        if weights.get(term) and not any(all(k in case for k in both) for case in cases):
             raise InputError(f"loss term {term}: no training pair has {key}; leave the term out, or add the files")
 
 

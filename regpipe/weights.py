@@ -13,6 +13,7 @@ Files are read with ``weights_only=True``, always: nothing in them can run.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import torchvision
 from torch import Tensor, nn
 
 from regpipe.errors import InputError
+
+log = logging.getLogger(__name__)
 
 MEDICALNET = ("TencentMedicalNet/MedicalNet-Resnet18", "resnet_18_23dataset.pth")
 
@@ -71,6 +74,8 @@ def _reason(error: Exception) -> str:
 
 
 def _imagenet(backbone: str) -> dict[str, Tensor]:
+    if backbone not in torchvision.models.list_models():
+        raise InputError(f"imagenet has no {backbone}: give --pretrained none, or a file or bundle folder trained here")
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
     try:
         return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
@@ -132,6 +137,41 @@ def lay_in(stages: nn.Module, state: dict[str, Tensor], names: dict[str, str], *
         if own[key].ndim > 1:
             nn.init.dirac_(own[key])
     return missing
+
+
+def lay_in_decoder(network: nn.Module, source: str, backbone: str) -> list[str]:
+    """Copy into ``network``, in place, all that a trained one holds beside its encoder; returns what does not fit.
+
+    The encoder is ``lay_in``'s. Parts of another width or correlation, or of a level that the file does not
+    have, start anew.
+
+    Args:
+        network: of the same dimension as the file's: a decoder's vectors have one channel per axis.
+        source: as of ``read_weights``.
+        backbone: of the network.
+
+    Raises:
+        InputError: no trained network's file, or one of the other dimension.
+    """
+    state = read_weights(source, backbone) or {}
+    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("encoder.")}
+    known = [name for name in own if name in state]
+    if not known:
+        raise InputError(
+            f"{source}: holds no decoder to transfer; give --transfer encoder, or a model.pt or bundle folder"
+        )
+    if any(state[name].ndim != own[name].ndim for name in known):
+        dims = {tensor.ndim - 2 for tensor in own.values() if tensor.ndim > 2}
+        raise InputError(
+            f"{source}: its decoder is not {max(dims)}D as these data are; give --transfer encoder, which inflates"
+        )
+    fitting = [name for name in known if state[name].shape == own[name].shape]
+    for name in fitting:
+        own[name].copy_(state[name])
+    left = [name for name in own if name not in fitting]
+    if left:
+        log.warning("%s: %d of the decoder's %d tensors do not fit and start anew", source, len(left), len(own))
+    return left
 
 
 def fit(source: Tensor, target: Tensor, *, name: str) -> Tensor:

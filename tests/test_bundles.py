@@ -23,7 +23,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from regpipe.bundles import write_all, write_bundle
 from regpipe.casemetrics import read_rows
 from regpipe.cohort import write_cohort
-from regpipe.encoders import BACKBONES
+from regpipe.encoders import TRANSFERRED
 from regpipe.errors import InputError
 from regpipe.images import Grid
 from regpipe.network import SymmetricNet
@@ -51,7 +51,7 @@ def test_the_committed_bundles_are_what_the_template_writes(tmp_path: Path) -> N
 
 def test_the_bundles_differ_in_the_backbones_id_only(tmp_path: Path) -> None:
     one, *others = [texts(bundle) for bundle in write_all(tmp_path)]
-    name, *names = BACKBONES
+    name, *names = TRANSFERRED
     for other, its_name in zip(others, names, strict=True):
         assert other == {file: text.replace(name, its_name) for file, text in one.items()}
     assert {"configs/train.yaml", "configs/metadata.json", "docs/README.md", "LICENSE"} <= one.keys()
@@ -62,7 +62,7 @@ def test_an_unknown_backbone_is_named_with_the_known_ones(tmp_path: Path) -> Non
         write_bundle("resnet19", tmp_path)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", TRANSFERRED)
 def test_monais_properties_are_all_where_monai_looks_for_them(backbone: str, tmp_path: Path, cohort: Path) -> None:
     bundle = deforming_bundle(tmp_path, Grid((32, 32), (1.0, 1.0)), backbone=backbone)
     for config, kind in (("train", "train"), ("inference", "infer")):
@@ -84,7 +84,7 @@ def test_verify_metadata_passes_without_a_network(monai_bundle: Command, monkeyp
         raise OSError("no network")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    for backbone in BACKBONES:
+    for backbone in TRANSFERRED:
         configs = COMMITTED / f"symreg_{backbone}" / "configs"
         schema = configs / "metadata_schema.json"
         monai_bundle("verify_metadata", "--meta_file", configs / "metadata.json", "--filepath", schema)
@@ -227,8 +227,12 @@ def test_an_overlay_trains_and_sets_only_ids_that_the_bundles_have(
 ) -> None:
     ids = ConfigParser.load_config_file(COMMITTED / "symreg_resnet18" / "configs" / "train.yaml")
     changes = ConfigParser.load_config_file(overlay)
-    assert {key.partition("::")[0] for key in changes} <= ids.keys()
+    text = overlay.read_text()
+    new = {key.partition("::")[0] for key in changes} - ids.keys()
+    assert all(f"@{key}" in text for key in new)  # its own, not a misspelt one
     data = volumes if changes.get("spatial_dims") == 3 else cohort / "fixed_images"
+    if "known_field" in changes.get("loss_weights", {}):
+        data = cohort
     few = (
         "--max_epochs",
         "1",

@@ -57,6 +57,31 @@ def test_check_pairs_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(seen) == len(set(seen)) == 5
 
 
+def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    root = two_folders(tmp_path, 6)
+    good = np.zeros((6, 7, 8), np.uint8)
+    good[1:4, 2:5, 3:6] = 255
+    for i in range(6):
+        save(root / "fixed_masks" / f"c{i}.nii.gz", good)
+    assert check_pairs(list_pairs(root), landmark_channels=1) == {}
+    save(root / "fixed_masks" / "c1.nii.gz", good[:, :, :7])
+    save(root / "fixed_masks" / "c2.nii.gz", good, np.diag([1, 1, 1.01, 1]))
+    save(root / "fixed_masks" / "c3.nii.gz", 0 * good)
+    save(root / "fixed_masks" / "c4.nii.gz", volume())
+    (root / "fixed_masks" / "c5.nii.gz").write_bytes(b"")
+    problems = check_pairs(list_pairs(root))
+    words = {"c1": "grid", "c2": "grid", "c3": "0 everywhere", "c4": "whole numbers", "c5": "truncated"}
+    assert problems.keys() == words.keys()
+    for case, word in words.items():
+        assert f"fixed_masks/{case}." in problems[case] and word in problems[case], problems[case]
+
+
+def test_one_side_without_landmarks_is_no_mistake(tmp_path: Path) -> None:
+    root = two_folders(tmp_path, 2)
+    (root / "moving_landmarks" / "c0.csv").unlink()
+    assert check_pairs(list_pairs(root)) == {}
+
+
 def test_landmarks_of_another_dimension_than_the_image_are_named(tmp_path: Path) -> None:
     root = two_folders(tmp_path, 1)
     for side in ("fixed", "moving"):

@@ -31,7 +31,7 @@ def regpipe(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 HELP = {
     "register": ("FIXED MOVING", "--bundle", "--out", "--fixed-label", "--pairing", "trained bundle", "LPS mm"),
     "compare": ("phantoms", "--backbones", "resnet18,vgg16,alexnet", "--set", "ID=VALUE", "tensorboard --logdir"),
-    "phantom": ("ultrasound or mr", "--shape", "--pairs", "--seed", "true displacement"),
+    "phantom": ("ultrasound, mr or shapes", "--motion", "--shape", "--pairs", "--seed", "true displacement"),
     "doctor": ("versions", "ITK"),
 }
 

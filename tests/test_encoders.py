@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from regpipe.encoders import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, Encoder
+from regpipe.encoders import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, TRANSFERRED, Encoder
+from regpipe.network import SymNet
 
 SIZES: dict[int, list[tuple[int, ...]]] = {
     2: [(64, 48), (33, 50), (5, 7), (1, 2)],
@@ -23,10 +23,10 @@ EVERY = pytest.mark.parametrize(("backbone", "dims"), list(itertools.product(BAC
 
 @functools.cache
 def theirs(backbone: str) -> Any:
-    """torchvision's network without its classifier, of random weights and batch statistics, for evaluation."""
+    """The backbone's network without its classifier, of random weights and batch statistics, for evaluation."""
     torch.manual_seed(0)
     with torch.device("meta"):  # VGG16's classifier has 120 million weights
-        net = torchvision.models.get_model(backbone)
+        net: Any = BACKBONES[backbone].build()
     net.classifier = net.fc = nn.Identity()
     net.to_empty(device="cpu")
     for module in net.modules():
@@ -133,7 +133,7 @@ def torchvision_features(backbone: str, x: Tensor) -> list[Tensor]:
     return features
 
 
-@pytest.mark.parametrize("backbone", list(BACKBONES))
+@pytest.mark.parametrize("backbone", TRANSFERRED)
 def test_a_grey_image_gives_the_features_torchvision_gives_of_it_in_rgb(backbone: str, files: Path) -> None:
     encoder = Encoder(backbone, 2, pretrained=weight_file(backbone, files), max_stride=32).eval()
     image = images((96, 64))
@@ -148,6 +148,28 @@ def test_a_grey_image_gives_the_features_torchvision_gives_of_it_in_rgb(backbone
         assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_plain_encoder_is_symnets_way_down_for_one_image(dims: int) -> None:
+    encoder, symnet = Encoder("plain", dims), SymNet(dims)
+    ours = list(encoder.parameters())
+    theirs: list[Tensor] = [*symnet.down.parameters(), *symnet.bottom.parameters()]
+    theirs[0] = theirs[0][:, :1]  # which sees two images; the first of them here
+    assert [p.shape for p in ours] == [p.shape for p in theirs]
+    with torch.no_grad():
+        for mine, its in zip(ours, theirs, strict=True):
+            its.normal_(std=0.1)
+            mine.copy_(its)
+        grey = images(SIZES[dims][0])
+        x = (grey - IMAGENET_MEAN) / IMAGENET_STD
+        x = torch.cat([x, torch.zeros_like(x)], 1)
+        expected = []
+        for block in [*symnet.down, symnet.bottom]:
+            x = block(x)
+            expected.append(x)
+        for a, b in zip(encoder(grey), expected[1:], strict=True):  # the finest stays inside
+            assert torch.allclose(a, b, atol=1e-5 * b.abs().max().item())
+
+
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_a_volume_constant_along_the_new_axis_gives_the_2d_features_in_its_middle(backbone: str, files: Path) -> None:
     flat, deep = (Encoder(backbone, d, pretrained=weight_file(backbone, files), max_stride=4).eval() for d in (2, 3))
@@ -156,7 +178,7 @@ def test_a_volume_constant_along_the_new_axis_gives_the_2d_features_in_its_middl
             Encoder(backbone, d, pretrained=weight_file(backbone, files), max_stride=8).eval() for d in (2, 3)
         )
     image = images((19, 24))
-    with torch.no_grad():  # the second stages look 21 (resnet18), 14 (vgg16), 25 (alexnet) voxels around them
+    with torch.no_grad():  # the second stages look 21 (resnet18), 14 (vgg16), 25 (alexnet), 11 (plain) voxels around
         planes, volumes = flat(image), deep(image.unsqueeze(-1).expand(-1, -1, -1, -1, 65))
     for plane, volume, stride in zip(planes, volumes, flat.strides, strict=True):
         middle = volume[..., 32 // stride]

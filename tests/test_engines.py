@@ -40,15 +40,18 @@ def net(channels: int = 2) -> nn.Module:
 
 def test_the_networks_input_is_fixed_then_moving_and_the_target_is_the_whole_batch() -> None:
     items = batch(["a", "b"])
-    pair, target = prepare_batch(items, "cpu")
+    pair, target, arguments, told = prepare_batch(items, "cpu")
     assert torch.equal(pair[:, :1], items["fixed_image"]) and torch.equal(pair[:, 1:], items["moving_image"])
-    assert target.keys() == items.keys() and target["case"] == ["a", "b"]
-    _, moved = prepare_batch(items, "meta")
+    assert target.keys() == items.keys() and target["case"] == ["a", "b"] and arguments == ()
+    assert told == {"masks": ()}  # this batch has none
+    masks = {"fixed_mask": items["fixed_image"], "moving_mask": items["moving_image"]}
+    assert prepare_batch({**items, **masks})[3]["masks"] == tuple(masks.values())
+    _, moved, *_ = prepare_batch(items, "meta")
     assert all(value.device.type == "meta" for value in moved.values() if isinstance(value, Tensor))
 
 
 def test_the_inferer_integrates_and_warps_what_the_network_says() -> None:
-    pair, _ = prepare_batch(batch(["a", "b"]))
+    pair, *_ = prepare_batch(batch(["a", "b"]))
     fixed, moving = pair.chunk(2, 1)
     found = RegistrationInferer(squarings=5)(pair, net())
     expected = register(fixed, moving, net()(pair), squarings=5)
@@ -58,7 +61,7 @@ def test_the_inferer_integrates_and_warps_what_the_network_says() -> None:
 
 
 def test_midway_takes_symnets_two_velocities() -> None:
-    pair, _ = prepare_batch(batch(["a"]))
+    pair, *_ = prepare_batch(batch(["a"]))
     found = RegistrationInferer(midway=True)(pair, net(4))
     expected = register_midway(pair[:, :1], pair[:, 1:], net(4)(pair))
     for name, value in expected._asdict().items():
@@ -66,7 +69,7 @@ def test_midway_takes_symnets_two_velocities() -> None:
 
 
 def test_fields_are_float32_also_inside_an_autocast_and_have_a_gradient() -> None:
-    pair, _ = prepare_batch(batch(["a"]))
+    pair, *_ = prepare_batch(batch(["a"]))
     network = net()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = RegistrationInferer()(pair, network)

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import frames, real, save, two_folders
+from conftest import frames, real, save, two_folders, volume
 from nibabel.affines import apply_affine
 
 from regpipe.checks import check_pairs
@@ -124,6 +124,68 @@ def test_real_2d_brains_and_real_ultrasound_frames_load() -> None:
     assert [c["case"] for c in held] == [f"{n}_to_{names[0]}" for n in names[-20:]]
     frame = LoadPair(working_grid(held))(held[0])["moving_image"]
     assert frame.ndim == 3 and frame.max() == 1 and frame.min() == 0
+
+
+def test_the_mask_is_1_where_the_grid_lies_in_the_image(tmp_path: Path) -> None:
+    turned = np.array([[0, 0, 1.5, 4], [-1.0, 0, 0, 9], [0, 1.2, 0, -3], [0, 0, 0, 1]])
+    for name, affine, grid in (
+        ("same", np.eye(4), Grid((8, 8, 8), (1.0, 1.0, 1.0))),
+        ("coarse", np.diag([1.0, 1.0, 2.0, 1.0]), Grid((5, 6, 7), (2.0, 2.0, 2.5))),
+        ("fine", turned, Grid((30, 24, 30), (0.7, 0.5, 0.4))),
+    ):
+        file = save(tmp_path / f"{name}.nii.gz", volume(), affine)  # 6 x 7 x 8 voxels
+        case = {"case": name, "fixed_image": str(file), "moving_image": str(file)}
+        item = LoadPair(grid)(case)
+        mask = item["fixed_mask"]
+        assert mask.shape == (1, *grid.shape) and mask.dtype == torch.float32
+        at = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
+        voxel = apply_affine(np.linalg.inv(affine) @ item["fixed_affine"].numpy(), at)
+        # half a voxel to each side of the outer centres belongs to the image; a tie may fall to either side
+        far = np.maximum(-0.5 - voxel, voxel - (np.array([6, 7, 8]) - 0.5)).max(-1)
+        clear = np.abs(far) > 1e-3
+        np.testing.assert_array_equal(mask[0].numpy()[clear], (far < 0)[clear])
+        assert 0 < mask.mean() < 1
+
+
+def test_where_the_image_fills_the_grid_the_mask_is_1_and_takes_no_memory(tmp_path: Path) -> None:
+    cases = list_pairs(write_cohort(tmp_path / "cohort", shape=(32, 40), n_pairs=1))
+    item = LoadPair(working_grid(cases))(cases[0])
+    for side in ("fixed", "moving"):
+        assert item[f"{side}_mask"].shape == (1, 32, 40) and item[f"{side}_mask"].min() == 1
+        assert item[f"{side}_mask"].untyped_storage().nbytes() == 4
+    batch = collate_pairs([item, item])
+    assert batch["moving_mask"].shape == (2, 1, 32, 40) and batch["moving_mask"].dtype == torch.float32
+
+
+def test_a_mask_file_marks_with_any_number_and_lies_where_its_image_lies(tmp_path: Path) -> None:
+    affine = np.array([[0, 0, 1.5, 4], [-1.0, 0, 0, 9], [0, 1.2, 0, -3], [0, 0, 0, 1]])
+    array, drawn = volume((10, 11, 12)), np.zeros((10, 11, 12), np.int16)
+    drawn[2:7, 3:9, 1:5], drawn[2, 3, 1] = 255, -1
+    array[drawn != 0] += 1  # so that the image itself shows where the mask should be
+    case = {"case": "a"}
+    for side in ("fixed", "moving"):
+        case[f"{side}_image"] = str(save(tmp_path / f"{side}.nii.gz", array, affine))
+    case["fixed_mask"] = str(save(tmp_path / "mask.nii.gz", drawn, affine))
+    grid = working_grid([case])
+    assert check_pairs([case]) == {}
+    for load in (LoadPair(grid), LoadPair(grid, cache=False)):
+        for _ in range(2):  # the second time from the cache
+            item = load(case)
+            image, inside = item["fixed_image"], item["fixed_mask"] > 0
+            assert inside.sum() == 5 * 6 * 4 and image[inside].min() > image[~inside].max()
+            assert item["moving_mask"].sum() == 10 * 11 * 12
+    one = {**case, "moving_image": case["fixed_image"]}
+    item = LoadPair(grid)(one)
+    assert item["fixed_mask"].sum() == 120 and item["moving_mask"].sum() == 1320
+
+
+def test_landmarks_of_one_side_alone_are_left_out(tmp_path: Path) -> None:
+    case = list_pairs(two_folders(tmp_path, 1))[0]
+    load = LoadPair(Grid((8, 8, 8), (1.0, 1.0, 1.0)))
+    for side in ("fixed", "moving"):
+        item = load({k: v for k, v in case.items() if k != f"{side}_landmarks"})
+        assert item["fixed_landmarks"].shape == item["moving_landmarks"].shape == (0, 3)
+    assert len(load(case)["fixed_landmarks"]) == 2  # what is kept of each image is not touched
 
 
 def test_a_true_displacement_arrives_as_it_was_made(tmp_path: Path) -> None:

@@ -1,25 +1,27 @@
-"""Loss terms against closed forms, brute force, MONAI and scipy; their symmetry; and that they drive a registration."""
+"""Loss terms against closed forms; their symmetry; masks; and that they drive a registration."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from monai.losses import LocalNormalizedCrossCorrelationLoss
-from scipy.ndimage import uniform_filter
 from torch import Tensor
 
+from regpipe.encoders import Encoder
 from regpipe.errors import InputError
-from regpipe.fields import Registration, identity_grid, register, register_midway, resize, resize_image
-from regpipe.losses import TERMS, RegistrationLoss, box_sum, lncc
+from regpipe.fields import Registration, identity_grid, register, register_midway, resize, resize_image, warp
+from regpipe.losses import TERMS, RegistrationLoss, feature_encoder, overlaps, similarity_terms
+from regpipe.network import SymmetricNet
 
 SHAPES = [(20, 17), (12, 10, 11)]
 EACH = pytest.mark.parametrize("shape", SHAPES)
-BOTH_WAYS = ("lncc", "mse", "mi", "midway", "jacobian", "magnitude", "dice", "landmarks", "diffusion", "bending")
+BOTH_WAYS = [name for name in TERMS if name != "known_field"]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +33,17 @@ def smooth(batch: int, channels: int, shape: Sequence[int], seed: int = 0) -> Te
     return resize_image(noise(batch, channels, *[n // 4 + 2 for n in shape], seed=seed), shape)
 
 
+@functools.cache
+def random_encoder(dim: int) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder("alexnet", dim)
+
+
 def term(name: str, r: Registration, target: dict[str, Tensor], **options: Any) -> Tensor:
+    if name == "features":
+        options["encoder"] = random_encoder(r.displacement.shape[1])
+    if name == "anatomy":
+        options.setdefault("label_ids", (1, 2))
     return RegistrationLoss({name: 1.0}, **options)(r._asdict(), target)
 
 
@@ -44,7 +56,7 @@ def constant(shape: Sequence[int], *vector: float) -> Tensor:
     return torch.tensor(vector).view(1, -1, *[1] * len(shape)).expand(1, -1, *shape)
 
 
-def example(shape: Sequence[int], *, half: bool = True) -> tuple[Registration, dict[str, Tensor]]:
+def example(shape: Sequence[int], *, half: bool = True, masks: bool = False) -> tuple[Registration, dict[str, Tensor]]:
     """A registration by a velocity of some voxels, with everything that the terms look at."""
     grid = [n // 2 + 1 for n in shape] if half else list(shape)
     velocity = 4 * smooth(2, len(shape), grid, seed=1) - 2
@@ -52,75 +64,14 @@ def example(shape: Sequence[int], *, half: bool = True) -> tuple[Registration, d
     points = 1 + 7 * noise(2, 5, len(shape), seed=4)
     target = {"fixed_image": fixed, "moving_image": moving, "fixed_landmarks": points, "moving_landmarks": points + 0.5}
     target |= {"fixed_label": (3 * fixed).int(), "moving_label": (3 * moving).int()}
+    target["anatomy"] = 4 * noise(2, 6, *grid, seed=6) - 2
+    if masks:
+        seen = smooth(4, 1, shape, seed=5) > 0.4
+        target |= {"fixed_mask": seen[:2].float(), "moving_mask": seen[2:].float()}
     return register(fixed, moving, velocity), target
 
 
-def correlations(a: np.ndarray, b: np.ndarray, window: int) -> np.ndarray:
-    """Squared correlation in each window, cut off at the rim: the definition, voxel by voxel."""
-    half, out = window // 2, np.zeros(a.shape)
-    for where in np.ndindex(a.shape):
-        cut = tuple(slice(max(i - half, 0), i + half + 1) for i in where)
-        out[where] = np.corrcoef(a[cut].ravel(), b[cut].ravel())[0, 1] ** 2
-    return out
-
-
-@pytest.mark.parametrize(("shape", "window"), list(itertools.product(SHAPES, (1, 3, 9, 25))))
-def test_box_sums_are_those_of_scipy_also_where_the_window_exceeds_the_image(shape, window) -> None:
-    x = noise(2, 3, *shape)
-    expected = uniform_filter(x.double().numpy(), size=[1, 1] + [window] * len(shape), mode="constant")
-    assert np.allclose(box_sum(x, window), expected * window ** len(shape), rtol=1e-4, atol=1e-4)
-
-
-@EACH
-def test_lncc_is_its_definition_and_inside_it_is_monais(shape) -> None:
-    a = noise(1, 1, *shape)
-    b = 0.5 * a + 0.5 * noise(1, 1, *shape, seed=1)
-    squared = correlations(a[0, 0].numpy(), b[0, 0].numpy(), 5)
-    # epsilon / variance = 1e-5 / 0.04 per image is what the two definitions may differ by
-    assert float(lncc(a, b, window=5)) == pytest.approx(1 - squared.mean(), abs=1e-3)
-    peer = LocalNormalizedCrossCorrelationLoss(len(shape), kernel_size=5, smooth_nr=0.0, reduction="none")
-    inner = tuple(slice(2, -2) for _ in shape)
-    assert np.allclose(-peer(a, b)[0, 0].numpy()[inner], squared[inner], atol=1e-3)
-
-
-@EACH
-def test_lncc_of_an_image_with_itself_is_0_whatever_the_gain_and_the_offset(shape) -> None:
-    a = noise(2, 1, *shape)
-    local = 1 + smooth(1, 1, shape) * 0.01  # hardly changes within a window
-    for b in (a, -a, 0.3 * a + 0.2, local * a, a + 1000):
-        assert float(lncc(a, b, window=5)) == pytest.approx(0, abs=5e-3)
-
-
-def test_an_offset_of_1000_changes_neither_lncc_nor_its_gradient() -> None:
-    a, b = noise(1, 1, 16, 16), noise(1, 1, 16, 16, seed=1)
-    for left, right in ((0, 0), (1000, 1000), (0, 1000), (1000, 0)):
-        x = (a + left).requires_grad_()
-        loss = lncc(x, b + right, window=5)
-        (gradient,) = torch.autograd.grad(loss, x)
-        if left == right == 0:
-            plain, plain_gradient = loss.detach(), gradient
-        assert float(loss.detach()) == pytest.approx(float(plain), abs=2e-3)
-        assert float((gradient - plain_gradient).norm() / plain_gradient.norm()) < 0.02
-
-
-def test_flat_windows_count_as_uncorrelated_and_have_a_finite_gradient() -> None:
-    flat, other = torch.full((1, 1, 12, 12), 0.3), noise(1, 1, 12, 12)
-    for a, b in ((flat, other), (other, flat), (flat, flat), (torch.zeros_like(flat), flat)):
-        x = a.clone().requires_grad_()
-        loss = lncc(x, b)
-        loss.backward()
-        assert float(loss.detach()) == pytest.approx(1, abs=1e-4)
-        assert x.grad is not None and x.grad.isfinite().all()
-
-
-def test_the_gradient_of_lncc_is_that_of_finite_differences() -> None:
-    a, b = noise(1, 1, 14, 14).requires_grad_(), noise(1, 1, 14, 14, seed=1)
-    (gradient,) = torch.autograd.grad(lncc(a, b, window=5), a)
-    ahead, behind = (float(lncc(a + h * gradient / gradient.norm(), b, window=5)) for h in (0.05, -0.05))
-    assert (ahead - behind) / 0.1 == pytest.approx(float(gradient.norm()), rel=0.01)
-
-
-@pytest.mark.parametrize("name", [name for name in TERMS if name != "known_field"])
+@pytest.mark.parametrize("name", BOTH_WAYS)
 def test_terms_are_the_same_to_the_bit_inside_an_autocast(name) -> None:
     r, target = example(SHAPES[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -128,16 +79,17 @@ def test_terms_are_the_same_to_the_bit_inside_an_autocast(name) -> None:
     assert inside.dtype == torch.float32 and float(inside) == float(term(name, r, target))
 
 
-@pytest.mark.parametrize(("name", "shape"), list(itertools.product(BOTH_WAYS, SHAPES)))
-def test_swapping_the_images_changes_no_term(name, shape) -> None:
-    r, target = example(shape)
+@pytest.mark.parametrize(("name", "shape", "masks"), list(itertools.product(BOTH_WAYS, SHAPES, (False, True))))
+def test_swapping_the_images_changes_no_term(name, shape, masks) -> None:
+    r, target = example(shape, masks=masks)
     other = Registration(-r.velocity, r.inverse, r.displacement, r.warped_fixed, r.warped_moving)
-    swapped = {f"{'moving' if k[0] == 'f' else 'fixed'}_{k.split('_')[1]}": v for k, v in target.items()}
+    swapped = {f"{'moving' if k[0] == 'f' else 'fixed'}_{k.split('_')[1]}": v for k, v in target.items() if "_" in k}
+    swapped["anatomy"] = torch.cat(target["anatomy"].chunk(2, dim=1)[::-1], 1)
     assert float(term(name, r, target)) == pytest.approx(float(term(name, other, swapped)), rel=1e-5, abs=1e-7)
 
 
 @EACH
-def test_a_linear_velocity_has_diffusion_in_closed_form_on_finer_grids_too_and_does_not_bend(shape) -> None:
+def test_a_linear_velocity_has_smoothness_in_closed_form_on_finer_grids_too(shape) -> None:
     dim = len(shape)
     matrix = torch.linspace(-0.3, 0.4, dim * dim).view(dim, dim)
     v = torch.einsum("ij,bj...->bi...", matrix, identity_grid(shape))
@@ -146,14 +98,9 @@ def test_a_linear_velocity_has_diffusion_in_closed_form_on_finer_grids_too_and_d
         # the mean over axes and components of dv_i/dx_j squared
         assert float(term("diffusion", r, {})) == pytest.approx(float(matrix.square().mean()), rel=1e-3)
         assert float(term("bending", r, {})) == pytest.approx(0, abs=1e-7)
-
-
-def test_a_quadratic_velocity_has_bending_in_closed_form() -> None:
-    x, y = identity_grid((9, 8))[0]
-    v = torch.stack([0.1 * x * x + 0.2 * x * y, -0.15 * y * y])[None]
-    # sum of squared second derivatives, the mixed one twice; mean over the two components
-    expected = (0.2**2 + 2 * 0.2**2 + 0.3**2) / 2
-    assert float(term("bending", fields_only(v), {})) == pytest.approx(expected, rel=1e-4)
+        strain = float((matrix + matrix.T).square().sum() / 4 + matrix.trace() ** 2 / 2)  # mu = lambda = 1
+        assert float(term("elastic", r, {})) == pytest.approx(strain, rel=2e-3)
+        assert float(term("divergence", r, {})) == pytest.approx(float(matrix.trace() ** 2), rel=2e-3)
 
 
 @EACH
@@ -163,6 +110,17 @@ def test_the_jacobian_term_is_0_without_folds_and_1_for_a_reflection(shape) -> N
     reflection = torch.cat([shape[0] - 1 - 2 * x[:, :1], torch.zeros_like(x[:, 1:])], 1)  # det J = -1, its own inverse
     assert float(term("jacobian", fields_only(reflection, reflection), {})) == pytest.approx(1, rel=1e-5)
     assert float(term("jacobian", fields_only(reflection, 0 * x), {})) == pytest.approx(0.5, rel=1e-5)
+
+
+@EACH
+def test_log_jacobian_counts_both_ways_and_a_scaling_as_much_as_its_inverse(shape) -> None:
+    x, dim = identity_grid(shape), len(shape)
+    for s in (2.0, 0.5):
+        r = fields_only((s - 1) * x, (1 / s - 1) * x)
+        assert float(term("log_jacobian", r, {})) == pytest.approx((dim * math.log(2)) ** 2, rel=2e-3)
+    assert float(term("log_jacobian", fields_only(x, 0 * x), {})) == pytest.approx(
+        (dim * math.log(2)) ** 2 / 2, rel=2e-3
+    )
 
 
 def test_magnitude_is_0_for_opposite_fields_and_else_their_difference() -> None:
@@ -184,7 +142,7 @@ def test_two_opposite_velocities_of_symnet_count_like_the_one_they_stand_for() -
     both = torch.cat([-r.velocity, r.velocity], 1) / 2  # fixed to the middle, moving to the middle
     symnet = register_midway(target["fixed_image"], target["moving_image"], both)
     assert float(term("midway", symnet, target)) == pytest.approx(float(term("midway", r, target)), rel=1e-5)
-    for name in ("diffusion", "bending"):
+    for name in ("diffusion", "bending", "elastic"):
         assert float(term(name, symnet, target)) == pytest.approx(float(term(name, r, target)) / 4, rel=1e-5)
 
 
@@ -250,6 +208,95 @@ def test_the_known_field_counts_squared_voxels_and_must_be_known() -> None:
         term("known_field", fields_only(u), {})
 
 
+def rolled(*, masks: bool) -> tuple[Registration, dict[str, Tensor]]:
+    """One scene from two places: 6 rows further on in moving, whose last 8 rows are garbage; registered truly."""
+    scene, garbage = smooth(1, 1, (60, 20)), noise(1, 1, 8, 20, seed=7)
+    fixed, moving = scene[:, :, 6:46], torch.cat([scene[:, :, :32], garbage], 2)
+    target = {"fixed_image": fixed, "moving_image": moving}
+    if masks:
+        clean = (torch.arange(40) < 32).float().view(1, 1, 40, 1).expand(1, 1, 40, 20)
+        rows = torch.arange(40).view(1, 1, 40, 1).expand_as(clean)
+        # fixed row i is scene row i + 6, moving row j scene row j: rows beyond the other's end have no partner
+        target |= {"moving_mask": clean * (rows >= 6), "fixed_mask": (rows < 26).float()}
+    velocity = constant((40, 20), 6.0, 0.0).clone()
+    return register(fixed, moving, velocity), target
+
+
+@pytest.mark.parametrize("name", ["lncc", "ncc", "mse", "midway"])
+def test_what_a_mask_leaves_out_does_not_count_wherever_it_is_warped_to(name) -> None:
+    (r, target), (_, masked) = rolled(masks=False), rolled(masks=True)
+    assert float(term(name, r, masked)) < 2e-3 < 2e-2 < float(term(name, r, target))
+
+
+def test_the_masks_of_both_images_are_multiplied_on_the_grid_of_each() -> None:
+    r, target = rolled(masks=True)
+    on_fixed, on_moving = overlaps(r, target)
+    assert on_fixed is not None and on_moving is not None and not on_fixed.requires_grad
+    fixed, moving = target["fixed_mask"], target["moving_mask"]
+    torch.testing.assert_close(on_fixed, fixed * warp(moving, r.displacement), atol=1e-5, rtol=0)
+    assert on_fixed[0, 0, :, 5].nonzero().flatten().tolist() == list(range(26))  # moving's rows 6 to 31
+    assert on_moving[0, 0, :, 5].nonzero().flatten().tolist() == list(range(6, 32))
+
+
+@pytest.mark.parametrize("name", sorted(similarity_terms))
+def test_masks_of_ones_take_the_way_without_masks(name) -> None:
+    r, target = example((20, 18))
+    ones = {f"{side}_mask": torch.ones_like(target["fixed_image"]) for side in ("fixed", "moving")}
+    assert overlaps(r, target | ones) == (None, None)
+    assert float(term(name, r, target | ones)) == float(term(name, r, target))
+    alone = {"fixed_mask": example((20, 18), masks=True)[1]["fixed_mask"]}
+    assert float(term(name, r, target | alone)) != float(term(name, r, target))  # the other's are ones
+
+
+@pytest.mark.parametrize("name", sorted(similarity_terms))
+def test_with_nothing_in_sight_a_similarity_is_0_with_a_graph(name) -> None:
+    _, target = example((20, 18))
+    velocity = torch.zeros(2, 2, 20, 18, requires_grad=True)
+    target |= {"fixed_mask": torch.zeros(2, 1, 20, 18), "moving_mask": torch.ones(2, 1, 20, 18)}
+    loss = term(name, register(target["fixed_image"], target["moving_image"], velocity), target)
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    assert float(loss.detach()) == 0 and not gradient.any()
+
+
+def test_only_terms_that_compare_images_look_at_images_and_masks() -> None:
+    r, target = example((20, 18), masks=True)
+    blank = {**target, "fixed_image": 0 * target["fixed_image"], "moving_image": 0 * target["moving_image"]}
+    blind = r._replace(warped_moving=0 * r.warped_moving, warped_fixed=0 * r.warped_fixed)
+    for name in TERMS:
+        if name != "known_field":
+            same = float(term(name, r, target)) == float(term(name, blind, blank))
+            assert same == (name not in similarity_terms), name
+
+
+def test_a_loss_uses_a_frozen_copy_of_the_encoder_that_is_none_of_its_parameters() -> None:
+    encoder = Encoder("alexnet", 2)
+    loss = RegistrationLoss({"features": 1.0}, encoder=encoder)
+    assert not list(loss.parameters()) and not loss.state_dict()
+    assert all(p.requires_grad for p in encoder.parameters()) and encoder.training  # the caller's is left alone
+    held = loss.options.encoder
+    assert held is not None and not held.training and not any(p.requires_grad for p in held.parameters())
+    with pytest.raises(InputError, match=r"features: no encoder.*encoder=Encoder"):
+        RegistrationLoss({"lncc": 1.0, "features": 1.0})
+
+
+def test_an_encoder_is_made_only_for_features_and_only_from_transferred_weights(tmp_path: Path) -> None:
+    assert feature_encoder({"lncc": 1.0, "features": 0.0}, "alexnet", 2, pretrained="none") is None
+    with pytest.raises(InputError, match=r"features.*--pretrained"):
+        feature_encoder({"features": 1.0}, "alexnet", 2, pretrained="none")
+    torch.save(SymmetricNet(2, "alexnet").state_dict(), tmp_path / "model.pt")
+    encoder = feature_encoder({"features": 1.0}, "alexnet", 2, pretrained=str(tmp_path / "model.pt"))
+    assert encoder is not None and encoder.strides == (4, 8, 16)
+
+
+def test_a_batch_without_supervision_at_all_has_none() -> None:
+    r, target = example((20, 18))
+    images = {key: value for key, value in target.items() if key.endswith("image")}
+    u = r.displacement.clone().requires_grad_()
+    for name in ("dice", "landmarks"):
+        loss = term(name, r._replace(displacement=u), images)
+        assert float(loss.detach()) == 0 and not torch.autograd.grad(loss, u)[0].any()
+
+
 def test_the_loss_is_the_weighted_sum_of_its_terms_and_remembers_them() -> None:
     r, target = example(SHAPES[0])
     loss = RegistrationLoss({"mse": 0.5, "diffusion": 3, "lncc": 0})
@@ -262,7 +309,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_and_remembers_them() -> None:
 
 
 def test_terms_weights_and_windows_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown loss terms \['lnc'\].*lncc, mse, mi.*known_field"):
+    with pytest.raises(ValueError, match=r"unknown loss terms \['lnc'\].*lncc, ncc, mse, mi, mind.*known_field"):
         RegistrationLoss({"lnc": 1, "mse": 1})
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite and not negative"):
@@ -275,7 +322,7 @@ def test_terms_weights_and_windows_that_cannot_be_are_refused() -> None:
             RegistrationLoss({"lncc": 1}, window=window)
 
 
-@pytest.mark.parametrize("name", ["lncc", "mse", "mi"])
+@pytest.mark.parametrize("name", ["lncc", "ncc", "mse", "mi", "mind"])
 def test_the_loss_falls_on_two_discs(name) -> None:
     def disc(*centre: float) -> Tensor:
         x, y = identity_grid((32, 32))[0] - torch.tensor(centre).view(2, 1, 1)

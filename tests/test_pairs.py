@@ -101,6 +101,30 @@ def test_a_wrong_datalist_is_named(tmp_path: Path, text: str) -> None:
         list_pairs(tmp_path / "data.json")
 
 
+def test_masks_are_found_in_every_layout(tmp_path: Path) -> None:
+    drawn = np.ones((6, 7, 8), np.uint8)
+    root = two_folders(tmp_path / "two", 2)
+    save(root / "moving_masks" / "c1.nii.gz", drawn)
+    assert [c.get("moving_mask") for c in list_pairs(root)] == [None, str(root / "moving_masks" / "c1.nii.gz")]
+    for layout in ("images", "."):
+        one = tmp_path / f"one_{layout}"
+        for name in "ab":
+            save(one / layout / f"{name}.nii.gz", volume())
+        save(one / "masks" / "a.nii.gz", drawn)
+        to_a, to_b = ({c["case"]: c for c in list_pairs(one)}[name] for name in ("b_to_a", "a_to_b"))
+        assert to_a["fixed_mask"] == to_b["moving_mask"] == str(one / "masks" / "a.nii.gz")
+        assert "moving_mask" not in to_a and "fixed_mask" not in to_b
+    entry = {f"{side}_image": f"{side}_images/c1.nii.gz" for side in ("fixed", "moving")}
+    (root / "list.json").write_text(json.dumps({"test": [{**entry, "moving_mask": "moving_masks/c1.nii.gz"}]}))
+    assert list_pairs(root / "list.json")[0]["moving_mask"] == str(root / "moving_masks" / "c1.nii.gz")
+    (root / "list.json").write_text(json.dumps({"test": [{**entry, "fixed_mask": "fixed_masks/c1.nii.gz"}]}))
+    with pytest.raises(InputError, match="fixed_masks/c1.nii.gz: no such file.*fixed_mask"):
+        list_pairs(root / "list.json")
+    save(root / "fixed_masks" / "c7.nii.gz", drawn)
+    with pytest.raises(InputError, match="fixed_masks/c7.nii.gz: no image of this stem"):
+        list_pairs(root)
+
+
 def test_every_mistake_in_a_folder_is_named(tmp_path: Path) -> None:
     def expect(match: str, root: Path, **options: object) -> None:
         with pytest.raises(InputError, match=match):

@@ -10,7 +10,14 @@ from conftest import Command, evaluate, two_folders
 from regpipe import InputError, list_pairs, record
 from regpipe.cohort import write_cohort
 
-CHOICES = {"dataset_dir": "data", "holdout": 0.2, "pairing": "all", "seed": 3, "landmark_channels": 1}
+CHOICES = {
+    "dataset_dir": "data",
+    "holdout": 0.2,
+    "pairing": "all",
+    "seed": 3,
+    "landmark_channels": 1,
+    "mask_rims": True,
+}
 
 
 def case(moving: str, fixed: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regpipe.encoders import Encoder
 from regpipe.images import InputError
 from regpipe.network import SymmetricNet, load_symnet
-from regpipe.weights import inflate, read_state_dict, read_weights
+from regpipe.weights import inflate, lay_in_decoder, read_state_dict, read_weights
 
 State = dict[str, Tensor]
 
@@ -159,6 +159,71 @@ def test_a_network_trained_here_gives_its_encoder_to_the_next(
     for name, weight in ours.items():
         a, b = (w.sum(-1) if w.ndim == 5 and trained != wanted else w for w in (weight, theirs[name]))
         assert torch.allclose(a, b, atol=1e-5), name
+
+
+def test_plain_has_no_published_weights(hub: Path) -> None:
+    for source in ("imagenet", "medicalnet"):
+        with pytest.raises(InputError, match=f"{source} has no plain.*--pretrained"):
+            Encoder("plain", 2, pretrained=source)
+
+
+def loud_network(dims: int, backbone: str = "resnet18") -> SymmetricNet:
+    """With flow weights large enough that two networks' velocities differ."""
+    net = SymmetricNet(dims, backbone)
+    for name, weight in net.named_parameters():
+        if "flow" in name:
+            weight.data *= 100
+    return net
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("backbone", ["resnet18", "alexnet", "plain"])
+def test_a_whole_network_transferred_gives_the_same_velocity_and_trains_on(
+    dims: int, backbone: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    before = loud_network(dims, backbone)
+    file = saved(before.state_dict(), tmp_path / "model.pt")
+    pair = torch.rand(1, 2, *(24,) * dims)
+    after = SymmetricNet(dims, backbone, pretrained=file, freeze=2)
+    assert not torch.allclose(after(pair), before(pair), rtol=0.1)  # its encoder only
+    assert lay_in_decoder(after, file, backbone) == []
+    assert torch.equal(after(pair), before(pair))
+    trained = {n for n, p in after.named_parameters() if p.requires_grad}
+    frozen = {n for n, _ in after.named_parameters() if n.startswith(("encoder.stages.0.", "encoder.stages.1."))}
+    assert frozen and trained == {n for n, _ in after.named_parameters()} - frozen
+    after(pair).square().sum().backward()
+    assert all((p.grad is None) == (n in frozen) for n, p in after.named_parameters())
+
+
+@pytest.mark.parametrize(("trained", "wanted"), [(2, 3), (3, 2)])
+def test_a_decoder_does_not_change_its_dimension_while_an_encoder_does(
+    trained: int, wanted: int, tmp_path: Path
+) -> None:
+    file = saved(SymmetricNet(trained, "alexnet").state_dict(), tmp_path / "model.pt")
+    after = SymmetricNet(wanted, "alexnet", pretrained=file)
+    untouched = {name: tensor.clone() for name, tensor in after.state_dict().items()}
+    with pytest.raises(InputError, match=rf"model\.pt.*not {wanted}D.*--transfer encoder"):
+        lay_in_decoder(after, file, "alexnet")
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in after.state_dict().items())
+
+
+def test_parts_of_a_decoder_that_do_not_fit_are_named_and_start_anew(tmp_path: Path) -> None:
+    before, after = loud_network(2), SymmetricNet(2, "resnet18", correlation=2)
+    file = saved(before.state_dict(), tmp_path / "model.pt")
+    untouched = {name: tensor.clone() for name, tensor in after.state_dict().items()}
+    left = lay_in_decoder(after, file, "resnet18")
+    assert left == [f"levels.{i}.head.0.weight" for i in range(len(after.levels))]  # they see 25 offsets, not 9
+    for name, tensor in after.state_dict().items():
+        if not name.startswith("encoder."):
+            assert torch.equal(tensor, (untouched if name in left else before.state_dict())[name]), name
+
+
+@pytest.mark.parametrize("source", ["none", "resnet.pth"])
+def test_a_file_without_a_decoder_is_refused(source: str, tmp_path: Path, resnet: State) -> None:
+    given = source if source == "none" else saved(resnet, tmp_path / source)
+    with pytest.raises(InputError, match=f"{source}.*no decoder.*--transfer encoder"):
+        lay_in_decoder(SymmetricNet(2, "resnet18"), given, "resnet18")
 
 
 def test_a_checkpoint_wrapped_by_a_trainer_reads_like_its_state_dict(tmp_path: Path, resnet: State) -> None:

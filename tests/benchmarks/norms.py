@@ -39,7 +39,7 @@ def dice(norm: str, seed: int, folder: str) -> float:
     loss = RegistrationLoss({"lncc": 1.0, "diffusion": 1.0}, window=7)
     for _ in range(STEPS):
         case = training[int(torch.randint(len(training), ()))]
-        pair, target = prepare_batch(collate_pairs([load(case)]))
+        pair, target, *_ = prepare_batch(collate_pairs([load(case)]))
         optimizer.zero_grad()
         loss(infer(pair, net), target).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -48,7 +48,7 @@ def dice(norm: str, seed: int, folder: str) -> float:
     rows = []
     with torch.no_grad():
         for case in validation:
-            pair, target = prepare_batch(collate_pairs([load(case)]))
+            pair, target, *_ = prepare_batch(collate_pairs([load(case)]))
             rows.append(measure(Registration(**infer(pair, net)), target, load.grid.spacing))
     return mean_of(row["dice"] for row in rows)
 

@@ -1,0 +1,177 @@
+"""Per-pair optimisation of the velocity: from the network's answer, or from zero without any network.
+
+The same loss as in training (``regpipe.losses``), minimised for one pair by Adam over the velocity itself, coarse to
+fine. The network is not touched, and nothing is kept from one pair to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regpipe.errors import InputError
+from regpipe.fields import register, resize, resize_image
+from regpipe.losses import RegistrationLoss
+
+VELOCITY_STRIDE = 2  # as the networks': the velocity lives at half resolution
+SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
+SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
+
+
+SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
+REGULARITY_WEIGHTS = {"diffusion": 0.7, "divergence": 0.1}
+
+# Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
+# the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
+FLAT = 1e-3
+
+
+class Level(NamedTuple):
+    """One resolution: images every ``stride`` voxels, optimised for a share of the steps."""
+
+    stride: int
+    share: float
+
+
+FROM_NETWORK = (Level(2, 0.5), Level(1, 0.5))
+FROM_ZERO = (Level(8, 0.2), Level(4, 0.25), Level(2, 0.3), Level(1, 0.25))
+
+
+class Refiner:
+    """``refiner(fixed, moving, velocity=None) -> velocity``: minimises a loss over the velocity of each pair.
+
+    Without a velocity it starts from zero, through coarser grids. Deterministic: pairs do not touch each other.
+
+    Args:
+        loss: what to minimise; terms that need labels or landmarks do not see them.
+        steps: of Adam, over all levels together.
+        rate: Adam's step in voxels of the velocity's grid.
+        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost.
+
+    Raises:
+        InputError: no step, or a loss that needs supervision.
+    """
+
+    def __init__(self, loss: RegistrationLoss, *, steps: int = 50, rate: float = 0.15, finest: int = 1) -> None:
+        if steps < 1:
+            raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
+        supervised = sorted({"dice", "anatomy", "landmarks", "known_field"} & set(loss.weights))
+        if supervised:
+            raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
+        self.loss, self.steps, self.rate, self.finest = loss, steps, rate, finest
+
+    def __call__(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        velocity: Tensor | None = None,
+        *,
+        masks: Sequence[Tensor] = (),
+        anatomy: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, D, *half) for images (B, 1, *spatial).
+
+        ``masks``: fixed and moving, where they count; ``anatomy``: what a network made of both images, see
+        ``regpipe.SymmetricNet``.
+        """
+        given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
+        given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
+        pairs = []
+        for i in range(len(fixed)):  # one at a time: in a joint batch one pair's convergence would tell on another's
+            batch = {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
+            pairs.append(self._refine(batch, None if velocity is None else velocity[i : i + 1].float()))
+        return torch.cat(pairs)
+
+    @torch.enable_grad()
+    def _refine(self, batch: Mapping[str, Tensor], velocity: Tensor | None) -> Tensor:
+        fixed = batch["fixed_image"]
+        shape, given = fixed.shape[2:], velocity is not None
+        for level, steps in zip(levels := self._levels(shape, given), shares(levels, self.steps), strict=True):
+            images = coarser_shape(shape, level.stride)
+            target = pyramid_level(batch, images)
+            if velocity is None:
+                velocity = fixed.new_zeros(1, len(shape), *coarser_shape(images, VELOCITY_STRIDE))
+            elif not given:
+                velocity = resize(velocity, coarser_shape(images, VELOCITY_STRIDE))
+            velocity = self._descend(velocity, target, steps)
+        assert velocity is not None  # there is at least one level
+        return velocity if given else resize(velocity, coarser_shape(shape, VELOCITY_STRIDE))
+
+    def _levels(self, shape: Sequence[int], given: bool) -> list[Level]:
+        levels = FROM_NETWORK if given else FROM_ZERO
+        kept = [v for v in levels if v.stride >= self.finest and min(shape) >= SMALLEST * v.stride]
+        return kept or [levels[-1]]
+
+    def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int) -> Tensor:
+        velocity = start.detach().clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([velocity], lr=self.rate, eps=FLAT)
+        points = velocity[0, 0].numel()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
+            (points * self.loss(result._asdict(), target)).backward()
+            optimizer.step()
+        return velocity.detach()
+
+
+def refinement_loss(similarity: str) -> dict[str, float]:
+    """Loss weights for refinement by one similarity, of which the regularity suits the size.
+
+    Raises:
+        InputError: no such similarity.
+    """
+    if similarity not in SIMILARITY_WEIGHTS:
+        raise InputError(f"--similarity {similarity}: choose among {', '.join(SIMILARITY_WEIGHTS)}")
+    return {similarity: SIMILARITY_WEIGHTS[similarity], **REGULARITY_WEIGHTS}
+
+
+def make_refiner(steps: int, weights: Mapping[str, float], *, window: int, finest: int = 1) -> Refiner | None:
+    """The refiner that a configuration asks for; None for 0 steps."""
+    if not steps:
+        return None
+    return Refiner(RegistrationLoss(weights, window=window), steps=steps, finest=finest)
+
+
+def shares(levels: Sequence[Level], steps: int) -> list[int]:
+    """``steps`` dealt out to the levels by their shares, at least one each."""
+    total = sum(level.share for level in levels)
+    return [max(1, round(steps * level.share / total)) for level in levels]
+
+
+def coarser_shape(shape: Sequence[int], stride: int) -> tuple[int, ...]:
+    """Points per axis of a grid of the same extent with about ``stride`` times the spacing."""
+    return tuple(max(math.ceil((n - 1) / stride) + 1, min(n, 3)) for n in shape)
+
+
+def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
+    """What the loss needs of a batch on a coarser grid: images smoothed first, masks still 0 or 1."""
+    level = {key: coarsen(batch[key], shape) for key in ("fixed_image", "moving_image")}
+    level |= {key: (resize_image(batch[key], shape) > 0.5).float() for key in batch if key.endswith("mask")}
+    return level | {key: batch[key] for key in batch if key == "anatomy"}
+
+
+def coarsen(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C, *spatial) on a coarser grid of the same extent, first smoothed by 0.4 of the new spacing."""
+    for axis, (old, new) in enumerate(zip(image.shape[2:], shape, strict=True)):
+        sigma = 0.4 * (old - 1) / max(new - 1, 1)
+        if old > new:
+            image = _gaussian(image, 2 + axis, sigma)
+    return resize_image(image, shape)
+
+
+def _gaussian(x: Tensor, axis: int, sigma: float) -> Tensor:
+    """Smooth along one axis, the rim repeated."""
+    radius = math.ceil(3 * sigma)
+    kernel = torch.exp(-(torch.arange(-radius, radius + 1, device=x.device) ** 2) / (2 * sigma**2))
+    n = x.shape[axis]
+    reach = torch.arange(-radius, n + radius, device=x.device).clamp(0, n - 1)
+    padded = x.index_select(axis, reach)
+    weights = kernel / kernel.sum()
+    smooth = torch.zeros_like(x)
+    for i, weight in enumerate(weights):
+        smooth += weight * padded.narrow(axis, i, n)
+    return smooth

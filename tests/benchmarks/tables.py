@@ -1,0 +1,114 @@
+"""``cases.csv`` and the page made of it: means with intervals, paired differences from a reference."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from judging import SPLIT_DICE
+from scipy.stats import wilcoxon
+
+from regpipe import InputError
+from regpipe.evaluation import SHOWN, interval
+from regpipe.files import replace_file
+from regpipe.metrics import HIGHER_IS_BETTER, bootstrap_interval, known
+
+COSTS = ("seconds", "cpu_seconds", "peak_mib")
+TEXT = ("method", "case", "made_from")
+COLUMNS = (*TEXT, *COSTS, *HIGHER_IS_BETTER, *SPLIT_DICE)
+HEADINGS = {name: SHOWN[name] for name in SHOWN if not name.endswith("_before") and name != "ncc"} | {
+    "dice_subcortical": ("Dice subcortical", 3),
+    "dice_cortical": ("Dice cortical", 3),
+    "seconds": ("s / pair", 2),
+    "cpu_seconds": ("processor s / pair", 2),
+}
+TESTED = ("dice", *SPLIT_DICE, "hd95", "tre", "sdlogj")
+
+Row = dict[str, Any]
+
+
+def read_cases(path: Path) -> list[Row]:
+    """The lines of ``cases.csv``; none where there is no such file.
+
+    Raises:
+        InputError: other columns, from another version.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise InputError(f"{path}: has other columns; give another -o")
+        return [{key: value if key in TEXT else float(value) for key, value in row.items()} for row in reader]
+
+
+def write_cases(path: Path, rows: Sequence[Row]) -> None:
+    """All lines anew, the file replaced whole: it is small, and a kill leaves the old one."""
+    text = io.StringIO(newline="")
+    lines = [[f"{row[k]:.6g}" if isinstance(row[k], float) else row[k] for k in COLUMNS] for row in rows]
+    csv.writer(text).writerows([COLUMNS, *lines])
+    replace_file(path, text.getvalue().encode())
+
+
+def page(rows: Sequence[Row], methods: Sequence[str], reference: str) -> str:
+    """``accuracy.md``: a line per method, then paired differences from the reference on the pairs both have."""
+    shown = [name for name in HEADINGS if len(known(row[name] for row in rows))]
+    head = ["method", "pairs", *(HEADINGS[name][0] for name in shown), "peak GiB", "made from"]
+    lines = [_line(head), "|---" * len(head) + "|"]
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        if own:
+            cells = [_interval([row[name] for row in own], HEADINGS[name][1]) for name in shown]
+            peak = max(row["peak_mib"] for row in own) / 1024
+            lines.append(_line([method, str(len(own)), *cells, f"{peak:.2f}", own[0]["made_from"]]))
+    notes = (
+        "Mean [95 % bootstrap interval over pairs]. Pairs share subjects, so intervals and p values are optimistic. "
+        "Labels warped by nearest neighbour; one thread; seconds without imports, reading and writing; an empty cell: "
+        "the method gives no inverse, or the pairs hold no such labels or landmarks."
+    )
+    return "\n".join([*lines, "", notes, "", *_differences(rows, methods, reference)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _interval(values: Sequence[float], digits: int) -> str:
+    return interval(bootstrap_interval(values), digits) if len(known(values)) else ""
+
+
+def _differences(rows: Sequence[Row], methods: Sequence[str], reference: str) -> list[str]:
+    lines = [
+        f"Method minus {reference}, paired; p of Wilcoxon's signed-rank test, two-sided.",
+        "",
+        "| method | metric | pairs | difference | p |",
+        "|---|---|---|---|---|",
+    ]
+    for method in methods:
+        for name in TESTED if method != reference else ():
+            a, b = paired(rows, method, reference, name)
+            if len(a):
+                digits = HEADINGS[name][1] + 1
+                cells = [method, HEADINGS[name][0], str(len(a)), _interval((a - b).tolist(), digits)]
+                lines.append(_line([*cells, f"{signed_rank(a - b):.2g}"]))
+    return lines
+
+
+def paired(rows: Sequence[Row], method: str, reference: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """The metric of both methods on the pairs for which both have a number, in one order."""
+    values: dict[str, dict[str, float]] = {name: {} for name in (method, reference)}
+    for row in rows:
+        if row["method"] in values and not math.isnan(row[metric]):
+            values[row["method"]][row["case"]] = row[metric]
+    common = sorted(values[method].keys() & values[reference].keys())
+    return np.array([values[method][c] for c in common]), np.array([values[reference][c] for c in common])
+
+
+def signed_rank(differences: np.ndarray) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test; 1 where nothing differs."""
+    return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0

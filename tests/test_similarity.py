@@ -1,0 +1,333 @@
+"""Image similarities against their definitions, MONAI, torchvision and ConvexAdam; with and without masks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from monai.losses import LocalNormalizedCrossCorrelationLoss
+from scipy.ndimage import uniform_filter
+from torch import Tensor
+
+from regpipe.encoders import Encoder
+from regpipe.fields import resize_image
+from regpipe.similarity import box_sum, feature_similarity, lncc, mi, mind, mind_ssc, mse, ncc
+
+SHAPES = [(20, 17), (12, 10, 11)]
+BACKBONES = ("resnet18", "vgg16", "alexnet")
+EACH = pytest.mark.parametrize("shape", SHAPES)
+
+
+def features(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    torch.manual_seed(0)
+    return feature_similarity(a, b, Encoder("alexnet", a.ndim - 2).eval(), mask=mask)
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "lncc": partial(lncc, window=5),
+    "ncc": ncc,
+    "mse": mse,
+    "mi": mi,
+    "mind": mind,
+    "features": features,
+}
+ALL = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth(batch: int, channels: int, shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Random in [0, 1], on a grid four times coarser, then interpolated."""
+    return resize_image(noise(batch, channels, *[n // 4 + 2 for n in shape], seed=seed), shape)
+
+
+def two(shape: Sequence[int], batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Images that correlate, but not everywhere alike."""
+    a = noise(batch, 1, *shape)
+    return a, 0.5 * a + 0.5 * noise(batch, 1, *shape, seed=1)
+
+
+def box(shape: Sequence[int], *sizes: int) -> Tensor:
+    """A mask (1, 1, *shape): 1 in the corner of these sizes."""
+    mask = torch.zeros(1, 1, *shape)
+    mask[(slice(None), slice(None), *[slice(n) for n in sizes])] = 1
+    return mask
+
+
+def correlations(a: np.ndarray, b: np.ndarray, window: int, inside: np.ndarray | None = None) -> np.ndarray:
+    """Squared correlation in each window, cut off at the rim and the mask: the definition, voxel by voxel."""
+    half, out = window // 2, np.zeros(a.shape)
+    seen = np.ones(a.shape, bool) if inside is None else inside
+    for where in np.argwhere(seen):
+        cut = tuple(slice(max(i - half, 0), i + half + 1) for i in where)
+        out[tuple(where)] = np.corrcoef(a[cut][seen[cut]], b[cut][seen[cut]])[0, 1] ** 2
+    return out
+
+
+@pytest.mark.parametrize(("shape", "window"), list(itertools.product(SHAPES, (1, 3, 9, 25))))
+def test_box_sums_are_those_of_scipy_also_where_the_window_exceeds_the_image(shape, window) -> None:
+    x = noise(2, 3, *shape)
+    expected = uniform_filter(x.double().numpy(), size=[1, 1] + [window] * len(shape), mode="constant")
+    assert np.allclose(box_sum(x, window), expected * window ** len(shape), rtol=1e-4, atol=1e-4)
+
+
+@EACH
+def test_lncc_is_its_definition_and_inside_it_is_monais(shape) -> None:
+    a, b = two(shape)
+    squared = correlations(a[0, 0].numpy(), b[0, 0].numpy(), 5)
+    # epsilon / variance = 1e-5 / 0.04 per image is what the two definitions may differ by
+    assert float(lncc(a, b, window=5)) == pytest.approx(1 - squared.mean(), abs=1e-3)
+    peer = LocalNormalizedCrossCorrelationLoss(len(shape), kernel_size=5, smooth_nr=0.0, reduction="none")
+    inner = tuple(slice(2, -2) for _ in shape)
+    assert np.allclose(-peer(a, b)[0, 0].numpy()[inner], squared[inner], atol=1e-3)
+
+
+@EACH
+def test_lncc_in_a_mask_correlates_only_voxels_inside_it(shape) -> None:
+    a, b = two(shape)
+    inside = smooth(1, 1, shape, seed=5) > 0.45
+    squared = correlations(a[0, 0].numpy(), b[0, 0].numpy(), 5, inside[0, 0].numpy())
+    expected = 1 - squared[inside[0, 0].numpy()].mean()
+    garbage = torch.where(inside, b, 9 * noise(*b.shape, seed=6))
+    for other in (b, garbage):
+        assert float(lncc(a, other, mask=inside.float(), window=5)) == pytest.approx(expected, abs=2e-3)
+
+
+@EACH
+def test_lncc_of_an_image_with_itself_is_0_whatever_the_gain_and_the_offset(shape) -> None:
+    a = noise(2, 1, *shape)
+    local = 1 + smooth(1, 1, shape) * 0.01  # hardly changes within a window
+    for b in (a, -a, 0.3 * a + 0.2, local * a, a + 1000):
+        assert float(lncc(a, b, window=5)) == pytest.approx(0, abs=5e-3)
+
+
+def test_an_offset_of_1000_changes_neither_lncc_nor_its_gradient() -> None:
+    a, b = noise(1, 1, 16, 16), noise(1, 1, 16, 16, seed=1)
+    for mask in (None, box((16, 16), 12, 9)):
+        for left, right in ((0, 0), (1000, 1000), (0, 1000), (1000, 0)):
+            x = (a + left).requires_grad_()
+            loss = lncc(x, b + right, mask=mask, window=5)
+            (gradient,) = torch.autograd.grad(loss, x)
+            if left == right == 0:
+                plain, plain_gradient = loss.detach(), gradient
+            assert float(loss.detach()) == pytest.approx(float(plain), abs=2e-3)
+            assert float((gradient - plain_gradient).norm() / plain_gradient.norm()) < 0.02
+
+
+def test_flat_windows_count_as_uncorrelated() -> None:
+    flat, other = torch.full((1, 1, 12, 12), 0.3), noise(1, 1, 12, 12)
+    for a, b in ((flat, other), (other, flat), (flat, flat), (torch.zeros_like(flat), flat)):
+        for mask in (None, box((12, 12), 7, 12)):
+            assert float(lncc(a, b, mask=mask)) == pytest.approx(1, abs=1e-4)
+
+
+@ALL
+def test_every_similarity_and_its_gradient_are_finite_on_flat_images(name) -> None:
+    flat, other = torch.full((2, 1, 12, 12), 0.3), noise(2, 1, 12, 12)
+    half_flat = torch.where(torch.arange(12) < 6, flat, other)
+    for a, b in ((flat, other), (other, flat), (flat, flat), (torch.zeros_like(flat), flat), (half_flat, flat)):
+        for mask in (None, box((12, 12), 7, 12).expand_as(flat), 0 * flat):
+            x = a.clone().requires_grad_()
+            loss = FUNCTIONS[name](x, b, mask=mask)
+            loss.backward()
+            assert loss.isfinite() and x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "masked"), list(itertools.product(FUNCTIONS, (False, True))))
+def test_the_gradient_is_that_of_finite_differences(name, masked) -> None:
+    a, b = two((14, 14))
+    a = (0.1 + 0.8 * a).requires_grad_()  # away from where mutual information clamps
+    mask = smooth(1, 1, (14, 14), seed=3) if masked else None
+    (gradient,) = torch.autograd.grad(FUNCTIONS[name](a, b, mask=mask), a)
+    step, length = 5e-4 * gradient / gradient.norm(), float(gradient.norm())  # the minimum in MIND has kinks
+    with torch.no_grad():
+        ahead, behind = (float(FUNCTIONS[name](a + h * step, b, mask=mask)) for h in (1, -1))
+    assert (ahead - behind) / 1e-3 == pytest.approx(length, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "shape"), list(itertools.product(FUNCTIONS, SHAPES)))
+def test_a_shifted_image_is_less_alike_than_the_image_itself(name, shape) -> None:
+    a = smooth(1, 1, shape)
+    same, shifted = (float(FUNCTIONS[name](a, b)) for b in (a, a.roll(3, 2)))
+    assert same < shifted - 0.02 * abs(shifted)
+
+
+@ALL
+def test_similarities_are_the_same_to_the_bit_inside_an_autocast(name) -> None:
+    a, b = two((20, 17))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = FUNCTIONS[name](a, b)
+    assert inside.dtype == torch.float32 and float(inside) == float(FUNCTIONS[name](a, b))
+
+
+@pytest.mark.parametrize(("name", "shape"), list(itertools.product(FUNCTIONS, SHAPES)))
+def test_a_mask_of_ones_is_no_mask(name, shape) -> None:
+    a, b = two(shape, batch=2)
+    masked = FUNCTIONS[name](a, b, mask=torch.ones_like(a))
+    assert float(masked) == pytest.approx(float(FUNCTIONS[name](a, b)), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "shape"), list(itertools.product(("lncc", "ncc", "mse", "mi"), SHAPES)))
+def test_a_mask_that_is_a_box_is_the_image_cut_out(name, shape) -> None:
+    a, b = two(shape)
+    sizes = [n - 3 for n in shape]
+    cut = (slice(None), slice(None), *[slice(n) for n in sizes])
+    masked = FUNCTIONS[name](a, b, mask=box(shape, *sizes))
+    assert float(masked) == pytest.approx(float(FUNCTIONS[name](a[cut], b[cut])), rel=1e-3)
+
+
+def test_soft_weights_weigh() -> None:
+    a, b, mask = (noise(1, 1, 9, 8, seed=i) for i in range(3))
+    weights = mask.double().numpy().ravel()
+    x, y = (image.double().numpy().ravel() for image in (a, b))
+    assert float(mse(a, b, mask=mask)) == pytest.approx(np.average((x - y) ** 2, weights=weights), rel=1e-5)
+    covariance = np.cov(x, y, aweights=weights, ddof=0)
+    r = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+    assert float(ncc(a, b, mask=mask)) == pytest.approx(1 - r, rel=1e-4)
+
+
+@ALL
+def test_an_empty_mask_gives_0_with_a_graph_and_in_a_batch_does_not_count(name) -> None:
+    a, b = two((20, 17), batch=2)
+    mask = box((20, 17), 20, 12)
+    a.requires_grad_()
+    nothing = FUNCTIONS[name](a, b, mask=torch.zeros_like(a))
+    (gradient,) = torch.autograd.grad(nothing, a)
+    assert float(nothing.detach()) == 0 and not gradient.any()
+    with torch.no_grad():
+        one, both = FUNCTIONS[name](a[:1], b[:1], mask=mask), FUNCTIONS[name](a, b, mask=torch.cat([mask, 0 * mask]))
+    assert float(both) == pytest.approx(float(one), rel=1e-5)
+
+
+def test_each_pair_counts_the_same_however_large_its_mask_is() -> None:
+    zero = torch.zeros(2, 1, 10, 10)
+    values = torch.tensor([0.2, 0.6]).view(2, 1, 1, 1).expand_as(zero)
+    mask = torch.cat([box((10, 10), 1, 1), box((10, 10), 10, 10)])
+    assert float(mse(zero, values, mask=mask)) == pytest.approx((0.04 + 0.36) / 2)
+
+
+def test_ncc_is_one_minus_the_correlation_and_2_for_an_inverted_image() -> None:
+    a, b = two((20, 17), batch=2)
+    expected = [1 - np.corrcoef(x.numpy().ravel(), y.numpy().ravel())[0, 1] for x, y in zip(a, b, strict=True)]
+    assert float(ncc(a, b)) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(ncc(a, 0.3 * a + 0.5)) == pytest.approx(0, abs=1e-5)
+    assert float(ncc(a, 1 - a)) == pytest.approx(2, abs=1e-5)
+
+
+def test_mutual_information_is_0_for_independent_images_and_the_same_for_inverted_ones() -> None:
+    rows, columns = torch.linspace(0, 1, 24).view(1, 1, -1, 1), torch.linspace(0, 1, 24).view(1, 1, 1, -1)
+    a, b = (rows + 0 * columns), (columns + 0 * rows)  # the joint histogram is a product
+    assert float(mi(a, b)) == pytest.approx(0, abs=1e-4)
+    assert float(mi(a, a)) == pytest.approx(float(mi(a, 1 - a)), rel=1e-4)
+    assert float(mi(a, a)) < -1.5  # at most the log of 24 levels
+
+
+def naive_mind(image: np.ndarray, radius: int, dilation: int) -> np.ndarray:
+    """The definition, voxel by voxel and patch by patch -> (C, *shape)."""
+    dim, shape = image.ndim, image.shape
+
+    def at(where: np.ndarray) -> float:
+        return image[tuple(np.clip(where, 0, np.array(shape) - 1))]
+
+    steps = np.eye(dim, dtype=int) * dilation
+    neighbours = []
+    for i, j in itertools.combinations(range(dim), 2):
+        neighbours += [(s * steps[i], t * steps[j]) for s, t in ((1, 1), (-1, -1), (1, -1), (-1, 1))]
+    patch = [np.array(o) for o in itertools.product(range(-radius, radius + 1), repeat=dim)]
+    ssd = np.zeros((len(neighbours), *shape))
+    for c, (one, other) in enumerate(neighbours):
+        for where in np.ndindex(shape):
+            x = np.array(where)
+            ssd[(c, *where)] = np.mean([(at(x + one + o) - at(x + other + o)) ** 2 for o in patch])
+    ssd -= ssd.min(0)
+    v = ssd.mean(0)
+    return np.exp(-ssd / np.clip(v, 1e-3 * v.mean(), 1e3 * v.mean()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "radius", "dilation", "channels"),
+    [((9, 8), 1, 2, 4), ((7, 8), 0, 1, 4), ((8, 9), 2, 1, 4), ((5, 6, 4), 1, 2, 12), ((4, 5, 5), 1, 1, 12)],
+)
+def test_mind_is_its_definition(shape, radius, dilation, channels) -> None:
+    image = noise(2, 1, *shape)
+    image[1, :, 4:] = 0.5  # partly flat, so that the bounds of v act
+    found = mind_ssc(image, radius=radius, dilation=dilation)
+    assert found.shape == (2, channels, *shape)
+    for x, descriptor in zip(image, found, strict=True):
+        expected = naive_mind(x[0].double().numpy(), radius, dilation)
+        np.testing.assert_allclose(descriptor, expected, atol=2e-4)
+
+
+def test_inside_the_image_mind_is_that_of_convexadam() -> None:
+    peer = pytest.importorskip("convexAdam.convex_adam_utils", reason="needs the extra 'peers'")
+    image = noise(1, 1, 13, 12, 14)
+    for radius, dilation in ((1, 2), (2, 2)):
+        theirs = peer.MINDSSC(image, radius, dilation, device="cpu")[..., 2:-2, 2:-2, 2:-2]
+        ours = mind_ssc(image, radius=radius, dilation=dilation)[..., 2:-2, 2:-2, 2:-2]
+        apart = (ours[0, :, None] - theirs[0, None]).abs().flatten(2).amax(2)  # each of ours from each of theirs
+        assert sorted(apart.argmin(1).tolist()) == list(range(12)) and float(apart.amin(1).max()) < 1e-4
+
+
+@EACH
+def test_mind_does_not_see_gain_offset_or_inversion(shape) -> None:
+    a = smooth(1, 1, shape)
+    for b in (0.1 * a + 0.7, 1 - a, 100 * a - 3):
+        assert float(mind(a, b)) < 1e-5 < 1e-3 < float(mind(a, b.roll(2, 2)))
+
+
+def test_mind_far_from_a_masks_edge_does_not_see_what_lies_beyond() -> None:
+    a, b = two((24, 17))
+    b[:, :, 15:] = 0  # the mask ends at 12, a descriptor reaches 3 voxels
+    changed = b.clone()
+    changed[:, :, 15:] = noise(1, 1, 9, 17, seed=4) * 0.2
+    mask = box((24, 17), 12, 17)
+    assert float(mind(a, b, mask=mask)) == pytest.approx(float(mind(a, changed, mask=mask)), rel=1e-5)
+
+
+def test_features_are_compared_as_torchvisions_own_layers_give_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18().eval()
+    for name, buffer in net.named_buffers():  # else BatchNorm would hardly do anything
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    encoder = Encoder("resnet18", 2, pretrained=str(tmp_path / "resnet18.pth")).eval()
+    a, b = smooth(2, 1, (45, 38)), smooth(2, 1, (45, 38), seed=1)
+
+    def layers(image: Tensor) -> list[Tensor]:
+        x = net.relu(net.bn1(net.conv1(((image - 0.449) / 0.226).expand(-1, 3, -1, -1))))
+        out = [x]
+        for layer in (torch.nn.Sequential(net.maxpool, net.layer1), net.layer2, net.layer3):
+            out.append(layer(out[-1]))
+        return out
+
+    with torch.no_grad():
+        apart = [1 - torch.cosine_similarity(x, y, dim=1) for x, y in zip(layers(a), layers(b), strict=True)]
+        assert float(feature_similarity(a, b, encoder)) == pytest.approx(
+            np.mean([float(x.mean()) for x in apart]), rel=1e-4
+        )
+        mask = (smooth(2, 1, (45, 38), seed=2) > 0.4).float()
+        expected = 0.0
+        for distance, stride in zip(apart, encoder.strides, strict=True):
+            seen = mask[:, 0].numpy()[:, ::stride, ::stride]
+            expected += float(np.mean([np.average(d, weights=w) for d, w in zip(distance, seen, strict=True)])) / 4
+        assert float(feature_similarity(a, b, encoder, mask=mask)) == pytest.approx(expected, rel=1e-4)
+        assert float(feature_similarity(a, a, encoder)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("backbone", "shape"), list(itertools.product(BACKBONES, [(33, 30), (17,) * 3])))
+def test_features_of_every_backbone_pull_on_the_image_and_not_on_the_weights(backbone, shape) -> None:
+    encoder = Encoder(backbone, len(shape)).requires_grad_(False).eval()
+    a = smooth(1, 1, shape).requires_grad_()
+    mask = box(shape, *[n - 5 for n in shape])
+    feature_similarity(a, smooth(1, 1, shape, seed=1), encoder, mask=mask).backward()
+    assert a.grad is not None and a.grad.isfinite().all() and a.grad.any()
+    assert all(p.grad is None for p in encoder.parameters())
