@@ -70,10 +70,10 @@ def register(
 def _register_from_zero(
     dataset: Path, out: Path, pairing: str | None, steps: int | None, similarity: str | None
 ) -> None:
-    from regpipe.inference import FROM_ZERO_STEPS, register_from_zero
-    from regpipe.refine import refinement_loss
+    from regpipe.inference import register_from_zero
+    from regpipe.refine import ZERO_STEPS, refinement_loss
 
-    steps = FROM_ZERO_STEPS if steps is None else steps
+    steps = ZERO_STEPS if steps is None else steps
     weights = refinement_loss(similarity or "lncc")
     register_from_zero(str(dataset), str(out), pairing=pairing or "all", steps=steps, weights=weights)
 

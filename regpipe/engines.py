@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from regpipe.cohort import BUILTIN_SHAPES
 from regpipe.errors import InputError
-from regpipe.fields import SQUARINGS, register, register_midway
+from regpipe.fields import SQUARINGS, Registration, register, register_midway, warp
 from regpipe.images import Grid, load_grid, make_grid
 from regpipe.refine import Refiner
+from regpipe.repair import repair
 from regpipe.weights import read_state_dict
 
 
@@ -50,12 +51,21 @@ class RegistrationInferer(Inferer):
         squarings: scaling-and-squaring steps.
         midway: the network gives SYMNet's two velocities instead of one.
         refiner: optimises the velocity of each pair further, starting from the network's.
+        repair: remove what folds are left; ``repaired`` (B,) then says how far the fields were moved, voxels at most.
     """
 
-    def __init__(self, *, squarings: int = SQUARINGS, midway: bool = False, refiner: Refiner | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        squarings: int = SQUARINGS,
+        midway: bool = False,
+        refiner: Refiner | None = None,
+        repair: bool = False,
+    ) -> None:
         super().__init__()
         self.squarings = squarings
         self.refiner = refiner
+        self.repair = repair
         self.midway = midway
         if midway and refiner is not None:
             raise InputError("refinement starts from one velocity, SYMNet gives two: leave --refine out")
@@ -73,21 +83,34 @@ class RegistrationInferer(Inferer):
                 velocity = self.refiner(fixed, moving, velocity, masks=masks, **anatomy)
             finish = register_midway if self.midway else register
             result = finish(fixed, moving, velocity, squarings=self.squarings)
-        return {**result._asdict(), **anatomy}
+        return {**(without_folds(fixed, moving, result) if self.repair else result._asdict()), **anatomy}
+
+
+def without_folds(fixed: Tensor, moving: Tensor, result: Registration) -> dict[str, Tensor]:
+    """The registration with both fields repaired (``regpipe.repair``), and ``repaired`` (B,): see the inferer."""
+    there, back = repair(result.displacement), repair(result.inverse)
+    warped = warp(torch.cat([moving, fixed]), torch.cat([there.displacement, back.displacement])).chunk(2)
+    mended = Registration(result.velocity, there.displacement, back.displacement, *warped)
+    return {**mended._asdict(), "repaired": torch.maximum(there.moved_max, back.moved_max)}
 
 
 class ZeroInferer(Inferer):
-    """Registration without a network: each pair's velocity optimised from zero; the network given is not asked."""
+    """Registration without a network: each pair's velocity optimised from zero; the network given is not asked.
 
-    def __init__(self, refiner: Refiner) -> None:
+    ``repair``: as ``RegistrationInferer``'s.
+    """
+
+    def __init__(self, refiner: Refiner, *, repair: bool = False) -> None:
         super().__init__()
         self.refiner = refiner
+        self.repair = repair
 
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
     ) -> dict[str, Tensor]:
         fixed, moving = inputs.float().chunk(2, dim=1)
-        return register(fixed, moving, self.refiner(fixed, moving, masks=masks))._asdict()
+        result = register(fixed, moving, self.refiner(fixed, moving, masks=masks))
+        return without_folds(fixed, moving, result) if self.repair else result._asdict()
 
 
 def metric_input(output: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,13 +26,9 @@ from regpipe.fields import Registration
 from regpipe.files import replace_file
 from regpipe.images import PICTURE, Image, read_image, read_label
 from regpipe.loading import LoadPair, collate_pairs
-from regpipe.losses import RegistrationLoss
 from regpipe.metrics import measure
 from regpipe.pairs import Case, list_pairs, working_grid
-from regpipe.refine import Refiner
-
-FROM_ZERO_STEPS = 80
-FULL_RESOLUTION = 2_000_000  # voxels
+from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
 
 
 class FolderRun:
@@ -180,12 +176,10 @@ def register_from_zero(
     pairing: str = "all",
     weights: Mapping[str, float],
     landmark_channels: int | None = None,
-    steps: int = FROM_ZERO_STEPS,
-    window: int = 7,
+    steps: int = ZERO_STEPS,
+    window: int = WINDOW,
 ) -> None:
-    """Register every pair of a folder without any network: each velocity is optimised from zero.
-
-    On a working grid of more than ``FULL_RESOLUTION`` voxels the images are compared at half resolution at the finest.
+    """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
     Raises:
         InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
@@ -194,9 +188,8 @@ def register_from_zero(
     skipped: dict[str, str] = {}
     cases = list_pairs(dataset_dir, pairing=pairing, problems=skipped)
     grid = working_grid([case for case in cases if case["case"] not in skipped])
-    finest = 1 if math.prod(grid.shape) <= FULL_RESOLUTION else 2
-    refiner = Refiner(RegistrationLoss(weights, window=window), steps=steps, finest=finest)
-    settings = {"network": "none", "refine": steps, "refine_loss": dict(weights), "lncc_window": window}
+    refiner = zero_refiner(grid.shape, weights, steps=steps, window=window)
+    settings = {"network": "none", "refine": steps, "refine_loss": dict(weights), "refine_window": window}
     load = LoadPair(grid, landmark_channels=landmark_channels)
     folder = FolderRun(dataset_dir, load=load, output_dir=output_dir, pairing=pairing, settings=settings)
     folder.register(
@@ -204,7 +197,7 @@ def register_from_zero(
             device=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
             val_data_loader=folder,
             network=torch.nn.Identity(),
-            inferer=ZeroInferer(refiner),
+            inferer=ZeroInferer(refiner, repair=True),
             prepare_batch=prepare_batch,
             val_handlers=[folder],
             decollate=False,
@@ -239,6 +232,8 @@ def save_case(
         report.save_png(folder / f"{name}.png", shown[name])
     report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
     measured = measure(registration, batch, load.grid.spacing)
+    if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
+        measured["repaired"] = float(prediction["repaired"][0])
     return {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}
 
 

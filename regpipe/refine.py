@@ -23,7 +23,10 @@ SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from
 
 
 SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
-REGULARITY_WEIGHTS = {"diffusion": 0.7, "divergence": 0.1}
+WINDOW = 5  # of LNCC, voxels
+ZERO_STEPS = 80
+FULL_RESOLUTION = 4_000_000  # voxels
+REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
 
 # Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
 # the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
@@ -118,22 +121,37 @@ class Refiner:
         return velocity.detach()
 
 
-def refinement_loss(similarity: str) -> dict[str, float]:
+def refinement_loss(similarity: str, *, structures: int = 0) -> dict[str, float]:
     """Loss weights for refinement by one similarity, of which the regularity suits the size.
+
+    ``structures``: how many the network tells apart; where any, they are laid onto each other too.
 
     Raises:
         InputError: no such similarity.
     """
     if similarity not in SIMILARITY_WEIGHTS:
         raise InputError(f"--similarity {similarity}: choose among {', '.join(SIMILARITY_WEIGHTS)}")
-    return {similarity: SIMILARITY_WEIGHTS[similarity], **REGULARITY_WEIGHTS}
+    seen = {"predicted_dice": 3.0} if structures else {}
+    return {similarity: SIMILARITY_WEIGHTS[similarity], **seen, **REGULARITY_WEIGHTS}
 
 
-def make_refiner(steps: int, weights: Mapping[str, float], *, window: int, finest: int = 1) -> Refiner | None:
+def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WINDOW) -> Refiner | None:
     """The refiner that a configuration asks for; None for 0 steps."""
     if not steps:
         return None
-    return Refiner(RegistrationLoss(weights, window=window), steps=steps, finest=finest)
+    return Refiner(RegistrationLoss(weights, window=window), steps=steps)
+
+
+def zero_refiner(
+    shape: Sequence[int], weights: Mapping[str, float] | None = None, *, steps: int = ZERO_STEPS, window: int = WINDOW
+) -> Refiner:
+    """The refiner for pairs on a grid ``shape`` without any network; ``weights``: LNCC's where not given.
+
+    Where the grid has more than ``FULL_RESOLUTION`` voxels, images are compared at half resolution at the finest.
+    """
+    finest = 1 if math.prod(shape) <= FULL_RESOLUTION else 2
+    loss = RegistrationLoss(weights or refinement_loss("lncc"), window=window)
+    return Refiner(loss, steps=steps, finest=finest)
 
 
 def shares(levels: Sequence[Level], steps: int) -> list[int]:

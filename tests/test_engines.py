@@ -20,8 +20,9 @@ from regpipe.engines import (
     trained_weights,
 )
 from regpipe.errors import InputError
-from regpipe.fields import Registration, register, register_midway
+from regpipe.fields import Registration, register, register_midway, warp
 from regpipe.images import make_grid, save_grid
+from regpipe.metrics import ndv_percent
 from regpipe.network import SymmetricNet
 
 
@@ -121,3 +122,27 @@ def test_a_trained_folder_gives_its_grid_and_weights_and_an_empty_one_says_so(tm
     (tmp_path / "model.pt").touch()
     assert trained_grid(folder) == grid
     assert trained_weights(folder) == require_model(folder) == str(tmp_path / "model.pt")
+
+
+def test_folds_are_removed_where_asked_and_the_inferer_says_how_far_that_moved_the_field() -> None:
+    pair, *_ = prepare_batch(batch(["a"]))
+    velocity = 12 * torch.rand(1, 2, *pair.shape[2:], generator=torch.Generator().manual_seed(0)) - 6
+
+    def network(_: Tensor) -> Tensor:
+        return velocity
+
+    folded = RegistrationInferer()(pair, network)
+    mended = RegistrationInferer(repair=True)(pair, network)
+
+    assert ndv_percent(folded["displacement"][0]) > 0
+    assert ndv_percent(mended["displacement"][0]) == ndv_percent(mended["inverse"][0]) == 0
+    moved = [(mended[key] - folded[key]).square().sum(1).sqrt().max() for key in ("displacement", "inverse")]
+    assert float(mended["repaired"]) == pytest.approx(float(max(moved)))
+    torch.testing.assert_close(mended["warped_moving"], warp(pair[:, 1:], mended["displacement"]))
+
+
+def test_what_a_network_says_beyond_the_velocity_is_the_anatomy() -> None:
+    pair, *_ = prepare_batch(batch(["a"]))
+    output = torch.rand(1, 2 + 6, *pair.shape[2:], generator=torch.Generator().manual_seed(0))
+    found = RegistrationInferer()(pair, lambda _: output)
+    assert torch.equal(found["velocity"], output[:, :2]) and torch.equal(found["anatomy"], output[:, 2:])

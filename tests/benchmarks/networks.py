@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from regpipe.engines import RegistrationInferer, ZeroInferer
 from regpipe.fields import Registration, register_midway
-from regpipe.losses import RegistrationLoss
 from regpipe.network import SymNet, load_symnet
-from regpipe.refine import Refiner
+from regpipe.refine import make_refiner, refinement_loss, zero_refiner
 
-# What refining minimises: as the bundles' evaluate.yaml has it.
-REFINED, WINDOW, STEPS = {"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1}, 7, 50
+STEPS = 50  # of refining a network's answer
 
 
 class Model(NamedTuple):
@@ -58,12 +56,15 @@ def _registration(found: Mapping[str, Tensor]) -> Registration:
 
 def regpipe_refined(model: Model | None, pair: Pair) -> Registration:
     """Optimisation of this pair's velocity, from the network's or from zero. The one place that calls it."""
-    refiner = Refiner(RegistrationLoss(REFINED, window=WINDOW), steps=STEPS)
     images = torch.cat(_images(pair), 1)
     with torch.no_grad():
         if model is None:
-            return _registration(ZeroInferer(refiner)(images, nn.Identity(), masks=_masks(pair)))
-        return _registration(RegistrationInferer(refiner=refiner)(images, model.network, masks=_masks(pair)))
+            from_zero = ZeroInferer(zero_refiner(images.shape[2:]), repair=True)
+            return _registration(from_zero(images, nn.Identity(), masks=_masks(pair)))
+        structures = 0 if model.network.anatomy is None else 1
+        refiner = make_refiner(STEPS, refinement_loss("lncc", structures=structures))
+        inferer = RegistrationInferer(refiner=refiner, repair=True)
+        return _registration(inferer(images, model.network, masks=_masks(pair)))
 
 
 def _masks(pair: Pair) -> list[Tensor]:
