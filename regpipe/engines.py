@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regpipe.cohort import BUILTIN_SHAPES
 from regpipe.errors import InputError
-from regpipe.fields import SQUARINGS, Registration, register, register_midway, warp
+from regpipe.fields import SQUARINGS, Registration, integrate_both, register, register_midway, resize, warp
 from regpipe.images import Grid, load_grid, make_grid
 from regpipe.refine import Refiner
 from regpipe.repair import repair
@@ -50,6 +50,8 @@ class RegistrationInferer(Inferer):
     Args:
         squarings: scaling-and-squaring steps.
         midway: the network gives SYMNet's two velocities instead of one.
+        cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
+            far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
         refiner: optimises the velocity of each pair further, starting from the network's.
         repair: remove what folds are left; ``repaired`` (B,) then says how far the fields were moved, voxels at most.
     """
@@ -59,16 +61,20 @@ class RegistrationInferer(Inferer):
         *,
         squarings: int = SQUARINGS,
         midway: bool = False,
+        cascades: int = 1,
         refiner: Refiner | None = None,
         repair: bool = False,
     ) -> None:
         super().__init__()
         self.squarings = squarings
+        self.cascades = cascades
         self.refiner = refiner
         self.repair = repair
         self.midway = midway
-        if midway and refiner is not None:
-            raise InputError("refinement starts from one velocity, SYMNet gives two: leave --refine out")
+        if midway and (refiner is not None or cascades > 1):
+            raise InputError("refinement and cascades go on from one velocity, SYMNet gives two: leave them out")
+        if cascades < 1:
+            raise InputError(f"--cascades {cascades}: the network is applied once at least")
 
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
@@ -79,11 +85,20 @@ class RegistrationInferer(Inferer):
         with torch.autocast(inputs.device.type, enabled=False):
             fixed, moving = inputs.float().chunk(2, dim=1)
             velocity = output[:, :dim].float()
+            for _ in range(self.cascades - 1):
+                velocity = velocity + network(midway_images(fixed, moving, velocity), *args, **kwargs)[:, :dim].float()
             if self.refiner is not None:
                 velocity = self.refiner(fixed, moving, velocity, masks=masks, **anatomy)
             finish = register_midway if self.midway else register
             result = finish(fixed, moving, velocity, squarings=self.squarings)
         return {**(without_folds(fixed, moving, result) if self.repair else result._asdict()), **anatomy}
+
+
+def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor) -> Tensor:
+    """Both images (B, 1, *spatial) moved halfway to each other by exp(-v/2) and exp(v/2): (B, 2, *spatial)."""
+    to_fixed, to_moving = integrate_both(velocity / 2)
+    u = resize(torch.cat([to_moving, to_fixed]), fixed.shape[2:])
+    return torch.cat(warp(torch.cat([fixed, moving]), u).chunk(2), 1)
 
 
 def without_folds(fixed: Tensor, moving: Tensor, result: Registration) -> dict[str, Tensor]:

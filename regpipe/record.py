@@ -13,7 +13,7 @@ from regpipe.files import replace_file
 from regpipe.pairs import Case
 
 NAME = "training.json"
-DATA = ("dataset_dir", "holdout", "pairing", "seed", "landmark_channels", "mask_rims")
+DATA = ("dataset_dir", "holdout", "pairing", "seed", "landmark_channels", "mask_rims", "cascades")
 
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
@@ -34,9 +34,10 @@ def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
     if required and not path.is_file():
         raise InputError(f"{path}: missing; copy the whole folder of the model, or train again")
     if not path.is_file():
-        return {"pairing": "all", "landmark_channels": None, "mask_rims": True, "training_images": []}
+        return {"pairing": "all", "landmark_channels": None, "mask_rims": True, "cascades": 1, "training_images": []}
+    later = {"mask_rims": False, "cascades": 1}  # what older records do not say
     try:
-        return {"mask_rims": False, **json.loads(path.read_text(encoding="utf-8"))}  # it began later than the others
+        return later | json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); train again") from error
 

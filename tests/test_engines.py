@@ -146,3 +146,25 @@ def test_what_a_network_says_beyond_the_velocity_is_the_anatomy() -> None:
     output = torch.rand(1, 2 + 6, *pair.shape[2:], generator=torch.Generator().manual_seed(0))
     found = RegistrationInferer()(pair, lambda _: output)
     assert torch.equal(found["velocity"], output[:, :2]) and torch.equal(found["anatomy"], output[:, 2:])
+
+
+def test_a_cascade_finds_what_one_pass_leaves_and_stays_antisymmetric() -> None:
+    """A network that sees a third of the motion along axis 0, by the images' centres of mass."""
+
+    def network(pair: Tensor) -> Tensor:
+        rows = torch.arange(pair.shape[2], dtype=torch.float32).view(1, 1, -1, 1)
+        fixed, moving = ((rows * pair).sum((2, 3)) / pair.sum((2, 3))).unbind(1)
+        velocity = torch.zeros(len(pair), 2, *pair.shape[2:])
+        velocity[:, 0] = ((moving - fixed) / 3).view(-1, 1, 1)
+        return velocity
+
+    fixed, moving = torch.zeros(2, 1, 1, 32, 16)
+    fixed[:, :, 10:14, 6:10] = moving[:, :, 16:20, 6:10] = 1.0
+    pair, swapped = torch.cat([fixed, moving], 1), torch.cat([moving, fixed], 1)
+    for cascades, found in ((1, 2.0), (2, 6 * (1 - (2 / 3) ** 2)), (3, 6 * (1 - (2 / 3) ** 3))):
+        inferer = RegistrationInferer(cascades=cascades)
+        velocity = inferer(pair, network)["velocity"]
+        assert float(velocity[0, 0].mean()) == pytest.approx(found, abs=0.02)
+        assert torch.allclose(inferer(swapped, network)["velocity"], -velocity, atol=1e-4)
+    with pytest.raises(InputError, match="once at least"):
+        RegistrationInferer(cascades=0)

@@ -17,6 +17,7 @@ CHOICES = {
     "seed": 3,
     "landmark_channels": 1,
     "mask_rims": True,
+    "cascades": 1,
 }
 
 
