@@ -102,7 +102,10 @@ def _run_inference(
     if refine is not None:
         chosen["refine"] = refine
     if similarity is not None:
-        chosen["refine_loss"] = refinement_loss(similarity)
+        refinement_loss(similarity)  # a wrong name ends here
+        if not refine:
+            raise InputError("--similarity: with a bundle it goes with --refine STEPS, which are 0 by default")
+        chosen["refine_loss"] = f"$regpipe.refine.refinement_loss('{similarity}', structures=@structures)"
 
     bundle = bundle_in(bundle)
     config = bundle / "configs" / "inference.yaml"

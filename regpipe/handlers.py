@@ -76,8 +76,8 @@ class Budget:
     """
 
     def __init__(self, seconds: float | None = None) -> None:
-        if seconds is not None and not seconds > 0:
-            raise InputError(f"--budget_seconds {seconds:g}: give more than 0, or leave it out for no limit")
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            raise InputError(f"--budget_seconds {seconds}: give more than 0, or leave it out for no limit")
         self.seconds, self._before, self._from = seconds, 0.0, math.nan
 
     @property

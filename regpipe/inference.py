@@ -150,7 +150,7 @@ class FolderRun:
         self._current = ""
         try:
             evaluator.run()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, InputError) as error:
             if not self._current:
                 raise  # not a case's fault
             why = str(error).partition("\n")[0] or type(error).__name__
@@ -187,9 +187,19 @@ def register_from_zero(
     """
     skipped: dict[str, str] = {}
     cases = list_pairs(dataset_dir, pairing=pairing, problems=skipped)
-    grid = working_grid([case for case in cases if case["case"] not in skipped])
+    skipped |= check_pairs(cases, landmark_channels=landmark_channels)
+    good = [case for case in cases if case["case"] not in skipped]
+    if not good:
+        raise InputError(next(iter(skipped.values())))
+    grid = working_grid(good)
     refiner = zero_refiner(grid.shape, weights, steps=steps, window=window)
-    settings = {"network": "none", "refine": steps, "refine_loss": dict(weights), "refine_window": window}
+    settings: dict[str, Any] = {
+        "network": "none",
+        "refine": steps,
+        "refine_loss": dict(weights),
+        "refine_window": window,
+    }
+    settings |= {"grid": [[*grid.shape], [*grid.spacing]], "landmark_channels": landmark_channels}
     load = LoadPair(grid, landmark_channels=landmark_channels)
     folder = FolderRun(dataset_dir, load=load, output_dir=output_dir, pairing=pairing, settings=settings)
     folder.register(

@@ -105,7 +105,7 @@ class LoadPair:
 
 
 def _mask(image: images.Image, path: str | None, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool) -> Tensor:
-    """(*shape) float32: 1 inside the image's field of view (unless ``rims`` count too) and its mask file."""
+    """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``) and its mask file."""
     view = image._replace(array=np.ones(image.array.shape, np.uint8))
     inside = images.resample(view, affine, shape, order=0) > 0 if rims else np.ones(shape, bool)
     if path:

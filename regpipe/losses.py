@@ -21,8 +21,7 @@ from regpipe.encoders import Encoder
 from regpipe.errors import InputError
 from regpipe.fields import Registration, integrate, resize, resize_image, sample_at, warp
 from regpipe.pairs import SIDES
-from regpipe.similarity import box_sum as box_sum
-from regpipe.similarity import lncc as lncc
+from regpipe.similarity import lncc
 
 Target = Mapping[str, Tensor]  # a collated batch, see regpipe.loading
 Dissimilarity = Callable[..., Tensor]  # f(a, b, *, mask) -> scalar, see regpipe.similarity
@@ -220,7 +219,9 @@ def _predicted_dice(r: Registration, target: Target, options: Options) -> Tensor
 def _anatomy_of(target: Target) -> Tensor:
     """The network's logits (2B, K + 1, *half), fixed images first."""
     if "anatomy" not in target:
-        raise InputError("loss terms anatomy and predicted_dice need a network with structures: give --label_ids")
+        raise InputError(
+            "loss terms anatomy and predicted_dice need a network with structures: give anatomy a weight and label_ids"
+        )
     return torch.cat(target["anatomy"].chunk(2, dim=1))
 
 
@@ -279,7 +280,7 @@ class RegistrationLoss(nn.Module):
     Args:
         weights: term name -> weight; a weight of 0 leaves the term out.
         window: LNCC's window in voxels, odd.
-        label_ids: the labels that ``dice`` sees; none given: all that a batch's images share.
+        label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
         encoder: what ``features`` looks through. A frozen copy is used; it is no part of this module's parameters.
 
     Raises:
@@ -304,6 +305,8 @@ class RegistrationLoss(nn.Module):
                 "loss term features: no encoder to look through; give RegistrationLoss(encoder=Encoder(...)) with "
                 "transferred weights, or leave the term out"
             )
+        if "anatomy" in self.weights and not label_ids:
+            raise InputError("loss term anatomy: give --label_ids, the structures to tell apart")
         if encoder is not None:
             encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.options = Options(window, tuple(label_ids), encoder)  # in a tuple it is not registered: nothing trains it

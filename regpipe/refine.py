@@ -60,7 +60,7 @@ class Refiner:
     """
 
     def __init__(self, loss: RegistrationLoss, *, steps: int = 50, rate: float = 0.15, finest: int = 1) -> None:
-        if steps < 1:
+        if not isinstance(steps, int) or steps < 1:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
         supervised = sorted({"dice", "anatomy", "landmarks", "known_field"} & set(loss.weights))
         if supervised:

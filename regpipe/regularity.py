@@ -7,6 +7,7 @@ same extent; central ones do not see a checkerboard. Determinants are the except
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from monai.losses import BendingEnergyLoss
@@ -24,7 +25,9 @@ def diffusion(u: Tensor) -> Tensor:
 
 def bending(u: Tensor) -> Tensor:
     """Bending energy (MONAI's; Rueckert et al. 1999): squared second derivatives, mean over components."""
-    return _bending_energy(u)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it indexes by a list, which torch says at every call
+        return _bending_energy(u)
 
 
 def elastic(u: Tensor, *, mu: float = 1.0, lam: float = 1.0) -> Tensor:

@@ -234,6 +234,8 @@ class Run:
         state: Any = self.standing.evaluator.state
         if state.best_metric_epoch > 0:
             print(f"best epoch {state.best_metric_epoch}, key metric {state.best_metric:.4f}; weights in {self.folder}")
+        else:
+            raise InputError("no epoch was validated, so there is no model: give more time, or --val_interval 1")
 
     def _stopped_early(self) -> bool:
         """Whether the patience is used up; says so."""
@@ -270,6 +272,12 @@ def check_supervision(
         both = (key, key.replace("fixed_", "moving_"))
         if weights.get(term) and not any(all(k in case for k in both) for case in cases):
             raise InputError(f"loss term {term}: no training pair has {key}; leave the term out, or add the files")
+
+
+def refuse_detached(refiner: object, repair: object) -> None:
+    """Raises ``InputError`` where training would have no gradient."""
+    if refiner is not None or repair:
+        raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
 
 
 def forget(ckpt_dir: str, log_dir: str) -> None:

@@ -43,6 +43,10 @@ def write_slices(src: PathLike, dst: PathLike, *, axis: int | None = None) -> Pa
     if _holds(dst, about):
         return dst
     subjects = {case[f"{side}_image"]: case.get(f"{side}_label") for case in cases for side in ("fixed", "moving")}
+    if len({images.stem(image) for image in subjects}) < len(subjects):
+        raise InputError(
+            f"{src}: several images of one name; slices are made of subjects, a folder images/ with labels/"
+        )
     areas = {image: _areas(image, label) for image, label in subjects.items()}
     chosen = _best_axis(areas.values()) if axis is None else axis
     dst.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from regpipe import cli, doctor, transforms
 from regpipe.bundles import write_bundle
 from regpipe.casemetrics import read_rows
+from regpipe.cohort import write_cohort
 from regpipe.images import Grid
 
 
@@ -29,9 +30,19 @@ def regpipe(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 HELP = {
-    "register": ("FIXED MOVING", "--bundle", "--out", "--fixed-label", "--pairing", "trained bundle", "LPS mm"),
+    "register": (
+        "FIXED MOVING",
+        "--bundle",
+        "--out",
+        "--fixed-label",
+        "--pairing",
+        "trained bundle",
+        "LPS mm",
+        "--refine",
+    ),
     "compare": ("phantoms", "--backbones", "resnet18,vgg16,alexnet", "--set", "ID=VALUE", "tensorboard --logdir"),
     "phantom": ("ultrasound, mr or shapes", "--motion", "--shape", "--pairs", "--seed", "true displacement"),
+    "study": ("--overlay", "--pretrain", "--only", "AXIS=VALUE", "--jobs", "docs/study.md"),
     "doctor": ("versions", "ITK"),
 }
 
@@ -67,6 +78,45 @@ def test_two_files_are_registered_with_their_labels(
     assert (tmp_path / "case_001_to_case_000" / "warped_label.nii.gz").is_file()
 
 
+def test_without_a_bundle_each_pair_is_optimised_from_zero_even_over_a_large_motion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data, out = write_cohort(tmp_path / "data", kind="mr", shape=(64, 64), n_pairs=2, motion=22), tmp_path / "out"
+    assert regpipe(monkeypatch, "register", data, "-o", out) == 0
+    for row in read_rows(out / "metrics.csv"):
+        assert row["tre_before"] > 10 and row["tre"] < 1.5  # voxels of 1 mm
+        assert row["ndv_percent"] == 0 and row["repaired"] >= 0
+
+
+def test_without_a_bundle_a_bad_file_is_reported_and_the_others_are_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=3)
+    (data / "moving_images" / "case_001.nii.gz").write_bytes(b"no image")
+    command = ["register", data, "-o", tmp_path / "out", "--refine", 4]
+    assert regpipe(monkeypatch, *command) == 1
+    assert [row["case"] for row in read_rows(tmp_path / "out" / "metrics.csv")] == ["case_000", "case_002"]
+    assert "moving_images/case_001.nii.gz" in capsys.readouterr().out
+    for path in (data / "moving_images").iterdir():
+        path.write_bytes(b"no image")
+    assert regpipe(monkeypatch, *command) == 1
+    assert "case_000.nii.gz" in capsys.readouterr().err
+
+
+def test_refinement_starts_from_the_bundle_and_other_steps_are_another_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cohort: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["register", cohort, "--bundle", bundle, "-o", tmp_path]
+    assert regpipe(monkeypatch, *command) == 0
+    plain = read_rows(tmp_path / "metrics.csv")
+    assert regpipe(monkeypatch, *command, "--refine", 15) == 0
+    refined = read_rows(tmp_path / "metrics.csv")
+    assert "finished already" not in capsys.readouterr().out
+    assert all(after["ncc"] > before["ncc"] for after, before in zip(refined, plain, strict=True))
+    assert regpipe(monkeypatch, *command, "--refine", 15) == 0
+    assert "5 of 5 cases are finished already" in capsys.readouterr().out
+
+
 def test_register_without_arguments_wanted_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert regpipe(monkeypatch, "register") == 2
 
@@ -81,6 +131,9 @@ def mistakes(root: Path, cohort: Path, bundle: Path) -> dict[str, tuple[list[obj
         "no folder": (["register", root / "nowhere", *with_bundle], "nowhere: no such folder"),
         "no file": (["register", one, root / "gone.nii", *with_bundle], "gone.nii: no such file"),
         "three files": (["register", one, one, one, *with_bundle], "3 inputs: give one folder, or FIXED and MOVING"),
+        "steps": (["register", cohort, "--refine", 0, "-o", out], "at least one step"),
+        "similarity": (["register", cohort, "--similarity", "corr", "-o", out], "choose among lncc, mind"),
+        "no refinement": (["register", cohort, "--similarity", "mind", *with_bundle], "goes with --refine STEPS"),
         "label": (["register", cohort, "--fixed-label", one, *with_bundle], "two files"),
         "pairing": (
             ["register", cohort / "fixed_images", "--pairing", "last", *with_bundle],

@@ -28,7 +28,7 @@ def blobs(shift: tuple[float, ...], shape: tuple[int, ...] = SHAPE) -> Tensor:
     return image[None]
 
 
-def refiner(steps: int = 60, **options: float) -> Refiner:
+def refiner(steps: int = 60) -> Refiner:
     return Refiner(RegistrationLoss(WEIGHTS, window=7), steps=steps)
 
 

@@ -294,3 +294,10 @@ def test_pairs_that_cannot_be_used_are_listed_before_training(cohort, tmp_path) 
     assert all(str(tmp_path / f"broken_{i}.nii.gz") in message for i in range(10))
     with pytest.raises(InputError, match=r"^1 of 1 pairs cannot be used:\n  .*broken_3\.nii\.gz: [^\n]*$"):
         runs.require(bad[3:4])
+
+
+def test_what_has_no_gradient_is_refused_in_training() -> None:
+    runs.refuse_detached(None, False)
+    for given in ((None, True), ("a refiner", False)):
+        with pytest.raises(InputError, match="no gradient"):
+            runs.refuse_detached(*given)

@@ -64,6 +64,9 @@ def register_apart(method: str, pair: peers.Pair, place: peers.Place) -> tuple[p
             return field, {name: float(data[name]) for name in COSTS}
 
 
+REFINING = ("refine", "losses", "similarity", "regularity", "repair", "fields")  # the modules that refinement is
+
+
 def made_from(method: str, place: peers.Place) -> str:
     """What a result depends on beside the pair: a package's version, or a hash of the weights."""
     if method in peers.PACKAGES:
@@ -72,9 +75,11 @@ def made_from(method: str, place: peers.Place) -> str:
             return f"{package} {importlib.metadata.version(package)}"
         except importlib.metadata.PackageNotFoundError:
             raise InputError(f"{method}: {package} is not installed; pip install regpipe[peers]") from None
-    weights = place.symnet if method == "symnet" else place.bundles and model_folder(method, place.bundles) / "model.pt"
-    code = Path(regpipe.__file__).parent / "refine.py" if method.endswith(("_refined", "_zero")) else None
-    return " ".join([f"regpipe {regpipe.__version__}", *(_digest(file) for file in (weights, code) if file)])
+    weights = place.symnet if method == "symnet" else None
+    if place.bundles and method not in ("identity", "symnet", "regpipe_zero"):
+        weights = model_folder(method, place.bundles) / "model.pt"
+    code = [Path(regpipe.__file__).parent / f"{name}.py" for name in REFINING if method.endswith(("_refined", "_zero"))]
+    return " ".join([f"regpipe {regpipe.__version__}", *(_digest(file) for file in (weights, *code) if file)])
 
 
 def _digest(file: Path) -> str:
@@ -192,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.train:
         if options.bundle is None:
             raise InputError("--train: needs --bundle DIR, where the networks are to be")
+        given = {"grid_spacing": options.spacing} if options.spacing else {}
+        data = data._replace(settings=data.settings | given)
         train(methods, options.set, data, options.bundle, budget=options.budget)
         return
     weights = options.symnet or options.data / "symnet" / "symnet_oasis.pth"

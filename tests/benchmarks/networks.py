@@ -63,7 +63,7 @@ def regpipe_refined(model: Model | None, pair: Pair) -> Registration:
             return _registration(from_zero(images, nn.Identity(), masks=_masks(pair)))
         structures = 0 if model.network.anatomy is None else 1
         refiner = make_refiner(STEPS, refinement_loss("lncc", structures=structures))
-        inferer = RegistrationInferer(refiner=refiner, repair=True)
+        inferer = RegistrationInferer(cascades=model.inferer.cascades, refiner=refiner, repair=True)
         return _registration(inferer(images, model.network, masks=_masks(pair)))
 
 

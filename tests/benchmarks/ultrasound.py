@@ -27,7 +27,7 @@ from regpipe.metrics import folds_percent, ndv_percent, sdlogj
 from regpipe.refine import coarsen, zero_refiner
 
 FIELDS, KNOTS, LARGEST = 3, 8, 5.0  # known fields: how many, control points an axis, voxels
-SPEED = 20  # every so manieth frame of the liver
+SPEED = 20  # every 20th frame of the liver
 Pair = tuple[str, Tensor, Tensor, Tensor | None]  # name, fixed and moving (1, 1, *S) in [0, 1], true displacement
 
 
