@@ -40,6 +40,9 @@ def register(
     similarity: Annotated[
         str | None, typer.Option(help="What refinement compares images by: lncc, mind, mi, ncc, mse.")
     ] = None,
+    smoothness: Annotated[
+        float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
+    ] = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
     pairing: Annotated[
@@ -62,19 +65,30 @@ def register(
         elif fixed_label or moving_label:
             raise InputError("--fixed-label and --moving-label go with two files; a folder holds its own labels")
         if bundle is None:
-            _register_from_zero(dataset, out, pairing, refine, similarity)
+            _register_from_zero(dataset, out, pairing, refine, _loss(similarity, smoothness))
         else:
-            _run_inference(bundle, dataset, out, pairing, refine, similarity)
+            loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
+            _run_inference(bundle, dataset, out, pairing, refine, loss)
 
 
-def _register_from_zero(
-    dataset: Path, out: Path, pairing: str | None, steps: int | None, similarity: str | None
-) -> None:
+def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
+    """What ``refinement_loss`` is told, checked."""
+    from regpipe.refine import refinement_loss
+
+    chosen: dict[str, Any] = {
+        "similarity": similarity or "lncc",
+        "smoothness": 1.0 if smoothness is None else smoothness,
+    }
+    refinement_loss(**chosen)
+    return chosen
+
+
+def _register_from_zero(dataset: Path, out: Path, pairing: str | None, steps: int | None, loss: dict[str, Any]) -> None:
     from regpipe.inference import register_from_zero
     from regpipe.refine import ZERO_STEPS, refinement_loss
 
     steps = ZERO_STEPS if steps is None else steps
-    weights = refinement_loss(similarity or "lncc")
+    weights = refinement_loss(**loss)
     register_from_zero(str(dataset), str(out), pairing=pairing or "all", steps=steps, weights=weights)
 
 
@@ -89,23 +103,22 @@ def _one_pair(path: Path, fixed: Path, moving: Path, labels: dict[str, Path | No
 
 
 def _run_inference(
-    bundle: Path, dataset: Path, out: Path, pairing: str | None, refine: int | None, similarity: str | None
+    bundle: Path, dataset: Path, out: Path, pairing: str | None, refine: int | None, loss: dict[str, Any] | None
 ) -> None:
     from monai.bundle import ConfigWorkflow
 
     from regpipe.compare import bundle_in
-    from regpipe.refine import refinement_loss
 
     chosen: dict[str, Any] = {}
     if pairing:
         chosen["pairing"] = pairing
     if refine is not None:
         chosen["refine"] = refine
-    if similarity is not None:
-        refinement_loss(similarity)  # a wrong name ends here
+    if loss is not None:
         if not refine:
-            raise InputError("--similarity: with a bundle it goes with --refine STEPS, which are 0 by default")
-        chosen["refine_loss"] = f"$regpipe.refine.refinement_loss('{similarity}', structures=@structures)"
+            raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
+        told = ", ".join(f"{name}={value!r}" for name, value in loss.items())
+        chosen["refine_loss"] = f"$regpipe.refine.refinement_loss(structures=@structures, {told})"
 
     bundle = bundle_in(bundle)
     config = bundle / "configs" / "inference.yaml"

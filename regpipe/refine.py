@@ -121,18 +121,22 @@ class Refiner:
         return velocity.detach()
 
 
-def refinement_loss(similarity: str, *, structures: int = 0) -> dict[str, float]:
+def refinement_loss(similarity: str, *, structures: int = 0, smoothness: float = 1.0) -> dict[str, float]:
     """Loss weights for refinement by one similarity, of which the regularity suits the size.
 
-    ``structures``: how many the network tells apart; where any, they are laid onto each other too.
+    ``structures``: how many the network tells apart; where any, they are laid onto each other too. ``smoothness`` is a
+    factor on the regularity: below 1 follows the images further, at a higher SDlogJ.
 
     Raises:
-        InputError: no such similarity.
+        InputError: no such similarity, or the smoothness is not above 0.
     """
     if similarity not in SIMILARITY_WEIGHTS:
         raise InputError(f"--similarity {similarity}: choose among {', '.join(SIMILARITY_WEIGHTS)}")
+    if not smoothness > 0:
+        raise InputError(f"--smoothness {smoothness:g}: give more than 0; 1 is the default")
     seen = {"predicted_dice": 3.0} if structures else {}
-    return {similarity: SIMILARITY_WEIGHTS[similarity], **seen, **REGULARITY_WEIGHTS}
+    regularity = {name: smoothness * weight for name, weight in REGULARITY_WEIGHTS.items()}
+    return {similarity: SIMILARITY_WEIGHTS[similarity], **seen, **regularity}
 
 
 def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WINDOW) -> Refiner | None:

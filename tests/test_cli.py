@@ -115,6 +115,9 @@ def test_refinement_starts_from_the_bundle_and_other_steps_are_another_result(
     assert all(after["ncc"] > before["ncc"] for after, before in zip(refined, plain, strict=True))
     assert regpipe(monkeypatch, *command, "--refine", 15) == 0
     assert "5 of 5 cases are finished already" in capsys.readouterr().out
+    assert regpipe(monkeypatch, *command, "--refine", 15, "--smoothness", 0.1) == 0
+    rougher = read_rows(tmp_path / "metrics.csv")
+    assert all(after["sdlogj"] > before["sdlogj"] for after, before in zip(rougher, refined, strict=True))
 
 
 def test_register_without_arguments_wanted_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +135,9 @@ def mistakes(root: Path, cohort: Path, bundle: Path) -> dict[str, tuple[list[obj
         "no file": (["register", one, root / "gone.nii", *with_bundle], "gone.nii: no such file"),
         "three files": (["register", one, one, one, *with_bundle], "3 inputs: give one folder, or FIXED and MOVING"),
         "steps": (["register", cohort, "--refine", 0, "-o", out], "at least one step"),
+        "smoothness": (["register", cohort, "--smoothness", 0, "-o", out], "more than 0"),
         "similarity": (["register", cohort, "--similarity", "corr", "-o", out], "choose among lncc, mind"),
-        "no refinement": (["register", cohort, "--similarity", "mind", *with_bundle], "goes with --refine STEPS"),
+        "no refinement": (["register", cohort, "--similarity", "mind", *with_bundle], "they go with --refine STEPS"),
         "label": (["register", cohort, "--fixed-label", one, *with_bundle], "two files"),
         "pairing": (
             ["register", cohort / "fixed_images", "--pairing", "last", *with_bundle],
