@@ -43,6 +43,12 @@ def register(
     smoothness: Annotated[
         float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
     ] = None,
+    finest: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Without a bundle: 1 compares at full resolution, 2 at half, faster; default: by size."
+        ),
+    ] = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
     pairing: Annotated[
@@ -65,7 +71,7 @@ def register(
         elif fixed_label or moving_label:
             raise InputError("--fixed-label and --moving-label go with two files; a folder holds its own labels")
         if bundle is None:
-            _register_from_zero(dataset, out, pairing, refine, _loss(similarity, smoothness))
+            _register_from_zero(dataset, out, pairing, refine, _loss(similarity, smoothness), finest)
         else:
             loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
             _run_inference(bundle, dataset, out, pairing, refine, loss)
@@ -83,13 +89,15 @@ def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
     return chosen
 
 
-def _register_from_zero(dataset: Path, out: Path, pairing: str | None, steps: int | None, loss: dict[str, Any]) -> None:
+def _register_from_zero(
+    dataset: Path, out: Path, pairing: str | None, steps: int | None, loss: dict[str, Any], finest: int | None
+) -> None:
     from regpipe.inference import register_from_zero
     from regpipe.refine import ZERO_STEPS, refinement_loss
 
     steps = ZERO_STEPS if steps is None else steps
     weights = refinement_loss(**loss)
-    register_from_zero(str(dataset), str(out), pairing=pairing or "all", steps=steps, weights=weights)
+    register_from_zero(str(dataset), str(out), pairing=pairing or "all", steps=steps, weights=weights, finest=finest)
 
 
 def _one_pair(path: Path, fixed: Path, moving: Path, labels: dict[str, Path | None]) -> Path:

@@ -178,6 +178,7 @@ def register_from_zero(
     landmark_channels: int | None = None,
     steps: int = ZERO_STEPS,
     window: int = WINDOW,
+    finest: int | None = None,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
@@ -192,12 +193,13 @@ def register_from_zero(
     if not good:
         raise InputError(next(iter(skipped.values())))
     grid = working_grid(good)
-    refiner = zero_refiner(grid.shape, weights, steps=steps, window=window)
+    refiner = zero_refiner(grid.shape, weights, steps=steps, window=window, finest=finest)
     settings: dict[str, Any] = {
         "network": "none",
         "refine": steps,
         "refine_loss": dict(weights),
         "refine_window": window,
+        "finest": refiner.finest,
     }
     settings |= {"grid": [[*grid.shape], [*grid.spacing]], "landmark_channels": landmark_channels}
     load = LoadPair(grid, landmark_channels=landmark_channels)

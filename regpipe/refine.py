@@ -25,7 +25,7 @@ SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from
 SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
 WINDOW = 5  # of LNCC, voxels
 ZERO_STEPS = 80
-FULL_RESOLUTION = 4_000_000  # voxels
+FULL_RESOLUTION = 8_000_000  # voxels
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
 
 # Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
@@ -147,13 +147,19 @@ def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WIND
 
 
 def zero_refiner(
-    shape: Sequence[int], weights: Mapping[str, float] | None = None, *, steps: int = ZERO_STEPS, window: int = WINDOW
+    shape: Sequence[int],
+    weights: Mapping[str, float] | None = None,
+    *,
+    steps: int = ZERO_STEPS,
+    window: int = WINDOW,
+    finest: int | None = None,
 ) -> Refiner:
     """The refiner for pairs on a grid ``shape`` without any network; ``weights``: LNCC's where not given.
 
-    Where the grid has more than ``FULL_RESOLUTION`` voxels, images are compared at half resolution at the finest.
+    ``finest``: see ``Refiner``; not given, full resolution up to ``FULL_RESOLUTION`` voxels, half beyond.
     """
-    finest = 1 if math.prod(shape) <= FULL_RESOLUTION else 2
+    if finest is None:
+        finest = 1 if math.prod(shape) <= FULL_RESOLUTION else 2
     loss = RegistrationLoss(weights or refinement_loss("lncc"), window=window)
     return Refiner(loss, steps=steps, finest=finest)
 

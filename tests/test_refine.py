@@ -11,7 +11,7 @@ from regpipe.engines import RegistrationInferer, ZeroInferer
 from regpipe.errors import InputError
 from regpipe.fields import identity_grid, jacobian_determinant, register
 from regpipe.losses import RegistrationLoss
-from regpipe.refine import Refiner, coarsen, coarser_shape, make_refiner, refinement_loss, shares
+from regpipe.refine import Refiner, coarsen, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
 
 SHAPE = (40, 48)
 WEIGHTS = {"lncc": 1.0, "diffusion": 0.5}
@@ -143,6 +143,14 @@ def test_steps_are_dealt_out_to_the_levels() -> None:
 
     assert sum(shares(FROM_ZERO, 80)) == 80
     assert shares(FROM_ZERO, 1) == [1, 1, 1, 1]
+
+
+def test_large_grids_are_compared_at_half_resolution_unless_told() -> None:
+    assert zero_refiner((64, 64, 64)).finest == 1
+    assert zero_refiner((256, 256, 160)).finest == 2
+    assert zero_refiner((256, 256, 160), finest=1).finest == 1
+    velocity = zero_refiner((40, 48), steps=4, finest=2)(blobs((0.0, 0.0)), blobs((1.0, 0.0)))
+    assert velocity.shape[2:] == coarser_shape((40, 48), 2)  # on the finer grid all the same
 
 
 def test_mistakes_are_named() -> None:
