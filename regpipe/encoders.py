@@ -34,6 +34,7 @@ from regpipe.weights import lay_in, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226  # the means over the three colours
 MAX_STRIDE = 16
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Backbone(NamedTuple):
@@ -77,13 +78,20 @@ class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths, strides = (3, 8, 16, 32, 64), (1, 2, 2, 2)
-        down = [_two(a, b, b, stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)]
+        down = [two_convolutions(2, a, b, b, stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)]
         self.down = nn.ModuleList(down)
-        self.bottom = _two(64, 128, 64, stride=2)
+        self.bottom = two_convolutions(2, 64, 128, 64, stride=2)
 
 
-def _two(first: int, middle: int, last: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(first, middle, 3, stride, 1), nn.ReLU(), nn.Conv2d(middle, last, 3, 1, 1), nn.ReLU())
+def two_convolutions(spatial_dims: int, first: int, middle: int, last: int, stride: int = 1) -> nn.Sequential:
+    """SYMNet's block."""
+    conv = CONV[spatial_dims]
+    return nn.Sequential(
+        conv(first, middle, 3, stride=stride, padding=1),
+        nn.ReLU(),
+        conv(middle, last, 3, padding=1),
+        nn.ReLU(),
+    )
 
 
 def _plain_stages(net: Any) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from regpipe.cohort import BUILTIN_SHAPES
 from regpipe.errors import InputError
 from regpipe.fields import SQUARINGS, Registration, integrate_both, register, register_midway, resize, warp
 from regpipe.images import Grid, load_grid, make_grid
+from regpipe.network import unfold
 from regpipe.refine import Refiner
 from regpipe.repair import repair
 from regpipe.weights import read_state_dict
@@ -45,7 +46,8 @@ def prepare_batch(
 class RegistrationInferer(Inferer):
     """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
 
-    What a network gives beyond the velocity is the dict's ``anatomy``: see ``regpipe.SymmetricNet``.
+    What a network gives beyond the velocity, unfolded, is the dict's ``anatomy`` (B, 2 (K + 1), *full): the logits of
+    the structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
 
     Args:
         squarings: scaling-and-squaring steps.
@@ -81,7 +83,7 @@ class RegistrationInferer(Inferer):
     ) -> dict[str, Tensor]:
         output = network(inputs, *args, **kwargs)
         dim = (inputs.ndim - 2) * (2 if self.midway else 1)
-        anatomy = {"anatomy": output[:, dim:].float()} if output.shape[1] > dim else {}
+        anatomy = {"anatomy": unfold(output[:, dim:].float())} if output.shape[1] > dim else {}
         with torch.autocast(inputs.device.type, enabled=False):
             fixed, moving = inputs.float().chunk(2, dim=1)
             velocity = output[:, :dim].float()
@@ -158,7 +160,7 @@ def trained_grid(ckpt_dir: str) -> Grid:
 def trained_structures(ckpt_dir: str) -> int:
     """How many structures the model in ``ckpt_dir`` tells apart; 0 before training."""
     path = Path(ckpt_dir) / "model.pt"
-    head = read_state_dict(path).get("anatomy.weight") if path.is_file() else None
+    head = read_state_dict(path).get("anatomy.classes.weight") if path.is_file() else None
     return 0 if head is None else len(head) - 1
 
 

@@ -35,6 +35,9 @@ class Options(NamedTuple):
     encoder: Encoder | None = None  # frozen, for features
 
 
+Term = Callable[[Registration, Target, Options], Tensor]
+
+
 def nothing(r: Registration) -> Tensor:
     """0 with a gradient graph: what a term is for pairs that lack what it needs."""
     return r.displacement.sum() * 0.0
@@ -67,29 +70,28 @@ def both_ways(r: Registration, target: Target, dissimilarity: Dissimilarity) -> 
     return (forward + dissimilarity(r.warped_fixed, target["moving_image"], mask=on_moving)) / 2
 
 
+def _similarity(dissimilarity: Dissimilarity) -> Term:
+    """The term of a function of two images: both ways."""
+    return lambda r, target, options: both_ways(r, target, dissimilarity)
+
+
+def _of_velocity(measure: Callable[[Tensor], Tensor]) -> Term:
+    """The term of a measure of fields: its mean over the velocities, one, or SYMNet's two; the same on any grid."""
+
+    def term(r: Registration, target: Target, options: Options) -> Tensor:
+        return torch.stack([measure(v) for v in r.velocity.split(r.displacement.shape[1], dim=1)]).mean()
+
+    return term
+
+
+def _of_displacements(measure: Callable[[Tensor], Tensor]) -> Term:
+    """The term of a measure of fields: its mean over both directions."""
+    return lambda r, target, options: torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
+
+
 def _lncc(r: Registration, target: Target, options: Options) -> Tensor:
     """Local cross-correlation, both ways; in [0, 1]."""
     return both_ways(r, target, lambda a, b, mask: lncc(a, b, mask=mask, window=options.window))
-
-
-def _ncc(r: Registration, target: Target, options: Options) -> Tensor:
-    """1 - global correlation, both ways; in [0, 2]."""
-    return both_ways(r, target, similarity.ncc)
-
-
-def _mse(r: Registration, target: Target, options: Options) -> Tensor:
-    """Mean squared difference of intensities in [0, 1], both ways."""
-    return both_ways(r, target, similarity.mse)
-
-
-def _mi(r: Registration, target: Target, options: Options) -> Tensor:
-    """Minus global mutual information in nats (MONAI's Parzen windows), both ways."""
-    return both_ways(r, target, similarity.mi)
-
-
-def _mind(r: Registration, target: Target, options: Options) -> Tensor:
-    """Mean squared difference of MIND-SSC descriptors, both ways; in [0, 1]."""
-    return both_ways(r, target, similarity.mind)
 
 
 def _features(r: Registration, target: Target, options: Options) -> Tensor:
@@ -110,46 +112,6 @@ def _midway(r: Registration, target: Target, options: Options) -> Tensor:
     moving, fixed = warp(images, u).chunk(2)
     mask = None if masks is None else torch.stack(warp(torch.cat(masks[::-1]), u.detach()).chunk(2)).prod(0)
     return lncc(moving, fixed, mask=mask, window=options.window)
-
-
-def _of_velocity(r: Registration, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of a measure of fields over the velocities: one, or SYMNet's two."""
-    return torch.stack([measure(v) for v in r.velocity.split(r.displacement.shape[1], dim=1)]).mean()
-
-
-def _of_displacements(r: Registration, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of a measure of fields over both directions."""
-    return torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
-
-
-def _diffusion(r: Registration, target: Target, options: Options) -> Tensor:
-    """Mean squared gradient of the velocity, voxels per voxel: the same on any grid."""
-    return _of_velocity(r, regularity.diffusion)
-
-
-def _bending(r: Registration, target: Target, options: Options) -> Tensor:
-    """Bending energy of the velocity, on the velocity's grid."""
-    return _of_velocity(r, regularity.bending)
-
-
-def _elastic(r: Registration, target: Target, options: Options) -> Tensor:
-    """Linear elastic energy of the velocity, mu = lambda = 1: the same on any grid."""
-    return _of_velocity(r, regularity.elastic)
-
-
-def _divergence(r: Registration, target: Target, options: Options) -> Tensor:
-    """Mean squared divergence of the velocity: the same on any grid. It costs local changes of volume, and no shear."""
-    return _of_velocity(r, regularity.divergence)
-
-
-def _jacobian(r: Registration, target: Target, options: Options) -> Tensor:
-    """SYMNet's orientation consistency: mean of max(0, -det J), both ways; 0 without folds."""
-    return _of_displacements(r, regularity.jacobian)
-
-
-def _log_jacobian(r: Registration, target: Target, options: Options) -> Tensor:
-    """Mean of (log det J)^2, both ways; 0 where no volume changes."""
-    return _of_displacements(r, regularity.log_jacobian)
 
 
 def _magnitude(r: Registration, target: Target, options: Options) -> Tensor:
@@ -217,7 +179,7 @@ def _predicted_dice(r: Registration, target: Target, options: Options) -> Tensor
 
 
 def _anatomy_of(target: Target) -> Tensor:
-    """The network's logits (2B, K + 1, *half), fixed images first."""
+    """The network's logits (2B, K + 1, *grid), fixed images first."""
     if "anatomy" not in target:
         raise InputError(
             "loss terms anatomy and predicted_dice need a network with structures: give anatomy a weight and label_ids"
@@ -247,20 +209,20 @@ def _known_field(r: Registration, target: Target, options: Options) -> Tensor:
     return (r.displacement - target["displacement"]).square().sum(1).mean()
 
 
-TERMS: dict[str, Callable[[Registration, Target, Options], Tensor]] = {
+TERMS: dict[str, Term] = {
     "lncc": _lncc,
-    "ncc": _ncc,
-    "mse": _mse,
-    "mi": _mi,
-    "mind": _mind,
+    "ncc": _similarity(similarity.ncc),  # 1 - global correlation; in [0, 2]
+    "mse": _similarity(similarity.mse),
+    "mi": _similarity(similarity.mi),  # minus mutual information, nats
+    "mind": _similarity(similarity.mind),  # squared difference of MIND-SSC descriptors; in [0, 1]
     "features": _features,
     "midway": _midway,
-    "diffusion": _diffusion,
-    "bending": _bending,
-    "elastic": _elastic,
-    "divergence": _divergence,
-    "jacobian": _jacobian,
-    "log_jacobian": _log_jacobian,
+    "diffusion": _of_velocity(regularity.diffusion),  # voxels per voxel, squared, as those that follow
+    "bending": _of_velocity(regularity.bending),  # on the velocity's grid
+    "elastic": _of_velocity(regularity.elastic),  # mu = lambda = 1
+    "divergence": _of_velocity(regularity.divergence),  # costs local changes of volume, and no shear
+    "jacobian": _of_displacements(regularity.jacobian),  # SYMNet's orientation consistency; 0 without folds
+    "log_jacobian": _of_displacements(regularity.log_jacobian),  # 0 where no volume changes
     "magnitude": _magnitude,
     "dice": _dice,
     "anatomy": _anatomy,
@@ -268,8 +230,6 @@ TERMS: dict[str, Callable[[Registration, Target, Options], Tensor]] = {
     "landmarks": _landmarks,
     "known_field": _known_field,
 }
-
-similarity_terms = {"lncc", "ncc", "mse", "mi", "mind", "features", "midway"}  # those that compare images
 
 
 class RegistrationLoss(nn.Module):

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from regpipe.encoders import Encoder
+from regpipe.encoders import CONV, Encoder, two_convolutions
 from regpipe.errors import InputError
 from regpipe.fields import integrate_both, resize, resize_image, warp
 from regpipe.weights import lay_in_decoder, read_state_dict
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class SymmetricNet(nn.Module):
@@ -37,9 +36,9 @@ class SymmetricNet(nn.Module):
         transfer: what is taken from ``pretrained``: its ``encoder``, or the whole ``network``.
         width: channels of the decoder's coarse levels; the finest has half as many.
         correlation: radius in voxels of the local correlation that each level sees; 0 for none.
-        structures: how many labelled structures the features shall tell apart, where labels supervise. Their logits,
-            background first, then follow the velocity's channels: fixed's, then moving's, ``2 (structures + 1)``
-            more; and the levels see them as features.
+        structures: how many labelled structures the network shall tell apart, where labels supervise. Their logits at
+            full resolution, background first, then follow the velocity's channels, folded onto its grid: fixed's, then
+            moving's, see ``unfold``; and the levels see them as features.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class SymmetricNet(nn.Module):
         widths = [width // 2 if stride == VELOCITY_STRIDE else width for stride in self.strides]
         seen = [channels[stride] for stride in self.strides]
         self.pyramid = _Pyramid(spatial_dims, seen, widths)
-        self.anatomy = CONV[spatial_dims](widths[-1], structures + 1, 1) if structures else None
+        self.anatomy = _Anatomy(spatial_dims, widths[-1], width // 4, structures + 1) if structures else None
         extra = structures + 1 if structures else 0
         self.levels = nn.ModuleList(_Level(spatial_dims, count + extra, count, correlation) for count in widths)
         if transfer == "network":
@@ -75,11 +74,12 @@ class SymmetricNet(nn.Module):
     def forward(self, pair: Tensor) -> Tensor:
         pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
         images = torch.cat([pair[:, :1], pair[:, 1:]])  # (2B, 1, *inner): fixed first
-        features = {VELOCITY_STRIDE: [self.detail(images)]}
+        edges = self.detail.edges(images)
+        features = {VELOCITY_STRIDE: [self.detail.texture(edges)]}
         for stride, feature in zip(self.encoder.strides, self.encoder(images), strict=True):
             features.setdefault(stride, []).append(feature)
         maps = self.pyramid([torch.cat(features[stride], 1) for stride in self.strides])
-        logits = None if self.anatomy is None else self.anatomy(maps[-1])
+        logits = None if self.anatomy is None else self.anatomy(maps[-1], edges)
         if logits is not None:
             tissue = logits.softmax(1)
             maps = [torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps]
@@ -87,7 +87,7 @@ class SymmetricNet(nn.Module):
         for level, x in zip(self.levels, maps, strict=True):
             velocity = level(x, velocity)
         assert velocity is not None  # every backbone has a level
-        return velocity if logits is None else torch.cat([velocity, *logits.chunk(2)], 1)
+        return velocity if logits is None else torch.cat([velocity, *fold(logits).chunk(2)], 1)
 
     def _inner_shape(self, shape: torch.Size) -> tuple[int, ...]:
         # On grids of 16 k + 1 points every level's first and last voxel sit on the image's corners,
@@ -96,19 +96,59 @@ class SymmetricNet(nn.Module):
         return tuple(-(-(int(n) - 1) // coarsest) * coarsest + 1 for n in shape)
 
 
-class _Detail(nn.Sequential):
-    """A cheap, untransferred view of the full-resolution image, at stride 2."""
+class _Detail(nn.Module):
+    """A cheap, untransferred view of the full-resolution image, at stride 1 (edges) and 2 (texture)."""
 
     def __init__(self, spatial_dims: int, narrow: int, wide: int) -> None:
+        super().__init__()
         conv = CONV[spatial_dims]
-        super().__init__(
-            conv(1, narrow, 3, padding=1),
-            nn.LeakyReLU(0.2),
+        self.edges = nn.Sequential(conv(1, narrow, 3, padding=1), nn.LeakyReLU(0.2))
+        self.texture = nn.Sequential(
             conv(narrow, wide, 3, stride=2, padding=1),
             nn.LeakyReLU(0.2),
             conv(wide, wide, 3, padding=1),
             nn.LeakyReLU(0.2),
         )
+
+
+class _Anatomy(nn.Module):
+    """The finest map, seen with the edges of the full-resolution image -> logits of the structures there."""
+
+    def __init__(self, spatial_dims: int, width: int, narrow: int, classes: int) -> None:
+        super().__init__()
+        conv = CONV[spatial_dims]
+        self.merge = nn.Sequential(conv(width + narrow, width, 3, padding=1), nn.LeakyReLU(0.2), nn.GroupNorm(4, width))
+        self.classes = conv(width, classes, 1)
+
+    def forward(self, features: Tensor, edges: Tensor) -> Tensor:
+        joined = torch.cat([resize_image(features, edges.shape[2:]), edges], 1)
+        return self.classes(self.merge(joined))
+
+
+def fold(x: Tensor) -> Tensor:
+    """(B, C, *spatial) -> (B, C 2^D, *half), half = ceil(spatial / 2): the points of each cell of two become channels.
+
+    So that what is known at full resolution fits into one tensor with the velocity. An odd last one is doubled.
+    """
+    odd = [int(n) % 2 for n in reversed(x.shape[2:])]
+    x = nn.functional.pad(x, [end for n in odd for end in (0, n)], mode="replicate")
+    dims = x.ndim - 2
+    half = [int(n) // 2 for n in x.shape[2:]]
+    cells = x.reshape(*x.shape[:2], *(size for n in half for size in (n, 2)))
+    within, between = [3 + 2 * i for i in range(dims)], [2 + 2 * i for i in range(dims)]
+    return cells.permute(0, 1, *within, *between).reshape(len(x), -1, *half)
+
+
+def unfold(x: Tensor) -> Tensor:
+    """``fold`` backwards, for grids of an odd number of points: (B, C 2^D, *half) -> (B, C, *(2 half - 1))."""
+    dims = x.ndim - 2
+    half = [int(n) for n in x.shape[2:]]
+    cells = x.reshape(len(x), -1, *([2] * dims), *half)
+    order = [axis for i in range(dims) for axis in (2 + dims + i, 2 + i)]
+    whole = cells.permute(0, 1, *order).reshape(len(x), -1, *(2 * n for n in half))
+    for axis, n in enumerate(half):
+        whole = whole.narrow(2 + axis, 0, 2 * n - 1)
+    return whole
 
 
 class _Pyramid(nn.Module):
@@ -196,9 +236,10 @@ class SymNet(nn.Module):
         c = start_channels
         widths = (c, 2 * c, 4 * c, 8 * c)
         self.down = nn.ModuleList(
-            _two(spatial_dims, a, b, b, stride=s) for a, b, s in zip((2, *widths), widths, (1, 2, 2, 2), strict=False)
+            two_convolutions(spatial_dims, a, b, b, stride=s)
+            for a, b, s in zip((2, *widths), widths, (1, 2, 2, 2), strict=False)
         )
-        self.bottom = _two(spatial_dims, 8 * c, 16 * c, 8 * c, stride=2)
+        self.bottom = two_convolutions(spatial_dims, 8 * c, 16 * c, 8 * c, stride=2)
         # in, middle and out of the four decoder levels, coarse to fine: the authors' own numbers
         self.up = nn.ModuleList(_transposed(spatial_dims, width) for width in (8 * c, 4 * c, 2 * c, 2 * c))
         shapes = (
@@ -207,7 +248,7 @@ class SymNet(nn.Module):
             (4 * c, 4 * c, 2 * c),
             (3 * c, 2 * c, 2 * c),
         )
-        self.merge = nn.ModuleList(_two(spatial_dims, *shape) for shape in shapes)
+        self.merge = nn.ModuleList(two_convolutions(spatial_dims, *shape) for shape in shapes)
         self.heads = nn.ModuleList(CONV[spatial_dims](2 * c, spatial_dims, 5, padding=2, bias=False) for _ in range(2))
 
     def forward(self, pair: Tensor) -> Tensor:
@@ -219,16 +260,6 @@ class SymNet(nn.Module):
         for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
             x = merge(torch.cat([resize_image(up(x), skip.shape[2:]), skip], 1))
         return self.limit * torch.cat([nn.functional.softsign(head(x)) for head in self.heads], 1)
-
-
-def _two(spatial_dims: int, first: int, middle: int, last: int, stride: int = 1) -> nn.Sequential:
-    conv = CONV[spatial_dims]
-    return nn.Sequential(
-        conv(first, middle, 3, stride=stride, padding=1),
-        nn.ReLU(),
-        conv(middle, last, 3, padding=1),
-        nn.ReLU(),
-    )
 
 
 def _transposed(spatial_dims: int, width: int) -> nn.Sequential:

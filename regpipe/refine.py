@@ -16,12 +16,10 @@ from torch import Tensor
 from regpipe.errors import InputError
 from regpipe.fields import register, resize, resize_image
 from regpipe.losses import RegistrationLoss
+from regpipe.network import VELOCITY_STRIDE
 
-VELOCITY_STRIDE = 2  # as the networks': the velocity lives at half resolution
 SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
 SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
-
-
 SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
 WINDOW = 5  # of LNCC, voxels
 ZERO_STEPS = 80

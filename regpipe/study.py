@@ -87,7 +87,7 @@ def study(
     settings = {"grid_shape": [*grid.shape], "grid_spacing": [*grid.spacing], "max_val_pairs": len(held_out)}
     for size, seed in {(cell.subjects, cell.seed) for cell in cells}:
         _write_datalist(_datalist(folder, size, seed), training, held_out, (size, seed))
-    tasks = [_task(cell, folder, configs, settings) for cell in cells]
+    tasks = [_task(cell, dims, folder, configs, settings) for cell in cells]
     try:
         run_all(pretrainings, jobs, lambda: None)
         run_all(tasks, jobs, functools.partial(studypage.write_csv, out))
@@ -188,14 +188,14 @@ def _write_datalist(path: Path, training: Sequence[Case], held_out: Sequence[Cas
     replace_file(path, json.dumps({"training": kept, "validation": held_out}).encode())
 
 
-def _task(cell: Cell, folder: Path, configs: Sequence[str], settings: Mapping[str, Any]) -> Task:
+def _task(cell: Cell, dims: int, folder: Path, configs: Sequence[str], settings: Mapping[str, Any]) -> Task:
     mine: dict[str, Any] = {"backbone": cell.backbone, "seed": cell.seed}
     mine["dataset_dir"] = str(_datalist(folder, cell.subjects, cell.seed))
     if cell.transfer != "scratch":
         mine["pretrained"] = str(folder / "pretrained" / f"{cell.backbone}.pt")
     if cell.transfer == "frozen":
         mine["freeze"] = sum(stride <= MAX_STRIDE for stride in BACKBONES[cell.backbone].strides)
-    about = {"dims": int(folder.name[0]), **cell._asdict()}
+    about = {"dims": dims, **cell._asdict()}
     return Task(cell.name, configs, {**settings, **mine}, about, folder / "runs" / f"{cell.name}.json")
 
 

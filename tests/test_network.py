@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regpipe.encoders import BACKBONES
 from regpipe.fields import register, register_midway, resize_image
-from regpipe.network import SymmetricNet, SymNet, load_symnet, local_correlation
+from regpipe.network import SymmetricNet, SymNet, fold, load_symnet, local_correlation, unfold
 
 DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -212,3 +212,27 @@ def test_symnet_reproduces_its_authors_registration(authors: tuple[Tensor, Tenso
     # 8 voxels in: their sampler pads with zeros
     errors = registration_errors(authors, (slice(0, 160), slice(0, 192), slice(0, 224)), 8)
     assert max(errors.values()) < 1e-3, errors
+
+
+@pytest.mark.parametrize("shape", [(9, 17), (5, 9, 3)])
+def test_folding_loses_nothing_and_keeps_cells_together(shape) -> None:
+    x = torch.rand(2, 3, *shape)
+    folded = fold(x)
+    assert folded.shape == (2, 3 * 2 ** len(shape), *((n + 1) // 2 for n in shape))
+    assert torch.equal(unfold(folded), x)
+    cell = x[:, :, :2, :2] if len(shape) == 2 else x[:, :, :2, :2, :2]
+    assert torch.equal(folded.flatten(2)[:, :, 0], cell.flatten(1))
+
+
+@pytest.mark.parametrize("shape", [(20, 33), (17, 13, 20)])
+def test_structures_follow_the_velocity_at_full_resolution(shape) -> None:
+    """Two classes of two images: the right number of channels, swapped with the images, and they learn."""
+    torch.manual_seed(0)
+    dims = len(shape)
+    net = SymmetricNet(dims, "alexnet", width=16, structures=1)
+    images = pair(shape)
+    output, swapped = net(images), net(images.flip(1))
+    anatomy, other = unfold(output[:, dims:]), unfold(swapped[:, dims:])
+    assert anatomy.shape == (1, 4, *(16 * -(-(n - 1) // 16) + 1 for n in shape))
+    torch.testing.assert_close(anatomy, torch.cat(other.chunk(2, dim=1)[::-1], 1))
+    torch.testing.assert_close(output[:, :dims], -swapped[:, :dims])
