@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from regpipe import cli_apply, cli_register
 from regpipe.errors import InputError, explain
 
 app = typer.Typer(
@@ -19,131 +18,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+cli_register.add(app)
+cli_apply.add(app)
+
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")]
-
-
-@app.command()
-def register(
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
-    ],
-    out: Out,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(help="A trained bundle, or a comparison: its best. None: no network, see --refine."),
-    ] = None,
-    refine: Annotated[
-        int | None,
-        typer.Option(help="Steps of per-pair optimisation after the network's answer (default 0), or from zero."),
-    ] = None,
-    similarity: Annotated[
-        str | None, typer.Option(help="What refinement compares images by: lncc, mind, mi, ncc, mse.")
-    ] = None,
-    smoothness: Annotated[
-        float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
-    ] = None,
-    finest: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Without a bundle: 1 compares at full resolution, 2 at half, faster; default: by size."
-        ),
-    ] = None,
-    fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
-    moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
-    pairing: Annotated[
-        str | None,
-        typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained."),
-    ] = None,
-) -> None:
-    """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
-
-    Each case gets a folder with the warped image and labels, the displacement both ways (LPS mm, for ITK, ANTs and
-    Slicer), the Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on.
-    """
-    if len(inputs) > 2:
-        raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
-    with tempfile.TemporaryDirectory() as aside:
-        dataset = inputs[0]
-        if len(inputs) == 2:
-            labels = {"fixed_label": fixed_label, "moving_label": moving_label}
-            dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], labels)
-        elif fixed_label or moving_label:
-            raise InputError("--fixed-label and --moving-label go with two files; a folder holds its own labels")
-        if bundle is None:
-            _register_from_zero(dataset, out, pairing, refine, _loss(similarity, smoothness), finest)
-        else:
-            loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
-            _run_inference(bundle, dataset, out, pairing, refine, loss)
-
-
-def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
-    """What ``refinement_loss`` is told, checked."""
-    from regpipe.refine import refinement_loss
-
-    chosen: dict[str, Any] = {
-        "similarity": similarity or "lncc",
-        "smoothness": 1.0 if smoothness is None else smoothness,
-    }
-    refinement_loss(**chosen)
-    return chosen
-
-
-def _register_from_zero(
-    dataset: Path, out: Path, pairing: str | None, steps: int | None, loss: dict[str, Any], finest: int | None
-) -> None:
-    from regpipe.inference import register_from_zero
-    from regpipe.refine import ZERO_STEPS, refinement_loss
-
-    steps = ZERO_STEPS if steps is None else steps
-    weights = refinement_loss(**loss)
-    register_from_zero(str(dataset), str(out), pairing=pairing or "all", steps=steps, weights=weights, finest=finest)
-
-
-def _one_pair(path: Path, fixed: Path, moving: Path, labels: dict[str, Path | None]) -> Path:
-    files = {"fixed_image": fixed, "moving_image": moving, **labels}
-    entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
-    for file in entry.values():
-        if not Path(file).is_file():
-            raise InputError(f"{file}: no such file")
-    path.write_text(json.dumps({"test": [entry]}))
-    return path
-
-
-def _run_inference(
-    bundle: Path, dataset: Path, out: Path, pairing: str | None, refine: int | None, loss: dict[str, Any] | None
-) -> None:
-    from monai.bundle import ConfigWorkflow
-
-    from regpipe.compare import bundle_in
-
-    chosen: dict[str, Any] = {}
-    if pairing:
-        chosen["pairing"] = pairing
-    if refine is not None:
-        chosen["refine"] = refine
-    if loss is not None:
-        if not refine:
-            raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
-        told = ", ".join(f"{name}={value!r}" for name, value in loss.items())
-        chosen["refine_loss"] = f"$regpipe.refine.refinement_loss(structures=@structures, {told})"
-
-    bundle = bundle_in(bundle)
-    config = bundle / "configs" / "inference.yaml"
-    if not config.is_file():
-        raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
-    workflow = ConfigWorkflow(
-        str(config),
-        workflow_type="infer",
-        meta_file=str(bundle / "configs" / "metadata.json"),
-        logging_file=str(bundle / "configs" / "logging.conf"),
-        bundle_root=str(bundle),
-        dataset_dir=str(dataset),
-        output_dir=str(out),
-        **chosen,
-    )
-    workflow.initialize()
-    workflow.run()
 
 
 @app.command()

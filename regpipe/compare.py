@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from regpipe import images
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
 from regpipe.evaluation import SHOWN, interval, table
@@ -108,8 +109,9 @@ def _files(settings: Mapping[str, Any]) -> str:
         return ""
     pairing = str(settings.get("pairing", "all"))
     cases = list_pairs(settings["dataset_dir"], pairing=pairing, problems={})
-    files = sorted({path for case in cases for key, path in case.items() if key != "case"})
-    known = [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in files]
+    paths = sorted({path for case in cases for key, path in case.items() if key != "case"})
+    files = [file for path in paths for file in images.files(path)]
+    known = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

@@ -1,37 +1,34 @@
 """One file in, one array and one affine out; and the working grid that every image is put onto.
 
-Arrays are indexed ``[x, y(, z)]``; affines are ``(D+1, D+1)`` float64, voxel index -> RAS mm,
-whatever the format (ITK's LPS is turned here). A picture (PNG, ...) is ``(W, H)`` with the affine
-``diag(-1, -1, 1)``: its LPS mm are its pixel indices.
+A path is a file, a folder with one DICOM series, or one frame of a film: ``film.nii.gz#4``, counted from 0.
+Arrays are indexed ``[x, y(, z)]``; affines are ``(D+1, D+1)`` float64, voxel index -> RAS mm, columns at right angles,
+whatever the format. A picture (PNG, ...) is ``(W, H)`` with the affine ``diag(-1, -1, 1)``: its LPS mm are its
+pixel indices.
 """
 
 from __future__ import annotations
 
 import csv
-import functools
 import json
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nibabel.orientations import inv_ornt_aff, io_orientation
-from PIL import Image as Picture
 from scipy import ndimage
 
+from regpipe import dicom, readers
+from regpipe.dicom import is_series
 from regpipe.errors import InputError
 from regpipe.files import replace_file
+from regpipe.readers import PICTURE, SUFFIXES, PathLike, Source, locate, squeezed, warn_once
 
-log = logging.getLogger(__name__)
+__all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, offered here too
 
-PathLike = str | Path
 
-NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
-ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
-PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
-SUFFIXES = NIFTI + ITK + PICTURE
+LARGEST = 2**31 - 1  # of label ids, which are int32
 
 
 class Image(NamedTuple):
@@ -53,27 +50,28 @@ class Grid(NamedTuple):
     spacing: tuple[float, ...]  # mm
 
 
-class _Source(NamedTuple):
-    """A file whose header has been read and whose voxels have not."""
-
-    shape: tuple[int, ...]  # as stored, without singleton axes at the end
-    affine: np.ndarray
-    dtype: np.dtype
-    voxels: Callable[[], np.ndarray]
-
-
 def stem(path: PathLike) -> str:
-    """The file's name without its suffix (``a.nii.gz`` -> ``a``)."""
-    name = Path(path).name
-    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), Path(name).suffix)
-    return name[: len(name) - len(suffix)]
+    """The file's name without its suffix (``a.nii.gz`` -> ``a``), with its frame's number; a folder's name."""
+    file, frame = locate(path)
+    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), file.suffix)
+    name = file.name if file.is_dir() else file.name[: len(file.name) - len(suffix)]
+    return name if frame is None else f"{name}_{frame}"
+
+
+def files(path: PathLike) -> list[Path]:
+    """The files that an image's path stands for: of a series its DICOM files, of a frame its film."""
+    file, _ = locate(path)
+    return [*dicom.parts(file)] if file.is_dir() else [file]
 
 
 def read_image(path: PathLike) -> Image:
-    """Read a 2-D or 3-D image -> float32 ``(*S)`` and RAS affine. Colour becomes grey and warns.
+    """Read a 2-D or 3-D image -> float32 ``(*S)`` and RAS affine.
+
+    Warns where it takes a liberty: colour becomes grey; a sheared grid is resampled (linearly) onto the nearest
+    one with axes at right angles, as no other tool's transform could name it; sform and qform differ.
 
     Raises:
-        InputError: missing, unreadable, truncated; complex, 4-D, constant, NaN or infinite.
+        InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN or infinite.
     """
     source = _open(path)
     array = _voxels(source, path).astype(np.float32)
@@ -81,17 +79,17 @@ def read_image(path: PathLike) -> Image:
         raise InputError(f"{path}: holds NaN or infinite values; replace them by the background's")
     if array.min() == array.max():
         raise InputError(f"{path}: is constant ({array.flat[0]:g}); leave it out")
-    return Image(array, source.affine)
+    return _straightened(Image(array, source.affine), path, order=1)
 
 
 def read_label(path: PathLike, *, landmark_channels: int | None = None) -> tuple[Image, np.ndarray | None]:
-    """Read a label map -> int32 ``(*S)``, and the landmarks held as channels.
+    """Read a label map -> int32 ``(*S)`` on its image's grid, and the landmarks held as channels.
 
     In a 4-D file (channels last) channel i becomes label i+1, the later one winning; with
     ``landmark_channels=n`` only those before n do, and each from n on is one landmark.
 
     Returns:
-        The map, and the landmarks' centroids ``(K, D)`` in voxels of this file (empty channel:
+        The map, and the landmarks' centroids ``(K, D)`` in voxels of the map (empty channel:
         NaN), or None where ``landmark_channels`` is None.
 
     Raises:
@@ -101,16 +99,19 @@ def read_label(path: PathLike, *, landmark_channels: int | None = None) -> tuple
     array = _voxels(source, path)
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
+    if array.dtype.kind != "b" and not -LARGEST <= array.min() <= array.max() <= LARGEST:
+        raise InputError(f"{path}: label ids reach from {array.min()} to {array.max()}; number them below 2^31")
     channels = []
     if array.ndim == 4:
         channels = [_squeeze_plane(array[..., i]) for i in range(array.shape[3])]
         array = np.zeros(channels[0].shape)
         for i, channel in enumerate(channels[:landmark_channels]):
             array[channel != 0] = i + 1
-    labels = Image(array.astype(np.int32), source.affine)
+    labels = _straightened(Image(array.astype(np.int32), source.affine), path, order=0)
     if landmark_channels is None:
         return labels, None
-    return labels, _centroids(channels[landmark_channels:], array.ndim)
+    centroids = _centroids(channels[landmark_channels:], array.ndim)
+    return labels, apply_affine(np.linalg.inv(labels.affine) @ source.affine, centroids)
 
 
 def _squeeze_plane(array: np.ndarray) -> np.ndarray:
@@ -139,10 +140,15 @@ def read_landmarks(path: PathLike) -> np.ndarray:
         raise InputError(f"{path}: {_one_line(cause)}; coordinates are numbers in LPS mm") from cause
 
 
+def header(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and RAS affine that ``read_image`` gives, from the header alone."""
+    source = _open(path)
+    return _straight_grid(source.shape, source.affine)
+
+
 def geometry(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and spacing (mm) of an image on its working grid's axes, from the header alone."""
-    source = _open(path)
-    shape, affine = _canonical(source.shape, source.affine)
+    shape, affine = _canonical(*header(path))
     return shape, voxel_size(affine)
 
 
@@ -151,34 +157,66 @@ def voxel_size(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(affine[:-1, :-1], axis=0)
 
 
-def _open(path: PathLike, *, label: bool = False) -> _Source:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise InputError(f"{path}: unknown format; use one of {' '.join(SUFFIXES)}")
+def _open(path: PathLike, *, label: bool = False) -> Source:
+    """The header, checked; of a film the frame that ``path`` asks for."""
+    file, frame = locate(path)
+    if not file.exists():
+        raise InputError(f"{file}: no such file")
     try:
-        if name.endswith(PICTURE):
-            source = _open_picture(path, label)
-        else:
-            source = _open_nifti(path) if name.endswith(NIFTI) else _open_itk(path)
+        source = _reader(file, label)
     except InputError:
         raise
-    except Exception as cause:  # three libraries, each with its own errors for a broken file
+    except Exception as cause:  # four libraries, each with its own errors for a broken file
         raise _unreadable(path, cause) from cause
     if source.dtype.kind not in "biuf":
         raise InputError(f"{path}: {source.dtype} voxels; save one real value per voxel")
-    if not 2 <= len(source.shape) <= 3 + label:
-        raise InputError(f"{path}: its shape is {source.shape}; save one frame per file, 2-D or 3-D")
-    if not abs(np.linalg.det(source.affine)) > 0:
-        raise InputError(f"{path}: its affine is singular; mend its header")
+    if frame is not None:
+        source = _one_frame(source, file, frame)
+    if len(source.shape) == 4 and not (label and not file.name.lower().endswith(PICTURE)):
+        last = source.shape[3] - 1
+        raise InputError(f"{path}: holds {last + 1} frames; ask for one frame: write #0 to #{last} after its name")
+    if not 2 <= len(source.shape) <= 3 + label or 0 in source.shape:
+        raise InputError(f"{path}: its shape is {source.shape}; an image is 2-D or 3-D, or a film of such")
+    _check_affine(source.affine, path)
     return source
 
 
-def _voxels(source: _Source, path: PathLike) -> np.ndarray:
+def _reader(file: Path, label: bool) -> Source:
+    name = file.name.lower()
+    if file.is_dir():
+        if not is_series(file):
+            raise InputError(f"{file}: a folder without DICOM files is no image; give a file")
+        return dicom.open_series(file)
+    if name.endswith(PICTURE):
+        return readers.open_picture(file, label=label)
+    if name.endswith(readers.NIFTI):
+        return readers.open_nifti(file)
+    if name.endswith(readers.ITK):
+        return readers.open_itk(file)
+    if name.endswith(readers.DICOM) or dicom.is_dicom(file):
+        return dicom.open_dicom(file)
+    raise InputError(f"{file}: unknown format; use one of {' '.join(SUFFIXES)}")
+
+
+def _one_frame(source: Source, file: Path, frame: int) -> Source:
+    if len(source.shape) != 4:
+        raise InputError(f"{file}: has no frames (its shape is {source.shape}); leave out #{frame}")
+    if frame >= source.shape[3]:
+        raise InputError(f"{file}: has no frame {frame}; its {source.shape[3]} frames are counted from 0")
+    return source._replace(shape=squeezed(source.shape[:3]), voxels=lambda _: source.voxels(frame))
+
+
+def _check_affine(affine: np.ndarray, path: PathLike) -> None:
+    volume = np.prod(voxel_size(affine))
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-6 * volume:
+        raise InputError(f"{path}: its affine is singular or not finite; mend its header")
+
+
+def _voxels(source: Source, path: PathLike) -> np.ndarray:
     try:
-        return source.voxels()
+        return source.voxels(None)
+    except InputError:
+        raise
     except Exception as cause:  # as above: a truncated file shows only here
         raise _unreadable(path, cause) from cause
 
@@ -191,78 +229,39 @@ def _one_line(cause: Exception) -> str:
     return (" ".join(str(cause).split()) or type(cause).__name__)[-160:]
 
 
-def _open_nifti(path: Path) -> _Source:
-    image: Any = nib.load(path)
-    shape = _squeezed(image.shape)
-    affine, spacing = np.asarray(image.affine, np.float64), image.header.get_zooms()
-    # (X, Y) and (X, Y, 1, C) are 2-D: the plane's block of the affine, unless it is not axial.
-    if len(shape) == 2 or (len(shape) == 4 and shape[2] == 1):
-        affine = affine[np.ix_([0, 1, 3], [0, 1, 3])]
-        if abs(np.linalg.det(affine)) < 1e-3 * spacing[0] * spacing[1]:
-            affine = np.diag([float(spacing[0]), float(spacing[1]), 1.0])
-    return _Source(shape, affine, image.get_data_dtype(), lambda: np.asanyarray(image.dataobj).reshape(shape))
+def _straightened(image: Image, path: PathLike, *, order: int) -> Image:
+    """The image, resampled if its axes are sheared."""
+    shape, affine = _straight_grid(image.array.shape, image.affine)
+    if affine is image.affine:
+        return image
+    warn_once(f"{path}: its axes are not at right angles; resampled onto the nearest grid that has them, {shape}")
+    return Image(resample(image, affine, shape, order=order), affine)
 
 
-def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
-    shape = tuple(shape)
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """The grid itself, or for a sheared one (cosines above 1e-3) the nearest at right angles that covers it.
 
-
-def _open_itk(path: Path) -> _Source:
-    import itk  # takes a second, and most cohorts are NIfTI
-
-    io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-    if io is None:
-        raise InputError(f"{path}: ITK does not recognise its header; export it again")
-    io.SetFileName(str(path))
-    io.ReadImageInformation()
-    if io.GetNumberOfComponents() != 1:
-        raise InputError(f"{path}: {io.GetNumberOfComponents()} values per voxel; save one")
-    shape = _squeezed(int(io.GetDimensions(i)) for i in range(io.GetNumberOfDimensions()))
-    dim = min(len(shape), 3)
-    affine = np.eye(dim + 1)
-    for i in range(dim):
-        affine[:dim, i] = np.array(io.GetDirection(i)[:dim]) * io.GetSpacing(i)
-        affine[i, dim] = io.GetOrigin(i)
-    affine[:2] *= -1  # LPS -> RAS
-
-    def voxels() -> np.ndarray:
-        # ITK's Python has no int8 or int64 images: read as double, exact for every label.
-        return itk.array_from_image(itk.imread(str(path), itk.D)).T.reshape(shape)
-
-    return _Source(shape, affine, np.dtype("f8"), voxels)
-
-
-def _open_picture(path: Path, label: bool) -> _Source:
-    with Picture.open(path) as picture:
-        frames = getattr(picture, "n_frames", 1)
-        if frames > 1:
-            raise InputError(f"{path}: holds {frames} frames; save one frame per file")
-        size, mode = picture.size, picture.mode
-    indexed = mode in ("L", "F", "1") or mode.startswith("I") or (label and mode == "P")
-    if label and not indexed:
-        raise InputError(f"{path}: a label map in colour ({mode}); save one number per pixel")
-    read = functools.partial(_pixels, path, indexed)
-    return _Source(size, np.diag([-1.0, -1.0, 1.0]), np.dtype("f4"), read)
-
-
-def _pixels(path: Path, indexed: bool) -> np.ndarray:
-    with Picture.open(path) as picture:
-        if indexed:
-            return np.array(picture).T
-        rgb = np.array(picture.convert("RGB"))
-        if (rgb != rgb[..., :1]).any():
-            log.warning("%s: is in colour; its luminance is used", path)
-        return np.array(picture.convert("RGB").convert("L")).T
+    Its directions are the orthogonal polar factor of the sheared ones, its spacing is the same.
+    """
+    size = voxel_size(affine)
+    axes = affine[:-1, :-1] / size
+    if np.abs(axes.T @ axes - np.eye(len(size))).max() <= 1e-3:
+        return shape, affine
+    u, _, v = np.linalg.svd(axes)
+    straight = affine.copy()
+    straight[:-1, :-1] = u @ v * size
+    corners = np.array([*np.ndindex(*[2] * len(size))]) * shape - 0.5
+    at = apply_affine(np.linalg.inv(straight) @ affine, corners)
+    low, high = at.min(0), at.max(0)
+    n = np.ceil(high - low - 1e-3)  # not a voxel more for the last digit of a label's affine
+    straight[:-1, -1] = apply_affine(straight, (low + high - n + 1) / 2)
+    return tuple(int(k) for k in n), straight
 
 
 def _canonical(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and affine with the axes permuted and flipped to the closest RAS (2-D: as they are)."""
-    if len(shape) == 2:
-        return shape, affine
-    orientation = io_orientation(affine)
+    """Shape and affine with the axes permuted and flipped to the closest RAS; 2-D to LPS, as pictures are stored."""
+    flip = np.diag([-1.0, -1.0, 1.0]) if len(shape) == 2 else np.eye(4)
+    orientation = io_orientation(flip @ affine)
     order = np.argsort(orientation[:, 0])
     return tuple(shape[i] for i in order), affine @ inv_ornt_aff(orientation, shape)
 
@@ -270,7 +269,7 @@ def _canonical(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, .
 def to_grid(image: Image, grid: Grid) -> np.ndarray:
     """Affine (D+1, D+1), working voxel -> RAS mm, that lays the working grid over this image.
 
-    3-D: along the image's own axes, permuted and flipped to the closest RAS; 2-D: as stored. The
+    Along the image's own axes, permuted and flipped to the closest RAS, in 2-D to LPS (a picture's own). The
     centres coincide; where the grid is not the finer one, to within half an image voxel, so that
     the first working voxel lies on an image voxel: equal spacing then means copying, without
     blur and without labels rounded half a voxel to one side.

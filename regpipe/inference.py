@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from tqdm import tqdm
 
-from regpipe import report, transforms
+from regpipe import exports, images, report, transforms
 from regpipe.boards import case_pictures
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
@@ -26,9 +26,12 @@ from regpipe.fields import Registration
 from regpipe.files import replace_file
 from regpipe.images import PICTURE, Image, read_image, read_label
 from regpipe.loading import LoadPair, collate_pairs
-from regpipe.metrics import measure
+from regpipe.metrics import dice, mean_of, measure, shared_labels
 from regpipe.pairs import Case, list_pairs, working_grid
 from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
+
+DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
+BY_DEFAULT = (DENSE, "itk", "ants")
 
 
 class FolderRun:
@@ -44,10 +47,11 @@ class FolderRun:
         output_dir: a folder per case is made in it.
         model: the weight file; a case finished with another one, or from other files, is done anew.
         pairing: see ``regpipe.list_pairs``.
+        formats: transforms written per case: ``displacement`` and those of ``regpipe.exports``.
         settings: what else the results depend on; a case finished with other ones is done anew.
 
     Raises:
-        InputError: there is no pair in ``dataset_dir`` at all.
+        InputError: there is no pair in ``dataset_dir`` at all, or no such format.
     """
 
     def __init__(
@@ -58,9 +62,12 @@ class FolderRun:
         output_dir: str,
         model: str = "",
         pairing: str = "all",
+        formats: Sequence[str] = BY_DEFAULT,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.load, self.folder, self._settings = load, Path(output_dir), dict(settings or {})
+        exports.check_formats([name for name in formats if name != DENSE], len(load.grid.shape))
+        self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
+        self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
         weights = Path(model)
@@ -78,8 +85,7 @@ class FolderRun:
 
     def _made_from(self, case: Case) -> dict[str, Any]:
         """What a result depends on: each file's name, size and time, the weights and the settings."""
-        files = {key: Path(path) for key, path in case.items() if key != "case"}
-        found = {key: [p.name, p.stat().st_size, p.stat().st_mtime_ns] for key, p in files.items() if p.exists()}
+        found = {key: _stamps(path) for key, path in case.items() if key != "case"}
         return {**found, "weights": self._weights, "settings": self._settings}
 
     def _todo(self) -> list[Case]:
@@ -107,7 +113,15 @@ class FolderRun:
         output: Any = engine.state.output
         name = output["label"]["case"][0]
         try:
-            row = save_case(self.cases[name], output["label"], output["pred"], self.load, self.folder / name)
+            row = save_case(
+                self.cases[name],
+                output["label"],
+                output["pred"],
+                self.load,
+                self.folder / name,
+                formats=self.formats,
+                settings={**self._settings, "weights": self._weights},
+            )
             row["made_from"] = self._made_from(self.cases[name])
             replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
         except InputError as problem:
@@ -169,6 +183,12 @@ class FolderRun:
             raise SystemExit(1)
 
 
+def _stamps(path: str) -> list[Any]:
+    """Name, size and time of each file that a case's entry stands for."""
+    known = [file for file in images.files(path) if file.exists()]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+
+
 def register_from_zero(
     dataset_dir: str,
     output_dir: str,
@@ -179,8 +199,13 @@ def register_from_zero(
     steps: int = ZERO_STEPS,
     window: int = WINDOW,
     finest: int | None = None,
+    affine: str = "affine",
+    affine_from: str = "images",
+    formats: Sequence[str] = BY_DEFAULT,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
+
+    ``affine``, ``affine_from``: what goes before, see ``regpipe.frames``; ``formats``: see ``FolderRun``.
 
     Raises:
         InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
@@ -200,10 +225,14 @@ def register_from_zero(
         "refine_loss": dict(weights),
         "refine_window": window,
         "finest": refiner.finest,
+        "affine": affine,
+        "affine_from": affine_from,
     }
     settings |= {"grid": [[*grid.shape], [*grid.spacing]], "landmark_channels": landmark_channels}
-    load = LoadPair(grid, landmark_channels=landmark_channels)
-    folder = FolderRun(dataset_dir, load=load, output_dir=output_dir, pairing=pairing, settings=settings)
+    load = LoadPair(grid, landmark_channels=landmark_channels, cache=False, affine=affine, affine_from=affine_from)
+    folder = FolderRun(
+        dataset_dir, load=load, output_dir=output_dir, pairing=pairing, formats=formats, settings=settings
+    )
     folder.register(
         SupervisedEvaluator(
             device=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
@@ -222,7 +251,14 @@ def _number(value: Any) -> Any:
 
 
 def save_case(
-    case: Case, batch: Mapping[str, Any], prediction: Mapping[str, Any], load: LoadPair, folder: Path
+    case: Case,
+    batch: Mapping[str, Any],
+    prediction: Mapping[str, Any],
+    load: LoadPair,
+    folder: Path,
+    *,
+    formats: Sequence[str] = BY_DEFAULT,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write everything that one registered case gives, in native space; returns its metrics, on the working grid.
 
@@ -232,18 +268,29 @@ def save_case(
     folder.mkdir(parents=True, exist_ok=True)
     registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
     fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
-    fixed_frame, moving_frame = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
-    forward = transforms.native_displacement(_array(registration.displacement), fixed_frame, moving_frame, fixed)
-    backward = transforms.native_displacement(_array(registration.inverse), moving_frame, fixed_frame, moving)
-    transforms.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
-    transforms.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
-    _save_warped(case, fixed, moving, forward, folder, load)
+    fields = _array(registration.displacement), _array(registration.inverse)
+    frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
+    forward = transforms.native_displacement(fields[0], *frames, fixed)
+    if DENSE in formats:
+        backward = transforms.native_displacement(fields[1], *frames[::-1], moving)
+        transforms.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
+        transforms.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
+        del backward  # as large as the image, three times
+    wanted = [name for name in formats if name != DENSE]
+    if wanted:
+        pair = exports.pair_transform(
+            *fields, *frames, (fixed.array.shape, fixed.affine), (moving.array.shape, moving.affine)
+        )
+        files = exports.image_file(case["fixed_image"], fixed), exports.image_file(case["moving_image"], moving)
+        exports.write_transforms(folder, pair, *files, formats=wanted, stage=load.frames.stage, settings=settings)
+        del pair
+    native = _save_warped(case, fixed, moving, forward, folder, load)
     transforms.write_image(folder / "jacobian.nii.gz", transforms.native_jacobian(forward, fixed.affine), fixed.affine)
     shown = case_pictures(batch, prediction)
     for name in ("checkerboard", "overlay"):
         report.save_png(folder / f"{name}.png", shown[name])
     report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
-    measured = measure(registration, batch, load.grid.spacing)
+    measured = measure(registration, batch, load.grid.spacing) | native
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
     return {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}
@@ -253,13 +300,22 @@ def _array(tensor: Any) -> np.ndarray:
     return tensor[0].cpu().numpy()
 
 
-def _save_warped(case: Case, fixed: Image, moving: Image, forward: np.ndarray, folder: Path, load: LoadPair) -> None:
+def _save_warped(
+    case: Case, fixed: Image, moving: Image, forward: np.ndarray, folder: Path, load: LoadPair
+) -> dict[str, float]:
+    """The warped image and labels; Dice on the fixed image's own grid where both have labels."""
     warped = transforms.resample_through(moving, forward, fixed.affine, order=1)
     transforms.write_image(folder / "warped.nii.gz", warped.astype(np.float32), fixed.affine)
     fits = warped.min() >= 0 and 1 < warped.max() <= 65535  # what a picture's whole numbers can show
     if fits and case["fixed_image"].lower().endswith(PICTURE):
         transforms.write_image(folder / "warped.png", warped, fixed.affine)
-    if "moving_label" in case:
-        label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
-        labels = transforms.resample_through(label, forward, fixed.affine, order=0)
-        transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int32), fixed.affine)
+    if "moving_label" not in case:
+        return {}
+    label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
+    labels = transforms.resample_through(label, forward, fixed.affine, order=0)
+    transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int32), fixed.affine)
+    if "fixed_label" not in case:
+        return {}
+    truth, _ = read_label(case["fixed_label"], landmark_channels=load.landmark_channels)
+    ids = shared_labels(truth.array, label.array)
+    return {"dice_native": mean_of(dice(truth.array, labels.astype(np.int32), ids).values())}

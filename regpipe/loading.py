@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from regpipe import images, transforms
 from regpipe.checks import unlike_landmarks
 from regpipe.errors import InputError
+from regpipe.frames import Frames, Read, extent
 from regpipe.images import Grid
 from regpipe.pairs import KINDS, SIDES, Case
 
@@ -31,20 +33,32 @@ class LoadPair:
     they are kept, per image and not per pair, and handed out without a copy: never change them in place.
 
     Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
+    ``affine``, ``affine_from`` and ``space``: how the moving image's frame is aligned with the fixed one's, see
+    ``regpipe.frames``; each alignment is found once.
     """
 
     def __init__(
-        self, grid: Grid, *, landmark_channels: int | None = None, cache: bool = True, mask_rims: bool = True
+        self,
+        grid: Grid,
+        *,
+        landmark_channels: int | None = None,
+        cache: bool = True,
+        mask_rims: bool = True,
+        affine: str = "centre",
+        affine_from: str = "images",
+        space: Mapping[str, Any] | None = None,
     ) -> None:
         self.grid = grid
         self.landmark_channels = landmark_channels
         self.mask_rims = mask_rims
-        self.cache: dict[tuple[str | None, ...], dict[str, Tensor]] | None = {} if cache else None
+        self.frames = Frames(grid, affine, source=affine_from, space=space)
+        self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
 
     def __call__(self, case: Case) -> dict[str, Any]:
         item: dict[str, Any] = {"case": case["case"]}
-        for side in SIDES:
-            item |= {f"{side}_{key}": value for key, value in self._side(case, side).items()}
+        read = functools.cache(images.read_image)  # both frames and arrays may ask for a file
+        for side, frame in zip(SIDES, self.frames(case, read), strict=True):
+            item |= {f"{side}_{key}": value for key, value in self._side(case, side, frame, read).items()}
         if "displacement" in case:
             item["displacement"] = self._true_displacement(case, item)
         counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
@@ -55,14 +69,15 @@ class LoadPair:
             item |= {f"{side}_landmarks": item[f"{side}_landmarks"][:0] for side in SIDES}
         return item
 
-    def _side(self, case: Case, side: str) -> dict[str, Tensor]:
+    def _side(self, case: Case, side: str, frame: np.ndarray, read: Read) -> dict[str, Tensor]:
         image, label, landmarks, mask = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
-        if self.cache is not None and files in self.cache:
-            return self.cache[files]
+        key = (*files, frame.tobytes())
+        if self.cache is not None and key in self.cache:
+            return self.cache[key]
         assert image is not None
-        tensors = self._load(image, label, landmarks, mask)
-        if self.cache is not None:
-            self.cache[files] = tensors
+        tensors = self._load(image, label, landmarks, mask, frame, read)
+        if self.cache is not None and (side == "fixed" or self.frames.per_image):
+            self.cache[key] = tensors
         return tensors
 
     def _true_displacement(self, case: Case, item: Mapping[str, Any]) -> Tensor:
@@ -70,16 +85,14 @@ class LoadPair:
         frames = (item["fixed_affine"].numpy(), item["moving_affine"].numpy())
         return torch.from_numpy(transforms.grid_displacement(field, affine, *frames, self.grid.shape)).float()
 
-    def _load(self, path: str, label: str | None, landmarks: str | None, mask: str | None) -> dict[str, Tensor]:
+    def _load(
+        self, path: str, label: str | None, landmarks: str | None, mask: str | None, affine: np.ndarray, read: Read
+    ) -> dict[str, Tensor]:
         shape, dim = self.grid.shape, len(self.grid.shape)
-        image = images.read_image(path)
-        try:
-            affine = images.to_grid(image, self.grid)
-        except InputError as problem:
-            raise InputError(f"{path}: {problem}") from None
+        image = read(path)
         seen = _covered(image, affine, shape)
         if seen < 0.9:
-            log.warning("%s: the working grid covers only %.0f %% of it, around its centre", path, 100 * seen)
+            log.warning("%s: the working grid covers only %.0f %% of it, around its middle", path, 100 * seen)
         grey = image._replace(array=images.normalise(image.array))
         array = images.resample(grey, affine, shape, order=1)
         labels, points, back = (
@@ -118,10 +131,7 @@ def _mask(image: images.Image, path: str | None, affine: np.ndarray, shape: tupl
 
 def _covered(image: images.Image, affine: np.ndarray, shape: tuple[int, ...]) -> float:
     """Share of an image's volume inside the working grid, along the grid's axes."""
-    size = np.array(image.array.shape)
-    corners = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in size], indexing="ij"), -1).reshape(-1, len(size))
-    at = apply_affine(np.linalg.inv(affine) @ image.affine, corners)
-    low, high = at.min(0), at.max(0)
+    low, high = extent(image.array.shape, image.affine, affine)
     inside = np.minimum(high, np.array(shape) - 0.5) - np.maximum(low, -0.5)
     return float(np.prod(inside.clip(min=0) / (high - low)))
 

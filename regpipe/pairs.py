@@ -2,7 +2,7 @@
 
 A *case* is a plain dict of strings: ``case`` (its name), ``fixed_image``, ``moving_image`` and,
 where there are any, ``fixed_label``, ``fixed_landmarks``, ``fixed_mask``, the same of ``moving``,
-and ``displacement`` (the true one, of phantoms): absolute paths.
+and ``displacement`` (the true one, of phantoms): absolute paths, as ``regpipe.images`` reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from regpipe import images
 from regpipe.errors import InputError
-from regpipe.images import SUFFIXES, Grid, PathLike
+from regpipe.images import SUFFIXES, Grid, PathLike, is_series
 
 Case = dict[str, str]
 SIDES = ("fixed", "moving")
@@ -42,9 +42,10 @@ def list_pairs(
 
     Three layouts. (1) ``fixed_images/`` and ``moving_images/``, and ``fixed_labels/``,
     ``moving_landmarks/``, ``fixed_masks/`` ... where there are any; files of one stem belong
-    together. (2) ``images/`` with ``labels/``, ``landmarks/`` and ``masks/``, or a plain folder of image files:
-    pairs are made of them. (3) A ``.json`` datalist with ``training`` and ``validation`` (or ``test``):
-    lists of cases, paths relative to the file.
+    together; an image is a file, or a sub-folder with one DICOM series. (2) ``images/`` with ``labels/``,
+    ``landmarks/`` and ``masks/``, or a plain folder of images: pairs are made of them. (3) A ``.json`` datalist with
+    ``training`` and ``validation`` (or ``test``): lists of cases, paths relative to the file; ``film.nii.gz#4`` is
+    a frame of a film, counted from 0.
 
     Args:
         dataset_dir: the folder or the ``.json``.
@@ -118,15 +119,21 @@ def _natural(name: str) -> list[Any]:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """stem -> path of the files with these suffixes, in natural order; other files are ignored."""
+    """stem -> path of the files with these suffixes, in natural order; other files are ignored.
+
+    Where images are looked for, a sub-folder with a DICOM series is one of them.
+    """
     if not folder.is_dir():
         return {}
-    names = [f for f in folder.iterdir() if f.name.lower().endswith(tuple(suffixes))]
     found: dict[str, str] = {}
-    for file in sorted(names, key=lambda f: _natural(f.name)):
-        name = images.stem(file)
-        if file.name.startswith(".") or (file.suffix == ".img" and file.with_suffix(".hdr").exists()):
+    for file in sorted(folder.iterdir(), key=lambda f: _natural(f.name)):
+        is_file = file.name.lower().endswith(tuple(suffixes)) and not file.is_dir()
+        series = suffixes == SUFFIXES and file.name not in FOLDERS.values() and is_series(file)
+        if file.name.startswith(".") or not (is_file or series):
             continue
+        if file.suffix == ".img" and file.with_suffix(".hdr").exists():
+            continue
+        name = images.stem(file)
         if name in found:
             raise InputError(f"{file}: {found[name]} has the same stem; keep one of them")
         found[name] = str(file)
@@ -138,7 +145,7 @@ def _subjects(root: Path, prefix: str, folder: Path, problems: dict[str, str] | 
     found = {k: _files(root / (prefix + FOLDERS[k]), s) for k, s in KINDS.items() if k != "image"}
     pictures = _files(folder, SUFFIXES)
     if not pictures:
-        raise InputError(f"{folder}: holds no image ({' '.join(SUFFIXES)}); layouts: {LAYOUTS}")
+        raise InputError(f"{folder}: holds no image ({' '.join(SUFFIXES)}, folder of DICOM); layouts: {LAYOUTS}")
     for files in found.values():
         for name, path in files.items():
             if name not in pictures:
@@ -191,6 +198,8 @@ def _from_two_folders(root: Path, cut: _Cut, problems: dict[str, str] | None) ->
 
 def _from_one_folder(root: Path, cut: _Cut, pairing: str, problems: dict[str, str] | None) -> list[Case]:
     inner = root / "images"
+    if not inner.is_dir() and is_series(root):
+        raise InputError(f"{root}: DICOM slices are one image; for pairs put each image's in a folder of its own")
     subjects = _subjects(root, "", inner if inner.is_dir() else root, problems)
     names = list(subjects)
     if len(names) < 2:
@@ -241,7 +250,7 @@ def _entry(entry: Mapping[str, str], file: Path) -> Case:
         key = f"{side}_{kind}"
         if key in entry:
             case[key] = str(file.parent / entry[key])
-            if not Path(case[key]).is_file():
+            if not any(f.is_file() for f in images.files(case[key])):
                 raise InputError(f"{case[key]}: no such file, but {file.name} lists it as {key}")
         elif kind == "image":
             raise InputError(f"{file}: a case without {key}: {json.dumps(entry)[:120]}")

@@ -8,12 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from regpipe import images
 from regpipe.errors import InputError
 from regpipe.files import replace_file
 from regpipe.pairs import Case
 
 NAME = "training.json"
-DATA = ("dataset_dir", "holdout", "pairing", "seed", "landmark_channels", "mask_rims", "cascades")
+DATA = (
+    "dataset_dir",
+    "holdout",
+    "pairing",
+    "seed",
+    "landmark_channels",
+    "mask_rims",
+    "cascades",
+    "affine",
+    "affine_from",
+    "space",
+)
+# what older records do not say
+LATER: dict[str, Any] = {"mask_rims": False, "cascades": 1, "affine": "centre", "affine_from": "images", "space": None}
 
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
@@ -34,12 +48,16 @@ def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
     if required and not path.is_file():
         raise InputError(f"{path}: missing; copy the whole folder of the model, or train again")
     if not path.is_file():
-        return {"pairing": "all", "landmark_channels": None, "mask_rims": True, "cascades": 1, "training_images": []}
-    later = {"mask_rims": False, "cascades": 1}  # what older records do not say
+        return {**LATER, "pairing": "all", "landmark_channels": None, "mask_rims": True, "training_images": []}
     try:
-        return later | json.loads(path.read_text(encoding="utf-8"))
+        return LATER | json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); train again") from error
+
+
+def stage_for_others(record: dict[str, Any]) -> str:
+    """The affine stage for any images: that of the training; where it had none, ``auto`` (see ``regpipe.frames``)."""
+    return "auto" if record["affine"] == "none" else str(record["affine"])
 
 
 def default_split(dataset_dir: str, record: dict[str, Any]) -> str:
@@ -66,7 +84,7 @@ def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> Non
 
 def digest(cases: Sequence[Case]) -> str:
     """A short hash of the pairs' names and of their images' sizes: other data, another digest."""
-    sizes = {path: Path(path).stat().st_size for path in _images(cases)}
+    sizes = {path: sum(file.stat().st_size for file in images.files(path)) for path in _images(cases)}
     known = [(c["case"], sizes[c["fixed_image"]], sizes[c["moving_image"]]) for c in cases]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 

@@ -106,3 +106,23 @@ def test_one_bad_file_spoils_every_pair_it_is_in_and_no_other(tmp_path: Path) ->
     problems = check_pairs(list_pairs(tmp_path))
     assert problems.keys() == {f"f{a}_to_f{b}" for a in range(4) for b in range(4) if a != b and 2 in (a, b)}
     assert all("f2.png" in problem for problem in problems.values())
+
+
+def test_a_label_drawn_on_a_sheared_image_fits_it_and_one_on_another_grid_does_not(tmp_path: Path) -> None:
+    root = two_folders(tmp_path, 2)
+    sheared = np.array([[1, 0.3, 0, 5], [0, 1, 0, 0], [0, 0, 1.5, 0], [0, 0, 0, 1]])
+    for i in range(2):
+        save(root / "fixed_images" / f"c{i}.nii.gz", volume(), sheared)
+        save(root / "fixed_masks" / f"c{i}.nii.gz", np.ones((6, 7, 8), np.uint8), sheared)
+        (root / "fixed_landmarks" / f"c{i}.csv").write_text("x,y,z\n-7,-2,3\n-8,-2,1\n")
+    save(root / "fixed_labels" / "c0.nii.gz", np.ones((6, 7, 8), np.uint8), sheared)
+    problems = check_pairs(list_pairs(root))
+    assert problems.keys() == {"c1"} and "fixed_labels/c1.nii.gz: not on its image's grid" in problems["c1"]
+
+
+def test_points_far_off_their_image_are_named_and_a_few_outside_are_not(tmp_path: Path) -> None:
+    root = two_folders(tmp_path, 2)
+    (root / "fixed_landmarks" / "c0.csv").write_text("x,y,z\n1,2,3\n2,2,1\n")  # RAS
+    (root / "fixed_landmarks" / "c1.csv").write_text("x,y,z\n-1,-2,3\n2,2,1\n")
+    problems = check_pairs(list_pairs(root))
+    assert problems.keys() == {"c0"} and "fixed_landmarks/c0.csv: most points lie outside" in problems["c0"]

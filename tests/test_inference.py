@@ -13,6 +13,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from conftest import Command, deforming_bundle, infer
 from nibabel.affines import apply_affine
@@ -20,13 +21,15 @@ from PIL import Image as Picture
 from scipy import ndimage
 
 from regpipe import inference
+from regpipe.apply import apply
 from regpipe.bundles import write_bundle
 from regpipe.casemetrics import read_rows
 from regpipe.errors import cause
 from regpipe.images import Grid, read_image
 from regpipe.transforms import map_points, read_displacement
 
-IMAGES = {"displacement", "inverse_displacement", "warped", "warped_label", "jacobian"}
+IMAGES = {"displacement", "inverse_displacement", "warped", "warped_label", "jacobian", "1Warp", "1InverseWarp"}
+TRANSFORMS = {"moving_to_fixed.h5", "fixed_to_moving.h5", "0GenericAffine.mat", "transform.json"}
 PICTURES = {"checkerboard", "overlay", "sheet"}
 
 
@@ -118,7 +121,7 @@ def registered(request: pytest.FixtureRequest) -> tuple[Path, Path, int]:
 
 def test_a_case_has_every_file_and_things_did_move(registered: tuple[Path, Path, int]) -> None:
     _, case, dim = registered
-    files = {"metrics.json", *(f"{name}.nii.gz" for name in IMAGES), *(f"{name}.png" for name in PICTURES)}
+    files = {"metrics.json", *(f"{name}.nii.gz" for name in IMAGES), *(f"{name}.png" for name in PICTURES), *TRANSFORMS}
     assert {path.name for path in case.iterdir()} == files
     d, _ = read_displacement(case / "displacement.nii.gz")
     assert len(d) == dim and 1 < np.linalg.norm(d, axis=0).max() < 20  # mm
@@ -137,6 +140,19 @@ def test_itk_warps_image_and_labels_as_we_did(registered: tuple[Path, Path, int]
     theirs = itk_resampled(data / "moving_labels" / "p.nii.gz", fixed, field, dim, nearest=True)
     assert set(np.unique(labels)) <= {*np.unique(read_image(data / "moving_labels" / "p.nii.gz").array)}
     assert (labels != theirs)[inner].mean() < 2e-3  # ties between two voxels
+
+
+def test_the_composite_gives_in_simpleitk_what_was_written(registered: tuple[Path, Path, int]) -> None:
+    data, case, dim = registered
+    fixed, moving = (sitk.ReadImage(str(data / f"{side}_images" / "p.nii.gz")) for side in ("fixed", "moving"))
+    ours, inner = read_image(case / "warped.nii.gz").array, (slice(3, -3),) * dim
+    transform = sitk.ReadTransform(str(case / "moving_to_fixed.h5"))
+    theirs = sitk.GetArrayFromImage(sitk.Resample(sitk.Cast(moving, sitk.sitkFloat32), fixed, transform)).T
+    bound = 1e-3 if dim == 2 else 2e-2  # on another grid than the field's: linear between other points
+    assert np.abs(ours - theirs.reshape(ours.shape))[inner].max() < bound * np.ptp(ours)
+    assert np.abs(ours - theirs.reshape(ours.shape))[inner].mean() < 1e-3 * np.ptp(ours)
+    (again,) = apply(case, [data / "moving_images" / "p.nii.gz"], case.parent / "again")
+    np.testing.assert_allclose(read_image(again).array[inner], theirs.reshape(ours.shape)[inner], atol=1e-5)
 
 
 def test_there_and_back_is_where_one_was(registered: tuple[Path, Path, int]) -> None:
@@ -269,10 +285,10 @@ def test_ctrl_c_keeps_what_is_finished(
 ) -> None:
     real = inference.save_case
 
-    def interrupted(case: dict[str, str], *rest: Any) -> dict[str, Any]:
+    def interrupted(case: dict[str, str], *rest: Any, **kwargs: Any) -> dict[str, Any]:
         if case["case"] == "case_001":
             raise KeyboardInterrupt
-        return real(case, *rest)
+        return real(case, *rest, **kwargs)
 
     monkeypatch.setattr(inference, "save_case", interrupted)
     with pytest.raises(SystemExit) as end:

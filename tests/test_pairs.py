@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import frames, real, save, subjects, two_folders, volume
+from test_dicom import write_series
 
 from regpipe.checks import check_pairs
 from regpipe.images import Grid, InputError
@@ -203,3 +204,45 @@ def test_with_a_place_for_problems_the_sound_cases_are_listed_all_the_same(tmp_p
     problems.clear()
     assert list_pairs(root / "list.json", problems=problems) == []
     assert problems.keys() == {"a"} and "x: no such file" in problems["a"]
+
+
+def slices(folder: Path, n: int = 4) -> None:
+    """A DICOM series of n slices."""
+    stack = np.random.default_rng(n).integers(0, 900, (6, 7, n)).astype(np.int16)
+    write_series(folder, stack, np.diag([-1.0, -1.0, 2.0, 1.0]))
+
+
+def test_a_sub_folder_of_dicom_slices_is_a_subject_of_its_name(tmp_path: Path) -> None:
+    for name in ("1.2.840.1", "1.2.840.2"):
+        slices(tmp_path / "one" / "images" / name)
+    save(tmp_path / "one" / "images" / "c.nii.gz", volume((6, 7, 4)))
+    (tmp_path / "one" / "images" / "thumbnails").mkdir()
+    save(tmp_path / "one" / "labels" / "1.2.840.1.nii.gz", np.ones((6, 7, 4), np.uint8), np.diag([-1, -1, 2, 1]))
+    cases = list_pairs(tmp_path / "one")
+    assert len(cases) == 6 and cases[0]["case"] == "1.2.840.2_to_1.2.840.1" and "fixed_label" in cases[0]
+    assert check_pairs(cases) == {}
+    assert working_grid(cases[:1]) == Grid((8, 8, 4), (1.0, 1.0, 2.0))
+    assert len(list_pairs(tmp_path / "one" / "images")) == 6  # a plain folder of images
+    for side in ("fixed", "moving"):
+        slices(tmp_path / "two" / f"{side}_images" / "case")
+    assert [c["case"] for c in list_pairs(tmp_path / "two")] == ["case"]
+    save(tmp_path / "two" / "fixed_images" / "case.nii.gz", volume())
+    with pytest.raises(InputError, match="case.*same stem"):
+        list_pairs(tmp_path / "two")
+    with pytest.raises(InputError, match="1.2.840.1: DICOM slices are one image"):
+        list_pairs(tmp_path / "one" / "images" / "1.2.840.1")
+
+
+def test_a_datalist_names_series_and_frames(tmp_path: Path) -> None:
+    slices(tmp_path / "ct")
+    save(tmp_path / "tee.nii.gz", volume((6, 7, 4, 3)))
+    entry = {"fixed_image": "ct", "moving_image": "tee.nii.gz#2"}
+    (tmp_path / "list.json").write_text(json.dumps({"test": [entry]}))
+    cases = list_pairs(tmp_path / "list.json")
+    assert cases[0]["case"] == "tee_2_to_ct" and check_pairs(cases) == {}
+    for wrong in ("tea.nii.gz#2", "."):
+        (tmp_path / "list.json").write_text(json.dumps({"test": [entry | {"moving_image": wrong}]}))
+        with pytest.raises(InputError, match="no such file"):
+            list_pairs(tmp_path / "list.json")
+    (tmp_path / "list.json").write_text(json.dumps({"test": [entry | {"moving_image": "tee.nii.gz"}]}))
+    assert "holds 3 frames; ask for one" in check_pairs(list_pairs(tmp_path / "list.json"))["tee_to_ct"]

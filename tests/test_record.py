@@ -18,6 +18,9 @@ CHOICES = {
     "landmark_channels": 1,
     "mask_rims": True,
     "cascades": 1,
+    "affine": "centre",
+    "affine_from": "images",
+    "space": None,
 }
 
 
@@ -72,3 +75,9 @@ def test_evaluating_with_another_seed_is_refused_and_new_data_are_evaluated_whol
 def test_a_required_record_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="training.json: missing"):
         record.read(str(tmp_path), required=True)
+
+
+@pytest.mark.parametrize(("stage", "of_others"), [("none", "auto"), ("centre", "centre"), ("affine", "affine")])
+def test_new_images_are_aligned_as_those_of_the_training(stage: str, of_others: str, tmp_path: Path) -> None:
+    record.write(str(tmp_path), [case("a", "b")], {**CHOICES, "affine": stage})
+    assert record.stage_for_others(record.read(str(tmp_path))) == of_others

@@ -1,0 +1,167 @@
+"""``regpipe register``: a folder of pairs, or two files, with a bundle or without any."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regpipe import images
+from regpipe.errors import InputError
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
+]
+
+
+def add(app: typer.Typer) -> None:
+    """Give ``app`` the command."""
+    app.command()(register)
+
+
+def register(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="A trained bundle, or a comparison: its best. None: no network, see --refine."),
+    ] = None,
+    affine: Annotated[
+        str | None,
+        typer.Option(
+            help="First: none, centre, rigid, similarity, affine. Default: affine; with a bundle, as trained."
+        ),
+    ] = None,
+    affine_from: Annotated[
+        str | None, typer.Option(help="What rigid and more are found by: images (default), landmarks, both.")
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(help="Steps of per-pair optimisation after the network's answer (default 0), or from zero."),
+    ] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="What refinement compares images by: lncc, mind, mi, ncc, mse.")
+    ] = None,
+    smoothness: Annotated[
+        float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
+    ] = None,
+    finest: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Without a bundle: 1 compares at full resolution, 2 at half, faster; default: by size."
+        ),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="Transform files, by commas: displacement, itk, ants (by default), fsl, freesurfer, l2r."),
+    ] = None,
+    fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
+    moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
+    fixed_mask: Annotated[Path | None, typer.Option(help="With two files: where FIXED counts.")] = None,
+    moving_mask: Annotated[Path | None, typer.Option(help="With two files: where MOVING counts.")] = None,
+    landmarks: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="FIXED MOVING", help="With two files: corresponding points (.csv: x,y,z in LPS mm)."),
+    ] = None,
+    pairing: Annotated[
+        str | None,
+        typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained."),
+    ] = None,
+) -> None:
+    """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
+
+    Each case gets a folder with the warped image and labels, the transforms both ways (for ITK, ANTs and Slicer), the
+    Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on.
+    """
+    if len(inputs) > 2:
+        raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
+    given = {"pairing": pairing, "affine": affine, "affine_from": affine_from, "formats": _formats(formats)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    points = landmarks or (None, None)
+    beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}
+    beside |= {"moving_mask": moving_mask, "fixed_landmarks": points[0], "moving_landmarks": points[1]}
+    with tempfile.TemporaryDirectory() as aside:
+        dataset = inputs[0]
+        if len(inputs) == 2:
+            dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], beside)
+        elif any(beside.values()):
+            raise InputError("labels, masks and --landmarks go with two files; a folder holds its own")
+        if bundle is None:
+            _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
+        else:
+            loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
+            _with_bundle(bundle, dataset, out, refine, loss, chosen)
+
+
+def _formats(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
+    """What ``refinement_loss`` is told, checked."""
+    from regpipe.refine import refinement_loss
+
+    chosen: dict[str, Any] = {
+        "similarity": similarity or "lncc",
+        "smoothness": 1.0 if smoothness is None else smoothness,
+    }
+    refinement_loss(**chosen)
+    return chosen
+
+
+def _from_zero(
+    dataset: Path, out: Path, steps: int | None, loss: dict[str, Any], finest: int | None, chosen: dict[str, Any]
+) -> None:
+    from regpipe.inference import register_from_zero
+    from regpipe.refine import ZERO_STEPS, refinement_loss
+
+    steps = ZERO_STEPS if steps is None else steps
+    register_from_zero(str(dataset), str(out), steps=steps, weights=refinement_loss(**loss), finest=finest, **chosen)
+
+
+def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | None]) -> Path:
+    """A datalist of one case."""
+    files = {"fixed_image": fixed, "moving_image": moving, **beside}
+    entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
+    for name in entry.values():
+        if not all(file.exists() for file in images.files(name)):
+            raise InputError(f"{name}: no such file")
+    path.write_text(json.dumps({"test": [entry]}))
+    return path
+
+
+def _with_bundle(
+    bundle: Path, dataset: Path, out: Path, refine: int | None, loss: dict[str, Any] | None, chosen: dict[str, Any]
+) -> None:
+    from monai.bundle import ConfigWorkflow
+
+    from regpipe.compare import bundle_in
+
+    if refine is not None:
+        chosen["refine"] = refine
+    if loss is not None:
+        if not refine:
+            raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
+        told = ", ".join(f"{name}={value!r}" for name, value in loss.items())
+        chosen["refine_loss"] = f"$regpipe.refine.refinement_loss(structures=@structures, {told})"
+
+    bundle = bundle_in(bundle)
+    config = bundle / "configs" / "inference.yaml"
+    if not config.is_file():
+        raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
+    workflow = ConfigWorkflow(
+        str(config),
+        workflow_type="infer",
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        logging_file=str(bundle / "configs" / "logging.conf"),
+        bundle_root=str(bundle),
+        dataset_dir=str(dataset),
+        output_dir=str(out),
+        **chosen,
+    )
+    workflow.initialize()
+    workflow.run()

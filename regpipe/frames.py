@@ -1,0 +1,179 @@
+"""Where the working grid lies in the two images of a pair: the one map between files and what a network sees.
+
+A *frame* is an affine (D+1, D+1), working voxel -> RAS mm of an image. The fixed image's frame is the grid laid around
+its centre, along its own axes. The moving image's is the same grid carried over by the alignment ``T`` (fixed point ->
+moving point): ``moving_frame = T @ fixed_frame``, so that what is left for the network is what no affine map can do.
+``T`` is never applied to an image by itself: every file is resampled once, through everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from nibabel.affines import apply_affine
+
+from regpipe import affine, images
+from regpipe.errors import InputError
+from regpipe.images import Grid, Image
+from regpipe.pairs import SIDES, Case
+
+STAGES = ("auto", *affine.STAGES)
+SOURCES = ("images", "landmarks", "both")
+FOREGROUND = 0.1  # of an image's range, for where its content is
+
+Read = Callable[[str], Image]
+
+
+class Frames:
+    """``frames(case, read) -> (fixed frame, moving frame)``.
+
+    Args:
+        grid: the working grid.
+        stage: ``none``: both images share one space; ``centre``: their centres are laid onto each other; ``rigid``,
+            ``similarity``, ``affine``: see ``regpipe.affine``; ``auto``: ``none`` for two images on the grid ``space``,
+            else ``affine``.
+        source: what rigid and more are found by: the ``images``, the cases' ``landmarks`` files, or ``both``, the
+            images starting from the landmarks.
+        space: shape and affine of the grid that all images of the training shared.
+
+    Raises:
+        InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        stage: str = "centre",
+        *,
+        source: str = "images",
+        metric: str = "mi",
+        space: Mapping[str, Any] | None = None,
+    ) -> None:
+        for option, value, known in (("affine", stage, STAGES), ("affine_from", source, SOURCES)):
+            if value not in known:
+                raise InputError(f"--{option} {value}: choose among {', '.join(known)}")
+        self.grid, self.stage, self.source, self.metric, self.space = grid, stage, source, metric, space
+        self._own: dict[str, np.ndarray] = {}
+        self._found: dict[tuple[str | None, ...], np.ndarray] = {}
+
+    def __call__(self, case: Case, read: Read) -> tuple[np.ndarray, np.ndarray]:
+        fixed, moving = (case[f"{side}_image"] for side in SIDES)
+        start = self._around(fixed, read)
+        stage = self._stage_of(case, read)
+        if stage == "none":
+            return start, start
+        if stage == "centre":
+            return start, same_axes(self._around(moving, read), start, self.grid.shape)
+        key = (fixed, moving, *(case.get(f"{side}_{kind}") for side in SIDES for kind in ("mask", "landmarks")))
+        if key not in self._found:
+            self._found[key] = self._align(case, read, stage)
+        return start, self._found[key] @ start
+
+    @property
+    def per_image(self) -> bool:
+        """Whether an image's frame is the same in every pair of a cohort, and what is loaded by it worth keeping."""
+        return self.stage in ("none", "centre")
+
+    def _stage_of(self, case: Case, read: Read) -> str:
+        if self.stage != "auto":
+            return self.stage
+        known = self.space is not None and all(on_grid(read(case[f"{side}_image"]), self.space) for side in SIDES)
+        return "none" if known else "affine"
+
+    def _around(self, path: str, read: Read) -> np.ndarray:
+        if path not in self._own:
+            try:
+                self._own[path] = frame_of(read(path), self.grid)
+            except InputError as problem:
+                raise InputError(f"{path}: {problem}") from None
+        return self._own[path]
+
+    def _align(self, case: Case, read: Read, stage: str) -> np.ndarray:
+        start = None if self.source == "images" else self._from_landmarks(case, stage)
+        if start is not None and self.source == "landmarks":
+            return start
+        fixed_mask, moving_mask = (_mask(case.get(f"{side}_mask")) for side in SIDES)
+        fixed, moving = (read(case[f"{side}_image"]) for side in SIDES)
+        try:
+            return affine.align(
+                fixed, moving, stage, metric=self.metric, fixed_mask=fixed_mask, moving_mask=moving_mask, start=start
+            ).matrix
+        except InputError as problem:
+            raise InputError(f"{case['moving_image']}: {problem}") from None
+
+    def _from_landmarks(self, case: Case, stage: str) -> np.ndarray:
+        fixed, moving = (case.get(f"{side}_landmarks") for side in SIDES)
+        if fixed is None or moving is None:
+            missing = f"--affine_from {self.source} needs landmarks of both images; add them, or take images"
+            raise InputError(f"{case['moving_image']}: {missing}")
+        try:
+            return affine.from_landmarks(images.read_landmarks(fixed), images.read_landmarks(moving), stage)
+        except InputError as problem:
+            raise InputError(f"{moving}: {problem}") from None
+
+
+def _mask(path: str | None) -> np.ndarray | None:
+    return None if path is None else images.read_label(path)[0].array != 0
+
+
+def frame_of(image: Image, grid: Grid) -> np.ndarray:
+    """The frame of ``grid`` around the centre of an image; around its content on axes that the grid does not cover.
+
+    Raises:
+        InputError: an image of another dimension.
+    """
+    frame = images.to_grid(image, grid)
+    low, high = extent(image.array.shape, image.affine, frame)
+    short = (low < -1) | (high > np.array(grid.shape))
+    if short.any():
+        content = np.argwhere(images.normalise(image.array) > FOREGROUND)
+        if len(content):
+            at = apply_affine(np.linalg.inv(frame) @ image.affine, content[:: max(1, len(content) // 100_000)])
+            middle = (at.min(0) + at.max(0)) / 2 - (np.array(grid.shape) - 1) / 2
+            shift = np.where(short, np.rint(middle), 0)
+            frame = frame.copy()
+            frame[:-1, -1] += frame[:-1, :-1] @ shift
+    return frame
+
+
+def extent(shape: Sequence[int], affine: np.ndarray, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest coordinates (D,) of an image's corners, voxels' edges included, in voxels of a frame."""
+    sides = [(-0.5, n - 0.5) for n in shape]
+    corners = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, len(shape))
+    at = apply_affine(np.linalg.inv(frame) @ affine, corners)
+    return at.min(0), at.max(0)
+
+
+def same_axes(own: np.ndarray, like: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The frame ``own`` with the axes of ``like``, turned about the grid's centre."""
+    if np.allclose(own[:-1, :-1], like[:-1, :-1], rtol=0, atol=1e-4):
+        return own  # to the bit, whatever the fixed image is
+    middle = (np.array(shape) - 1) / 2
+    turned = like.copy()
+    turned[:-1, -1] = apply_affine(own, middle) - like[:-1, :-1] @ middle
+    return turned
+
+
+def on_grid(image: Image, space: Mapping[str, Any]) -> bool:
+    """Whether an image has the shape and affine of ``space``."""
+    return list(image.array.shape) == list(space["shape"]) and np.allclose(image.affine, space["affine"], atol=1e-3)
+
+
+def common_space(cases: Sequence[Case]) -> dict[str, Any] | None:
+    """Shape and affine that all images of these cases share, by their headers; None where they differ."""
+    paths = list(dict.fromkeys(case[f"{side}_image"] for case in cases for side in SIDES))
+    shape, matrix = images.header(paths[0])
+    for path in paths[1:]:
+        other, its = images.header(path)
+        if other != shape or not np.allclose(matrix, its, atol=1e-3):
+            return None
+    return {"shape": [*shape], "affine": matrix.tolist()}
+
+
+def training_stage(stage: str, cases: Sequence[Case]) -> str:
+    """The stage of a cohort in training: ``auto`` is ``none`` where all images share one grid, else ``centre``."""
+    if stage != "auto":
+        return stage
+    return "none" if common_space(cases) else "centre"
