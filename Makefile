@@ -20,7 +20,7 @@ demo: $(BIN)/regpipe
 	@echo
 	@cat $(DEMO)/comparison/comparison.md
 	@echo
-	@echo "transforms  $(DEMO)/registered/case_000/displacement.nii.gz, inverse_displacement.nii.gz (LPS mm: ITK, ANTs, Slicer)"
+	@echo "transforms  $(DEMO)/registered/case_000/moving_to_fixed.h5, fixed_to_moving.h5 (ITK, Slicer), 1Warp.nii.gz ... (ANTs)"
 	@echo "pictures    $(DEMO)/registered/case_000/sheet.png"
 	@echo "metrics     $(DEMO)/registered/metrics.csv"
 	@echo "dashboard   $(BIN)/tensorboard --logdir $(DEMO)/comparison"

@@ -1,8 +1,9 @@
 """regpipe: learned diffeomorphic registration of medical images.
 
-    files -> pairs -> encoder features -> velocity -> displacement -> warped -> losses / metrics -> report
-     disk    dict     pyramid per image   coarse to    both ways      images    named numbers     tables,
-                                          fine, SVF                                               pictures
+    files -> pairs -> [affine] -> encoder features -> velocity -> displacement -> warped -> losses / metrics -> report
+     disk    dict      matrix     pyramid per image   coarse to    both ways      images    named numbers     tables,
+                                                      fine, SVF                                               pictures
+                                                                       '-> transform files (native, LPS mm) -> apply
 
 The convention of every field stands at the top of ``regpipe.fields``.
 """
