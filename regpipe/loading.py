@@ -75,8 +75,11 @@ class LoadPair:
         if self.cache is not None and key in self.cache:
             return self.cache[key]
         assert image is not None
+        centred = side == "fixed" or self.frames.per_image  # else the grid lies where the fixed image is
+        if centred and (seen := _covered(read(image), frame, self.grid.shape)) < 0.9:
+            log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
         tensors = self._load(image, label, landmarks, mask, frame, read)
-        if self.cache is not None and (side == "fixed" or self.frames.per_image):
+        if self.cache is not None and centred:
             self.cache[key] = tensors
         return tensors
 
@@ -90,9 +93,6 @@ class LoadPair:
     ) -> dict[str, Tensor]:
         shape, dim = self.grid.shape, len(self.grid.shape)
         image = read(path)
-        seen = _covered(image, affine, shape)
-        if seen < 0.9:
-            log.warning("%s: the working grid covers only %.0f %% of it, around its middle", path, 100 * seen)
         grey = image._replace(array=images.normalise(image.array))
         array = images.resample(grey, affine, shape, order=1)
         labels, points, back = (

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance
+from scipy.ndimage import find_objects
 from scipy.stats import bootstrap
 from torch import Tensor
 
@@ -75,11 +76,20 @@ def hd95(fixed_label: Array, warped_label: Array, ids: Sequence[int], spacing: S
     shape = torch.as_tensor(fixed_label).shape[-len(spacing) :]
     fixed, warped = (torch.as_tensor(x).cpu().reshape(1, 1, *shape) for x in (fixed_label, warped_label))
     scores = {}
+    boxes = [find_objects(x[0, 0].numpy()) for x in (fixed, warped)]
     for i in ids:
-        a, b = fixed == i, warped == i
-        both = bool(a.any()) and bool(b.any())
-        scores[i] = math.nan if not both else _hausdorff(b, a, spacing)
+        held = [found[i - 1] for found in boxes if i <= len(found) and found[i - 1] is not None]
+        box = (slice(None), slice(None), *_around(held))
+        scores[i] = math.nan if len(held) < 2 else _hausdorff(warped[box] == i, fixed[box] == i, spacing)
     return scores
+
+
+def _around(boxes: Sequence[tuple[slice, ...]]) -> list[slice]:
+    """The box that holds them all and a voxel more: of 98 structures each fills a small part of a head."""
+    return [
+        slice(max(0, min(s.start for s in sides) - 1), max(s.stop for s in sides) + 1)
+        for sides in zip(*boxes, strict=True)
+    ]
 
 
 def _hausdorff(a: Tensor, b: Tensor, spacing: Sequence[float]) -> float:
