@@ -247,7 +247,8 @@ def _improved(pair: _Pair, matrix: np.ndarray, kind: str, metric: str, search: _
     try:
         found = _elastix(pair, matrix, kind, metric, search, seed)
     except RuntimeError:  # too few samples fall into the moving image or its mask; its message says only "see log"
-        log.info("elastix gave up on the %s transform, most likely for want of overlap; the one before is kept", kind)
+        why = "for want of overlap, or of slices (four at least)"
+        log.warning("elastix gave up on the %s transform, most likely %s; the one before is kept", kind, why)
         return matrix
     before, after = (_similarity(*pair, m, metric) for m in (matrix, found))
     if after <= before:

@@ -67,11 +67,12 @@ def apply(
     single = out.name.lower().endswith((*SUFFIXES, *READERS)) and not out.is_dir()
     if single and len(paths) > 1:
         raise InputError(f"{out}: {len(paths)} results do not go into one file; give a folder")
+    given = {path.resolve() for path in paths}
     written: list[Path] = []
     for path in paths:
         try:
             target = out if single else out / _result_name(path, carrier.grid)
-            if target in written or target.resolve() == path.resolve():
+            if target in written or target.resolve() in given:
                 raise InputError(f"{path}: its result would overwrite {target}; give another --out")
             done = _carry_points(path, target, carrier) if is_points(path) else _carry_image(path, target, carrier)
             print(f"{path} -> {target} ({done})", flush=True)

@@ -97,7 +97,7 @@ class CaseMetrics(Metric):
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a header, one line per case, then 'mean' and 'std' (n - 1), both without NaNs.
+    """Write a header, one line per case, then 'mean' and 'std' (n - 1), both without NaNs; NaN is what a case lacks.
 
     The file is written aside and renamed, so that an old one is replaced whole or not at all.
 
@@ -106,10 +106,11 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     if not rows:
         raise ValueError(f"{path}: there are no cases to write")
-    names = [key for key in rows[0] if key != "case"]
-    table = [[row["case"], *(float(row[name]) for name in names)] for row in rows]
-    table.append(["mean", *(mean_of(row[name] for row in rows) for name in names)])
-    table.append(["std", *(_std(row[name] for row in rows) for name in names)])
+    names = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "case"]
+    table = [[row["case"], *(float(row.get(name, math.nan)) for name in names)] for row in rows]
+    columns = list(zip(*(line[1:] for line in table), strict=True))
+    table.append(["mean", *map(mean_of, columns)])
+    table.append(["std", *map(_std, columns)])
     text = io.StringIO(newline="")
     csv.writer(text).writerows([["case", *names], *table])
     replace_file(path, text.getvalue().encode())

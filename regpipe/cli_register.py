@@ -86,6 +86,8 @@ def register(
     beside |= {"moving_mask": moving_mask, "fixed_landmarks": points[0], "moving_landmarks": points[1]}
     with tempfile.TemporaryDirectory() as aside:
         dataset = inputs[0]
+        if len(inputs) == 1 and dataset.is_file() and dataset.suffix.lower() != ".json":
+            raise InputError(f"{dataset}: is one image; give FIXED and MOVING, or a folder of pairs")
         if len(inputs) == 2:
             dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], beside)
         elif any(beside.values()):
@@ -128,8 +130,9 @@ def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | No
     files = {"fixed_image": fixed, "moving_image": moving, **beside}
     entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
     for name in entry.values():
-        if not all(file.exists() for file in images.files(name)):
-            raise InputError(f"{name}: no such file")
+        files_of = images.files(name)
+        if not files_of or not all(file.exists() for file in files_of):
+            raise InputError(f"{name}: no such file, or a folder without DICOM files")
     path.write_text(json.dumps({"test": [entry]}))
     return path
 

@@ -8,6 +8,7 @@ moving point): ``moving_frame = T @ fixed_frame``, so that what is left for the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from nibabel.affines import apply_affine
 from regpipe import affine, images
 from regpipe.errors import InputError
 from regpipe.images import Grid, Image
-from regpipe.pairs import SIDES, Case
+from regpipe.pairs import SIDES, Case, fixed_grid
 
 STAGES = ("auto", *affine.STAGES)
 SOURCES = ("images", "landmarks", "both")
@@ -30,7 +31,7 @@ class Frames:
     """``frames(case, read) -> (fixed frame, moving frame)``.
 
     Args:
-        grid: the working grid.
+        grid: the working grid; None: of each pair its own, see ``regpipe.pairs.fixed_grid``.
         stage: ``none``: both images share one space; ``centre``: their centres are laid onto each other; ``rigid``,
             ``similarity``, ``affine``: see ``regpipe.affine``; ``auto``: ``none`` for two images on the grid ``space``,
             else ``affine``.
@@ -44,7 +45,7 @@ class Frames:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: Grid | None,
         stage: str = "centre",
         *,
         source: str = "images",
@@ -55,51 +56,61 @@ class Frames:
             if value not in known:
                 raise InputError(f"--{option} {value}: choose among {', '.join(known)}")
         self.grid, self.stage, self.source, self.metric, self.space = grid, stage, source, metric, space
-        self._own: dict[str, np.ndarray] = {}
-        self._found: dict[tuple[str | None, ...], np.ndarray] = {}
+        self._own: dict[tuple[str, Grid], np.ndarray] = {}
+        self._found: dict[tuple[str | None, ...], affine.Alignment] = {}
 
     def __call__(self, case: Case, read: Read) -> tuple[np.ndarray, np.ndarray]:
-        fixed, moving = (case[f"{side}_image"] for side in SIDES)
-        start = self._around(fixed, read)
-        stage = self._stage_of(case, read)
+        grid = self.grid_of(case)
+        start = self.around(case["fixed_image"], grid, read)
+        stage = self.stage_of(case, read)
         if stage == "none":
             return start, start
         if stage == "centre":
-            return start, same_axes(self._around(moving, read), start, self.grid.shape)
-        key = (fixed, moving, *(case.get(f"{side}_{kind}") for side in SIDES for kind in ("mask", "landmarks")))
+            return start, same_axes(self.around(case["moving_image"], grid, read), start, grid.shape)
+        key = _files(case)
         if key not in self._found:
             self._found[key] = self._align(case, read, stage)
-        return start, self._found[key] @ start
+        return start, self._found[key].matrix @ start
 
-    @property
-    def per_image(self) -> bool:
-        """Whether an image's frame is the same in every pair of a cohort, and what is loaded by it worth keeping."""
-        return self.stage in ("none", "centre")
+    def grid_of(self, case: Case) -> Grid:
+        """The working grid of a case."""
+        return self.grid or fixed_grid(case)
 
-    def _stage_of(self, case: Case, read: Read) -> str:
+    def found(self, case: Case) -> dict[str, float]:
+        """Of a case that was aligned by its images: how far they overlap, how alike they were before and after."""
+        known = self._found.get(_files(case))
+        if known is None or math.isnan(known.overlap):
+            return {}
+        before, after = known.before, known.after
+        return {"affine_overlap": known.overlap, "affine_similarity_before": before, "affine_similarity": after}
+
+    def stage_of(self, case: Case, read: Read) -> str:
+        """What is done to a case."""
         if self.stage != "auto":
             return self.stage
         known = self.space is not None and all(on_grid(read(case[f"{side}_image"]), self.space) for side in SIDES)
         return "none" if known else "affine"
 
-    def _around(self, path: str, read: Read) -> np.ndarray:
-        if path not in self._own:
+    def around(self, path: str, grid: Grid, read: Read) -> np.ndarray:
+        """The frame of a grid around one image, whatever it is paired with."""
+        key = (path, grid)
+        if key not in self._own:
             try:
-                self._own[path] = frame_of(read(path), self.grid)
+                self._own[key] = frame_of(read(path), grid)
             except InputError as problem:
                 raise InputError(f"{path}: {problem}") from None
-        return self._own[path]
+        return self._own[key]
 
-    def _align(self, case: Case, read: Read, stage: str) -> np.ndarray:
+    def _align(self, case: Case, read: Read, stage: str) -> affine.Alignment:
         start = None if self.source == "images" else self._from_landmarks(case, stage)
         if start is not None and self.source == "landmarks":
-            return start
+            return affine.Alignment(start, math.nan, math.nan, math.nan)
         fixed_mask, moving_mask = (_mask(case.get(f"{side}_mask")) for side in SIDES)
         fixed, moving = (read(case[f"{side}_image"]) for side in SIDES)
         try:
             return affine.align(
                 fixed, moving, stage, metric=self.metric, fixed_mask=fixed_mask, moving_mask=moving_mask, start=start
-            ).matrix
+            )
         except InputError as problem:
             raise InputError(f"{case['moving_image']}: {problem}") from None
 
@@ -112,6 +123,11 @@ class Frames:
             return affine.from_landmarks(images.read_landmarks(fixed), images.read_landmarks(moving), stage)
         except InputError as problem:
             raise InputError(f"{moving}: {problem}") from None
+
+
+def _files(case: Case) -> tuple[str | None, ...]:
+    """What an alignment depends on."""
+    return tuple(case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks"))
 
 
 def _mask(path: str | None) -> np.ndarray | None:

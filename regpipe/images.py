@@ -177,6 +177,8 @@ def _open(path: PathLike, *, label: bool = False) -> Source:
         raise InputError(f"{path}: holds {last + 1} frames; ask for one frame: write #0 to #{last} after its name")
     if not 2 <= len(source.shape) <= 3 + label or 0 in source.shape:
         raise InputError(f"{path}: its shape is {source.shape}; an image is 2-D or 3-D, or a film of such")
+    if min(source.shape) < 2:
+        raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); save it as a 2-D image")
     _check_affine(source.affine, path)
     return source
 

@@ -27,11 +27,20 @@ from regpipe.files import replace_file
 from regpipe.images import PICTURE, Image, read_image, read_label
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.metrics import dice, mean_of, measure, shared_labels
-from regpipe.pairs import Case, list_pairs, working_grid
+from regpipe.pairs import Case, list_pairs
 from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
 BY_DEFAULT = (DENSE, "itk", "ants")
+WRITTEN: tuple[str, ...] = (
+    "metrics.json",
+    "transform.json",
+    "*displacement.nii.gz",
+    "*_to_*.*",
+    exports.ANTS_AFFINE,
+    *exports.ANTS_WARPS,
+)
+WRITTEN += ("warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
 
 
 class FolderRun:
@@ -65,7 +74,9 @@ class FolderRun:
         formats: Sequence[str] = BY_DEFAULT,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        exports.check_formats([name for name in formats if name != DENSE], len(load.grid.shape))
+        formats = formats.split(",") if isinstance(formats, str) else formats
+        dim = 3 if load.grid is None else len(load.grid.shape)  # of a folder of any pairs each case says
+        exports.check_formats([name for name in formats if name != DENSE], dim)
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
         self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
@@ -80,8 +91,11 @@ class FolderRun:
         path = self.folder / name / "metrics.json"
         if not path.is_file():
             return None
-        row = json.loads(path.read_text())
-        return row if row.pop("made_from", None) == self._made_from(self.cases[name]) else None
+        try:
+            row = json.loads(path.read_text())
+            return row if row.pop("made_from") == self._made_from(self.cases[name]) else None
+        except (ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
+            return None
 
     def _made_from(self, case: Case) -> dict[str, Any]:
         """What a result depends on: each file's name, size and time, the weights and the settings."""
@@ -95,15 +109,17 @@ class FolderRun:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.dataset.data = self._todo()
         for i, case in enumerate(tqdm(self.dataset.data, desc="registering", unit="pair")):
+            self._current = case["case"]
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
                 if problem:
                     raise InputError(problem[case["case"]])
                 batch = collate_pairs([self.dataset[i]])
-            except Exception as error:
-                self._fail(case["case"], error)
+            except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
+                self._fail(
+                    case["case"], cause(error) or InputError(f"{case['case']}: cannot be loaded ({root(error)})")
+                )
                 continue
-            self._current = case["case"]
             yield batch
 
     def attach(self, engine: Engine) -> None:
@@ -113,6 +129,7 @@ class FolderRun:
         output: Any = engine.state.output
         name = output["label"]["case"][0]
         try:
+            clear(self.folder / name)
             row = save_case(
                 self.cases[name],
                 output["label"],
@@ -122,6 +139,7 @@ class FolderRun:
                 formats=self.formats,
                 settings={**self._settings, "weights": self._weights},
             )
+            row |= self.load.frames.found(self.cases[name])
             row["made_from"] = self._made_from(self.cases[name])
             replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
         except InputError as problem:
@@ -129,12 +147,9 @@ class FolderRun:
         except OSError as problem:  # a full disk, a file where the case's folder should be
             self._fail(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
 
-    def _fail(self, name: str, error: Exception) -> None:
-        known = cause(error)
-        if known is None:
-            raise error
-        self.failures[name] = str(known)
-        tqdm.write(f"{name}: {known}")
+    def _fail(self, name: str, problem: InputError) -> None:
+        self.failures[name] = str(problem)
+        tqdm.write(f"{name}: {problem}")
 
     def register(self, evaluator: Engine) -> None:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
@@ -167,8 +182,7 @@ class FolderRun:
         except (RuntimeError, MemoryError, InputError) as error:
             if not self._current:
                 raise  # not a case's fault
-            why = str(error).partition("\n")[0] or type(error).__name__
-            self._fail(self._current, InputError(f"{self._current}: cannot be registered ({why})"))
+            self._fail(self._current, InputError(f"{self._current}: cannot be registered ({root(error)})"))
 
     def _summary(self) -> None:
         rows = [row for row in map(self._result, self.cases) if row is not None]
@@ -181,6 +195,20 @@ class FolderRun:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
             raise SystemExit(1)
+
+
+def root(error: BaseException) -> str:
+    """The first line of what an error comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def clear(folder: Path) -> None:
+    """Remove the results of an earlier registration, what says that they are whole first; other files stay."""
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _stamps(path: str) -> list[Any]:
@@ -211,14 +239,7 @@ def register_from_zero(
         InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
         SystemExit: as ``FolderRun.register``.
     """
-    skipped: dict[str, str] = {}
-    cases = list_pairs(dataset_dir, pairing=pairing, problems=skipped)
-    skipped |= check_pairs(cases, landmark_channels=landmark_channels)
-    good = [case for case in cases if case["case"] not in skipped]
-    if not good:
-        raise InputError(next(iter(skipped.values())))
-    grid = working_grid(good)
-    refiner = zero_refiner(grid.shape, weights, steps=steps, window=window, finest=finest)
+    refiner = zero_refiner(weights, steps=steps, window=window, finest=finest)
     settings: dict[str, Any] = {
         "network": "none",
         "refine": steps,
@@ -228,8 +249,8 @@ def register_from_zero(
         "affine": affine,
         "affine_from": affine_from,
     }
-    settings |= {"grid": [[*grid.shape], [*grid.spacing]], "landmark_channels": landmark_channels}
-    load = LoadPair(grid, landmark_channels=landmark_channels, cache=False, affine=affine, affine_from=affine_from)
+    settings |= {"grid": "of each fixed image", "landmark_channels": landmark_channels}
+    load = LoadPair(None, landmark_channels=landmark_channels, cache=False, affine=affine, affine_from=affine_from)
     folder = FolderRun(
         dataset_dir, load=load, output_dir=output_dir, pairing=pairing, formats=formats, settings=settings
     )
@@ -276,21 +297,21 @@ def save_case(
         transforms.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
         transforms.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
         del backward  # as large as the image, three times
+    pair = exports.pair_transform(
+        *fields, *frames, (fixed.array.shape, fixed.affine), (moving.array.shape, moving.affine)
+    )
+    files = exports.image_file(case["fixed_image"], fixed), exports.image_file(case["moving_image"], moving)
+    stage = load.frames.stage_of(case, lambda path: fixed if path == case["fixed_image"] else moving)
     wanted = [name for name in formats if name != DENSE]
-    if wanted:
-        pair = exports.pair_transform(
-            *fields, *frames, (fixed.array.shape, fixed.affine), (moving.array.shape, moving.affine)
-        )
-        files = exports.image_file(case["fixed_image"], fixed), exports.image_file(case["moving_image"], moving)
-        exports.write_transforms(folder, pair, *files, formats=wanted, stage=load.frames.stage, settings=settings)
-        del pair
+    exports.write_transforms(folder, pair, *files, formats=wanted, stage=stage, settings=settings)
+    del pair
     native = _save_warped(case, fixed, moving, forward, folder, load)
     transforms.write_image(folder / "jacobian.nii.gz", transforms.native_jacobian(forward, fixed.affine), fixed.affine)
     shown = case_pictures(batch, prediction)
     for name in ("checkerboard", "overlay"):
         report.save_png(folder / f"{name}.png", shown[name])
     report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
-    measured = measure(registration, batch, load.grid.spacing) | native
+    measured = measure(registration, batch, load.grid_of(case).spacing) | native
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
     return {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}

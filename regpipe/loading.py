@@ -34,12 +34,13 @@ class LoadPair:
 
     Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
     ``affine``, ``affine_from`` and ``space``: how the moving image's frame is aligned with the fixed one's, see
-    ``regpipe.frames``; each alignment is found once.
+    ``regpipe.frames``; each alignment is found once (by each worker of a data loader). Without a ``grid`` each pair has
+    its own.
     """
 
     def __init__(
         self,
-        grid: Grid,
+        grid: Grid | None,
         *,
         landmark_channels: int | None = None,
         cache: bool = True,
@@ -57,8 +58,9 @@ class LoadPair:
     def __call__(self, case: Case) -> dict[str, Any]:
         item: dict[str, Any] = {"case": case["case"]}
         read = functools.cache(images.read_image)  # both frames and arrays may ask for a file
+        shape = self.grid_of(case).shape
         for side, frame in zip(SIDES, self.frames(case, read), strict=True):
-            item |= {f"{side}_{key}": value for key, value in self._side(case, side, frame, read).items()}
+            item |= {f"{side}_{key}": value for key, value in self._side(case, side, frame, shape, read).items()}
         if "displacement" in case:
             item["displacement"] = self._true_displacement(case, item)
         counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
@@ -69,30 +71,44 @@ class LoadPair:
             item |= {f"{side}_landmarks": item[f"{side}_landmarks"][:0] for side in SIDES}
         return item
 
-    def _side(self, case: Case, side: str, frame: np.ndarray, read: Read) -> dict[str, Tensor]:
+    def grid_of(self, case: Case) -> Grid:
+        """The working grid of a case."""
+        return self.frames.grid_of(case)
+
+    def _side(self, case: Case, side: str, frame: np.ndarray, shape: tuple[int, ...], read: Read) -> dict[str, Tensor]:
         image, label, landmarks, mask = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
         key = (*files, frame.tobytes())
         if self.cache is not None and key in self.cache:
             return self.cache[key]
         assert image is not None
-        centred = side == "fixed" or self.frames.per_image  # else the grid lies where the fixed image is
-        if centred and (seen := _covered(read(image), frame, self.grid.shape)) < 0.9:
+        seen = _covered(read(image), frame, shape)
+        if not seen:
+            raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
+        if seen < 0.9 and side == "fixed":
             log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
-        tensors = self._load(image, label, landmarks, mask, frame, read)
-        if self.cache is not None and centred:
+        tensors = self._load(image, label, landmarks, mask, frame, shape, read)
+        # A moving image's frame of its own is the same in all pairs; any other is this pair's alone.
+        if self.cache is not None and np.array_equal(frame, self.frames.around(image, self.grid_of(case), read)):
             self.cache[key] = tensors
         return tensors
 
     def _true_displacement(self, case: Case, item: Mapping[str, Any]) -> Tensor:
         field, affine = transforms.read_displacement(case["displacement"])
         frames = (item["fixed_affine"].numpy(), item["moving_affine"].numpy())
-        return torch.from_numpy(transforms.grid_displacement(field, affine, *frames, self.grid.shape)).float()
+        shape = self.grid_of(case).shape
+        return torch.from_numpy(transforms.grid_displacement(field, affine, *frames, shape)).float()
 
     def _load(
-        self, path: str, label: str | None, landmarks: str | None, mask: str | None, affine: np.ndarray, read: Read
+        self,
+        path: str,
+        label: str | None,
+        landmarks: str | None,
+        mask: str | None,
+        affine: np.ndarray,
+        shape: tuple[int, ...],
+        read: Read,
     ) -> dict[str, Tensor]:
-        shape, dim = self.grid.shape, len(self.grid.shape)
-        image = read(path)
+        image, dim = read(path), len(shape)
         grey = image._replace(array=images.normalise(image.array))
         array = images.resample(grey, affine, shape, order=1)
         labels, points, back = (

@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +23,13 @@ from regpipe import images
 from regpipe.errors import InputError
 from regpipe.images import SUFFIXES, Grid, PathLike, is_series
 
+log = logging.getLogger(__name__)
+
 Case = dict[str, str]
 SIDES = ("fixed", "moving")
 KINDS = {"image": SUFFIXES, "label": SUFFIXES, "landmarks": (".csv",), "mask": SUFFIXES}
 FOLDERS = {"image": "images", "label": "labels", "landmarks": "landmarks", "mask": "masks"}
+LARGEST_GRID = 12_000_000  # voxels
 LAYOUTS = "fixed_images/ + moving_images/, images/, a folder of images, or a .json datalist"
 
 
@@ -257,6 +262,24 @@ def _entry(entry: Mapping[str, str], file: Path) -> Case:
     fixed, moving = (images.stem(case[f"{side}_image"]) for side in SIDES)
     name = fixed if fixed == moving else f"{moving}_to_{fixed}"
     return {"case": str(entry.get("case", name)), **case}
+
+
+def fixed_grid(case: Case) -> Grid:
+    """The grid for one pair alone: the fixed image's extent and spacing, coarser where that is too much to work on.
+
+    Reads the header only.
+    """
+    shape, spacing = images.geometry(case["fixed_image"])
+    given, extent, least = shape, shape * spacing, spacing.min()
+    while math.prod(shape) > LARGEST_GRID:  # the finest axes first
+        least *= 1.02
+        spacing = np.maximum(spacing, least)
+        shape = tuple(int(n) for n in np.ceil(extent / spacing - 1e-4))
+    if shape != given:
+        sizes = "x".join(map(str, given)), "x".join(f"{mm:.3g}" for mm in spacing)
+        message = "%s: %s voxels are more than can be worked on; the working grid has %s mm"
+        log.warning(message, case["fixed_image"], *sizes)
+    return images.make_grid([4 * math.ceil(n / 4) for n in shape], spacing.round(6).tolist())
 
 
 def working_grid(

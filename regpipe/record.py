@@ -56,8 +56,8 @@ def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
 
 
 def stage_for_others(record: dict[str, Any]) -> str:
-    """The affine stage for any images: that of the training; where it had none, ``auto`` (see ``regpipe.frames``)."""
-    return "auto" if record["affine"] == "none" else str(record["affine"])
+    """The affine stage for any images: that of the training; ``auto`` where all of its images shared a space."""
+    return "auto" if record["affine"] == "none" and record["space"] else str(record["affine"])
 
 
 def default_split(dataset_dir: str, record: dict[str, Any]) -> str:

@@ -51,13 +51,14 @@ class Refiner:
         loss: what to minimise; terms that need labels or landmarks do not see them.
         steps: of Adam, over all levels together.
         rate: Adam's step in voxels of the velocity's grid.
-        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost.
+        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None:
+            full resolution up to ``FULL_RESOLUTION`` voxels, half beyond.
 
     Raises:
         InputError: no step, or a loss that needs supervision.
     """
 
-    def __init__(self, loss: RegistrationLoss, *, steps: int = 50, rate: float = 0.15, finest: int = 1) -> None:
+    def __init__(self, loss: RegistrationLoss, *, steps: int = 50, rate: float = 0.15, finest: int | None = 1) -> None:
         if not isinstance(steps, int) or steps < 1:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
         supervised = sorted({"dice", "anatomy", "landmarks", "known_field"} & set(loss.weights))
@@ -104,7 +105,8 @@ class Refiner:
 
     def _levels(self, shape: Sequence[int], given: bool) -> list[Level]:
         levels = FROM_NETWORK if given else FROM_ZERO
-        kept = [v for v in levels if v.stride >= self.finest and min(shape) >= SMALLEST * v.stride]
+        finest = self.finest or (1 if math.prod(shape) <= FULL_RESOLUTION else 2)
+        kept = [v for v in levels if v.stride >= finest and min(shape) >= SMALLEST * v.stride]
         return kept or [levels[-1]]
 
     def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int) -> Tensor:
@@ -145,19 +147,13 @@ def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WIND
 
 
 def zero_refiner(
-    shape: Sequence[int],
     weights: Mapping[str, float] | None = None,
     *,
     steps: int = ZERO_STEPS,
     window: int = WINDOW,
     finest: int | None = None,
 ) -> Refiner:
-    """The refiner for pairs on a grid ``shape`` without any network; ``weights``: LNCC's where not given.
-
-    ``finest``: see ``Refiner``; not given, full resolution up to ``FULL_RESOLUTION`` voxels, half beyond.
-    """
-    if finest is None:
-        finest = 1 if math.prod(shape) <= FULL_RESOLUTION else 2
+    """The refiner for pairs without any network; ``weights``: LNCC's where not given; ``finest``: see ``Refiner``."""
     loss = RegistrationLoss(weights or refinement_loss("lncc"), window=window)
     return Refiner(loss, steps=steps, finest=finest)
 

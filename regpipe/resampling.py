@@ -9,6 +9,7 @@ overshoot the range of the image a little.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from regpipe.readers import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, locate
 from regpipe.transformfiles import Space
 
 INTERPOLATIONS = ("auto", "linear", "bspline", "nearest", "label")
-LABEL_WORDS = ("label", "seg", "segmentation", "mask")
+LABEL_WORDS = ("label", "labelmap", "seg", "segmentation", "parcellation", "mask")
 FEW = 32
 # What becomes of formats of several files, and of those that lose something.
 WRITTEN = {".hdr": ".nii.gz", ".img": ".nii.gz", ".mhd": ".mha", ".nhdr": ".nrrd"}
@@ -53,7 +54,8 @@ def read_voxels(path: Path, interpolation: str) -> tuple[Image, np.dtype, str]:
 def is_label_map(path: Path, values: np.ndarray) -> bool:
     """The rule at the top of this file, for values that are whole numbers."""
     folder = path.absolute().parent.name.lower().removesuffix("s")
-    named = any(word in path.name.lower() or folder.endswith(word) for word in LABEL_WORDS)
+    words = {word.removesuffix("s") for word in re.split("[^a-z]+", path.name.lower())}
+    named = any(word in words or folder.endswith(word) for word in LABEL_WORDS)
     return named or len(np.unique(values)) <= FEW
 
 

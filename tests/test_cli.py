@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from conftest import as_if_in_its_own_process, deforming_bundle
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ from regpipe.bundles import write_bundle
 from regpipe.casemetrics import read_rows
 from regpipe.cohort import write_cohort
 from regpipe.images import Grid
+from regpipe.transforms import read_displacement
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_without_a_bundle_a_bad_file_is_reported_and_the_others_are_done(
     for path in (data / "moving_images").iterdir():
         path.write_bytes(b"no image")
     assert regpipe(monkeypatch, *command) == 1
-    assert "case_000.nii.gz" in capsys.readouterr().err
+    assert "0 of 3 pairs registered" in (told := capsys.readouterr().out) and "case_000.nii.gz" in told
 
 
 def test_refinement_starts_from_the_bundle_and_other_steps_are_another_result(
@@ -118,6 +121,56 @@ def test_refinement_starts_from_the_bundle_and_other_steps_are_another_result(
     assert regpipe(monkeypatch, *command, "--refine", 15, "--smoothness", 0.1) == 0
     rougher = read_rows(tmp_path / "metrics.csv")
     assert all(after["sdlogj"] > before["sdlogj"] for after, before in zip(rougher, refined, strict=True))
+
+
+def test_each_pair_has_its_own_grid_and_one_that_cannot_be_done_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=2)
+    coarse, volume = np.diag([8.0, 8.0, 1.0, 1.0]), np.random.default_rng(0).random((24, 1, 24))
+    for side in ("fixed", "moving"):
+        folder = data / f"{side}_images"
+        (data / f"{side}_labels" / "case_001.nii.gz").unlink()
+        (data / f"{side}_landmarks" / "case_001.csv").unlink()
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "plane.nii.gz")  # 3-D, one voxel thick
+        nib.save(nib.Nifti1Image(volume[:, 0, :, None], coarse), folder / "case_001.nii.gz")
+    for file in (data / "displacements").glob("*"):
+        file.unlink()
+    command = ["register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "none"]
+    assert regpipe(monkeypatch, *command) == 1
+    assert "plane.nii.gz: is one voxel thick" in capsys.readouterr().out
+    assert [row["case"] for row in read_rows(tmp_path / "out" / "metrics.csv")] == ["case_000", "case_001"]
+    shapes = [read_displacement(tmp_path / "out" / f"case_00{i}" / "displacement.nii.gz")[0].shape for i in (0, 1)]
+    assert shapes == [(2, 32, 32), (2, 24, 24)]
+    assert regpipe(monkeypatch, *command) == 1 and "2 of 3 cases are finished already" in capsys.readouterr().out
+
+
+def test_images_far_apart_are_refused_where_nothing_aligns_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array = np.random.default_rng(0).random((16, 16, 16))
+    for name, shift in (("a", 0.0), ("b", 1000.0)):
+        affine = np.eye(4)
+        affine[0, 3] = shift
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
+    files = [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]
+    assert regpipe(monkeypatch, "register", *files, "-o", tmp_path / "out", "--affine", "none") == 1
+    assert "b.nii.gz: nothing of it lies where the fixed image does" in capsys.readouterr().out
+    assert regpipe(monkeypatch, "register", files[0], "-o", tmp_path / "out") == 1
+    assert "a.nii.gz: is one image; give FIXED and MOVING" in capsys.readouterr().err
+
+
+def test_a_registration_done_anew_leaves_nothing_of_the_old_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data, case = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=1), tmp_path / "out" / "case_000"
+    command = ["register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "none"]
+    assert regpipe(monkeypatch, *command, "--formats", "itk,ants") == 0
+    (case / "notes.txt").write_text("mine")
+    assert regpipe(monkeypatch, *command, "--formats", "displacement") == 0
+    names = {path.name for path in case.iterdir()}
+    assert {"notes.txt", "displacement.nii.gz", "transform.json"} <= names
+    assert not [name for name in names if name.endswith((".h5", ".mat", "Warp.nii.gz"))]
 
 
 def test_register_without_arguments_wanted_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from regpipe import frames
+from regpipe.affine import Alignment
 from regpipe.errors import InputError
 from regpipe.frames import Frames, common_space, training_stage
 from regpipe.images import Grid, Image, read_image
@@ -49,9 +50,9 @@ def answer(monkeypatch: pytest.MonkeyPatch, matrix: np.ndarray) -> list[str]:
     """In place of any search ``matrix``; the stages asked for."""
     asked: list[str] = []
 
-    def align(self: Frames, case: dict[str, str], read: object, stage: str) -> np.ndarray:
+    def align(self: Frames, case: dict[str, str], read: object, stage: str) -> Alignment:
         asked.append(stage)
-        return matrix
+        return Alignment(matrix, 1.0, 0.5, 0.9)
 
     monkeypatch.setattr(Frames, "_align", align)
     return asked
@@ -106,11 +107,21 @@ def test_auto_aligns_what_is_not_in_the_training_s_space(tmp_path: Path, monkeyp
 def test_each_alignment_is_found_once_and_only_fixed_images_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, asked = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0))), answer(monkeypatch, turn(0, (2, 0, 0)))
+    case, asked = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0))), answer(monkeypatch, turn(5, (2, 0, 0)))
     load = LoadPair(GRID, affine="affine")
     for _ in range(2):
         load(case)
     assert len(asked) == 1 and load.cache is not None and len(load.cache) == 1
+
+
+def test_with_oblique_images_the_cache_grows_with_images_and_not_with_pairs(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{i}.nii.gz", head(), turn(2.0 * i)) for i in range(4)]
+    cases = [{"case": "", "fixed_image": a, "moving_image": b} for a, b in itertools.permutations(files, 2)]
+    for stage in ("none", "centre"):
+        load = LoadPair(GRID, affine=stage)
+        for case in cases:
+            load(case)
+        assert load.cache is not None and len(load.cache) == 4
 
 
 def test_landmarks_alone_align_exactly_and_errors_are_mm_of_the_moving_image(tmp_path: Path) -> None:

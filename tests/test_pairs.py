@@ -13,6 +13,7 @@ import pytest
 from conftest import frames, real, save, subjects, two_folders, volume
 from test_dicom import write_series
 
+from regpipe import pairs
 from regpipe.checks import check_pairs
 from regpipe.images import Grid, InputError
 from regpipe.loading import LoadPair
@@ -246,3 +247,19 @@ def test_a_datalist_names_series_and_frames(tmp_path: Path) -> None:
             list_pairs(tmp_path / "list.json")
     (tmp_path / "list.json").write_text(json.dumps({"test": [entry | {"moving_image": "tee.nii.gz"}]}))
     assert "holds 3 frames; ask for one" in check_pairs(list_pairs(tmp_path / "list.json"))["tee_to_ct"]
+
+
+def test_one_pair_alone_is_worked_on_on_the_fixed_image_s_grid(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = np.random.default_rng(0).random((24, 22, 10)).astype(np.float32)
+    case = {"case": "a"}
+    for side, mm in (("fixed", [0.25, 0.25, 1.0]), ("moving", [2.0, 2.0, 2.0])):
+        case[f"{side}_image"] = str(tmp_path / f"{side}.nii.gz")
+        nib.save(nib.Nifti1Image(array, np.diag([*mm, 1.0])), case[f"{side}_image"])
+    assert pairs.fixed_grid(case) == Grid((24, 24, 12), (0.25, 0.25, 1.0))
+    monkeypatch.setattr(pairs, "LARGEST_GRID", 1000)
+    grid = pairs.fixed_grid(case)
+    assert np.prod(grid.shape) <= 2 * 1000 and "fixed.nii.gz: 24x22x10 voxels are more" in caplog.text
+    extent = np.array(grid.shape) * grid.spacing
+    assert (extent >= [6, 5.5, 10]).all() and max(grid.spacing) == 1.0  # the coarse axis is left as it is

@@ -77,7 +77,15 @@ def test_a_required_record_that_is_missing_is_named(tmp_path: Path) -> None:
         record.read(str(tmp_path), required=True)
 
 
-@pytest.mark.parametrize(("stage", "of_others"), [("none", "auto"), ("centre", "centre"), ("affine", "affine")])
-def test_new_images_are_aligned_as_those_of_the_training(stage: str, of_others: str, tmp_path: Path) -> None:
-    record.write(str(tmp_path), [case("a", "b")], {**CHOICES, "affine": stage})
+SPACE = {"shape": [4, 4], "affine": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "space", "of_others"),
+    [("none", SPACE, "auto"), ("none", None, "none"), ("centre", None, "centre"), ("affine", None, "affine")],
+)
+def test_new_images_are_aligned_as_those_of_the_training(
+    stage: str, space: dict[str, object] | None, of_others: str, tmp_path: Path
+) -> None:
+    record.write(str(tmp_path), [case("a", "b")], {**CHOICES, "affine": stage, "space": space})
     assert record.stage_for_others(record.read(str(tmp_path))) == of_others

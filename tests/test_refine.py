@@ -146,10 +146,10 @@ def test_steps_are_dealt_out_to_the_levels() -> None:
 
 
 def test_large_grids_are_compared_at_half_resolution_unless_told() -> None:
-    assert zero_refiner((64, 64, 64)).finest == 1
-    assert zero_refiner((256, 256, 160)).finest == 2
-    assert zero_refiner((256, 256, 160), finest=1).finest == 1
-    velocity = zero_refiner((40, 48), steps=4, finest=2)(blobs((0.0, 0.0)), blobs((1.0, 0.0)))
+    assert zero_refiner()._levels((64, 64, 64), False)[-1].stride == 1
+    assert zero_refiner()._levels((256, 256, 160), False)[-1].stride == 2
+    assert zero_refiner(finest=1)._levels((256, 256, 160), False)[-1].stride == 1
+    velocity = zero_refiner(steps=4, finest=2)(blobs((0.0, 0.0)), blobs((1.0, 0.0)))
     assert velocity.shape[2:] == coarser_shape((40, 48), 2)  # on the finer grid all the same
 
 

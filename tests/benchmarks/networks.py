@@ -59,7 +59,7 @@ def regpipe_refined(model: Model | None, pair: Pair) -> Registration:
     images = torch.cat(_images(pair), 1)
     with torch.no_grad():
         if model is None:
-            from_zero = ZeroInferer(zero_refiner(images.shape[2:]), repair=True)
+            from_zero = ZeroInferer(zero_refiner(), repair=True)
             return _registration(from_zero(images, nn.Identity(), masks=_masks(pair)))
         structures = 0 if model.network.anatomy is None else 1
         refiner = make_refiner(STEPS, refinement_loss("lncc", structures=structures))

@@ -31,7 +31,8 @@ NORMS = {
 def dice(norm: str, seed: int, folder: str) -> float:
     """Mean Dice on the held-out phantoms after training with one normalisation."""
     training, validation = (list_pairs(folder, split=split) for split in ("training", "validation"))
-    load, infer = LoadPair(working_grid(training)), RegistrationInferer()
+    grid = working_grid(training)
+    load, infer = LoadPair(grid), RegistrationInferer()
     torch.manual_seed(seed)
     with mock.patch.object(encoders, "_norm", NORMS[norm]):
         net = SymmetricNet(2, "resnet18")
@@ -49,7 +50,7 @@ def dice(norm: str, seed: int, folder: str) -> float:
     with torch.no_grad():
         for case in validation:
             pair, target, *_ = prepare_batch(collate_pairs([load(case)]))
-            rows.append(measure(Registration(**infer(pair, net)), target, load.grid.spacing))
+            rows.append(measure(Registration(**infer(pair, net)), target, grid.spacing))
     return mean_of(row["dice"] for row in rows)
 
 

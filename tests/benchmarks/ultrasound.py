@@ -67,7 +67,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def row(name: str, fixed: Tensor, moving: Tensor, truth: Tensor | None) -> dict[str, str | float]:
     started = time.perf_counter()
-    inferer = ZeroInferer(zero_refiner(fixed.shape[2:]), repair=True)
+    inferer = ZeroInferer(zero_refiner(), repair=True)
     found = inferer(torch.cat([fixed, moving], 1), torch.nn.Identity())
     seconds = time.perf_counter() - started
     u = found["displacement"]
