@@ -21,6 +21,7 @@ from regpipe.network import VELOCITY_STRIDE
 SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
 SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
 SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
+STRUCTURES, BESIDE_STRUCTURES = 10.0, 0.3  # weight of those the network sees; the similarity's, then
 WINDOW = 5  # of LNCC, voxels
 ZERO_STEPS = 80
 FULL_RESOLUTION = 8_000_000  # voxels
@@ -134,9 +135,10 @@ def refinement_loss(similarity: str, *, structures: int = 0, smoothness: float =
         raise InputError(f"--similarity {similarity}: choose among {', '.join(SIMILARITY_WEIGHTS)}")
     if not smoothness > 0:
         raise InputError(f"--smoothness {smoothness:g}: give more than 0; 1 is the default")
-    seen = {"predicted_dice": 3.0} if structures else {}
+    similar = SIMILARITY_WEIGHTS[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
+    seen = {"predicted_dice": STRUCTURES} if structures else {}
     regularity = {name: smoothness * weight for name, weight in REGULARITY_WEIGHTS.items()}
-    return {similarity: SIMILARITY_WEIGHTS[similarity], **seen, **regularity}
+    return {similarity: similar, **seen, **regularity}
 
 
 def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WINDOW) -> Refiner | None:
