@@ -39,6 +39,9 @@ def register(
     affine_from: Annotated[
         str | None, typer.Option(help="What rigid and more are found by: images (default), landmarks, both.")
     ] = None,
+    affine_metric: Annotated[
+        str | None, typer.Option(help="What images are aligned by: mi (default), or ncc within a modality.")
+    ] = None,
     refine: Annotated[
         int | None,
         typer.Option(help="Steps of per-pair optimisation after the network's answer (default 0), or from zero."),
@@ -79,7 +82,8 @@ def register(
     """
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
-    given = {"pairing": pairing, "affine": affine, "affine_from": affine_from, "formats": _formats(formats)}
+    given: dict[str, Any] = {"pairing": pairing, "formats": _formats(formats)}
+    given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)
     beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}

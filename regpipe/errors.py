@@ -17,6 +17,13 @@ def cause(error: BaseException | None) -> InputError | None:
     return error
 
 
+def root(error: BaseException) -> str:
+    """The first line of what an error comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def explain(error: BaseException) -> str | None:
     """The line for a user: an ``InputError``'s message, or which file the system refused and why; else None."""
     known = cause(error)

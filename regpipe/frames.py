@@ -37,6 +37,7 @@ class Frames:
             else ``affine``.
         source: what rigid and more are found by: the ``images``, the cases' ``landmarks`` files, or ``both``, the
             images starting from the landmarks.
+        metric: what images are aligned by: ``mi``, or ``ncc`` for images of one modality.
         space: shape and affine of the grid that all images of the training shared.
 
     Raises:
@@ -52,7 +53,8 @@ class Frames:
         metric: str = "mi",
         space: Mapping[str, Any] | None = None,
     ) -> None:
-        for option, value, known in (("affine", stage, STAGES), ("affine_from", source, SOURCES)):
+        asked = {"affine": (stage, STAGES), "affine_from": (source, SOURCES), "affine_metric": (metric, affine.METRICS)}
+        for option, (value, known) in asked.items():
             if value not in known:
                 raise InputError(f"--{option} {value}: choose among {', '.join(known)}")
         self.grid, self.stage, self.source, self.metric, self.space = grid, stage, source, metric, space

@@ -21,7 +21,7 @@ from regpipe.boards import case_pictures
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.engines import ZeroInferer, prepare_batch
-from regpipe.errors import InputError, cause
+from regpipe.errors import InputError, cause, root
 from regpipe.fields import Registration
 from regpipe.files import replace_file
 from regpipe.images import PICTURE, Image, read_image, read_label
@@ -197,13 +197,6 @@ class FolderRun:
             raise SystemExit(1)
 
 
-def root(error: BaseException) -> str:
-    """The first line of what an error comes from."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 def clear(folder: Path) -> None:
     """Remove the results of an earlier registration, what says that they are whole first; other files stay."""
     for pattern in WRITTEN:
@@ -229,11 +222,13 @@ def register_from_zero(
     finest: int | None = None,
     affine: str = "affine",
     affine_from: str = "images",
+    affine_metric: str = "mi",
     formats: Sequence[str] = BY_DEFAULT,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
-    ``affine``, ``affine_from``: what goes before, see ``regpipe.frames``; ``formats``: see ``FolderRun``.
+    ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``regpipe.frames``;
+    ``formats``: see ``FolderRun``.
 
     Raises:
         InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
@@ -248,9 +243,17 @@ def register_from_zero(
         "finest": refiner.finest,
         "affine": affine,
         "affine_from": affine_from,
+        "affine_metric": affine_metric,
     }
     settings |= {"grid": "of each fixed image", "landmark_channels": landmark_channels}
-    load = LoadPair(None, landmark_channels=landmark_channels, cache=False, affine=affine, affine_from=affine_from)
+    load = LoadPair(
+        None,
+        landmark_channels=landmark_channels,
+        cache=False,
+        affine=affine,
+        affine_from=affine_from,
+        affine_metric=affine_metric,
+    )
     folder = FolderRun(
         dataset_dir, load=load, output_dir=output_dir, pairing=pairing, formats=formats, settings=settings
     )

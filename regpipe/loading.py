@@ -33,9 +33,9 @@ class LoadPair:
     they are kept, per image and not per pair, and handed out without a copy: never change them in place.
 
     Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
-    ``affine``, ``affine_from`` and ``space``: how the moving image's frame is aligned with the fixed one's, see
-    ``regpipe.frames``; each alignment is found once (by each worker of a data loader). Without a ``grid`` each pair has
-    its own.
+    ``affine``, ``affine_from``, ``affine_metric`` and ``space``: how the moving image's frame is aligned with the fixed
+    one's, see ``regpipe.frames``; each alignment is found once (by each worker of a data loader). Without a ``grid``
+    each pair has its own.
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class LoadPair:
         mask_rims: bool = True,
         affine: str = "centre",
         affine_from: str = "images",
+        affine_metric: str = "mi",
         space: Mapping[str, Any] | None = None,
     ) -> None:
         self.grid = grid
         self.landmark_channels = landmark_channels
         self.mask_rims = mask_rims
-        self.frames = Frames(grid, affine, source=affine_from, space=space)
+        self.frames = Frames(grid, affine, source=affine_from, metric=affine_metric, space=space)
         self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
 
     def __call__(self, case: Case) -> dict[str, Any]:

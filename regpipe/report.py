@@ -45,6 +45,7 @@ LINES = 16  # of the grid, along the shorter side
 GAP = 4  # pixels between pictures
 DPI = 128  # a power of two: pixels / DPI is exact and no figure loses a row to rounding
 FOLD = "red"
+FOREGROUND = 0.1  # of an image in [0, 1]
 
 
 class Slice(NamedTuple):
@@ -71,7 +72,7 @@ def pictures(
     Args:
         fixed, moving, warped: (*S) in [0, 1] on one grid, 2-D or 3-D.
         displacement: (D, *S) in voxels, ``warped(x) = moving(x + u(x))``.
-        axis: of a volume, the axis whose middle slice is shown; not used in 2-D.
+        axis: of a volume, the axis across which a slice is shown, amid what fixed shows; not used in 2-D.
         origin: where voxel (0, 0) lies, ``upper`` or ``lower`` left; default: upper in 2-D, lower
             in 3-D.
 
@@ -81,8 +82,9 @@ def pictures(
     images = [np.asarray(image, float) for image in (fixed, moving, warped)]
     u = np.asarray(displacement, np.float32)
     _check(images, u, origin)
-    view = _slice(u, axis, origin or ("upper" if len(u) == 2 else "lower"))
-    f, m, w = (_enlarged(_middle(image, axis), view) for image in images)
+    at = _content(images[0], axis)
+    view = _slice(u, axis, at, origin or ("upper" if len(u) == 2 else "lower"))
+    f, m, w = (_enlarged(_plane(image, axis, at), view) for image in images)
     return {
         "fixed": _grey(f),
         "moving": _grey(m),
@@ -105,22 +107,27 @@ def _check(images: list[Array], u: Array, origin: str | None) -> None:
         raise ValueError(f"origin {origin!r} is unknown: 'upper' or 'lower'")
 
 
-def _middle(volume: Array, axis: int) -> Array:
-    """The middle slice of a volume; an image (X, Y) is its own."""
-    if volume.ndim == 2:
-        return volume
-    return np.take(volume, volume.shape[axis] // 2, axis)
+def _content(volume: Array, axis: int) -> int:
+    """The slice in the middle of an image's foreground, half of it to either side: a head seldom fills its scan."""
+    others = tuple(a for a in range(volume.ndim) if a != axis % volume.ndim)
+    share = np.cumsum((volume > FOREGROUND).sum(axis=others))
+    return int(np.searchsorted(share, share[-1] / 2)) if share[-1] else len(share) // 2
 
 
-def _slice(u: Array, axis: int, origin: Origin) -> Slice:
+def _plane(volume: Array, axis: int, at: int) -> Array:
+    """One slice of a volume; an image (X, Y) is its own."""
+    return volume if volume.ndim == 2 else np.take(volume, at, axis)
+
+
+def _slice(u: Array, axis: int, at: int, origin: Origin) -> Slice:
     dim = len(u)
     normal = range(dim)[axis] if dim == 3 else None
-    plane = np.stack([_middle(u[i], axis) for i in range(dim) if i != normal])
+    plane = np.stack([_plane(u[i], axis, at) for i in range(dim) if i != normal])
     det = jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
     folds = 100 * np.mean(~(det > 0))  # NaN is a fold
     title = f"det J {np.nanmin(det):.2f} to {np.nanmax(det):.2f}, folds {folds:.2g} %"
     scale = -(-SHORTEST_SIDE // min(plane.shape[1:]))
-    return Slice(plane, _middle(det, axis), title, origin, scale)
+    return Slice(plane, _plane(det, axis, at), title, origin, scale)
 
 
 # ---------------------------------------------------------------------------------- drawn by pixels

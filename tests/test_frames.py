@@ -155,6 +155,8 @@ def test_what_is_asked_for_wrongly_is_named(tmp_path: Path) -> None:
         Frames(GRID, "elastic")
     with pytest.raises(InputError, match="--affine_from points: choose among images, landmarks, both"):
         Frames(GRID, source="points")
+    with pytest.raises(InputError, match="--affine_metric corr: choose among mi, ncc"):
+        Frames(GRID, metric="corr")
     case = pair(tmp_path, np.eye(4), np.eye(4))
     with pytest.raises(InputError, match="moving.nii.gz: --affine_from landmarks needs landmarks of both"):
         Frames(GRID, "affine", source="landmarks")(case, read_image)

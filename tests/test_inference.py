@@ -26,8 +26,6 @@ from regpipe.bundles import write_bundle
 from regpipe.casemetrics import read_rows
 from regpipe.errors import cause
 from regpipe.images import Grid, read_image
-from regpipe.inference import register_from_zero
-from regpipe.loading import LoadPair
 from regpipe.transforms import map_points, read_displacement
 
 IMAGES = {"displacement", "inverse_displacement", "warped", "warped_label", "jacobian", "1Warp", "1InverseWarp"}
@@ -351,27 +349,3 @@ def test_an_untrained_bundle_says_which_file_is_missing(tmp_path: Path, data: Pa
         infer(monai_bundle, write_bundle("resnet18", tmp_path / "new"), data, tmp_path / "out")
     assert str(cause(error.value)).startswith(str(tmp_path / "new" / "models" / "model.pt") + ": no trained model")
     assert "\n" not in str(cause(error.value))
-
-
-def test_a_failure_while_loading_is_its_own_case_s(
-    bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = LoadPair.__call__
-
-    def broken(self: LoadPair, case: dict[str, str]) -> dict[str, Any]:
-        if case["case"] == "case_001":
-            raise RuntimeError("no memory left\nin some library")
-        return real(self, case)
-
-    monkeypatch.setattr(LoadPair, "__call__", broken)
-    with pytest.raises(SystemExit):
-        register_from_zero(str(data), str(tmp_path / "out"), weights={"lncc": 1.0}, steps=2, affine="none")
-    assert finished(tmp_path / "out") == {"case_000", "case_002"}
-    assert "case_001: cannot be loaded (no memory left)" in capsys.readouterr().out
-
-
-def test_a_file_that_is_no_result_is_not_taken_for_one(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / "case_000").mkdir(parents=True)
-    (tmp_path / "out" / "case_000" / "metrics.json").write_text("[half")
-    register_from_zero(str(data), str(tmp_path / "out"), weights={"lncc": 1.0}, steps=2, affine="none")
-    assert len(read_rows(tmp_path / "out" / "metrics.csv")) == 3

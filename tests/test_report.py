@@ -104,6 +104,15 @@ def test_along_axis_1_lines_move_down_in_a_picture_and_up_in_a_volume():
     np.testing.assert_allclose(rows(volume) - up, -SCALE, atol=0.3)
 
 
+def test_a_volume_is_cut_amid_its_content():
+    volume = np.zeros((20, 12, 10))
+    volume[12:17, 2:9, 2:8] = 0.8
+    volume[14, 4, 4] = 1.0  # the middle of the content, and not of the volume
+    assert draw(still(20, 12, 10), volume, axis=0)["fixed"].max() == 255
+    volume[14, 4, 4], volume[10, 4, 4] = 0.8, 1.0
+    assert draw(still(20, 12, 10), volume, axis=0)["fixed"].max() < 250
+
+
 def test_a_volume_cut_across_axis_0_is_bent_by_channels_1_and_2_only():
     u = still(5, SIZE, SIZE)
     before = draw(u, axis=0)["grid"]
@@ -167,7 +176,7 @@ def test_the_title_tells_the_range_and_the_folds_of_the_whole_volume():
     u[2, :, :, :4] = np.array([0, -2, -4, -6])  # folded far from the middle slice
     # det = 1 - 2 on z = 0, 1, 2; (0 + 4) / 2 + 1 = 3 at z = 3; (0 + 6) / 2 + 1 = 4 at z = 4.
     # Folded are 3 of 16 slices.
-    assert report._slice(u, -1, "lower").title == "det J -1.00 to 4.00, folds 19 %"
+    assert report._slice(u, -1, 8, "lower").title == "det J -1.00 to 4.00, folds 19 %"
 
 
 def test_values_outside_0_to_1_and_nan_are_drawn_and_not_wrapped():
