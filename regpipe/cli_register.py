@@ -82,7 +82,7 @@ def register(
     """
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
-    given: dict[str, Any] = {"pairing": pairing, "formats": _formats(formats)}
+    given: dict[str, Any] = {"pairing": pairing, "formats": formats}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)
@@ -101,10 +101,6 @@ def register(
         else:
             loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
             _with_bundle(bundle, dataset, out, refine, loss, chosen)
-
-
-def _formats(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:

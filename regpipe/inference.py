@@ -56,7 +56,7 @@ class FolderRun:
         output_dir: a folder per case is made in it.
         model: the weight file; a case finished with another one, or from other files, is done anew.
         pairing: see ``regpipe.list_pairs``.
-        formats: transforms written per case: ``displacement`` and those of ``regpipe.exports``.
+        formats: transforms written per case, also as one text with commas: ``displacement``, and ``regpipe.exports``'.
         settings: what else the results depend on; a case finished with other ones is done anew.
 
     Raises:
@@ -71,10 +71,11 @@ class FolderRun:
         output_dir: str,
         model: str = "",
         pairing: str = "all",
-        formats: Sequence[str] = BY_DEFAULT,
+        formats: str | Sequence[str] = BY_DEFAULT,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        formats = formats.split(",") if isinstance(formats, str) else formats
+        if isinstance(formats, str):
+            formats = [name.strip() for name in formats.split(",") if name.strip()]
         dim = 3 if load.grid is None else len(load.grid.shape)  # of a folder of any pairs each case says
         exports.check_formats([name for name in formats if name != DENSE], dim)
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
@@ -223,7 +224,7 @@ def register_from_zero(
     affine: str = "affine",
     affine_from: str = "images",
     affine_metric: str = "mi",
-    formats: Sequence[str] = BY_DEFAULT,
+    formats: str | Sequence[str] = BY_DEFAULT,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 

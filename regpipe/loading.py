@@ -59,9 +59,9 @@ class LoadPair:
     def __call__(self, case: Case) -> dict[str, Any]:
         item: dict[str, Any] = {"case": case["case"]}
         read = functools.cache(images.read_image)  # both frames and arrays may ask for a file
-        shape = self.grid_of(case).shape
+        grid = self.grid_of(case)
         for side, frame in zip(SIDES, self.frames(case, read), strict=True):
-            item |= {f"{side}_{key}": value for key, value in self._side(case, side, frame, shape, read).items()}
+            item |= {f"{side}_{key}": value for key, value in self._side(case, side, frame, grid, read).items()}
         if "displacement" in case:
             item["displacement"] = self._true_displacement(case, item)
         counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
@@ -76,20 +76,20 @@ class LoadPair:
         """The working grid of a case."""
         return self.frames.grid_of(case)
 
-    def _side(self, case: Case, side: str, frame: np.ndarray, shape: tuple[int, ...], read: Read) -> dict[str, Tensor]:
+    def _side(self, case: Case, side: str, frame: np.ndarray, grid: Grid, read: Read) -> dict[str, Tensor]:
         image, label, landmarks, mask = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
         key = (*files, frame.tobytes())
         if self.cache is not None and key in self.cache:
             return self.cache[key]
         assert image is not None
-        seen = _covered(read(image), frame, shape)
+        seen = _covered(read(image), frame, grid.shape)
         if not seen:
             raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
         if seen < 0.9 and side == "fixed":
             log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
-        tensors = self._load(image, label, landmarks, mask, frame, shape, read)
+        tensors = self._load(image, label, landmarks, mask, frame, grid.shape, read)
         # A moving image's frame of its own is the same in all pairs; any other is this pair's alone.
-        if self.cache is not None and np.array_equal(frame, self.frames.around(image, self.grid_of(case), read)):
+        if self.cache is not None and np.array_equal(frame, self.frames.around(image, grid, read)):
             self.cache[key] = tensors
         return tensors
 

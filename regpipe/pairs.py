@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +21,7 @@ import numpy as np
 from regpipe import images
 from regpipe.errors import InputError
 from regpipe.images import SUFFIXES, Grid, PathLike, is_series
-
-log = logging.getLogger(__name__)
+from regpipe.readers import warn_once
 
 Case = dict[str, str]
 SIDES = ("fixed", "moving")
@@ -277,8 +275,8 @@ def fixed_grid(case: Case) -> Grid:
         shape = tuple(int(n) for n in np.ceil(extent / spacing - 1e-4))
     if shape != given:
         sizes = "x".join(map(str, given)), "x".join(f"{mm:.3g}" for mm in spacing)
-        message = "%s: %s voxels are more than can be worked on; the working grid has %s mm"
-        log.warning(message, case["fixed_image"], *sizes)
+        about = "{}: {} voxels are more than can be worked on; the working grid has {} mm"
+        warn_once(about.format(case["fixed_image"], *sizes))
     return images.make_grid([4 * math.ceil(n / 4) for n in shape], spacing.round(6).tolist())
 
 

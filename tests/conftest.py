@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors, and threads that wait for each other
 
@@ -24,6 +25,9 @@ from regpipe.bundles import write_bundle
 from regpipe.cohort import write_cohort
 from regpipe.images import Grid, save_grid
 from regpipe.network import SymmetricNet
+
+if TYPE_CHECKING:
+    from registered import Pair
 
 DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RNG = np.random.default_rng(1)
@@ -138,3 +142,19 @@ def frames(root: Path, n: int = 12) -> Path:
 
 def subjects(cases: list[dict[str, str]]) -> set[str]:
     return {c[f"{side}_image"] for c in cases for side in ("fixed", "moving")}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A registered pair on disk, 2-D and 3-D: ``registered.Pair``."""
+    from registered import make_pair  # brings ITK, which most tests do without
+
+    return make_pair(tmp_path_factory.mktemp(f"pair{request.param}d"), request.param)
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same in 2-D only."""
+    from registered import make_pair
+
+    return make_pair(tmp_path_factory.mktemp("flat"), 2)

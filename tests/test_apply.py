@@ -14,7 +14,6 @@ from registered import (
     Pair,
     inner_points,
     lps_place,
-    make_pair,
     nifti,
     simpleitk,
     voxels,
@@ -30,16 +29,6 @@ from regpipe.points import read_points
 from regpipe.resampling import INTERPOLATIONS
 from regpipe.transformfiles import read_transform
 from regpipe.transforms import map_points, write_displacement
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp(f"pair{request.param}d"), request.param)
-
-
-@pytest.fixture(scope="module")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("flat"), 2)
 
 
 @pytest.mark.parametrize("to", ["fixed", "moving"])

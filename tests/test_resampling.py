@@ -14,7 +14,6 @@ from registered import (
     Pair,
     at,
     lps_place,
-    make_pair,
     nifti,
     simpleitk,
     voxels,
@@ -24,16 +23,6 @@ from regpipe import itkbridge
 from regpipe.apply import apply
 from regpipe.errors import InputError
 from regpipe.images import read_image
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp(f"pair{request.param}d"), request.param)
-
-
-@pytest.fixture(scope="module")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("flat"), 2)
 
 
 def labelled(folder: Path, pair: Pair, dtype: type = np.uint8) -> tuple[Path, np.ndarray]:

@@ -17,7 +17,6 @@ from registered import (
     inverted,
     lps_map,
     lps_place,
-    make_pair,
     turned,
     voxels,
 )
@@ -28,16 +27,6 @@ from regpipe.errors import InputError
 from regpipe.images import read_image
 from regpipe.transformfiles import find, read_transform
 from regpipe.transforms import read_displacement
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp(f"pair{request.param}d"), request.param)
-
-
-@pytest.fixture(scope="module")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("flat"), 2)
 
 
 @pytest.fixture
