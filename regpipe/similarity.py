@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 
 import torch
 from monai.losses import GlobalMutualInformationLoss
@@ -61,17 +61,32 @@ def _centred(image: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def box_sum(x: Tensor, window: int) -> Tensor:
-    """Sum over a centred window of ``window`` voxels per axis, cut off at the rim: (B, C, *spatial) -> the same.
+    """Sum over a centred window of ``window`` (odd) voxels per axis, cut off at the rim: (B, C, *spatial) -> the same.
 
-    Running sums, one axis after the other: the cost does not depend on the window.
+    One axis after the other, sums of 1, 2, 4, 8 voxels each made of the one before: log(window) additions per axis.
+    Running sums (``cumsum``) would be as many and lose digits along the axis.
     """
     for axis in range(2, x.ndim):
-        n = x.shape[axis]
-        half = min(window // 2, n)
-        ends = [0, 0] * (x.ndim - 1 - axis) + [half + 1, half]
-        total = nn.functional.pad(x, ends).cumsum(axis)  # total[i + half] = sum of the first i
-        x = total.narrow(axis, 2 * half + 1, n) - total.narrow(axis, 0, n)
+        x = _slide(x, axis, window)
     return x
+
+
+def _slide(x: Tensor, axis: int, window: int) -> Tensor:
+    n = x.shape[axis]
+    half = min(window // 2, n)
+    width, power = 1, nn.functional.pad(x, [0, 0] * (x.ndim - 1 - axis) + [half, half])
+    total, summed = None, 0
+    for bit in reversed(bin(2 * half + 1)[2:]):
+        if bit == "1":
+            part = power.narrow(axis, summed, n)
+            total = part if total is None else total + part
+            summed += width
+        if summed < 2 * half + 1:
+            size = power.shape[axis] - width
+            power = power.narrow(axis, 0, size) + power.narrow(axis, width, size)
+            width *= 2
+    assert total is not None
+    return total
 
 
 @_in_float32
@@ -81,21 +96,81 @@ def lncc(a: Tensor, b: Tensor, *, mask: Tensor | None = None, window: int = 9, e
     A flat window has correlation 0. ``epsilon`` is the variance below which a window counts as flat.
     Source: Avants et al. 2008 (ANTs' CC), normalised by the voxels really inside the window, and inside the mask.
     """
+    # an offset would cost the sums of squares all digits
+    a, b = (x - x.mean() if mask is None else _centred(x, mask) for x in (a, b))
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (a, b)]
+    return cast(Tensor, _LocalCorrelation.apply(a, b, mask, window, epsilon, wanted))
+
+
+class _LocalCorrelation(torch.autograd.Function):
+    """``lncc`` with its gradient in closed form, worked out on the way: autograd would keep every window sum.
+
+    With means A, B, covariance c and variances p, q of each window of n voxels and r = c^2 / (p q), the gradient in a is
+    ``b S(g) + 2 a S(h) - S(g B + 2 h A)``; S the window sum, ``g = -2 w c / (p q n)``, ``h = w r / (p n)`` and w the
+    window's share in the mean; as Avants et al. 2008, eq. 6, but exact to the rim.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, a: Tensor, b: Tensor, mask: Tensor | None, window: int, epsilon: float, wanted: Sequence[bool]
+    ) -> Tensor:
+        inside = (lambda x: x) if mask is None else (lambda x: mask * x)
+        # less than a voxel in sight: as if the rest were of mean intensity
+        share = _window_sizes(a, window) if mask is None else box_sum(mask, window).clamp_(min=1)
+        share = share.reciprocal_()
+        mean_a, mean_b = (box_sum(inside(x), window).mul_(share) for x in (a, b))
+        covariance = box_sum(inside(a * b), window).mul_(share).sub_(mean_a * mean_b)
+        var_a, var_b = (
+            box_sum(inside(x * x), window).mul_(share).sub_(mean * mean).clamp_(min=0).add_(epsilon)
+            for x, mean in ((a, mean_a), (b, mean_b))
+        )
+        pull = covariance / var_a / var_b
+        r = covariance.mul_(pull)
+        value = masked_mean(1 - r, mask)
+        if any(wanted):
+            weights = share.mul_(_weights(a, mask))
+            r, pull = r.mul_(weights), pull.mul_(weights).mul_(-2)
+            both = box_sum(pull, window)
+            found = [
+                inside(_gradient(*sides, r / var, pull, both, window)) if want else None
+                for want, sides, var in (
+                    (wanted[0], (a, b, mean_a, mean_b), var_a),
+                    (wanted[1], (b, a, mean_b, mean_a), var_b),
+                )
+            ]
+            ctx.save_for_backward(*found)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        return (*(None if x is None else scale * x for x in ctx.saved_tensors), None, None, None, None)
+
+
+def _gradient(
+    x: Tensor, other: Tensor, mean: Tensor, other_mean: Tensor, h: Tensor, g: Tensor, both: Tensor, window: int
+) -> Tensor:
+    """See ``_LocalCorrelation``: of ``x``; ``both`` is S(g)."""
+    middle = box_sum(torch.addcmul(g * other_mean, h, mean, value=2), window)
+    return torch.addcmul(other * both, x, box_sum(h, window), value=2).sub_(middle)
+
+
+def _weights(like: Tensor, mask: Tensor | None) -> Tensor:
+    """What each voxel counts in ``masked_mean`` of (B, 1, *spatial)."""
     if mask is None:
-        a, b = a - a.mean(), b - b.mean()  # an offset would cost the running sums all digits
-        sums = box_sum(torch.cat([a, b, a * a, b * b, a * b], 1), window)
-        count = box_sum(torch.ones_like(a[:1]), window)
-    else:
-        a, b = _centred(a, mask), _centred(b, mask)
-        ma, mb = mask * a, mask * b
-        *parts, count = box_sum(torch.cat([ma, mb, ma * a, mb * b, ma * b, mask], 1), window).split(1, 1)
-        sums = torch.cat(parts, 1)
-        count = count.clamp(min=1)  # less than a voxel in sight: as if the rest were of mean intensity
-    mean_a, mean_b, aa, bb, ab = (sums / count).split(1, 1)
-    covariance = ab - mean_a * mean_b
-    var_a = (aa - mean_a * mean_a).clamp(min=0) + epsilon
-    var_b = (bb - mean_b * mean_b).clamp(min=0) + epsilon
-    return masked_mean(1 - covariance * covariance / (var_a * var_b), mask)
+        return like.new_tensor(1 / like.numel())
+    sizes = mask.sum(tuple(range(1, mask.ndim)), keepdim=True)
+    pairs = (mask.flatten(1).amax(1) > 0).sum().clamp(min=1)
+    return mask / sizes.clamp(min=1e-6) / pairs
+
+
+def _window_sizes(like: Tensor, window: int) -> Tensor:
+    """How many voxels of the image each window holds: (1, 1, *spatial)."""
+    sizes = like.new_ones(1, 1, *[1] * (like.ndim - 2))
+    for axis, n in enumerate(like.shape[2:]):
+        line = like.new_ones(1, 1, *(n if i == axis else 1 for i in range(like.ndim - 2)))
+        sizes = sizes * _slide(line, 2 + axis, window)
+    return sizes
 
 
 @_in_float32
