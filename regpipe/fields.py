@@ -15,13 +15,11 @@ Convention
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import DVF2DDF, Warp
 from torch import Tensor
 
 SQUARINGS = 7
@@ -39,20 +37,23 @@ class Registration(NamedTuple):
     warped_fixed: Tensor  # (B, C, *spatial)
 
 
-@functools.lru_cache(maxsize=16)
-def _warp_block(mode: str, shape: tuple[int, ...], device: torch.device) -> Warp:
-    # MONAI's Warp keeps one identity grid, looked up by shape alone: hence one block per shape and device.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # 'Using PyTorch native grid_sample', at each construction
-        return Warp(mode=mode, padding_mode="border")
+# A field is sampled in grid_sample's own units, from -1 to 1 across the grid and the last axis first. Integration stays
+# in them from its first step to its last: MONAI's Warp, whose values these are, converts at each call, which costs as
+# much again as the sampling.
 
 
-@functools.lru_cache(maxsize=16)
-def _integration_block(squarings: int, shape: tuple[int, ...], device: torch.device) -> DVF2DDF:
-    # MONAI's default pads with zeros, which bends every field at the rim.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return DVF2DDF(num_steps=squarings, mode="bilinear", padding_mode="border")
+@functools.lru_cache(maxsize=8)
+def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the grid's points are (1, D, *shape), and how long a voxel is (1, D, 1, ...), in grid_sample's units."""
+    with torch.inference_mode(False), torch.no_grad():  # it outlives whatever mode it is first asked for in
+        voxel = torch.tensor([2 / max(n - 1, 1) for n in reversed(shape)], device=device)
+        voxel = voxel.view(1, -1, *[1] * len(shape))
+        return identity_grid(shape, device=device).flip(1) * voxel - 1, voxel
+
+
+def _sample(image: Tensor, where: Tensor, mode: str = "bilinear") -> Tensor:
+    """(B, C, *any) at places (B, D, *spatial), in grid_sample's units -> (B, C, *spatial)."""
+    return F.grid_sample(image, where.movedim(1, -1), mode=mode, padding_mode="border", align_corners=True)
 
 
 def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear") -> Tensor:
@@ -64,11 +65,13 @@ def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear") -> Tensor:
         mode: ``bilinear`` (linear in any dimension), ``nearest`` or ``bicubic``.
 
     Raises:
-        ValueError: if the grids differ (from MONAI's ``Warp``).
+        ValueError: if the grids differ.
     """
+    if image.shape[2:] != u.shape[2:] or len(image) != len(u):
+        raise ValueError(f"an image {tuple(image.shape)} is not on the grid of the displacement {tuple(u.shape)}")
     with torch.autocast(u.device.type, enabled=False):
-        block = _warp_block(mode, tuple(u.shape[2:]), u.device)
-        return block(image.float(), u.float()).to(image.dtype)
+        places, voxel = _places(tuple(u.shape[2:]), u.device)
+        return _sample(image.float(), torch.addcmul(places, u.float().flip(1), voxel), mode).to(image.dtype)
 
 
 def compose(u: Tensor, v: Tensor) -> Tensor:
@@ -80,7 +83,11 @@ def compose(u: Tensor, v: Tensor) -> Tensor:
 def integrate(v: Tensor, *, squarings: int = SQUARINGS) -> Tensor:
     """exp(v) of a stationary velocity (B, D, *spatial) by scaling and squaring (Arsigny 2006), in float32."""
     with torch.autocast(v.device.type, enabled=False):
-        return _integration_block(squarings, tuple(v.shape[2:]), v.device)(v.float())
+        places, voxel = _places(tuple(v.shape[2:]), v.device)
+        unit = v.float().flip(1) * (voxel / 2**squarings)
+        for _ in range(squarings):
+            unit = unit + _sample(unit, places + unit)
+        return (unit / voxel).flip(1)
 
 
 def integrate_both(v: Tensor, *, squarings: int = SQUARINGS) -> tuple[Tensor, Tensor]:

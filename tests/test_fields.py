@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.networks.blocks import DVF2DDF, Warp
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
@@ -70,6 +71,21 @@ def test_warp_and_sample_at_agree_with_scipy(shape: tuple[int, ...]) -> None:
     assert torch.allclose(warp(image, u)[0, 0], torch.from_numpy(expected), atol=2e-5)
     points = where.flatten(1).T[None, ::7]  # (1, K, D), some of them outside
     assert torch.allclose(sample_at(image, points)[0, :, 0], torch.from_numpy(expected).flatten()[::7], atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (19, 1), (14, 9, 1)])
+def test_warping_and_integrating_are_monais_and_so_are_their_gradients(shape: tuple[int, ...]) -> None:
+    image, u = smooth(shape, 2, 1.0, batch=2), smooth(shape, len(shape), 4.0, seed=1, batch=2)
+    pairs = [(warp, Warp(padding_mode="border"), (image, u)), (integrate, DVF2DDF(7, padding_mode="border"), (u,))]
+    for ours, theirs, arguments in pairs:
+        results, gradients = [], []
+        for function in (ours, theirs):
+            given = [x.clone().requires_grad_() for x in arguments]
+            results.append(function(*given))
+            gradients.append(torch.autograd.grad(results[-1].square().sum(), given))
+        assert torch.allclose(*results, atol=2e-5)
+        for a, b in zip(*gradients, strict=True):  # a place on a voxel to the last digit may fall to either side of it
+            assert (a - b).abs().mean() < 1e-4 * b.abs().mean()
 
 
 def test_labels_warped_by_nearest_neighbour_keep_their_type_and_values() -> None:
@@ -224,9 +240,9 @@ def test_a_batch_of_two_equals_two_batches_of_one(shape: tuple[int, ...]) -> Non
         assert all(torch.allclose(a[i : i + 1], b, atol=1e-6) for a, b in zip(both, one, strict=True))
 
 
-def test_the_cached_blocks_are_not_confused_by_shapes_modes_or_inference() -> None:
+def test_the_cached_places_are_not_confused_by_shapes_or_inference() -> None:
     cases = [(smooth(s, 1, 1.0, batch=b), smooth(s, len(s), 2.0, batch=b)) for s in SHAPES for b in (1, 3)]
-    fields._warp_block.cache_clear()
+    fields._places.cache_clear()
     with torch.inference_mode():
         first = [warp(i, u) for i, u in cases]
     again = [warp(i, u.clone().requires_grad_()) for i, u in reversed(cases)][::-1]
@@ -236,13 +252,12 @@ def test_the_cached_blocks_are_not_confused_by_shapes_modes_or_inference() -> No
 
 def test_a_metatensor_leaves_nothing_behind_for_plain_tensors() -> None:
     image, u = smooth((15, 12), 1, 1.0), smooth((15, 12), 2, 2.0)
-    fields._warp_block.cache_clear()
-    fields._integration_block.cache_clear()
+    fields._places.cache_clear()
     warp(MetaTensor(image), MetaTensor(u))
     integrate(MetaTensor(u))
     assert type(warp(image, u)) is Tensor and type(integrate(u)) is Tensor
 
 
 def test_an_image_on_another_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="not on the grid"):
         warp(torch.zeros(1, 1, 8, 9), torch.zeros(1, 2, 9, 8))
