@@ -21,7 +21,7 @@ Batch statistics make no sense with one pair in a batch: BatchNorm is frozen whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -172,14 +172,16 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        return list(self.features(image))
+
+    def features(self, image: Tensor) -> Iterator[Tensor]:
+        """The same one by one: whoever lets go of each before the next needs half the memory."""
         x = (image - IMAGENET_MEAN) / IMAGENET_STD
         if self.halve_first:
             x = halve(x)
-        features = []
         for stage in self.stages:
             x = stage(x)
-            features.append(x)
-        return features
+            yield x
 
 
 def _original_names(net: nn.Module, stages: nn.Module) -> dict[str, str]:
@@ -200,7 +202,7 @@ def adapt(module: nn.Module, spatial_dims: int, *, keep_statistics: bool) -> nn.
     for name, child in module.named_children():
         setattr(module, name, adapt(child, spatial_dims, keep_statistics=keep_statistics))
     if isinstance(module, nn.ReLU):
-        return nn.ReLU(inplace=False)  # an in-place one would change the feature already handed out
+        return nn.ReLU(inplace=True)  # each stage begins with what leaves its input alone
     if isinstance(module, nn.BatchNorm2d):
         return _norm(module, spatial_dims, keep_statistics)
     if spatial_dims == 3 and isinstance(module, nn.Conv2d):

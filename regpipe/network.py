@@ -6,10 +6,13 @@ tracing, export and MONAI's bundle checks work; integration and warping are not 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regpipe.encoders import CONV, Encoder, two_convolutions
@@ -57,7 +60,7 @@ class SymmetricNet(nn.Module):
         if transfer not in ("encoder", "network"):
             raise InputError(f"transfer is '{transfer}': choose encoder or network")
         self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze)
-        self.detail = _Detail(spatial_dims, width // 4, width // 2)
+        self.detail = _Detail(spatial_dims, width // 4, width // 2, full=structures > 0)
         channels = {VELOCITY_STRIDE: width // 2}
         for stride, count in zip(self.encoder.strides, self.encoder.channels, strict=True):
             channels[stride] = channels.get(stride, 0) + count
@@ -73,21 +76,30 @@ class SymmetricNet(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
-        images = torch.cat([pair[:, :1], pair[:, 1:]])  # (2B, 1, *inner): fixed first
-        edges = self.detail.edges(images)
-        features = {VELOCITY_STRIDE: [self.detail.texture(edges)]}
-        for stride, feature in zip(self.encoder.strides, self.encoder(images), strict=True):
-            features.setdefault(stride, []).append(feature)
-        maps = self.pyramid([torch.cat(features[stride], 1) for stride in self.strides])
-        logits = None if self.anatomy is None else self.anatomy(maps[-1], edges)
-        if logits is not None:
-            tissue = logits.softmax(1)
-            maps = [torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps]
+        seen = (self._see(image) for image in pair.chunk(2, 1))  # one after the other: half the memory
+        maps = [torch.cat(both) for both in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
+        logits = None if self.anatomy is None else maps.pop()
         velocity: Tensor | None = None
-        for level, x in zip(self.levels, maps, strict=True):
-            velocity = level(x, velocity)
+        for level in self.levels:
+            velocity = level(maps.pop(0), velocity)  # a map is let go of when its level has warped it
         assert velocity is not None  # every backbone has a level
         return velocity if logits is None else torch.cat([velocity, *fold(logits).chunk(2)], 1)
+
+    def _see(self, images: Tensor) -> list[Tensor]:
+        """(N, 1, *inner) -> what each level sees of them, coarse to fine; then the logits of the structures, if any."""
+        texture, edges = self.detail(images)
+        finest = {VELOCITY_STRIDE: [texture]}
+        lateral = dict(zip(self.strides, self.pyramid.lateral, strict=True))
+        beside = {}
+        for stride, feature in zip(self.encoder.strides, self.encoder.features(images), strict=True):
+            beside[stride] = lateral[stride](*finest.pop(stride, []), feature)
+        beside |= {stride: lateral[stride](*parts) for stride, parts in finest.items()}
+        maps = self.pyramid([beside.pop(stride) for stride in self.strides])
+        if self.anatomy is None:
+            return maps
+        logits = self.anatomy(maps[-1], edges)
+        tissue = logits.softmax(1)
+        return [*(torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps), logits]
 
     def _inner_shape(self, shape: torch.Size) -> tuple[int, ...]:
         # On grids of 16 k + 1 points every level's first and last voxel sit on the image's corners,
@@ -97,18 +109,23 @@ class SymmetricNet(nn.Module):
 
 
 class _Detail(nn.Module):
-    """A cheap, untransferred view of the full-resolution image, at stride 1 (edges) and 2 (texture)."""
+    """A cheap, untransferred view of the full-resolution image: ``(texture, edges)``.
 
-    def __init__(self, spatial_dims: int, narrow: int, wide: int) -> None:
+    Texture at stride 2, of the cells that ``fold`` makes of the voxels. Or, where ``full`` asks for them, of edges at
+    stride 1, which cost as much as half a backbone and are None else.
+    """
+
+    def __init__(self, spatial_dims: int, narrow: int, wide: int, *, full: bool) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
-        self.edges = nn.Sequential(conv(1, narrow, 3, padding=1), nn.LeakyReLU(0.2))
-        self.texture = nn.Sequential(
-            conv(narrow, wide, 3, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-            conv(wide, wide, 3, padding=1),
-            nn.LeakyReLU(0.2),
-        )
+        self.edges = nn.Sequential(conv(1, narrow, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)) if full else None
+        first = conv(narrow, wide, 3, stride=2, padding=1) if full else conv(2**spatial_dims, wide, 3, padding=1)
+        rest = (nn.LeakyReLU(0.2, inplace=True), conv(wide, wide, 3, padding=1), nn.LeakyReLU(0.2, inplace=True))
+        self.texture = nn.Sequential(first, *rest)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        edges = None if self.edges is None else self.edges(images)
+        return self.texture(fold(images) if edges is None else edges), edges
 
 
 class _Anatomy(nn.Module):
@@ -117,7 +134,9 @@ class _Anatomy(nn.Module):
     def __init__(self, spatial_dims: int, width: int, narrow: int, classes: int) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
-        self.merge = nn.Sequential(conv(width + narrow, width, 3, padding=1), nn.LeakyReLU(0.2), nn.GroupNorm(4, width))
+        self.merge = nn.Sequential(
+            conv(width + narrow, width, 3, padding=1), nn.LeakyReLU(0.2, inplace=True), nn.GroupNorm(4, width)
+        )
         self.classes = conv(width, classes, 1)
 
     def forward(self, features: Tensor, edges: Tensor) -> Tensor:
@@ -131,7 +150,7 @@ def fold(x: Tensor) -> Tensor:
     So that what is known at full resolution fits into one tensor with the velocity. An odd last one is doubled.
     """
     odd = [int(n) % 2 for n in reversed(x.shape[2:])]
-    x = nn.functional.pad(x, [end for n in odd for end in (0, n)], mode="replicate")
+    x = F.pad(x, [end for n in odd for end in (0, n)], mode="replicate")
     dims = x.ndim - 2
     half = [int(n) // 2 for n in x.shape[2:]]
     cells = x.reshape(*x.shape[:2], *(size for n in half for size in (n, 2)))
@@ -158,20 +177,35 @@ class _Pyramid(nn.Module):
         super().__init__()
         conv = CONV[spatial_dims]
         self.lateral = nn.ModuleList(
-            nn.Sequential(conv(count, width, 1), nn.GroupNorm(4, width))
+            _OfParts(conv(count, width, 1), nn.GroupNorm(4, width))
             for count, width in zip(channels, widths, strict=True)
         )
         self.merge = nn.ModuleList(
-            nn.Sequential(conv(coarse + width, width, 3, padding=1), nn.LeakyReLU(0.2), nn.GroupNorm(4, width))
+            _OfParts(conv(coarse + width, width, 3, padding=1), nn.LeakyReLU(0.2, inplace=True), nn.GroupNorm(4, width))
             for coarse, width in itertools.pairwise(widths)
         )
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        maps = [self.lateral[0](features[0])]
-        for lateral, merge, feature in zip(self.lateral[1:], self.merge, features[1:], strict=True):
-            context = resize_image(maps[-1], feature.shape[2:])
-            maps.append(merge(torch.cat([context, lateral(feature)], 1)))
+    def forward(self, beside: Sequence[Tensor]) -> list[Tensor]:
+        """``beside``: what ``lateral`` made of each level's features."""
+        maps = [beside[0]]
+        for merge, feature in zip(self.merge, beside[1:], strict=True):
+            maps.append(merge(resize_image(maps[-1], feature.shape[2:]), feature))
         return maps
+
+
+class _OfParts(nn.Sequential):
+    """A convolution, and what follows it, of features that lie in several tensors: as of the joined, without the copy."""
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        conv = cast("nn.Conv2d | nn.Conv3d", self[0])
+        convolve: Callable[..., Tensor] = {4: F.conv2d, 5: F.conv3d}[parts[0].ndim]
+        kernels = conv.weight.split([x.shape[1] for x in parts], 1)
+        bias = [conv.bias, *[None] * (len(parts) - 1)]
+        seen = (convolve(x, w, b, padding=conv.padding) for x, w, b in zip(parts, kernels, bias, strict=True))
+        x = functools.reduce(torch.add, seen)
+        for module in self[1:]:
+            x = module(x)
+        return x
 
 
 class _Level(nn.Module):
@@ -180,42 +214,64 @@ class _Level(nn.Module):
     def __init__(self, spatial_dims: int, channels: int, width: int, correlation: int) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
-        self.offsets = list(itertools.product(range(-correlation, correlation + 1), repeat=spatial_dims))
-        seen = 2 * channels + (len(self.offsets) if correlation else 0)
-        self.head = nn.Sequential(
+        reach = range(-correlation, correlation + 1) if correlation else range(0)
+        self.offsets = list(itertools.product(reach, repeat=spatial_dims))
+        seen = 2 * channels + len(self.offsets)
+        self.head = _OfParts(
             conv(seen, width, 3, padding=1),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             conv(width, width, 3, padding=1),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
         )
         self.flow = conv(width, spatial_dims, 3, padding=1, bias=False)
         nn.init.normal_(self.flow.weight, std=1e-3)  # begin near the identity
 
     def forward(self, features: Tensor, velocity: Tensor | None) -> Tensor:
         if velocity is not None:
-            velocity = resize(velocity, features.shape[2:])
+            # integrated where it was made: an eighth of the points, and the same to interpolation
             forward, backward = integrate_both(velocity / 2, squarings=4)
-            features = warp(features, torch.cat([backward, forward]))
-        swapped = torch.cat(features.chunk(2)[::-1])
-        seen = [features, swapped]
-        if len(self.offsets) > 1:
-            seen.append(local_correlation(features, swapped, self.offsets))
-        ours, theirs = self.flow(self.head(torch.cat(seen, 1))).float().chunk(2)
+            features = warp(features, resize(torch.cat([backward, forward]), features.shape[2:]))
+            velocity = resize(velocity, features.shape[2:])
+        a, b = features.chunk(2)
+        sides: list[tuple[Tensor, ...]] = [(a, b), (b, a)]
+        if self.offsets:
+            alike = local_correlations(a, b, self.offsets)
+            sides = [(*both, torch.cat(list(x), 1)) for both, x in zip(sides, alike, strict=True)]
+        ours, theirs = (self.flow(self.head(*seen)).float() for seen in sides)
         residual = (ours - theirs) / 2
         return residual if velocity is None else velocity + residual
 
 
-def local_correlation(a: Tensor, b: Tensor, offsets: list[tuple[int, ...]]) -> Tensor:
-    """mean over channels of a(x) b(x + o) for each offset o: (B, C, *grid) twice -> (B, len(offsets), *grid)."""
+def local_correlations(a: Tensor, b: Tensor, offsets: list[tuple[int, ...]]) -> tuple[list[Tensor], Iterator[Tensor]]:
+    """How alike b is at each offset from a, and a from b: (B, C, *grid) twice -> two series of (B, 1, *grid).
+
+    ``ahead_o(x) = mean over channels of a(x) b(x + o)``, 0 where x + o is off the grid; ``back`` has a and b
+    swapped, and is the same products seen from their other end: ``back_o(x) = ahead_-o(x + o)``.
+    """
     radius = max(offsets[-1])
-    padded = nn.functional.pad(b, [radius] * 2 * (b.ndim - 2))
-    windows = []
-    for offset in offsets:
-        view = padded
-        for axis, step in enumerate(offset):
-            view = view.narrow(2 + axis, radius + step, b.shape[2 + axis])
-        windows.append((a * view).mean(1))
-    return torch.stack(windows, 1)
+    rim = [radius] * 2 * (b.ndim - 2)
+    padded = F.pad(b, rim)
+    ahead = [_channel_mean(a * _shifted(padded, offset, radius, a.shape)) for offset in offsets]
+    opposite = zip(offsets, reversed(ahead), strict=True)  # offsets are symmetric about 0
+    back = (_shifted(F.pad(x, rim), offset, radius, a.shape) for offset, x in opposite)
+    return ahead, back
+
+
+def _channel_mean(x: Tensor) -> Tensor:
+    """(B, C, *grid) -> (B, 1, *grid), to the bit the same wherever a voxel lies, which ``x.mean(1)`` is not."""
+    count = x.shape[1]
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        halves = x[:, :half] + x[:, half : 2 * half]
+        x = torch.cat([halves, x[:, 2 * half :]], 1) if x.shape[1] % 2 else halves
+    return x / count
+
+
+def _shifted(padded: Tensor, offset: Sequence[int], radius: int, shape: Sequence[int]) -> Tensor:
+    """The view of ``padded`` whose voxel x is the unpadded x + offset."""
+    for axis, step in enumerate(offset, start=2):
+        padded = padded.narrow(axis, radius + step, shape[axis])
+    return padded
 
 
 class SymNet(nn.Module):
@@ -259,7 +315,7 @@ class SymNet(nn.Module):
         x = self.bottom(x)
         for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
             x = merge(torch.cat([resize_image(up(x), skip.shape[2:]), skip], 1))
-        return self.limit * torch.cat([nn.functional.softsign(head(x)) for head in self.heads], 1)
+        return self.limit * torch.cat([F.softsign(head(x)) for head in self.heads], 1)
 
 
 def _transposed(spatial_dims: int, width: int) -> nn.Sequential:

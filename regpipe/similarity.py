@@ -105,13 +105,13 @@ def lncc(a: Tensor, b: Tensor, *, mask: Tensor | None = None, window: int = 9, e
 class _LocalCorrelation(torch.autograd.Function):
     """``lncc`` with its gradient in closed form, worked out on the way: autograd would keep every window sum.
 
-    With means A, B, covariance c and variances p, q of each window of n voxels and r = c^2 / (p q), the gradient in a is
+    With means A, B, covariance c, variances p, q of each window of n voxels and r = c^2 / (p q), the gradient in a is
     ``b S(g) + 2 a S(h) - S(g B + 2 h A)``; S the window sum, ``g = -2 w c / (p q n)``, ``h = w r / (p n)`` and w the
     window's share in the mean; as Avants et al. 2008, eq. 6, but exact to the rim.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, a: Tensor, b: Tensor, mask: Tensor | None, window: int, epsilon: float, wanted: Sequence[bool]
     ) -> Tensor:
         inside = (lambda x: x) if mask is None else (lambda x: mask * x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,14 +77,13 @@ def test_warp_and_sample_at_agree_with_scipy(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (19, 1), (14, 9, 1)])
 def test_warping_and_integrating_are_monais_and_so_are_their_gradients(shape: tuple[int, ...]) -> None:
     image, u = smooth(shape, 2, 1.0, batch=2), smooth(shape, len(shape), 4.0, seed=1, batch=2)
-    pairs = [(warp, Warp(padding_mode="border"), (image, u)), (integrate, DVF2DDF(7, padding_mode="border"), (u,))]
-    for ours, theirs, arguments in pairs:
-        results, gradients = [], []
-        for function in (ours, theirs):
-            given = [x.clone().requires_grad_() for x in arguments]
-            results.append(function(*given))
-            gradients.append(torch.autograd.grad(results[-1].square().sum(), given))
-        assert torch.allclose(*results, atol=2e-5)
+    blocks: list[Callable[..., Tensor]] = [Warp(padding_mode="border"), DVF2DDF(7, padding_mode="border")]
+    own: list[Callable[..., Tensor]] = [warp, integrate]
+    for ours, theirs, arguments in zip(own, blocks, ((image, u), (u,)), strict=True):
+        given = [x.clone().requires_grad_() for x in arguments]
+        result, expected = ours(*given), theirs(*given)
+        assert torch.allclose(result, expected, atol=2e-5)
+        gradients = [torch.autograd.grad(x.square().sum(), given) for x in (result, expected)]
         for a, b in zip(*gradients, strict=True):  # a place on a voxel to the last digit may fall to either side of it
             assert (a - b).abs().mean() < 1e-4 * b.abs().mean()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regpipe.encoders import BACKBONES
 from regpipe.fields import register, register_midway, resize_image
-from regpipe.network import SymmetricNet, SymNet, fold, load_symnet, local_correlation, unfold
+from regpipe.network import SymmetricNet, SymNet, fold, load_symnet, local_correlations, unfold
 
 DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -54,7 +54,7 @@ def test_swapping_the_images_flips_the_velocity_to_the_bit(backbone: str, dims: 
             there, back = register(both[:, :1], both[:, 1:], v), register(both[:, 1:], both[:, :1], w)
         assert (
             v.isfinite().all()
-            and v.abs().max() > (0.3 if size == SIZES[dims][0] else 1e-3)
+            and v.abs().max() > (0.2 if size == SIZES[dims][0] else 1e-3)
             and v.shape[:2] == (1, dims)
         )
         assert torch.equal(v, -w)
@@ -140,13 +140,14 @@ def test_transferred_and_frozen_weights_keep_the_symmetry_in_training(freeze: in
 def test_the_correlation_is_that_of_shifted_features(dims: int) -> None:
     a, b = torch.rand(2, 1, 5, *(6, 7, 4)[:dims], generator=torch.Generator().manual_seed(0))
     offsets = list(itertools.product(range(-1, 2), repeat=dims))
-    got = local_correlation(a, b, offsets)
-    assert got.shape[1] == 3**dims
-    for channel, offset in enumerate(offsets):
-        shifted = b.roll([-o for o in offset], dims=list(range(2, 2 + dims)))  # b(x + o)
-        inside: tuple[int | slice, ...] = (0, *[slice(1, -1)] * dims)
-        assert torch.allclose(got[:, channel][inside], (a * shifted).mean(1)[inside], atol=1e-6)
-    assert torch.equal(got[0, 0].flatten()[0], torch.tensor(0.0))  # zeros beyond the rim
+    ahead, back = local_correlations(a, b, offsets)
+    for got, first, second in ((ahead, a, b), (list(back), b, a)):
+        assert len(got) == 3**dims
+        for part, offset in zip(got, offsets, strict=True):
+            shifted = second.roll([-o for o in offset], dims=list(range(2, 2 + dims)))  # second(x + o)
+            inside: tuple[int | slice, ...] = (0, 0, *[slice(1, -1)] * dims)
+            assert torch.allclose(part[inside], (first * shifted).mean(1, keepdim=True)[inside], atol=1e-6)
+        assert got[0].flatten()[0] == 0 and got[-1].flatten()[-1] == 0  # beyond the rim there is nothing
 
 
 def test_an_unknown_backbone_is_refused_with_the_names() -> None:
