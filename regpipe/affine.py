@@ -14,13 +14,13 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
 from regpipe.errors import InputError
-from regpipe.images import Image, normalise
-from regpipe.itkbridge import from_itk, itk_affine, lps_matrix, to_itk
+from regpipe.images import Image
+from regpipe.itkbridge import itk_affine, lps_matrix, to_itk
+from regpipe.likeness import Side, Sides, make_sides, overlap, reduced, similarity
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ SOUGHT = {"rigid": ("Euler",), "similarity": ("Euler", "Similarity"), "affine": 
 METRICS = {"mi": "AdvancedMattesMutualInformation", "ncc": "AdvancedNormalizedCorrelation"}
 COARSE = 40  # voxels a side (the geometric mean) where the starts are compared
 FINE = {2: 256, 3: 100}  # and where the result is found: an affine map needs no finer one
-BINS = 32
-DARK = 0.08  # of an image's range: below it lies background
 LITTLE = 0.3  # overlap below which a person should look
 
 
@@ -39,19 +37,8 @@ class Alignment(NamedTuple):
 
     matrix: np.ndarray  # (D+1, D+1) RAS mm, fixed point -> moving point
     overlap: float  # Dice of both masks (without: fields of view) in mm, after alignment
-    before: float  # the similarity of the start (see ``_similarity``), and
+    before: float  # the similarity of the start (see ``regpipe.likeness``), and
     after: float  # that of the result: never less, but for ``centre``, which looks at no voxel
-
-
-class _Side(NamedTuple):  # one image of the pair at one size, and where it counts
-    array: np.ndarray  # (*S) float32 in [0, 1]
-    mask: np.ndarray  # (*S) bool
-    affine: np.ndarray
-
-
-class _Pair(NamedTuple):  # both at one size
-    fixed: _Side
-    moving: _Side
 
 
 class _Search(NamedTuple):  # what one run of elastix spends
@@ -91,10 +78,8 @@ def align(
             images that share nothing after alignment.
     """
     _check(fixed, moving, stage, metric, start)
-    size = FINE[fixed.array.ndim]
-    fine = _Pair(_side(fixed, fixed_mask, "fixed", size), _side(moving, moving_mask, "moving", size))
-    seen = fine if fixed_mask is not None else fine._replace(fixed=_foreground(fine.fixed))
-    coarse = _Pair(*(_reduced(side, COARSE) for side in seen))
+    fine, seen = make_sides(fixed, moving, fixed_mask, moving_mask, size=FINE[fixed.array.ndim])
+    coarse = Sides(*(reduced(side, COARSE) for side in seen))
     begin = np.eye(fixed.array.ndim + 1) if start is None else np.asarray(start, np.float64)
     matrix = begin
     if stage == "centre":
@@ -102,14 +87,14 @@ def align(
     elif stage != "none":
         starts = _starts(*coarse) if start is None else [begin]
         found = [_improved(coarse, m, "Euler", metric, LOOK, seed) for m in starts]
-        matrix = max(found, key=lambda m: _similarity(*coarse, m, metric))
-        if _similarity(*seen, matrix, metric) < _similarity(*seen, begin, metric):
+        matrix = max(found, key=lambda m: similarity(*coarse, m, metric))
+        if similarity(*seen, matrix, metric) < similarity(*seen, begin, metric):
             matrix = begin
         for kind in SOUGHT[stage]:
             matrix = _improved(seen, matrix, kind, metric, FIND, seed)
-    overlap = _overlap(*fine, matrix)
-    _judge(overlap, stage)
-    return Alignment(matrix, overlap, *(_similarity(*seen, m, metric) for m in (begin, matrix)))
+    shared = overlap(*fine, matrix)
+    _judge(shared, stage)
+    return Alignment(matrix, shared, *(similarity(*seen, m, metric) for m in (begin, matrix)))
 
 
 def from_landmarks(fixed: np.ndarray, moving: np.ndarray, stage: str) -> np.ndarray:
@@ -182,45 +167,11 @@ def _check(fixed: Image, moving: Image, stage: str, metric: str, start: np.ndarr
         raise InputError(f"start: shape {np.shape(start)}; give an invertible matrix {(dims[0] + 1,) * 2} in RAS mm")
 
 
-def _side(image: Image, mask: np.ndarray | None, name: str, size: int) -> _Side:
-    """Upright, reduced and scaled to [0, 1]. Raises InputError for a mask that is empty or on another grid."""
-    mask = np.ones(image.array.shape, bool) if mask is None else np.asarray(mask) != 0
-    if mask.shape != image.array.shape:
-        raise InputError(f"{name} mask: shape {mask.shape}, its image's is {image.array.shape}; give it on that grid")
-    if not mask.any():
-        raise InputError(f"{name} mask: is empty; mark where the image counts, or give none")
-    turn = nib.orientations.io_orientation(image.affine)
-    array, mask = (nib.orientations.apply_orientation(a, turn) for a in (image.array, mask))
-    affine = image.affine @ nib.orientations.inv_ornt_aff(turn, image.array.shape)
-    side = _reduced(_Side(array.astype(np.float32), mask, affine), size)
-    return side._replace(array=normalise(side.array))
-
-
-def _reduced(side: _Side, size: int) -> _Side:
-    """Blocks averaged until an axis has about ``size`` voxels, and the voxels are about cubes; at least 8 remain."""
-    import itk
-
-    image, shape = Image(side.array, side.affine), np.array(side.array.shape)
-    target = np.prod(shape * image.spacing) ** (1 / len(shape)) / size
-    factors = np.clip(np.rint(target / image.spacing), 1, np.maximum(shape // 8, 1)).astype(int).tolist()
-    small, share = (
-        from_itk(itk.bin_shrink_image_filter(to_itk(a.astype(np.float32), side.affine), shrink_factors=factors))
-        for a in (side.array, side.mask)
-    )
-    mask = share.array >= min(0.5, share.array.max())  # a mask thinner than a block stays
-    return _Side(small.array, mask, small.affine)
-
-
-def _foreground(side: _Side) -> _Side:
-    """The mask becomes what is not dark, and a rim: a wide dark background would drown what lies in it."""
-    return side._replace(mask=ndimage.binary_dilation(side.array > DARK, iterations=2))
-
-
-def _middle(side: _Side) -> np.ndarray:
+def _middle(side: Side) -> np.ndarray:
     return side.affine[:-1] @ [*(np.array(side.array.shape) - 1) / 2, 1.0]
 
 
-def _mass(side: _Side) -> np.ndarray:
+def _mass(side: Side) -> np.ndarray:
     """The centre (D,) RAS mm of what is bright within the mask."""
     return side.affine[:-1] @ [*ndimage.center_of_mass((side.array + 1e-6) * side.mask), 1.0]
 
@@ -231,10 +182,10 @@ def _shift(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _starts(fixed: _Side, moving: _Side) -> list[np.ndarray]:
+def _starts(fixed: Side, moving: Side) -> list[np.ndarray]:
     """Where to begin: own places if they overlap, middles, centres of mass; none twice (to a coarse voxel)."""
     own = np.eye(fixed.array.ndim + 1)
-    kept = [own] if _overlap(fixed, moving, own) > 0 else []
+    kept = [own] if overlap(fixed, moving, own) > 0 else []
     apart = Image(fixed.array, fixed.affine).spacing.max()
     for matrix in (_shift(of(fixed), of(moving)) for of in (_middle, _mass)):
         if all(np.linalg.norm((matrix - other)[:-1, -1]) > apart for other in kept):
@@ -242,7 +193,7 @@ def _starts(fixed: _Side, moving: _Side) -> list[np.ndarray]:
     return kept
 
 
-def _improved(pair: _Pair, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
+def _improved(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
     """``matrix`` and upon it elastix's transform of ``kind``; as it was where that is not more similar."""
     try:
         found = _elastix(pair, matrix, kind, metric, search, seed)
@@ -250,13 +201,13 @@ def _improved(pair: _Pair, matrix: np.ndarray, kind: str, metric: str, search: _
         why = "for want of overlap, or of slices (four at least)"
         log.warning("elastix gave up on the %s transform, most likely %s; the one before is kept", kind, why)
         return matrix
-    before, after = (_similarity(*pair, m, metric) for m in (matrix, found))
+    before, after = (similarity(*pair, m, metric) for m in (matrix, found))
     if after <= before:
         log.info("the %s transform is no improvement (%.4f to %.4f); the one before is kept", kind, before, after)
     return found if after > before else matrix
 
 
-def _elastix(pair: _Pair, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
+def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
     """One run of elastix from ``matrix`` -> the whole matrix. Raises RuntimeError where elastix gives up."""
     import itk
 
@@ -298,53 +249,9 @@ def _matrix_of(transform: Any, dim: int) -> np.ndarray:
     return lps_matrix(lps)
 
 
-def _meet(fixed: _Side, moving: _Side, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the fixed mask's N voxels fall in the moving image -> (D, N) voxels, (N,) whether in its mask."""
-    pull = np.linalg.inv(moving.affine) @ matrix @ fixed.affine
-    at = pull[:-1, :-1] @ np.array(np.nonzero(fixed.mask)) + pull[:-1, -1:]
-    inside = ndimage.map_coordinates(moving.mask.astype(np.uint8), at, order=0, mode="grid-constant") > 0
-    return at, inside
-
-
-def _similarity(fixed: _Side, moving: _Side, matrix: np.ndarray, metric: str) -> float:
-    """Mutual information (nats) or correlation where both images are, times the share of the fixed one that is.
-
-    The share stands for what the fixed voxels outside the moving image tell about it, which is nothing; without
-    it two rims that touch would be the best match of all.
-    """
-    at, inside = _meet(fixed, moving, matrix)
-    if inside.sum() < 2:
-        return 0.0
-    x = fixed.array[fixed.mask][inside]
-    y = ndimage.map_coordinates(moving.array, at[:, inside], order=1, mode="nearest")
-    value = _information(x, y) if metric == "mi" else _correlation(x, y)
-    return float(value * inside.mean())
-
-
-def _information(x: np.ndarray, y: np.ndarray) -> float:
-    """Mutual information in nats of values (N,) in [0, 1], from a joint histogram."""
-    bins = [np.minimum((v * BINS).astype(int), BINS - 1) for v in (x, y)]
-    joint = np.bincount(bins[0] * BINS + bins[1], minlength=BINS**2).reshape(BINS, BINS) / len(x)
-    apart = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    seen = joint > 0
-    return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
-
-
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.corrcoef(x, y)[0, 1]) if min(x.std(), y.std()) > 0 else 0.0
-
-
-def _overlap(fixed: _Side, moving: _Side, matrix: np.ndarray) -> float:
-    """Dice of the fixed mask and the moving one brought to it, by volume."""
-    _, inside = _meet(fixed, moving, matrix)
-    of_fixed = inside.size * abs(np.linalg.det(fixed.affine))
-    of_moving = moving.mask.sum() * abs(np.linalg.det(moving.affine) / np.linalg.det(matrix))
-    return float(min(2 * inside.mean() * of_fixed / (of_fixed + of_moving), 1.0))
-
-
-def _judge(overlap: float, stage: str) -> None:
+def _judge(shared: float, stage: str) -> None:
     """Warns where the images share little. Raises InputError where they share nothing."""
-    if overlap == 0:
+    if shared == 0:
         raise InputError(f"the images share no place after stage {stage!r}; try 'centre', masks or landmarks as start")
-    if overlap < LITTLE:
-        log.warning("the aligned images overlap by %.2f only (Dice); look at them, or give masks or landmarks", overlap)
+    if shared < LITTLE:
+        log.warning("the aligned images overlap by %.2f only (Dice); look at them, or give masks or landmarks", shared)

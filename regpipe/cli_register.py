@@ -33,7 +33,7 @@ def register(
     affine: Annotated[
         str | None,
         typer.Option(
-            help="First: none, centre, rigid, similarity, affine. Default: affine; with a bundle, as trained."
+            help="First: none, centre, rigid, similarity, affine, projective (2D). Default: affine; a bundle: its own."
         ),
     ] = None,
     affine_from: Annotated[

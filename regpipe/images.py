@@ -23,6 +23,7 @@ from regpipe import dicom, readers
 from regpipe.dicom import is_series
 from regpipe.errors import InputError
 from regpipe.files import replace_file
+from regpipe.homography import carry, is_affine
 from regpipe.readers import PICTURE, SUFFIXES, PathLike, Source, locate, squeezed, warn_once
 
 __all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, offered here too
@@ -292,16 +293,18 @@ def to_grid(image: Image, grid: Grid) -> np.ndarray:
 
 
 def resample(image: Image, affine: np.ndarray, shape: Sequence[int], *, order: int) -> np.ndarray:
-    """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm).
+    """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm), which may be a homography.
 
     Order 1 for images (the rim continues outside), 0 for labels (0 outside). Nothing is smoothed
     before a coarser grid.
     """
-    pull = np.linalg.inv(image.affine) @ affine
+    pull, mode = np.linalg.inv(image.affine) @ affine, "nearest" if order else "grid-constant"
+    if not is_affine(affine):
+        at = carry(pull, np.moveaxis(np.indices(shape), 0, -1))
+        return ndimage.map_coordinates(image.array, np.moveaxis(at, -1, 0), order=order, mode=mode)
     pull = np.where(np.abs(pull - np.rint(pull)) < 1e-6, np.rint(pull), pull)  # a copy stays a copy
     if order == 0:  # a tie between two labels falls to the same side however the file is stored
         pull[:-1, -1] -= 1e-4 * pull[:-1, :-1].sum(axis=1)
-    mode = "nearest" if order else "grid-constant"
     return ndimage.affine_transform(image.array, pull, output_shape=tuple(shape), order=order, mode=mode)
 
 

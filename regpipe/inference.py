@@ -16,7 +16,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from tqdm import tqdm
 
-from regpipe import exports, images, report, transforms
+from regpipe import exports, homography, images, report, transforms
 from regpipe.boards import case_pictures
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
@@ -294,20 +294,22 @@ def save_case(
     registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
     fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
     fields = _array(registration.displacement), _array(registration.inverse)
-    frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
+    frames, matrix = (_array(batch["fixed_affine"]), _array(batch["moving_affine"])), None
+    if "moving_bend" in batch:
+        bend = _array(batch["moving_bend"])
+        matrix = frames[1] @ bend @ np.linalg.inv(frames[0])
+        fields, frames = homography.bent(*fields, frames, bend)
     forward = transforms.native_displacement(fields[0], *frames, fixed)
     if DENSE in formats:
         backward = transforms.native_displacement(fields[1], *frames[::-1], moving)
         transforms.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
         transforms.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
         del backward  # as large as the image, three times
-    pair = exports.pair_transform(
-        *fields, *frames, (fixed.array.shape, fixed.affine), (moving.array.shape, moving.affine)
-    )
+    pair = exports.pair_transform(*fields, *frames, *((image.array.shape, image.affine) for image in (fixed, moving)))
     files = exports.image_file(case["fixed_image"], fixed), exports.image_file(case["moving_image"], moving)
     stage = load.frames.stage_of(case, lambda path: fixed if path == case["fixed_image"] else moving)
     wanted = [name for name in formats if name != DENSE]
-    exports.write_transforms(folder, pair, *files, formats=wanted, stage=stage, settings=settings)
+    exports.write_transforms(folder, pair, *files, formats=wanted, stage=stage, homography=matrix, settings=settings)
     del pair
     native = _save_warped(case, fixed, moving, forward, folder, load)
     transforms.write_image(folder / "jacobian.nii.gz", transforms.native_jacobian(forward, fixed.affine), fixed.affine)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nibabel.affines import apply_affine
 from torch import Tensor
 
-from regpipe import images, transforms
+from regpipe import homography, images, transforms
 from regpipe.checks import unlike_landmarks
 from regpipe.errors import InputError
 from regpipe.frames import Frames, Read, extent
@@ -29,8 +28,9 @@ class LoadPair:
     ``label`` (1, *S) int32, zeros where there is none; ``landmarks`` (K, D) float32 in working
     voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the image's field
     of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1) float64,
-    working voxel -> RAS mm. ``displacement`` (D, *S) where the case has a true one, in working voxels. With ``cache``
-    they are kept, per image and not per pair, and handed out without a copy: never change them in place.
+    working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image is seen
+    at ``bend(x)``, see ``regpipe.homography``. ``displacement`` (D, *S) where the case has a true one, working voxels.
+    With ``cache`` they are kept, per image and not per pair, and handed out without a copy: never change them in place.
 
     Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
     ``affine``, ``affine_from``, ``affine_metric`` and ``space``: how the moving image's frame is aligned with the fixed
@@ -60,8 +60,11 @@ class LoadPair:
         item: dict[str, Any] = {"case": case["case"]}
         read = functools.cache(images.read_image)  # both frames and arrays may ask for a file
         grid = self.grid_of(case)
-        for side, frame in zip(SIDES, self.frames(case, read), strict=True):
-            item |= {f"{side}_{key}": value for key, value in self._side(case, side, frame, grid, read).items()}
+        fixed_frame, moving_frame = self.frames(case, read)
+        bend = self.frames.bend(case, read)
+        for side, frame, bent in (("fixed", fixed_frame, None), ("moving", moving_frame, bend)):
+            tensors = self._side(case, side, frame, bent, grid, read)
+            item |= {f"{side}_{key}": value for key, value in tensors.items()}
         if "displacement" in case:
             item["displacement"] = self._true_displacement(case, item)
         counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
@@ -76,28 +79,36 @@ class LoadPair:
         """The working grid of a case."""
         return self.frames.grid_of(case)
 
-    def _side(self, case: Case, side: str, frame: np.ndarray, grid: Grid, read: Read) -> dict[str, Tensor]:
+    def _side(
+        self, case: Case, side: str, frame: np.ndarray, bend: np.ndarray | None, grid: Grid, read: Read
+    ) -> dict[str, Tensor]:
         image, label, landmarks, mask = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
-        key = (*files, frame.tobytes())
-        if self.cache is not None and key in self.cache:
-            return self.cache[key]
+        key, cache = (*files, frame.tobytes()), self.cache if bend is None else None  # bent it is one pair's alone
+        if cache is not None and key in cache:
+            return cache[key]
         assert image is not None
         seen = _covered(read(image), frame, grid.shape)
         if not seen:
             raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
         if seen < 0.9 and side == "fixed":
             log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
-        tensors = self._load(image, label, landmarks, mask, frame, grid.shape, read)
+        at = frame if bend is None else frame @ bend
+        tensors = self._load(image, label, landmarks, mask, at, grid.shape, read) | {"affine": torch.from_numpy(frame)}
+        if bend is not None:
+            return tensors | {"bend": torch.from_numpy(bend)}
         # A moving image's frame of its own is the same in all pairs; any other is this pair's alone.
-        if self.cache is not None and np.array_equal(frame, self.frames.around(image, grid, read)):
-            self.cache[key] = tensors
+        if cache is not None and np.array_equal(frame, self.frames.around(image, grid, read)):
+            cache[key] = tensors
         return tensors
 
     def _true_displacement(self, case: Case, item: Mapping[str, Any]) -> Tensor:
         field, affine = transforms.read_displacement(case["displacement"])
         frames = (item["fixed_affine"].numpy(), item["moving_affine"].numpy())
         shape = self.grid_of(case).shape
-        return torch.from_numpy(transforms.grid_displacement(field, affine, *frames, shape)).float()
+        u = transforms.grid_displacement(field, affine, *frames, shape)
+        if "moving_bend" in item:
+            u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
+        return torch.from_numpy(u).float()
 
     def _load(
         self,
@@ -121,16 +132,15 @@ class LoadPair:
             found, channels = images.read_label(label, landmark_channels=self.landmark_channels)
             labels = images.resample(found, affine, shape, order=0)
             if channels is not None:
-                points.append(apply_affine(back @ found.affine, channels))
+                points.append(homography.carry(back @ found.affine, channels))
         if landmarks:
             lps = images.read_landmarks(landmarks)
-            points.append(apply_affine(back, lps * [-1.0, -1.0, 1.0][:dim]))
+            points.append(homography.carry(back, lps * [-1.0, -1.0, 1.0][:dim]))
         return {
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],
             "landmarks": torch.from_numpy(np.concatenate(points)).float(),
             "mask": _mask(image, mask, affine, shape, rims=self.mask_rims)[None],
-            "affine": torch.from_numpy(affine),
         }
 
 
