@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 from conftest import Command, deforming_bundle, infer
 from monai.bundle import run as run_bundle
 from processes import together
@@ -91,3 +93,120 @@ def test_a_lost_process_is_told_in_a_line_and_other_errors_as_before() -> None:
     assert explain(wrapped) == explain(lost) == ENDED_TOGETHER
     assert explain(RuntimeError("a mistake of ours")) is None
     assert explain(InputError("grid.json: missing")) == "grid.json: missing"
+
+
+# the files of docs/distributed.md
+
+
+SCRIPT = DOCS / "examples" / "slurm.sh"
+SLURM = {"SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "16"}
+
+
+@pytest.mark.parametrize(("gpus", "processes", "threads"), [({"SLURM_GPUS_ON_NODE": "4"}, 4, 4), ({}, 16, 1)])
+def test_the_slurm_script_starts_torchrun_with_the_command_as_given(tmp_path: Path, gpus, processes, threads) -> None:
+    for name, does in (("scontrol", "echo n1; echo n2"), ("srun", 'printf "%s\\n" "$PWD" "$OMP_NUM_THREADS" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    told = [
+        "run",
+        "training",
+        "--config_file",
+        "['configs/train.yaml','configs/multi_gpu.yaml']",
+        "--dataset_dir",
+        "/a b",
+    ]
+    place = {"PATH": f"{tmp_path}:/usr/bin:/bin", **SLURM, **gpus}
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    ran = subprocess.run(["bash", SCRIPT, tmp_path, *told], env=place, check=True, capture_output=True, text=True)
+    where, omp, *command = ran.stdout.splitlines()
+    assert (where, omp) == (str(tmp_path), str(threads)) and ran.stderr == ""
+    assert command[command.index("-m") :] == ["-m", "monai.bundle", *told]
+    assert {"torchrun", "--nnodes=2", f"--nproc_per_node={processes}", "--rdzv_endpoint=n1:20041"} <= set(command)
+
+
+CONTAINER = {
+    "type": "object",
+    "required": ["name", "image", "args"],
+    "properties": {
+        "name": {"type": "string"},
+        "env": {"type": "array", "items": {"properties": {"name": {"type": "string"}, "value": {"type": "string"}}}},
+        "command": {"type": "array", "items": {"type": "string"}},
+        "args": {"type": "array", "items": {"type": "string"}},
+        "resources": {"properties": {"limits": {"additionalProperties": {"type": "string"}}}},
+        "volumeMounts": {"type": "array", "items": {"required": ["name", "mountPath"]}},
+    },
+}
+REPLICAS: dict[str, Any] = {
+    "type": "object",
+    "required": ["replicas", "template"],
+    "additionalProperties": False,
+    "properties": {
+        "replicas": {"type": "integer", "minimum": 1},
+        "restartPolicy": {"enum": ["Always", "OnFailure", "Never", "ExitCode"]},
+        "template": {
+            "required": ["spec"],
+            "properties": {
+                "spec": {
+                    "required": ["containers"],
+                    "properties": {
+                        "containers": {
+                            "type": "array",
+                            "items": CONTAINER,
+                            "contains": {"properties": {"name": {"const": "pytorch"}}},
+                        }
+                    },
+                }
+            },
+        },
+    },
+}
+PYTORCH_JOB = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "kubeflow.org/v1"},
+        "kind": {"const": "PyTorchJob"},
+        "metadata": {"required": ["name"], "properties": {"name": {"pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"}}},
+        "spec": {
+            "required": ["pytorchReplicaSpecs"],
+            "additionalProperties": False,
+            "properties": {
+                "nprocPerNode": {"type": "string"},
+                "runPolicy": {
+                    "additionalProperties": False,
+                    "properties": {
+                        "cleanPodPolicy": {"enum": ["Running", "All", "None"]},
+                        "backoffLimit": {"type": "integer"},
+                    },
+                },
+                "pytorchReplicaSpecs": {
+                    "required": ["Master"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "Master": {**REPLICAS, "properties": {**REPLICAS["properties"], "replicas": {"const": 1}}},
+                        "Worker": REPLICAS,
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def test_the_pytorch_job_has_the_operators_form_and_starts_what_its_pods_can_run() -> None:
+    job = yaml.safe_load((DOCS / "examples" / "pytorchjob.yaml").read_text())
+    jsonschema.validate(job, PYTORCH_JOB)
+    specs = job["spec"]["pytorchReplicaSpecs"]
+    pods = sum(spec["replicas"] for spec in specs.values())
+    for spec in specs.values():
+        pod = spec["template"]["spec"]
+        (container,) = pod["containers"]
+        gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+        (command,) = container["args"]
+        assert f"--nnodes={pods} --nproc_per_node={gpus} " in command and "\n" not in command
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        subprocess.run(["sh", "-n", "-c", command], check=True)
+    broken = {**job, "spec": {"pytorchReplicaSpecs": {"Worker": specs["Worker"]}}}
+    with pytest.raises(jsonschema.ValidationError, match="'Master' is a required property"):
+        jsonschema.validate(broken, PYTORCH_JOB)
