@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import MetricUsage
 
+from regpipe.distributed import gathered
 from regpipe.errors import InputError
 from regpipe.fields import Registration
 from regpipe.files import replace_file
@@ -139,10 +140,10 @@ def _means(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _gather(rows: list[Row]) -> list[Row]:
-    # Rows of all processes. A distributed sampler repeats cases so that every process gets equally
-    # many; each case counts once.
-    if idist.get_world_size() == 1:
+    # Rows of all processes, in the order of the data, of which each process has every n-th. A distributed sampler
+    # repeats cases so that every process gets equally many; each case counts once.
+    parts = gathered(rows)
+    if len(parts) == 1:
         return list(rows)
-    parts: list[list[Row]] = [[] for _ in range(idist.get_world_size())]
-    torch.distributed.all_gather_object(parts, rows)
-    return list({row["case"]: row for part in parts for row in part}.values())
+    dealt = (row for turn in itertools.zip_longest(*parts) for row in turn if row is not None)
+    return list({row["case"]: row for row in dealt}.values())

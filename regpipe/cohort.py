@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 
 from regpipe import transforms
@@ -79,7 +80,8 @@ def builtin_cohort(folder: str | Path, spatial_dims: int) -> str:
         raise InputError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
     out = Path(folder) / f"ultrasound_{spatial_dims}d"
     shape, n_pairs = BUILTIN_SHAPES[spatial_dims], BUILTIN_PAIRS[spatial_dims]
-    return str(write_cohort(out, shape=shape, n_pairs=n_pairs))
+    with idist.one_rank_first():
+        return str(write_cohort(out, shape=shape, n_pairs=n_pairs))
 
 
 def _holds(out: Path, record: str) -> bool:

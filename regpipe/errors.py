@@ -5,6 +5,11 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+ENDED_TOGETHER = (
+    "stopped, for another process of this job ended or the job was told to: "
+    "what ended first says why, if it could; the same command goes on from what is finished"
+)
+
 
 class InputError(ValueError):
     """What a user can mend; the message is one line: the file or setting, what is wrong, what to do."""
@@ -25,16 +30,27 @@ def root(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """The line for a user: an ``InputError``'s message, or which file the system refused and why; else None."""
+    """The line for a user: an ``InputError``'s message, a lost process, or which file the system refused; else None."""
     known = cause(error)
     if known is not None:
         return str(known)
+    if _lost(error):
+        return ENDED_TOGETHER
     chain: BaseException | None = error
     while chain is not None and not isinstance(chain, OSError):
         chain = chain.__cause__ or chain.__context__
     if chain is None or chain.strerror is None:
         return None
     return f"{chain.filename or 'writing'}: {chain.strerror}"
+
+
+def _lost(error: BaseException | None) -> bool:
+    """Whether torch.distributed says that another process is gone, by gloo's text or a type of its own."""
+    while error is not None:
+        if "gloo/" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def one_line_errors() -> None:

@@ -17,6 +17,7 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 from tqdm import tqdm
 
+from regpipe.distributed import of_first
 from regpipe.errors import InputError
 from regpipe.files import replace_file
 from regpipe.losses import RegistrationLoss
@@ -82,8 +83,11 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Share of the seconds that is spent; 0 without a limit. What the learning rate's schedule goes by."""
-        return self._used() / self.seconds if self.seconds else 0.0
+        """Share of the seconds that is spent; 0 without a limit. What the learning rate's schedule goes by.
+
+        By the clock of rank 0, so that all processes stop together: ask on all of them.
+        """
+        return of_first(self._used()) / self.seconds if self.seconds else 0.0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -122,7 +126,14 @@ class Progress:
         total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
         # a log file gets a line now and then, a terminal a bar that moves
         every = 0.5 if sys.stderr.isatty() else 10
-        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=every, file=sys.stderr)
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            unit="step",
+            mininterval=every,
+            file=sys.stderr,
+            disable=idist.get_rank() > 0,
+        )
 
     def _step(self, engine: Engine) -> None:
         best: Any = self.evaluator.state

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -16,7 +17,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from tqdm import tqdm
 
-from regpipe import exports, homography, images, report, transforms
+from regpipe import distributed, exports, homography, images, report, transforms
 from regpipe.boards import case_pictures
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
@@ -32,15 +33,8 @@ from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
 BY_DEFAULT = (DENSE, "itk", "ants")
-WRITTEN: tuple[str, ...] = (
-    "metrics.json",
-    "transform.json",
-    "*displacement.nii.gz",
-    "*_to_*.*",
-    exports.ANTS_AFFINE,
-    *exports.ANTS_WARPS,
-)
-WRITTEN += ("warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
+WRITTEN: tuple[str, ...] = ("metrics.json", "transform.json", "*displacement.nii.gz", "*_to_*.*", exports.ANTS_AFFINE)
+WRITTEN += (*exports.ANTS_WARPS, "warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
 
 
 class FolderRun:
@@ -48,7 +42,7 @@ class FolderRun:
 
     ``metrics.json`` is written last: a case that has one is finished and is not registered again.
     Iterating gives the batches, one case each, of those that are to be done and can be read; the others are
-    in ``failures``.
+    in ``failures``. Of several processes each does its share of what was left when they began.
 
     Args:
         dataset_dir: see ``regpipe.list_pairs``.
@@ -84,6 +78,10 @@ class FolderRun:
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
         weights = Path(model)
         self._weights = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+        self._mine = list(self.cases)
+        # rank 0's list: on that of one that begins later, what others have finished by then would be missing
+        left = distributed.of_first([case["case"] for case in self._todo()])
+        self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
         self.dataset = Dataset(data=self._todo(), transform=load)
         self._current = ""
 
@@ -104,12 +102,14 @@ class FolderRun:
         return {**found, "weights": self._weights, "settings": self._settings}
 
     def _todo(self) -> list[Case]:
-        return [c for name, c in self.cases.items() if name not in self.failures and self._result(name) is None]
+        names = (name for name in self._mine if name not in self.failures and self._result(name) is None)
+        return [self.cases[name] for name in names]
 
     # No __len__: a case that fails yields no batch, and Ignite would begin again to fill up an epoch.
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.dataset.data = self._todo()
-        for i, case in enumerate(tqdm(self.dataset.data, desc="registering", unit="pair")):
+        quiet = idist.get_rank() > 0
+        for i, case in enumerate(tqdm(self.dataset.data, desc="registering", unit="pair", disable=quiet)):
             self._current = case["case"]
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
@@ -164,16 +164,19 @@ class FolderRun:
         except OSError as problem:
             message = f"{self.folder}: cannot be made ({problem.strerror}); give another --output_dir"
             raise InputError(message) from problem
-        finished = len(self.cases) - len(self.dataset)
-        if finished:
-            print(f"{finished} of {len(self.cases)} cases are finished already")
+        if self._finished:
+            print(f"{self._finished} of {len(self.cases)} cases are finished already")
         try:
             while self._todo():
                 self._run(evaluator)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on with the cases that are left")
             raise SystemExit(130) from None
+        self.failures = distributed.merged(self.failures)
         self._summary()
+        distributed.leave()
+        if self.failures:
+            raise SystemExit(1)
 
     def _run(self, evaluator: Engine) -> None:
         """All that is left, or up to a case that the network cannot take: out of memory, say."""
@@ -185,6 +188,7 @@ class FolderRun:
                 raise  # not a case's fault
             self._fail(self._current, InputError(f"{self._current}: cannot be registered ({root(error)})"))
 
+    @idist.one_rank_only()
     def _summary(self) -> None:
         rows = [row for row in map(self._result, self.cases) if row is not None]
         if rows:
@@ -195,7 +199,6 @@ class FolderRun:
         if self.failures:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
-            raise SystemExit(1)
 
 
 def clear(folder: Path) -> None:
@@ -235,6 +238,7 @@ def register_from_zero(
         InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
         SystemExit: as ``FolderRun.register``.
     """
+    distributed.join(hours=168)
     refiner = zero_refiner(weights, steps=steps, window=window, finest=finest)
     settings: dict[str, Any] = {
         "network": "none",
@@ -260,7 +264,7 @@ def register_from_zero(
     )
     folder.register(
         SupervisedEvaluator(
-            device=torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
+            device=distributed.device(),
             val_data_loader=folder,
             network=torch.nn.Identity(),
             inferer=ZeroInferer(refiner, repair=True),

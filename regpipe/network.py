@@ -194,7 +194,7 @@ class _Pyramid(nn.Module):
 
 
 class _OfParts(nn.Sequential):
-    """A convolution, and what follows it, of features that lie in several tensors: as of the joined, without the copy."""
+    """A convolution, and what follows it, of features in several tensors: as of the joined ones, without the copy."""
 
     def forward(self, *parts: Tensor) -> Tensor:
         conv = cast("nn.Conv2d | nn.Conv3d", self[0])

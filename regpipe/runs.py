@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -18,9 +19,10 @@ from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping
 from monai.utils import set_determinism
 from torch.optim.lr_scheduler import LambdaLR
 
+from regpipe import distributed, record
 from regpipe.checks import check_pairs
 from regpipe.errors import InputError, one_line_errors
-from regpipe.images import Grid
+from regpipe.images import Grid, save_grid
 from regpipe.options import refuse_unknown
 from regpipe.pairs import Case
 
@@ -42,7 +44,8 @@ def require(cases: Sequence[Case], *, landmark_channels: int | None = None) -> N
     Raises:
         InputError: naming the files, if any case has a problem.
     """
-    problems = check_pairs(cases, landmark_channels=landmark_channels, progress=True)
+    here, first = distributed.share(cases), idist.get_rank() == 0
+    problems = distributed.merged(check_pairs(here, landmark_channels=landmark_channels, progress=first))
     if problems:
         found = list(dict.fromkeys(problems.values()))
         more = len(found) - SHOWN_PROBLEMS
@@ -197,12 +200,15 @@ class Run:
         saved = self.check()
         if saved is None:
             return 0
-        wanted, file = self.trainer.state.max_epochs, saved_states(self.folder)[-1]
+        state, file = self.trainer.state, saved_states(self.folder)[-1]
+        wanted, steps = state.max_epochs, state.epoch_length or 0
         try:
             Checkpoint.load_objects({**self.objects, "checkpointer": self._saver}, saved)
         except Exception as error:  # another network's, of the same settings
             raise _damaged(file, error) from error
-        self.trainer.state.max_epochs = wanted
+        state.max_epochs = wanted
+        if steps != state.epoch_length:  # another number of processes, another number of steps
+            state.epoch_length, state.iteration = steps, state.epoch * steps
         for scheduler in self.objects.values():
             if isinstance(scheduler, LambdaLR):
                 _follow(scheduler)
@@ -280,6 +286,14 @@ def refuse_detached(refiner: object, repair: object) -> None:
         raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
 
 
+@idist.one_rank_only(with_barrier=True)
+def keep_beside_model(ckpt_dir: str, grid: Grid, cases: Sequence[Case], data: dict[str, Any]) -> None:
+    """Write the working grid, and what the model is trained on: see ``regpipe.record``."""
+    save_grid(Path(ckpt_dir) / "working_grid.json", grid)
+    record.write(ckpt_dir, cases, data)
+
+
+@idist.one_rank_only(with_barrier=True)
 def forget(ckpt_dir: str, log_dir: str) -> None:
     """Delete a run's states, model and curves: one that begins anew must not be mixed with an old one."""
     for path in (*saved_states(ckpt_dir), Path(ckpt_dir) / "model.pt", *Path(log_dir).glob("events.out.*")):
