@@ -21,13 +21,13 @@ from test_projective import FIXED, FIXED_SHAPE, LPS, MOVING, TRUTH, best_affine,
 
 from regpipe.apply import apply
 from regpipe.bundles import write_bundle
+from regpipe.casefiles import save_case
 from regpipe.casemetrics import read_rows
 from regpipe.errors import InputError
 from regpipe.fields import register
 from regpipe.frames import Frames
 from regpipe.homography import carry
 from regpipe.images import Grid, Image, read_image
-from regpipe.inference import save_case
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.transforms import write_displacement, write_image
 

@@ -1,0 +1,103 @@
+"""What one registered case leaves in its folder: transforms, warped images, pictures; and how to clear it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regpipe import exports, homography, report, transforms
+from regpipe.boards import case_pictures
+from regpipe.fields import Registration
+from regpipe.images import PICTURE, Image, read_image, read_label
+from regpipe.loading import LoadPair
+from regpipe.metrics import dice, mean_of, measure, shared_labels
+from regpipe.pairs import Case
+
+DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
+BY_DEFAULT = (DENSE, "itk", "ants")
+WRITTEN: tuple[str, ...] = ("metrics.json", "transform.json", "*displacement.nii.gz", "*_to_*.*", exports.ANTS_AFFINE)
+WRITTEN += (*exports.ANTS_WARPS, "warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
+
+
+def clear(folder: Path) -> None:
+    """Remove the results of an earlier registration, what says that they are whole first; other files stay."""
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def save_case(
+    case: Case,
+    batch: Mapping[str, Any],
+    prediction: Mapping[str, Any],
+    load: LoadPair,
+    folder: Path,
+    *,
+    formats: Sequence[str] = BY_DEFAULT,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write everything that one registered case gives, in native space; returns its metrics, on the working grid.
+
+    Raises:
+        InputError: a native image cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
+    fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
+    fields = _array(registration.displacement), _array(registration.inverse)
+    frames, matrix = (_array(batch["fixed_affine"]), _array(batch["moving_affine"])), None
+    if "moving_bend" in batch:
+        bend = _array(batch["moving_bend"])
+        matrix = frames[1] @ bend @ np.linalg.inv(frames[0])
+        fields, frames = homography.bent(*fields, frames, bend)
+    forward = transforms.native_displacement(fields[0], *frames, fixed)
+    if DENSE in formats:
+        backward = transforms.native_displacement(fields[1], *frames[::-1], moving)
+        transforms.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
+        transforms.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
+        del backward  # as large as the image, three times
+    pair = exports.pair_transform(*fields, *frames, *((image.array.shape, image.affine) for image in (fixed, moving)))
+    files = exports.image_file(case["fixed_image"], fixed), exports.image_file(case["moving_image"], moving)
+    stage = load.frames.stage_of(case, lambda path: fixed if path == case["fixed_image"] else moving)
+    wanted = [name for name in formats if name != DENSE]
+    exports.write_transforms(folder, pair, *files, formats=wanted, stage=stage, homography=matrix, settings=settings)
+    del pair
+    native = _save_warped(case, fixed, moving, forward, folder, load)
+    transforms.write_image(folder / "jacobian.nii.gz", transforms.native_jacobian(forward, fixed.affine), fixed.affine)
+    shown = case_pictures(batch, prediction)
+    for name in ("checkerboard", "overlay"):
+        report.save_png(folder / f"{name}.png", shown[name])
+    report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
+    measured = measure(registration, batch, load.grid_of(case).spacing) | native
+    if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
+        measured["repaired"] = float(prediction["repaired"][0])
+    return {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return tensor[0].cpu().numpy()
+
+
+def _save_warped(
+    case: Case, fixed: Image, moving: Image, forward: np.ndarray, folder: Path, load: LoadPair
+) -> dict[str, float]:
+    """The warped image and labels; Dice on the fixed image's own grid where both have labels."""
+    warped = transforms.resample_through(moving, forward, fixed.affine, order=1)
+    transforms.write_image(folder / "warped.nii.gz", warped.astype(np.float32), fixed.affine)
+    fits = warped.min() >= 0 and 1 < warped.max() <= 65535  # what a picture's whole numbers can show
+    if fits and case["fixed_image"].lower().endswith(PICTURE):
+        transforms.write_image(folder / "warped.png", warped, fixed.affine)
+    if "moving_label" not in case:
+        return {}
+    label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
+    labels = transforms.resample_through(label, forward, fixed.affine, order=0)
+    transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int32), fixed.affine)
+    if "fixed_label" not in case:
+        return {}
+    truth, _ = read_label(case["fixed_label"], landmark_channels=load.landmark_channels)
+    ids = shared_labels(truth.array, label.array)
+    return {"dice_native": mean_of(dice(truth.array, labels.astype(np.int32), ids).values())}
