@@ -6,6 +6,7 @@ map of points: with a case at hand its other direction is used, so that a point 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +106,11 @@ def compose(transforms_: Sequence[str | Path], out: str | Path, *, reference: st
     for move, part in zip(moves, parts, strict=True):
         if part.GetInputSpaceDimension() != parts[0].GetInputSpaceDimension():
             raise InputError(f"{move.images}: is {part.GetInputSpaceDimension()}-D, the first transform is not")
+    for first, second in itertools.pairwise(moves):
+        if first.target and second.source and not _alike(first.target, second.source):
+            log.warning(
+                "%s: does not begin where %s ends: another grid; is the order right?", second.images, first.images
+            )
     chain = itkbridge.composite(*reversed(parts))
     chain.FlattenTransformQueue()  # a file holds no composite within a composite
     if not dense:
@@ -113,6 +119,10 @@ def compose(transforms_: Sequence[str | Path], out: str | Path, *, reference: st
     grid = _grid(reference, moves[-1].target, chain)
     transforms.write_displacement(out, _displacement(chain, grid), grid.affine)
     return out
+
+
+def _alike(one: Space, other: Space) -> bool:
+    return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-3)
 
 
 def _displacement(transform: Any, grid: Space) -> np.ndarray:

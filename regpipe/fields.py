@@ -46,9 +46,9 @@ class Registration(NamedTuple):
 def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the grid's points are (1, D, *shape), and how long a voxel is (1, D, 1, ...), in grid_sample's units."""
     with torch.inference_mode(False), torch.no_grad():  # it outlives whatever mode it is first asked for in
-        voxel = torch.tensor([2 / max(n - 1, 1) for n in reversed(shape)], device=device)
-        voxel = voxel.view(1, -1, *[1] * len(shape))
-        return identity_grid(shape, device=device).flip(1) * voxel - 1, voxel
+        cells = torch.tensor([max(n - 1, 1) for n in reversed(shape)], device=device).view(1, -1, *[1] * len(shape))
+        # divided last, as in MONAI's Warp: 2 i / n is rounded once
+        return 2 * identity_grid(shape, device=device).flip(1) / cells - 1, 2 / cells
 
 
 def _sample(image: Tensor, where: Tensor, mode: str = "bilinear") -> Tensor:

@@ -121,6 +121,8 @@ class FolderRun:
         output: Any = engine.state.output
         name = output["label"]["case"][0]
         try:
+            if (self.folder / name / "metrics.json").is_file():
+                tqdm.write(f"{name}: was registered from other files, weights or settings before, and is replaced")
             clear(self.folder / name)
             row = save_case(
                 self.cases[name],

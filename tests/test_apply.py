@@ -22,7 +22,7 @@ from registered import (
 from typer.testing import CliRunner
 
 from regpipe import cli_apply, itkbridge
-from regpipe.apply import apply
+from regpipe.apply import apply, compose
 from regpipe.errors import InputError
 from regpipe.images import read_image
 from regpipe.points import read_points
@@ -167,3 +167,10 @@ def test_points_and_images_of_another_place_warn(tmp_path: Path, flat: Pair, cap
     files = [write_csv(tmp_path / "p.csv", np.full((3, 2), 900.0)), save(tmp_path / "i.nii.gz", np.eye(9), far)]
     apply(flat.case, files, tmp_path / "out")
     assert "p.csv: 3 of 3 points lie outside" in caplog.text and "i.nii.gz: nothing of it" in caplog.text
+
+
+def test_a_chain_that_does_not_join_warns(tmp_path: Path, flat: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    compose([flat.case, flat.case / "moving_to_fixed.h5"], tmp_path / "a.h5")
+    assert "the order" not in caplog.text  # of a file nobody knows where it begins
+    compose([flat.case, flat.case], tmp_path / "b.h5")
+    assert "does not begin where" in caplog.text and "is the order right?" in caplog.text

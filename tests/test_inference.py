@@ -160,7 +160,8 @@ def test_there_and_back_is_where_one_was(registered: tuple[Path, Path, int]) -> 
     moved = map_points(points, *read_displacement(case / "displacement.nii.gz"))
     back = map_points(moved, *read_displacement(case / "inverse_displacement.nii.gz"))
     way, error = (np.linalg.norm(ends - points, axis=1).mean() for ends in (moved, back))
-    assert way > 0.5 and error < 0.1 * way, (way, error)  # mm; the rest is interpolation between native voxels
+    # mm; the rest is interpolation between native voxels of a random network's rough field
+    assert way > 0.5 and error < 0.2 * way, (way, error)
 
 
 def test_pictures_give_a_picture_and_pairs_of_a_folder_are_named(
@@ -314,7 +315,7 @@ def test_a_case_that_the_network_cannot_take_does_not_stop_the_others(
 
 
 def test_a_case_finished_with_another_model_or_file_is_done_again(
-    tmp_path: Path, data: Path, bundle: Path, monai_bundle: Command
+    tmp_path: Path, data: Path, bundle: Path, monai_bundle: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     infer(monai_bundle, bundle, data, tmp_path / "out")
     results = {name: tmp_path / "out" / name / "metrics.json" for name in finished(tmp_path / "out")}
@@ -323,6 +324,7 @@ def test_a_case_finished_with_another_model_or_file_is_done_again(
     os.utime(mine / "moving_images" / "case_001.nii.gz")
     infer(monai_bundle, bundle, mine, tmp_path / "out")
     assert {n for n, p in results.items() if p.stat().st_mtime_ns != before[n]} == {"case_001"}
+    assert capsys.readouterr().out.count("and is replaced") == 1
     other = shutil.copytree(bundle, tmp_path / "bundle")
     state = torch.load(other / "models" / "model.pt", weights_only=True)
     torch.save({k: v * 1.5 if "flow" in k else v for k, v in state.items()}, other / "models" / "model.pt")

@@ -91,6 +91,20 @@ def test_lncc_is_its_definition_and_inside_it_is_monais(shape) -> None:
 
 
 @EACH
+def test_the_gradient_of_lncc_is_monais_far_from_the_rim(shape) -> None:
+    a, b = two(shape)
+    peer = LocalNormalizedCrossCorrelationLoss(len(shape), kernel_size=5, smooth_dr=1e-9)
+    gradients = []
+    for loss in (lambda x: lncc(x, b, window=5, epsilon=1e-9), lambda x: peer(x, b)):
+        x = a.clone().requires_grad_()
+        loss(x).backward()
+        assert x.grad is not None
+        inner = tuple(slice(4, -4) for _ in shape)
+        gradients.append(x.grad[0, 0][inner])
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+@EACH
 def test_lncc_in_a_mask_correlates_only_voxels_inside_it(shape) -> None:
     a, b = two(shape)
     inside = smooth(1, 1, shape, seed=5) > 0.45
