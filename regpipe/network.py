@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from regpipe.fields import integrate_both, resize, resize_image, warp
 from regpipe.weights import lay_in_decoder, read_state_dict
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution
+LARGE = 4_000_000  # voxels of an image, from which on memory counts
 
 
 class SymmetricNet(nn.Module):
@@ -76,8 +78,8 @@ class SymmetricNet(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
-        seen = (self._see(image) for image in pair.chunk(2, 1))  # one after the other: half the memory
-        maps = [torch.cat(both) for both in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
+        # (2B, C, *grid) each, fixed first
+        maps = _in_turn(self._see, ((x,) for x in pair.chunk(2, 1)), large=_voxels(pair) > LARGE)
         logits = None if self.anatomy is None else maps.pop()
         velocity: Tensor | None = None
         for level in self.levels:
@@ -106,6 +108,20 @@ class SymmetricNet(nn.Module):
         # as align_corners says; on others a velocity of stride 16 would be 15 voxels off at the far end.
         coarsest = self.strides[0]
         return tuple(-(-(int(n) - 1) // coarsest) * coarsest + 1 for n in shape)
+
+
+def _in_turn(
+    function: Callable[..., list[Tensor]], halves: Iterable[tuple[Tensor, ...]], *, large: bool
+) -> list[Tensor]:
+    """``function`` of both halves of a batch. On large grids one after the other, which takes half the memory; else
+    together, because torch leaves a small convolution of a single image to its slow implementation."""
+    if not large:
+        return function(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
+    return [torch.cat(parts) for parts in zip(*(function(*half) for half in halves), strict=True)]
+
+
+def _voxels(x: Tensor) -> int:
+    return math.prod(int(n) for n in x.shape[2:])  # an int also while tracing
 
 
 class _Detail(nn.Module):
@@ -233,13 +249,20 @@ class _Level(nn.Module):
             features = warp(features, resize(torch.cat([backward, forward]), features.shape[2:]))
             velocity = resize(velocity, features.shape[2:])
         a, b = features.chunk(2)
-        sides: list[tuple[Tensor, ...]] = [(a, b), (b, a)]
-        if self.offsets:
-            alike = local_correlations(a, b, self.offsets)
-            sides = [(*both, torch.cat(list(x), 1)) for both, x in zip(sides, alike, strict=True)]
-        ours, theirs = (self.flow(self.head(*seen)).float() for seen in sides)
+        alike = local_correlations(a, b, self.offsets) if self.offsets else ((), ())
+        sides = ((*both, *_joined(x)) for both, x in zip(((a, b), (b, a)), alike, strict=True))
+        large = _voxels(a) * VELOCITY_STRIDE ** (a.ndim - 2) > LARGE
+        ours, theirs = _in_turn(self._flow, sides, large=large)[0].chunk(2)
         residual = (ours - theirs) / 2
         return residual if velocity is None else velocity + residual
+
+    def _flow(self, *seen: Tensor) -> list[Tensor]:
+        return [self.flow(self.head(*seen)).float()]
+
+
+def _joined(parts: Iterable[Tensor]) -> list[Tensor]:
+    parts = list(parts)
+    return [torch.cat(parts, 1)] if parts else []
 
 
 def local_correlations(a: Tensor, b: Tensor, offsets: list[tuple[int, ...]]) -> tuple[list[Tensor], Iterator[Tensor]]:

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from regpipe import network
 from regpipe.encoders import BACKBONES
 from regpipe.fields import register, register_midway, resize_image
 from regpipe.network import SymmetricNet, SymNet, fold, load_symnet, local_correlations, unfold
@@ -121,6 +122,19 @@ def test_a_saved_state_gives_the_same_network_and_batches_do_not_mix(tmp_path: P
     with torch.no_grad():
         assert torch.equal(net(batch), other(batch))
         assert torch.allclose(net(batch)[1:], net(batch[1:]), atol=1e-5)
+
+
+@EVERY
+def test_large_images_are_seen_one_after_the_other_to_the_same_end(
+    backbone: str, dims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, both = built(backbone, dims), pair(SIZES[dims][0])
+    with torch.no_grad():
+        together = net(both)
+        monkeypatch.setattr(network, "LARGE", 0)
+        apart, swapped = net(both), net(both.flip(1))
+    assert torch.equal(apart, -swapped)
+    assert torch.allclose(apart, together, atol=1e-5)
 
 
 @pytest.mark.parametrize("freeze", [0, 2])
