@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from regpipe.encoders import CONV, Encoder, two_convolutions
 from regpipe.errors import InputError
@@ -42,7 +43,12 @@ class SymmetricNet(nn.Module):
         structures: how many labelled structures the network shall tell apart, where labels supervise. Their logits at
             full resolution, background first, then follow the velocity's channels, folded onto its grid: fixed's, then
             moving's, see ``unfold``; and the levels see them as features.
+
+    With ``net.checkpointing = True`` what each part computes is let go of and computed again for the gradient, the same
+    to the bit (Chen et al. 2016): less memory, more time.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -76,14 +82,19 @@ class SymmetricNet(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
-        seen = (self._see(image) for image in pair.chunk(2, 1))  # one after the other: half the memory
+        seen = (self._part(self._see, image) for image in pair.chunk(2, 1))  # one after the other: half the memory
         maps = [torch.cat(both) for both in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
         logits = None if self.anatomy is None else maps.pop()
         velocity: Tensor | None = None
         for level in self.levels:
-            velocity = level(maps.pop(0), velocity)  # a map is let go of when its level has warped it
+            velocity = self._part(level, maps.pop(0), velocity)  # a map is let go of when its level has warped it
         assert velocity is not None  # every backbone has a level
         return velocity if logits is None else torch.cat([velocity, *fold(logits).chunk(2)], 1)
+
+    def _part(self, compute: Callable[..., Any], *given: Tensor | None) -> Any:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return compute(*given)
+        return checkpoint(compute, *given, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
     def _see(self, images: Tensor) -> list[Tensor]:
         """(N, 1, *inner) -> what each level sees of them, coarse to fine; then the logits of the structures, if any."""
