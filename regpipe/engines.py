@@ -1,8 +1,8 @@
 """The adapters between regpipe's functions and MONAI's SupervisedTrainer / SupervisedEvaluator.
 
 ``prepare_batch`` makes the network's input of a collated batch (``regpipe.pairs``), ``RegistrationInferer`` turns the
-network's velocity into warped images, and ``regpipe.losses.RegistrationLoss`` weighs them. The iteration that does so in
-training is ``regpipe.steps.TrainingStep``; what happens around it is in ``regpipe.handlers``.
+network's velocity into warped images, and ``regpipe.losses.RegistrationLoss`` weighs them. The iteration that does so
+in training is ``regpipe.steps.TrainingStep``; what happens around it is in ``regpipe.handlers``.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def prepare_batch(
 class RegistrationInferer(Inferer):
     """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
 
-    Whatever the autocast, only the network computes in half precision; what it gives is float32 from there on. What a network gives beyond the velocity, unfolded, is the dict's ``anatomy`` (B, 2 (K + 1), *full): the logits of
-    the structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
+    Whatever the autocast, only the network computes in half precision; what it gives is float32 from there on. What a
+    network gives beyond the velocity, unfolded, is the dict's ``anatomy`` (B, 2 (K + 1), *full): the logits of the
+    structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
 
     Args:
         squarings: scaling-and-squaring steps.

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch import nn
@@ -20,7 +19,7 @@ from regpipe.errors import InputError
 
 
 def half_precision(device: torch.device) -> torch.dtype:
-    """What autocast takes on a device: bfloat16, which needs no scaling; float16 on a GPU that has no units for that."""
+    """What autocast takes on a device: bfloat16, which needs no scaling; float16 on a GPU without units for that."""
     bare_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if bare_gpu else torch.bfloat16
 
@@ -33,7 +32,7 @@ def check_amp(amp: bool, device: torch.device, shape: Sequence[int]) -> None:
     """
     if amp and device.type == "cpu" and len(shape) == 3 and min(shape) < 18:
         raise InputError(
-            f"--amp True: on the CPU half precision needs 18 voxels an axis in 3D, the grid has {tuple(shape)}; leave it out"
+            f"--amp True: on the CPU it needs 18 voxels an axis in 3D, and the grid has {tuple(shape)}; leave it out"
         )
 
 
@@ -46,8 +45,8 @@ class TrainingStep:
     """An iteration of MONAI's trainer, for its ``iteration_update``: the same results and events in the same order.
 
     The gradient of a group of ``accumulate`` batches is the mean of theirs; what is left at an epoch's end is a group
-    too. ``BACKWARD_COMPLETED`` is fired once a group, when its gradient is whole and in its own scale: what then looks at
-    it, or clips it, needs to know nothing of groups and scales.
+    too. ``BACKWARD_COMPLETED`` is fired once a group, when its gradient is whole and in its own scale: what then looks
+    at it, or clips it, needs to know nothing of groups and scales.
 
     Args:
         scaler: see ``gradient_scaler``.
@@ -66,8 +65,8 @@ class TrainingStep:
     ) -> None:
         self.scaler, self.amp, self.accumulate, self.dtype = scaler, amp, accumulate, dtype
 
-    def __call__(self, engine: SupervisedTrainer, batch: Any) -> dict[str, Any]:
-        state: Any = engine.state
+    def __call__(self, engine: Any, batch: Any) -> dict[str, Any]:
+        state = engine.state
         pair, target, args, told = engine.prepare_batch(batch, state.device, engine.non_blocking, **engine.to_kwargs)
         state.output = {Keys.IMAGE: pair, Keys.LABEL: target}
         place, size = self._group(engine)
@@ -85,14 +84,14 @@ class TrainingStep:
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return state.output
 
-    def _group(self, engine: SupervisedTrainer) -> tuple[int, int]:
+    def _group(self, engine: Any) -> tuple[int, int]:
         """This batch's place in its group, and how many batches that has."""
         length = engine.state.epoch_length
         done = (engine.state.iteration - 1) % length
         place = done % self.accumulate
         return place, min(self.accumulate, length - done + place)
 
-    def _descend(self, engine: SupervisedTrainer) -> None:
+    def _descend(self, engine: Any) -> None:
         self.scaler.unscale_(engine.optimizer)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self.scaler.step(engine.optimizer)  # left out where a scaled gradient was too large for float16
@@ -108,5 +107,5 @@ def checkpointed(network: nn.Module, wanted: bool) -> nn.Module:
     if wanted:
         if not hasattr(network, "checkpointing"):
             raise InputError(f"--checkpointing True: {type(network).__name__} keeps all it computes; leave it out")
-        network.checkpointing = True
+        network.checkpointing = True  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
     return network

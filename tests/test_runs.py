@@ -143,10 +143,9 @@ def test_stopping_after_an_epoch_and_giving_more_changes_nothing(bundle, cohort,
     assert [p.name for p in runs.saved_states(bundle / "models")] == ["checkpoint_3.pt", "checkpoint_4.pt"]
 
 
-def test_a_run_in_half_precision_groups_and_parts_goes_on_as_if_there_had_been_no_stop(
-    bundle, cohort, tmp_path
-) -> None:
-    told = {"amp": True, "accumulate": 2, "checkpointing": True, "pairs_per_epoch": 3}  # a group of two, and one
+def test_a_run_in_half_precision_and_groups_goes_on_as_if_there_had_been_no_stop(bundle, cohort, tmp_path) -> None:
+    # a group of two, and one
+    told: dict[str, Any] = {"amp": True, "accumulate": 2, "checkpointing": True, "pairs_per_epoch": 3}
     whole = train(write_bundle("alexnet", tmp_path / "whole"), cohort, 3, **told)
     assert_same(train(bundle, cohort, 3, into=train(bundle, cohort, 1, **told), **told), whole)
     assert {float(state["step"]) for state in whole.state["optimizer"]["state"].values()} == {6.0}
