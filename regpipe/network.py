@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,12 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from regpipe.correlation import local_correlations
 from regpipe.encoders import CONV, Encoder, two_convolutions
 from regpipe.errors import InputError
 from regpipe.fields import integrate_both, resize, resize_image, warp
 from regpipe.weights import lay_in_decoder, read_state_dict
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution
+# Points of an image, and of a level, up to which both images, and both directions, are one batch: on the CPU torch
+# convolves a single small volume 5 to 14 times slower. Of larger ones that is not so, and one takes half the memory.
+SMALL_IMAGE, SMALL_LEVEL = 2**20, 2**17
 
 
 class SymmetricNet(nn.Module):
@@ -82,8 +87,9 @@ class SymmetricNet(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
-        seen = (self._part(self._see, image) for image in pair.chunk(2, 1))  # one after the other: half the memory
-        maps = [torch.cat(both) for both in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
+        batches = together(pair.chunk(2, 1), SMALL_IMAGE)
+        seen = (self._part(self._see, images) for images in batches)
+        maps = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
         logits = None if self.anatomy is None else maps.pop()
         velocity: Tensor | None = None
         for level in self.levels:
@@ -248,41 +254,15 @@ class _Level(nn.Module):
         if self.offsets:
             alike = local_correlations(a, b, self.offsets)
             sides = [(*both, torch.cat(list(x), 1)) for both, x in zip(sides, alike, strict=True)]
-        ours, theirs = (self.flow(self.head(*seen)).float() for seen in sides)
+        batches = zip(*(together(parts, SMALL_LEVEL) for parts in zip(*sides, strict=True)), strict=True)
+        ours, theirs = torch.cat([self.flow(self.head(*parts)).float() for parts in batches]).chunk(2)
         residual = (ours - theirs) / 2
         return residual if velocity is None else velocity + residual
 
 
-def local_correlations(a: Tensor, b: Tensor, offsets: list[tuple[int, ...]]) -> tuple[list[Tensor], Iterator[Tensor]]:
-    """How alike b is at each offset from a, and a from b: (B, C, *grid) twice -> two series of (B, 1, *grid).
-
-    ``ahead_o(x) = mean over channels of a(x) b(x + o)``, 0 where x + o is off the grid; ``back`` has a and b
-    swapped, and is the same products seen from their other end: ``back_o(x) = ahead_-o(x + o)``.
-    """
-    radius = max(offsets[-1])
-    rim = [radius] * 2 * (b.ndim - 2)
-    padded = F.pad(b, rim)
-    ahead = [_channel_mean(a * _shifted(padded, offset, radius, a.shape)) for offset in offsets]
-    opposite = zip(offsets, reversed(ahead), strict=True)  # offsets are symmetric about 0
-    back = (_shifted(F.pad(x, rim), offset, radius, a.shape) for offset, x in opposite)
-    return ahead, back
-
-
-def _channel_mean(x: Tensor) -> Tensor:
-    """(B, C, *grid) -> (B, 1, *grid), to the bit the same wherever a voxel lies, which ``x.mean(1)`` is not."""
-    count = x.shape[1]
-    while x.shape[1] > 1:
-        half = x.shape[1] // 2
-        halves = x[:, :half] + x[:, half : 2 * half]
-        x = torch.cat([halves, x[:, 2 * half :]], 1) if x.shape[1] % 2 else halves
-    return x / count
-
-
-def _shifted(padded: Tensor, offset: Sequence[int], radius: int, shape: Sequence[int]) -> Tensor:
-    """The view of ``padded`` whose voxel x is the unpadded x + offset."""
-    for axis, step in enumerate(offset, start=2):
-        padded = padded.narrow(axis, radius + step, shape[axis])
-    return padded
+def together(parts: Sequence[Tensor], points: int) -> Sequence[Tensor]:
+    """(B, C, *grid) each -> one batch of them all; themselves, where a grid has more than so many points."""
+    return [torch.cat(list(parts))] if math.prod(int(n) for n in parts[0].shape[2:]) <= points else parts
 
 
 class SymNet(nn.Module):
