@@ -25,7 +25,7 @@ from regpipe.weights import lay_in_decoder, read_state_dict
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution
 # Points of an image, and of a level, up to which both images, and both directions, are one batch: on the CPU torch
-# convolves a single small volume 5 to 14 times slower. Of larger ones that is not so, and one takes half the memory.
+# convolves a single small volume 3 to 14 times slower. Of larger ones that is not so, and one takes half the memory.
 SMALL_IMAGE, SMALL_LEVEL = 2**20, 2**17
 
 
