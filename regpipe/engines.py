@@ -1,8 +1,8 @@
 """The adapters between regpipe's functions and MONAI's SupervisedTrainer / SupervisedEvaluator.
 
-The trainer's iteration is MONAI's own: ``prepare_batch`` makes the network's input of a collated batch
-(``regpipe.pairs``), ``RegistrationInferer`` turns the network's velocity into warped images, and
-``regpipe.losses.RegistrationLoss`` weighs them. What happens around an iteration is in ``regpipe.handlers``.
+``prepare_batch`` makes the network's input of a collated batch (``regpipe.pairs``), ``RegistrationInferer`` turns the
+network's velocity into warped images, and ``regpipe.losses.RegistrationLoss`` weighs them. The iteration that does so
+in training is ``regpipe.steps.TrainingStep``; what happens around it is in ``regpipe.handlers``.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def prepare_batch(
 class RegistrationInferer(Inferer):
     """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
 
-    What a network gives beyond the velocity, unfolded, is the dict's ``anatomy`` (B, 2 (K + 1), *full): the logits of
-    the structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
+    Whatever the autocast, only the network computes in half precision; what it gives is float32 from there on. What a
+    network gives beyond the velocity, unfolded, is the dict's ``anatomy`` (B, 2 (K + 1), *full): the logits of the
+    structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
 
     Args:
         squarings: scaling-and-squaring steps.
@@ -84,11 +85,11 @@ class RegistrationInferer(Inferer):
         output = network(inputs, *args, **kwargs)
         dim = (inputs.ndim - 2) * (2 if self.midway else 1)
         anatomy = {"anatomy": unfold(output[:, dim:].float())} if output.shape[1] > dim else {}
+        fixed, moving = inputs.float().chunk(2, dim=1)
+        velocity = output[:, :dim].float()
+        for _ in range(self.cascades - 1):
+            velocity = velocity + network(midway_images(fixed, moving, velocity), *args, **kwargs)[:, :dim].float()
         with torch.autocast(inputs.device.type, enabled=False):
-            fixed, moving = inputs.float().chunk(2, dim=1)
-            velocity = output[:, :dim].float()
-            for _ in range(self.cascades - 1):
-                velocity = velocity + network(midway_images(fixed, moving, velocity), *args, **kwargs)[:, :dim].float()
             if self.refiner is not None:
                 velocity = self.refiner(fixed, moving, velocity, masks=masks, **anatomy)
             finish = register_midway if self.midway else register

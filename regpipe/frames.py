@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from nibabel.affines import apply_affine
@@ -21,6 +21,9 @@ from regpipe import affine, homography, images, projective
 from regpipe.errors import InputError
 from regpipe.images import Grid, Image
 from regpipe.pairs import SIDES, Case, fixed_grid
+
+if TYPE_CHECKING:
+    from regpipe.store import Store
 
 STAGES = ("auto", *affine.STAGES, "projective")
 SOURCES = ("images", "landmarks", "both")
@@ -43,6 +46,7 @@ class Frames:
             images starting from the landmarks.
         metric: what images are aligned by: ``mi``, or ``ncc`` for images of one modality.
         space: shape and affine of the grid that all images of the training shared.
+        store: where what is found is kept for other processes.
 
     Raises:
         InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap,
@@ -57,6 +61,7 @@ class Frames:
         source: str = "images",
         metric: str = "mi",
         space: Mapping[str, Any] | None = None,
+        store: Store | None = None,
     ) -> None:
         asked = {"affine": (stage, STAGES), "affine_from": (source, SOURCES), "affine_metric": (metric, affine.METRICS)}
         for option, (value, known) in asked.items():
@@ -67,6 +72,7 @@ class Frames:
         if stage == "projective" and source != "landmarks":
             projective.opencv()  # told now, and not once a pair
         self.grid, self.stage, self.source, self.metric, self.space = grid, stage, source, metric, space
+        self.store = store
         self._own: dict[tuple[str, Grid], np.ndarray] = {}
         self._found: dict[tuple[str | None, ...], affine.Alignment] = {}
 
@@ -112,19 +118,30 @@ class Frames:
         """The frame of a grid around one image, whatever it is paired with."""
         key = (path, grid)
         if key not in self._own:
-            try:
-                self._own[key] = frame_of(read(path), grid)
-            except InputError as problem:
-                raise InputError(f"{path}: {problem}") from None
+            self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, read)])[0]
         return self._own[key]
 
     def _matrix(self, case: Case, read: Read, stage: str) -> np.ndarray:
         """Fixed point -> moving point, RAS mm; found once."""
         key = _files(case)
         if key not in self._found:
-            linear = self._align(case, read, "affine" if stage == "projective" else stage)
-            self._found[key] = self._align_further(case, read, linear) if stage == "projective" else linear
+            grid = self.grid_of(case) if stage == "projective" else None  # the others are the same on any
+            about = {"stage": stage, "source": self.source, "metric": self.metric, "grid": grid}
+            matrix, *numbers = self._kept(key, about, lambda: self._find(case, read, stage))
+            self._found[key] = affine.Alignment(matrix, *map(float, numbers))
         return self._found[key].matrix
+
+    def _kept(
+        self, files: Sequence[str | None], about: Mapping[str, Any], make: Callable[[], Sequence[Any]]
+    ) -> list[np.ndarray]:
+        """The arrays that ``make`` gives of these files, or gave in another process."""
+        if self.store is None:
+            return [np.asarray(value) for value in make()]
+        return self.store.arrays(files, about, make)
+
+    def _find(self, case: Case, read: Read, stage: str) -> affine.Alignment:
+        linear = self._align(case, read, "affine" if stage == "projective" else stage)
+        return self._align_further(case, read, linear) if stage == "projective" else linear
 
     def _align_further(self, case: Case, read: Read, linear: affine.Alignment) -> affine.Alignment:
         """The homography, where it has no fold on the working grid; else what was there before."""
@@ -181,6 +198,13 @@ def _files(case: Case) -> tuple[str | None, ...]:
 
 def _mask(path: str | None) -> np.ndarray | None:
     return None if path is None else images.read_label(path)[0].array != 0
+
+
+def _own_frame(path: str, grid: Grid, read: Read) -> np.ndarray:
+    try:
+        return frame_of(read(path), grid)
+    except InputError as problem:
+        raise InputError(f"{path}: {problem}") from None
 
 
 def frame_of(image: Image, grid: Grid) -> np.ndarray:

@@ -53,17 +53,24 @@ def _cases(engine: Engine) -> str:
 
 
 class GradientClip:
-    """Scales gradients down to a total norm: one odd pair shall not undo an epoch."""
+    """Scales gradients down to a total norm: one odd pair shall not undo an epoch.
 
-    def __init__(self, network: nn.Module, *, max_norm: float = 1.0) -> None:
-        self.network, self.max_norm = network, max_norm
+    A gradient that is no number ends the training; with a ``scaler`` (``regpipe.steps``) only when it still is none at
+    a scale below 1, for overflowing is how float16 finds its scale, and such a step is left out.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, max_norm: float = 1.0, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        self.network, self.max_norm, self.scaler = network, max_norm, scaler
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
-        if not torch.isfinite(norm):
+        searching = self.scaler is not None and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not (torch.isfinite(norm) or searching):
             raise TrainingDiverged(
                 f"the gradient is not finite at iteration {engine.state.iteration}, "
                 f"{_cases(engine)}; the last checkpoint is untouched"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from regpipe.errors import InputError
 from regpipe.frames import Frames, Read, extent
 from regpipe.images import Grid
 from regpipe.pairs import KINDS, SIDES, Case
+from regpipe.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,13 @@ class LoadPair:
     of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1) float64,
     working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image is seen
     at ``bend(x)``, see ``regpipe.homography``. ``displacement`` (D, *S) where the case has a true one, working voxels.
-    With ``cache`` they are kept, per image and not per pair, and handed out without a copy: never change them in place.
+    With ``cache`` they are kept, per image and field and not per pair, and handed out without a copy: never change them
+    in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``regpipe.store``.
 
     Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
     ``affine``, ``affine_from``, ``affine_metric`` and ``space``: how the moving image's frame is aligned with the fixed
-    one's, see ``regpipe.frames``; each alignment is found once (by each worker of a data loader). Without a ``grid``
-    each pair has its own.
+    one's, see ``regpipe.frames``; each alignment is found once (by each worker of a data loader,
+    without ``cache_dir``). Without a ``grid`` each pair has its own.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LoadPair:
         *,
         landmark_channels: int | None = None,
         cache: bool = True,
+        cache_dir: str | None = None,
         mask_rims: bool = True,
         affine: str = "centre",
         affine_from: str = "images",
@@ -53,7 +56,8 @@ class LoadPair:
         self.grid = grid
         self.landmark_channels = landmark_channels
         self.mask_rims = mask_rims
-        self.frames = Frames(grid, affine, source=affine_from, metric=affine_metric, space=space)
+        self.store = Store(cache_dir) if cache_dir else None
+        self.frames = Frames(grid, affine, source=affine_from, metric=affine_metric, space=space, store=self.store)
         self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
 
     def __call__(self, case: Case) -> dict[str, Any]:
@@ -66,7 +70,7 @@ class LoadPair:
             tensors = self._side(case, side, frame, bent, grid, read)
             item |= {f"{side}_{key}": value for key, value in tensors.items()}
         if "displacement" in case:
-            item["displacement"] = self._true_displacement(case, item)
+            item |= self._true_displacement(case, item, grid)
         counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
         unlike = unlike_landmarks(case, counts)
         if unlike:
@@ -82,44 +86,63 @@ class LoadPair:
     def _side(
         self, case: Case, side: str, frame: np.ndarray, bend: np.ndarray | None, grid: Grid, read: Read
     ) -> dict[str, Tensor]:
-        image, label, landmarks, mask = files = tuple(case.get(f"{side}_{kind}") for kind in KINDS)
-        key, cache = (*files, frame.tobytes()), self.cache if bend is None else None  # bent it is one pair's alone
-        if cache is not None and key in cache:
-            return cache[key]
-        assert image is not None
-        seen = _covered(read(image), frame, grid.shape)
+        files, image = tuple(case.get(f"{side}_{kind}") for kind in KINDS), case[f"{side}_image"]
+        make = functools.partial(self._make, files, side, frame, bend, grid.shape, read)
+        # An image's frame of its own is the same in all pairs; any other, and what is bent, is this pair's alone.
+        if bend is not None or not np.array_equal(frame, self.frames.around(image, grid, read)):
+            return make()
+        return self._kept(files, grid, (frame,), make)
+
+    def _kept(
+        self, files: tuple[Any, ...], grid: Grid, frames: Sequence[np.ndarray], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``make`` gives of these files in these frames; from memory or from the store where it is there."""
+        key = (*files, *(frame.tobytes() for frame in frames))
+        if self.cache is not None and key in self.cache:
+            return self.cache[key]
+        told = {"landmark_channels": self.landmark_channels, "mask_rims": self.mask_rims}
+        about = {"frames": [frame.tolist() for frame in frames], "shape": grid.shape, **told}
+        tensors = make() if self.store is None else self.store.tensors(files, about, make)
+        if self.cache is not None:
+            self.cache[key] = tensors
+        return tensors
+
+    def _make(
+        self,
+        files: Sequence[Any],
+        side: str,
+        frame: np.ndarray,
+        bend: np.ndarray | None,
+        shape: tuple[int, ...],
+        read: Read,
+    ) -> dict[str, Tensor]:
+        image = files[0]
+        seen = _covered(read(image), frame, shape)
         if not seen:
             raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
         if seen < 0.9 and side == "fixed":
             log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
-        at = frame if bend is None else frame @ bend
-        tensors = self._load(image, label, landmarks, mask, at, grid.shape, read) | {"affine": torch.from_numpy(frame)}
-        if bend is not None:
-            return tensors | {"bend": torch.from_numpy(bend)}
-        # A moving image's frame of its own is the same in all pairs; any other is this pair's alone.
-        if cache is not None and np.array_equal(frame, self.frames.around(image, grid, read)):
-            cache[key] = tensors
-        return tensors
+        affine = {"affine": torch.from_numpy(frame)}
+        if bend is None:
+            return self._load(files, frame, shape, read) | affine
+        return self._load(files, frame @ bend, shape, read) | affine | {"bend": torch.from_numpy(bend)}
 
-    def _true_displacement(self, case: Case, item: Mapping[str, Any]) -> Tensor:
-        field, affine = transforms.read_displacement(case["displacement"])
-        frames = (item["fixed_affine"].numpy(), item["moving_affine"].numpy())
-        shape = self.grid_of(case).shape
-        u = transforms.grid_displacement(field, affine, *frames, shape)
+    def _true_displacement(self, case: Case, item: Mapping[str, Any], grid: Grid) -> dict[str, Tensor]:
+        frames = item["fixed_affine"].numpy(), item["moving_affine"].numpy()
+
+        def make() -> dict[str, Tensor]:
+            field, affine = transforms.read_displacement(case["displacement"])
+            u = transforms.grid_displacement(field, affine, *frames, grid.shape)
+            if "moving_bend" in item:
+                u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
+            return {"displacement": torch.from_numpy(u).float()}
+
         if "moving_bend" in item:
-            u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
-        return torch.from_numpy(u).float()
+            return make()
+        return self._kept((case["displacement"],), grid, frames, make)
 
-    def _load(
-        self,
-        path: str,
-        label: str | None,
-        landmarks: str | None,
-        mask: str | None,
-        affine: np.ndarray,
-        shape: tuple[int, ...],
-        read: Read,
-    ) -> dict[str, Tensor]:
+    def _load(self, files: Sequence[Any], affine: np.ndarray, shape: tuple[int, ...], read: Read) -> dict[str, Tensor]:
+        path, label, landmarks, mask = files
         image, dim = read(path), len(shape)
         grey = image._replace(array=images.normalise(image.array))
         array = images.resample(grey, affine, shape, order=1)

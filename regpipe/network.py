@@ -9,20 +9,24 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from regpipe.correlation import local_correlations
 from regpipe.encoders import CONV, Encoder, two_convolutions
 from regpipe.errors import InputError
 from regpipe.fields import integrate_both, resize, resize_image, warp
 from regpipe.weights import lay_in_decoder, read_state_dict
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution
-LARGE = 4_000_000  # voxels of an image, from which on memory counts
+# Points of an image, and of a level, up to which both images, and both directions, are one batch: on the CPU torch
+# convolves a single small volume 3 to 14 times slower. Of larger ones that is not so, and one takes half the memory.
+SMALL_IMAGE, SMALL_LEVEL = 2**20, 2**17
 
 
 class SymmetricNet(nn.Module):
@@ -44,7 +48,12 @@ class SymmetricNet(nn.Module):
         structures: how many labelled structures the network shall tell apart, where labels supervise. Their logits at
             full resolution, background first, then follow the velocity's channels, folded onto its grid: fixed's, then
             moving's, see ``unfold``; and the levels see them as features.
+
+    With ``net.checkpointing = True`` what each part computes is let go of and computed again for the gradient, the same
+    to the bit (Chen et al. 2016): less memory, more time.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -78,14 +87,20 @@ class SymmetricNet(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
-        # (2B, C, *grid) each, fixed first
-        maps = _in_turn(self._see, ((x,) for x in pair.chunk(2, 1)), large=_voxels(pair) > LARGE)
+        batches = together(pair.chunk(2, 1), SMALL_IMAGE)
+        seen = (self._part(self._see, images) for images in batches)
+        maps = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
         logits = None if self.anatomy is None else maps.pop()
         velocity: Tensor | None = None
         for level in self.levels:
-            velocity = level(maps.pop(0), velocity)  # a map is let go of when its level has warped it
+            velocity = self._part(level, maps.pop(0), velocity)  # a map is let go of when its level has warped it
         assert velocity is not None  # every backbone has a level
         return velocity if logits is None else torch.cat([velocity, *fold(logits).chunk(2)], 1)
+
+    def _part(self, compute: Callable[..., Any], *given: Tensor | None) -> Any:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return compute(*given)
+        return checkpoint(compute, *given, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
     def _see(self, images: Tensor) -> list[Tensor]:
         """(N, 1, *inner) -> what each level sees of them, coarse to fine; then the logits of the structures, if any."""
@@ -108,20 +123,6 @@ class SymmetricNet(nn.Module):
         # as align_corners says; on others a velocity of stride 16 would be 15 voxels off at the far end.
         coarsest = self.strides[0]
         return tuple(-(-(int(n) - 1) // coarsest) * coarsest + 1 for n in shape)
-
-
-def _in_turn(
-    function: Callable[..., list[Tensor]], halves: Iterable[tuple[Tensor, ...]], *, large: bool
-) -> list[Tensor]:
-    """``function`` of both halves of a batch. On large grids one after the other, which takes half the memory; else
-    together, because torch leaves a small convolution of a single image to its slow implementation."""
-    if not large:
-        return function(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
-    return [torch.cat(parts) for parts in zip(*(function(*half) for half in halves), strict=True)]
-
-
-def _voxels(x: Tensor) -> int:
-    return math.prod(int(n) for n in x.shape[2:])  # an int also while tracing
 
 
 class _Detail(nn.Module):
@@ -249,52 +250,19 @@ class _Level(nn.Module):
             features = warp(features, resize(torch.cat([backward, forward]), features.shape[2:]))
             velocity = resize(velocity, features.shape[2:])
         a, b = features.chunk(2)
-        alike = local_correlations(a, b, self.offsets) if self.offsets else ((), ())
-        sides = ((*both, *_joined(x)) for both, x in zip(((a, b), (b, a)), alike, strict=True))
-        large = _voxels(a) * VELOCITY_STRIDE ** (a.ndim - 2) > LARGE
-        ours, theirs = _in_turn(self._flow, sides, large=large)[0].chunk(2)
+        sides: list[tuple[Tensor, ...]] = [(a, b), (b, a)]
+        if self.offsets:
+            alike = local_correlations(a, b, self.offsets)
+            sides = [(*both, torch.cat(list(x), 1)) for both, x in zip(sides, alike, strict=True)]
+        batches = zip(*(together(parts, SMALL_LEVEL) for parts in zip(*sides, strict=True)), strict=True)
+        ours, theirs = torch.cat([self.flow(self.head(*parts)).float() for parts in batches]).chunk(2)
         residual = (ours - theirs) / 2
         return residual if velocity is None else velocity + residual
 
-    def _flow(self, *seen: Tensor) -> list[Tensor]:
-        return [self.flow(self.head(*seen)).float()]
 
-
-def _joined(parts: Iterable[Tensor]) -> list[Tensor]:
-    parts = list(parts)
-    return [torch.cat(parts, 1)] if parts else []
-
-
-def local_correlations(a: Tensor, b: Tensor, offsets: list[tuple[int, ...]]) -> tuple[list[Tensor], Iterator[Tensor]]:
-    """How alike b is at each offset from a, and a from b: (B, C, *grid) twice -> two series of (B, 1, *grid).
-
-    ``ahead_o(x) = mean over channels of a(x) b(x + o)``, 0 where x + o is off the grid; ``back`` has a and b
-    swapped, and is the same products seen from their other end: ``back_o(x) = ahead_-o(x + o)``.
-    """
-    radius = max(offsets[-1])
-    rim = [radius] * 2 * (b.ndim - 2)
-    padded = F.pad(b, rim)
-    ahead = [_channel_mean(a * _shifted(padded, offset, radius, a.shape)) for offset in offsets]
-    opposite = zip(offsets, reversed(ahead), strict=True)  # offsets are symmetric about 0
-    back = (_shifted(F.pad(x, rim), offset, radius, a.shape) for offset, x in opposite)
-    return ahead, back
-
-
-def _channel_mean(x: Tensor) -> Tensor:
-    """(B, C, *grid) -> (B, 1, *grid), to the bit the same wherever a voxel lies, which ``x.mean(1)`` is not."""
-    count = x.shape[1]
-    while x.shape[1] > 1:
-        half = x.shape[1] // 2
-        halves = x[:, :half] + x[:, half : 2 * half]
-        x = torch.cat([halves, x[:, 2 * half :]], 1) if x.shape[1] % 2 else halves
-    return x / count
-
-
-def _shifted(padded: Tensor, offset: Sequence[int], radius: int, shape: Sequence[int]) -> Tensor:
-    """The view of ``padded`` whose voxel x is the unpadded x + offset."""
-    for axis, step in enumerate(offset, start=2):
-        padded = padded.narrow(axis, radius + step, shape[axis])
-    return padded
+def together(parts: Sequence[Tensor], points: int) -> Sequence[Tensor]:
+    """(B, C, *grid) each -> one batch of them all; themselves, where a grid has more than so many points."""
+    return [torch.cat(list(parts))] if math.prod(int(n) for n in parts[0].shape[2:]) <= points else parts
 
 
 class SymNet(nn.Module):

@@ -88,8 +88,8 @@ class DisplacementInferer(Inferer):
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
     ) -> dict[str, Tensor]:
+        both = network(inputs, *args, **kwargs).float()
         with torch.autocast(inputs.device.type, enabled=False):
-            both = network(inputs, *args, **kwargs).float()
             fixed, moving = inputs.float().chunk(2, dim=1)
             forward, backward = both.chunk(2, dim=1)
             warped = warp(torch.cat([moving, fixed]), torch.cat([forward, backward]))

@@ -203,7 +203,8 @@ class Run:
         state, file = self.trainer.state, saved_states(self.folder)[-1]
         wanted, steps = state.max_epochs, state.epoch_length or 0
         try:
-            Checkpoint.load_objects({**self.objects, "checkpointer": self._saver}, saved)
+            # a state of before there was a scaler has none
+            Checkpoint.load_objects({**self.objects, "checkpointer": self._saver}, {"scaler": {}, **saved})
         except Exception as error:  # another network's, of the same settings
             raise _damaged(file, error) from error
         state.max_epochs = wanted

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.engines import SupervisedTrainer
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -20,13 +21,17 @@ import judging
 import networks
 import peers
 import sets
+import speed_training
 import tables
 
 from regpipe import InputError, LoadPair, collate_pairs
-from regpipe.engines import RegistrationInferer
+from regpipe.cohort import write_cohort
+from regpipe.engines import RegistrationInferer, prepare_batch
 from regpipe.fields import warp
+from regpipe.handlers import GradientClip
 from regpipe.images import read_landmarks
 from regpipe.network import SymmetricNet
+from regpipe.steps import TrainingStep, gradient_scaler
 
 
 @pytest.fixture
@@ -223,3 +228,47 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text("method,case\n")
     with pytest.raises(InputError, match="other columns"):
         tables.read_cases(tmp_path / "cases.csv")
+
+
+# what a training step costs
+
+
+def test_bytes_are_what_operators_read_and_write_and_views_move_nothing() -> None:
+    a, b = torch.ones(2, 10, 10)
+    with speed_training.Bytes() as moved:
+        c = a + b
+        c.view(100).t()
+        c.add_(1)
+    assert moved.total == (3 + 1) * 400  # an operand that is written in place is counted once
+
+
+def test_the_parts_of_a_step_are_the_trainers_step(tmp_path: Path) -> None:
+    write_cohort(tmp_path, shape=(18, 18, 18), n_pairs=1)
+    loader = speed_training.loader_of(str(tmp_path), 18)
+    timed, trained = (speed_training.Training(speed_training.Variant("alexnet"), loader) for _ in range(2))
+    clock = timed.step()
+    assert set(clock.processor) == set(speed_training.PARTS) and timed.kept() > 0
+    SupervisedTrainer(
+        torch.device("cpu"),
+        1,
+        loader,
+        trained.net,
+        trained.optimiser,
+        trained.loss,
+        inferer=RegistrationInferer(),
+        prepare_batch=prepare_batch,
+        iteration_update=TrainingStep(gradient_scaler(torch.device("cpu"), amp=False)),
+        train_handlers=[GradientClip(trained.net)],
+        decollate=False,
+    ).run()
+    for ours, theirs in zip(timed.net.parameters(), trained.net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_the_floor_is_operations_over_the_better_rate_and_bytes_over_the_copys() -> None:
+    rate = {f"{what} {dtype}": 10.0 for what in ("matrix", "convolution") for dtype in ("float32", "bfloat16")}
+    rate |= {"convolution float32": 20.0, "matrix bfloat16": 40.0, "copy": 4.0}
+    row = {"gflop": 40.0, "gbyte": 8.0}
+    for switch, seconds in (("", 2.0), ("amp", 1.0)):
+        found = speed_training.with_floor(speed_training.Variant("x", switch), row, rate)
+        assert (found["floor_flops"], found["floor_bytes"]) == (seconds, 2.0)

@@ -16,9 +16,10 @@ import torchvision
 from torch import Tensor
 
 from regpipe import network
+from regpipe.correlation import local_correlations
 from regpipe.encoders import BACKBONES
 from regpipe.fields import register, register_midway, resize_image
-from regpipe.network import SymmetricNet, SymNet, fold, load_symnet, local_correlations, unfold
+from regpipe.network import SymmetricNet, SymNet, fold, load_symnet, unfold
 
 DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -97,6 +98,29 @@ def test_gradients_reach_every_weight(backbone: str, dims: int) -> None:
     assert not unreached
 
 
+@pytest.mark.parametrize(("backbone", "dims"), [("resnet18", 2), ("vgg16", 2), ("alexnet", 3)])
+def test_large_images_are_looked_at_one_by_one_with_the_same_velocity_and_gradient(backbone, dims, monkeypatch) -> None:
+    torch.manual_seed(0)
+    net, pair = SymmetricNet(dims, backbone, structures=1), torch.rand(2, 2, *[20] * dims)
+
+    def found() -> list[Tensor]:
+        net.zero_grad()
+        output = net(pair)
+        output.square().sum().backward()
+        return [output.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+    batches: list[int] = []
+    net.detail.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    small = found()
+    monkeypatch.setattr(network, "SMALL_IMAGE", 0)
+    monkeypatch.setattr(network, "SMALL_LEVEL", 0)
+    large = found()
+    assert batches == [4, 2, 2]
+    for one, other in zip(small, large, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+    assert torch.equal(net(pair.flip(1))[:, :dims], -net(pair)[:, :dims])
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*is deprecated")
 @EVERY
 def test_a_traced_network_gives_the_same_and_other_shapes_are_undisturbed(
@@ -131,7 +155,8 @@ def test_large_images_are_seen_one_after_the_other_to_the_same_end(
     net, both = built(backbone, dims), pair(SIZES[dims][0])
     with torch.no_grad():
         together = net(both)
-        monkeypatch.setattr(network, "LARGE", 0)
+        monkeypatch.setattr(network, "SMALL_IMAGE", 0)
+        monkeypatch.setattr(network, "SMALL_LEVEL", 0)
         apart, swapped = net(both), net(both.flip(1))
     assert torch.equal(apart, -swapped)
     assert torch.allclose(apart, together, atol=1e-5)

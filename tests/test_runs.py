@@ -143,6 +143,16 @@ def test_stopping_after_an_epoch_and_giving_more_changes_nothing(bundle, cohort,
     assert [p.name for p in runs.saved_states(bundle / "models")] == ["checkpoint_3.pt", "checkpoint_4.pt"]
 
 
+def test_a_run_in_half_precision_and_groups_goes_on_as_if_there_had_been_no_stop(bundle, cohort, tmp_path) -> None:
+    # a group of two, and one
+    told: dict[str, Any] = {"amp": True, "accumulate": 2, "checkpointing": True, "pairs_per_epoch": 3}
+    whole = train(write_bundle("alexnet", tmp_path / "whole"), cohort, 3, **told)
+    assert_same(train(bundle, cohort, 3, into=train(bundle, cohort, 1, **told), **told), whole)
+    assert {float(state["step"]) for state in whole.state["optimizer"]["state"].values()} == {6.0}
+    message = refusal(bundle, cohort, 4, accumulate=1, amp=False, pairs_per_epoch=3)
+    assert "accumulate: 2 -> 1" in message and "amp: True -> False" in message and "checkpointing" not in message
+
+
 @pytest.mark.parametrize("killed", [1, 3, 5])
 def test_a_kill_within_an_epoch_changes_nothing(bundle, cohort, one_go, killed) -> None:
     def kill(engine: Any) -> None:
@@ -205,7 +215,7 @@ def test_settings_that_an_older_version_did_not_save_keep_nobody_from_going_on(b
     (path,) = runs.saved_states(bundle / "models")
     saved = torch.load(path, weights_only=True)
     settings = json.loads(saved["progress"]["settings"])
-    del settings["seed"]
+    del settings["seed"], saved["scaler"]
     saved["progress"]["settings"] = json.dumps(settings | {"gone": 1})
     torch.save(saved, path)
     assert len(train(bundle, cohort, 2).curve) == 2
