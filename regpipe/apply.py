@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe import itkbridge, transforms
-from regpipe.errors import InputError
+from regpipe.errors import InputError, out_of_memory
 from regpipe.files import replace_file
 from regpipe.images import SUFFIXES, header, stem
 from regpipe.points import READERS, is_points, read_points, write_points
@@ -23,6 +23,8 @@ from regpipe.resampling import INTERPOLATIONS, read_voxels, resample, result_suf
 from regpipe.transformfiles import Space, composite_bytes, find, read_transform
 
 log = logging.getLogger(__name__)
+
+NO_MEMORY = "out of memory: free some, or give a --reference with fewer voxels"
 
 
 class _Carrier(NamedTuple):
@@ -78,9 +80,12 @@ def apply(
             done = _carry_points(path, target, carrier) if is_points(path) else _carry_image(path, target, carrier)
             print(f"{path} -> {target} ({done})", flush=True)
             written.append(target)
-        except InputError as problem:
-            if problems is None:
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError) and not out_of_memory(error):
                 raise
+            problem = error if isinstance(error, InputError) else InputError(f"{path}: {NO_MEMORY}")
+            if problems is None:
+                raise problem from error
             problems[str(path)] = str(problem)
     return written
 

@@ -86,10 +86,7 @@ def phantom(
     """Write synthetic pairs with labels, landmarks and the true displacement, as a data set folder."""
     from regpipe.cohort import write_cohort
 
-    try:
-        sides = [int(side) for side in shape.split(",")]
-    except ValueError:
-        raise InputError(f"--shape wants 2 or 3 whole numbers, e.g. 64,64; got {shape}") from None
+    sides = _sides(shape)
     try:
         print(write_cohort(out, kind=kind, shape=sides, n_pairs=pairs, seed=seed, motion=motion))
     except ValueError as problem:
@@ -97,12 +94,31 @@ def phantom(
 
 
 @app.command()
-def doctor() -> None:
-    """Check the installation: versions, device, the three backbones, a phantom registered, a file that ITK reads."""
-    from regpipe.doctor import examine
+def doctor(
+    shape: Annotated[str | None, typer.Option(help="Working grid, e.g. 160,192,224: only say what it needs.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --shape: cpu or cuda; default: cuda where there is one.")
+    ] = None,
+    backbone: Annotated[str, typer.Option(help="With --shape: of the network.")] = "resnet18",
+    structures: Annotated[int, typer.Option(min=0, help="With --shape: how many it tells apart.")] = 0,
+) -> None:
+    """Check the installation: versions, device, the three backbones, a phantom registered, a file that ITK reads.
 
-    for line in examine():
+    With --shape: how much memory each task takes on that grid, and whether it is there.
+    """
+    from regpipe.doctor import examine, memory_table
+
+    lines = examine() if shape is None else memory_table(_sides(shape), device, backbone, structures)
+    for line in lines:
         print(line, flush=True)
+
+
+def _sides(shape: str) -> list[int]:
+    """Voxels per axis."""
+    try:
+        return [int(side) for side in shape.split(",")]
+    except ValueError:
+        raise InputError(f"--shape wants 2 or 3 whole numbers, e.g. 64,64; got {shape}") from None
 
 
 def main() -> None:

@@ -70,6 +70,10 @@ def register(
         tuple[Path, Path] | None,
         typer.Option(metavar="FIXED MOVING", help="With two files: corresponding points (.csv: x,y,z in LPS mm)."),
     ] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(help="What this process may take; default: what is free. Where it is too little, see below."),
+    ] = None,
     pairing: Annotated[
         str | None,
         typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained."),
@@ -78,11 +82,12 @@ def register(
     """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
 
     Each case gets a folder with the warped image and labels, the transforms both ways (for ITK, ANTs and Slicer), the
-    Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on.
+    Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on. Where memory
+    would not do, what costs least is given up first, and said: bfloat16, coarser refinement, the network on tiles.
     """
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
-    given: dict[str, Any] = {"pairing": pairing, "formats": formats}
+    given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)

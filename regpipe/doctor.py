@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +12,17 @@ import itk
 import numpy as np
 import torch
 
-from regpipe import transforms
+from regpipe import memory, transforms
 from regpipe.encoders import BACKBONES
+from regpipe.engines import RegistrationInferer, ZeroInferer
+from regpipe.errors import InputError
 from regpipe.fields import register
 from regpipe.losses import RegistrationLoss
+from regpipe.memory import DRY_STEPS
 from regpipe.metrics import ncc
 from regpipe.network import SymmetricNet
 from regpipe.phantoms import make_pair
+from regpipe.refine import make_refiner, refinement_loss, zero_refiner
 
 PACKAGES = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "nibabel", "numpy")
 
@@ -41,6 +45,44 @@ def examine() -> Iterator[str]:
     for name, check in checks.items():
         yield f"{name}: {check()}"
     yield "all is well"
+
+
+def memory_table(
+    shape: Sequence[int], device: str | None = None, backbone: str = "resnet18", structures: int = 0
+) -> Iterator[str]:
+    """Lines of a table: what each task takes on a working grid, this process included, and whether it is free.
+
+    Raises:
+        InputError: not 2 or 3 sides of 8 voxels or more, no such device or backbone.
+    """
+    if len(shape) not in (2, 3) or min(shape) < 8:
+        raise InputError(f"--shape {','.join(map(str, shape))}: give 2 or 3 sides of at least 8 voxels")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place != "cpu" and not (place.startswith("cuda") and torch.cuda.is_available()):
+        raise InputError(f"--device {place}: is not here; choose cpu" + (" or cuda" * torch.cuda.is_available()))
+    free, libraries = memory.free(place), memory.held() if place == "cpu" else 0
+    yield f"{backbone}, grid {'x'.join(map(str, shape))}, {place}: {free / memory.GIB:.1f} GiB free"
+    yield f"{'task':<36}{'peak, GiB':>10}  fits"
+    for task, needed in _tasks(shape, place, backbone, structures):
+        yield f"{task:<36}{(libraries + needed) / memory.GIB:>10.2f}  {'yes' if needed <= free else 'no'}"
+    files = memory.native(shape, shape)
+    fits = "yes" if files <= memory.free() else "no"
+    yield f"{'files of images as large (CPU)':<36}{(memory.held() + files) / memory.GIB:>10.2f}  {fits}"
+
+
+def _tasks(shape: Sequence[int], device: str, backbone: str, structures: int) -> Iterator[tuple[str, int]]:
+    """Task and what it takes beyond the libraries."""
+    network = SymmetricNet(len(shape), backbone, structures=structures)
+    weights = 4 * sum(p.numel() for p in network.parameters())
+    refiner = make_refiner(DRY_STEPS, refinement_loss("lncc", structures=structures))
+    yield "registration, network", weights + memory.inference(RegistrationInferer(), network, shape, device=device)
+    refining = RegistrationInferer(refiner=refiner)
+    yield "registration, network and --refine", weights + memory.inference(refining, network, shape, device=device)
+    from_zero = ZeroInferer(zero_refiner())
+    yield "registration from zero", memory.inference(from_zero, torch.nn.Identity(), shape, device=device)
+    loss = RegistrationLoss({"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1}, window=7)
+    training = memory.training(RegistrationInferer(), network, loss, shape, device=device)
+    yield "training, a pair at a time", weights + training
 
 
 def _backbones() -> str:

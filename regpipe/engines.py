@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regpipe.cohort import BUILTIN_SHAPES
 from regpipe.errors import InputError
-from regpipe.fields import SQUARINGS, Registration, integrate_both, register, register_midway, resize, warp
+from regpipe.fields import SQUARINGS, Registration, integrate_both, register, register_midway, resize, warp, warp_both
 from regpipe.images import Grid, load_grid, make_grid
 from regpipe.network import unfold
 from regpipe.refine import Refiner
@@ -107,7 +107,7 @@ def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor) -> Tensor:
 def without_folds(fixed: Tensor, moving: Tensor, result: Registration) -> dict[str, Tensor]:
     """The registration with both fields repaired (``regpipe.repair``), and ``repaired`` (B,): see the inferer."""
     there, back = repair(result.displacement), repair(result.inverse)
-    warped = warp(torch.cat([moving, fixed]), torch.cat([there.displacement, back.displacement])).chunk(2)
+    warped = warp_both(moving, fixed, there.displacement, back.displacement)
     mended = Registration(result.velocity, there.displacement, back.displacement, *warped)
     return {**mended._asdict(), "repaired": torch.maximum(there.moved_max, back.moved_max)}
 

@@ -29,11 +29,37 @@ def root(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+OUT_OF_MEMORY = (  # torch on the CPU and on GPUs; ITK and other C++
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to allocate memory",
+    "bad_alloc",
+)
+REMEDIES = "free some, or take a coarser working grid (regpipe doctor --shape says what a grid needs)"
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this is, or comes from, memory that was asked for and not given, by torch, numpy, ITK or Python."""
+    while error is not None:
+        named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if named or (isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def explain(error: BaseException) -> str | None:
-    """The line for a user: an ``InputError``'s message, a lost process, or which file the system refused; else None."""
+    """The line for a user, else None.
+
+    An ``InputError``'s message, memory that was not there, a lost process, or which file the system refused.
+    """
     known = cause(error)
     if known is not None:
         return str(known)
+    if out_of_memory(error):
+        return f"out of memory: {REMEDIES}"
     if _lost(error):
         return ENDED_TOGETHER
     chain: BaseException | None = error

@@ -196,5 +196,12 @@ def register_midway(fixed: Tensor, moving: Tensor, velocities: Tensor, *, squari
 
 
 def _registration(fixed: Tensor, moving: Tensor, velocity: Tensor, forward: Tensor, backward: Tensor) -> Registration:
-    warped = warp(torch.cat([moving, fixed]), torch.cat([forward, backward]))
-    return Registration(velocity, forward, backward, *warped.chunk(2))
+    return Registration(velocity, forward, backward, *warp_both(moving, fixed, forward, backward))
+
+
+def warp_both(moving: Tensor, fixed: Tensor, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+    """Moving onto fixed, and fixed onto moving; without a gradient one after the other, in half the memory."""
+    if not torch.is_grad_enabled():
+        return warp(moving, forward), warp(fixed, backward)
+    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([forward, backward])).chunk(2)
+    return warped_moving, warped_fixed

@@ -21,8 +21,9 @@ from regpipe.casefiles import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.engines import ZeroInferer, prepare_batch
-from regpipe.errors import InputError, cause, root
+from regpipe.errors import REMEDIES, InputError, cause, out_of_memory, root
 from regpipe.files import replace_file
+from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
 from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
@@ -106,11 +107,10 @@ class FolderRun:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
                 if problem:
                     raise InputError(problem[case["case"]])
+                require_for_files(case["fixed_image"], case["moving_image"])
                 batch = collate_pairs([self.dataset[i]])
             except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
-                self._fail(
-                    case["case"], cause(error) or InputError(f"{case['case']}: cannot be loaded ({root(error)})")
-                )
+                self._fail(case["case"], cause(error) or _told(case["case"], "loaded", error))
                 continue
             yield batch
 
@@ -140,6 +140,12 @@ class FolderRun:
             self._fail(name, problem)
         except OSError as problem:  # a full disk, a file where the case's folder should be
             self._fail(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
+        except (RuntimeError, MemoryError) as problem:
+            if not out_of_memory(problem):
+                raise
+            self._fail(name, _told(name, "written", problem))
+        finally:  # not kept while the next case is registered
+            engine.state.output = engine.state.batch = None
 
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)
@@ -179,7 +185,7 @@ class FolderRun:
         except (RuntimeError, MemoryError, InputError) as error:
             if not self._current:
                 raise  # not a case's fault
-            self._fail(self._current, InputError(f"{self._current}: cannot be registered ({root(error)})"))
+            self._fail(self._current, _told(self._current, "registered", error))
 
     @idist.one_rank_only()
     def _summary(self) -> None:
@@ -192,6 +198,11 @@ class FolderRun:
         if self.failures:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
+
+
+def _told(case: str, done: str, error: BaseException) -> InputError:
+    why = f"out of memory: {REMEDIES}" if out_of_memory(error) else root(error)
+    return InputError(f"{case}: cannot be {done} ({why})")
 
 
 def _stamps(path: str) -> list[Any]:
@@ -214,11 +225,12 @@ def register_from_zero(
     affine_from: str = "images",
     affine_metric: str = "mi",
     formats: str | Sequence[str] = BY_DEFAULT,
+    memory_gib: float | None = None,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``regpipe.frames``;
-    ``formats``: see ``FolderRun``.
+    ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``.
 
     Raises:
         InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
@@ -253,7 +265,7 @@ def register_from_zero(
             device=distributed.device(),
             val_data_loader=folder,
             network=torch.nn.Identity(),
-            inferer=ZeroInferer(refiner, repair=True),
+            inferer=FittingInferer(ZeroInferer(refiner, repair=True), memory_gib=memory_gib),
             prepare_batch=prepare_batch,
             val_handlers=[folder],
             decollate=False,

@@ -86,7 +86,7 @@ class SymmetricNet(nn.Module):
             lay_in_decoder(self, pretrained, backbone)
 
     def forward(self, pair: Tensor) -> Tensor:
-        pair = resize_image(pair, self._inner_shape(pair.shape[2:]))
+        pair = resize_image(pair, self.inner_shape(pair.shape[2:]))
         batches = together(pair.chunk(2, 1), SMALL_IMAGE)
         seen = (self._part(self._see, images) for images in batches)
         maps = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
@@ -118,7 +118,8 @@ class SymmetricNet(nn.Module):
         tissue = logits.softmax(1)
         return [*(torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps), logits]
 
-    def _inner_shape(self, shape: torch.Size) -> tuple[int, ...]:
+    def inner_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The grid that images of ``shape`` are looked at on."""
         # On grids of 16 k + 1 points every level's first and last voxel sit on the image's corners,
         # as align_corners says; on others a velocity of stride 16 would be 15 voxels off at the far end.
         coarsest = self.strides[0]

@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from regpipe import distributed, record
 from regpipe.checks import check_pairs
-from regpipe.errors import InputError, one_line_errors
+from regpipe.errors import InputError, one_line_errors, out_of_memory
 from regpipe.images import Grid, save_grid
+from regpipe.ladder import LESS_MEMORY
 from regpipe.options import refuse_unknown
 from regpipe.pairs import Case
 
@@ -237,6 +238,10 @@ class Run:
         except KeyboardInterrupt:
             print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
             raise SystemExit(130) from None
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(f"out of memory in epoch {self.trainer.state.epoch}: {LESS_MEMORY}") from error
         self._stopped_early()
         state: Any = self.standing.evaluator.state
         if state.best_metric_epoch > 0:

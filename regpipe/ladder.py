@@ -1,0 +1,243 @@
+"""What is done where memory would not do: the least that costs least comes first, and each step is said.
+
+    as asked -> bfloat16 -> refinement at coarser images -> the network on overlapping tiles -> an error that says so
+
+A rung takes an inferer and a network to ones that need less. Whether they fit is predicted, see ``regpipe.memory``.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import Inferer
+from torch import Tensor, nn
+
+from regpipe import images, memory
+from regpipe.errors import InputError
+from regpipe.fields import resize_image
+from regpipe.memory import GIB
+from regpipe.network import VELOCITY_STRIDE, SymmetricNet
+
+log = logging.getLogger(__name__)
+
+TILES = (129, 97, 65)  # points along an axis, 16 k + 1 as the network wants them
+OVERLAP = 32  # points at least; a network's reach is more, but what is far tells it little
+PLENTY = 1 << 14  # bytes a voxel: no 2D or 3D task takes as much, so that a small one need not be predicted
+
+LESS_MEMORY = "take --amp true, then --checkpointing true, then a smaller --grid_shape or a larger --grid_spacing"
+
+Rung = Callable[[Any, Any], tuple[Any, Any]]  # (inferer, network) -> the same, needing less
+
+
+class Step(NamedTuple):
+    """A rung: how it is told, what it does, and which others it takes the place of."""
+
+    told: str
+    take: Rung
+    kind: str
+
+
+class FittingInferer(Inferer):
+    """An inferer of ``regpipe.engines`` that goes down the ladder, for each grid anew, until the prediction fits.
+
+    Args:
+        inferer: what is asked for.
+        memory_gib: what the whole process may take; None: what the machine has free, a container's limit included.
+    """
+
+    def __init__(self, inferer: Inferer, *, memory_gib: float | None = None) -> None:
+        super().__init__()
+        if memory_gib is not None and not memory_gib > 0:
+            raise InputError(f"--memory_gib {memory_gib}: give more than 0, or leave it out for what is free")
+        self.inferer, self.memory_gib = inferer, memory_gib
+        self._taken: dict[tuple[int, ...], list[Step]] = {}
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        shape = tuple(int(n) for n in inputs.shape[2:])
+        if shape not in self._taken:
+            self._taken[shape] = self._steps(shape, network, inputs.device)
+        inferer, network = descended(self.inferer, network, self._taken[shape])
+        found: dict[str, Tensor] = inferer(inputs, network, *args, **kwargs)
+        return found
+
+    def _steps(self, shape: tuple[int, ...], network: Any, device: torch.device) -> list[Step]:
+        """The rungs to take on a grid: from the first one on until it fits, without those that then are not needed.
+
+        Raises:
+            InputError: not even all of them fit.
+        """
+        room = memory.room(self.memory_gib, device)
+        if room > memory.LIBRARIES + PLENTY * math.prod(shape):
+            return []
+
+        def needed(steps: Sequence[Step]) -> int:
+            return memory.inference(*descended(self.inferer, network, steps), shape, device=device)
+
+        taken: list[Step] = []
+        below = rungs(self.inferer, network, shape, device)
+        while needed(taken) > room:
+            step = next(below, None)
+            if step is None:
+                raise InputError(_too_large(shape, needed(taken), room))
+            taken = [*(other for other in taken if other.kind != step.kind), step]
+        for step in list(taken):
+            without = [other for other in taken if other is not step]
+            if needed(without) <= room:
+                taken = without
+        for i, step in enumerate(taken):
+            before, after = (needed(steps) / GIB for steps in (taken[:i], taken[: i + 1]))
+            log.warning(
+                "grid %s: %.2f GiB needed, %.2f GiB more than is free: %s, %.2f GiB",
+                _grid(shape),
+                before,
+                before - room / GIB,
+                step.told,
+                after,
+            )
+        return taken
+
+
+def require_memory(
+    inferer: Inferer,
+    network: nn.Module,
+    loss: nn.Module,
+    shape: Sequence[int],
+    *,
+    batch_size: int = 1,
+    memory_gib: float | None = None,
+) -> None:
+    """Raises ``InputError`` where a training step on this grid needs more memory than there is; see ``regpipe.memory``.
+
+    ``memory_gib``: see ``FittingInferer``.
+    """
+    device = next(network.parameters()).device
+    room, weights = memory.room(memory_gib, device), sum(p.numel() for p in network.parameters())
+    passes = batch_size * getattr(inferer, "cascades", 1)
+    if room > memory.LIBRARIES + 16 * weights + PLENTY * math.prod(shape) * passes:
+        return
+    needed = memory.training(inferer, network, loss, shape, batch_size=batch_size, device=device)
+    if needed > room:
+        raise InputError(
+            f"training on a grid of {_grid(shape)} needs {needed / GIB:.2f} GiB, {max(room, 0) / GIB:.2f} GiB are "
+            f"free: {LESS_MEMORY}; or give more --memory_gib to try nevertheless"
+        )
+
+
+def require_for_files(fixed: str, moving: str) -> None:
+    """Raises ``InputError`` where there is no memory for writing what registering these two images gives."""
+    shape = max((images.header(path)[0] for path in (fixed, moving)), key=math.prod)
+    needed, room = memory.native(shape), memory.free()
+    if needed > room:
+        raise InputError(
+            f"{fixed}: writing files on {_grid(shape)} voxels needs {needed / GIB:.2f} GiB, {room / GIB:.2f} GiB are "
+            "free: free some, or resample the images to larger voxels first"
+        )
+
+
+def descended(inferer: Any, network: Any, steps: Sequence[Step]) -> tuple[Any, Any]:
+    """Inferer and network after these steps."""
+    for step in steps:
+        inferer, network = step.take(inferer, network)
+    return inferer, network
+
+
+def _grid(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _too_large(shape: Sequence[int], needed: int, room: int) -> str:
+    return (
+        f"a grid of {_grid(shape)} needs {needed / GIB:.2f} GiB at least, {max(room, 0) / GIB:.2f} GiB are free: free "
+        "some, take a coarser working grid, or give more --memory_gib to try nevertheless"
+    )
+
+
+def rungs(inferer: Any, network: Any, shape: Sequence[int], device: torch.device) -> Iterator[Step]:
+    """The rungs that make sense here, in their order."""
+    symmetric = isinstance(network, SymmetricNet)
+    if symmetric and has_bfloat16(device):
+        yield Step("the network in bfloat16", lambda inferer, net: (inferer, HalfPrecision(net)), "precision")
+    if inferer.refiner is not None:
+        for stride in (2,) if symmetric else (2, 4):  # after a network there is no coarser level
+            yield Step(f"refinement at images every {stride} voxels", _coarser(stride), "refinement")
+    for size in TILES if symmetric else ():
+        if size < max(shape):
+            yield Step(f"the network on tiles of {size} voxels", _tiled(size), "tiles")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is no slower than float32 here: on GPUs since Ampere, and CPUs with matrix units (AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and "amx_bf16" in cpu.read_text()
+
+
+def _coarser(stride: int) -> Rung:
+    def take(inferer: Any, network: Any) -> tuple[Any, Any]:
+        less = copy.copy(inferer)
+        less.refiner = copy.copy(inferer.refiner)
+        less.refiner.finest = max(stride, inferer.refiner.finest or 1)
+        return less, network
+
+    return take
+
+
+def _tiled(size: int) -> Rung:
+    return lambda inferer, network: (inferer, Tiled(network, size))
+
+
+class HalfPrecision:
+    """A network under bfloat16's autocast; its velocity is float32 as ever."""
+
+    def __init__(self, network: SymmetricNet) -> None:
+        self.network = network
+
+    def inner_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The network's."""
+        return self.network.inner_shape(shape)
+
+    def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(pair.device.type, dtype=torch.bfloat16):
+            found: Tensor = self.network(pair, *args, **kwargs)
+        return found.float()
+
+
+class Tiled:
+    """A ``SymmetricNet`` on overlapping tiles of its inner grid, their velocities blended by a Gaussian weight.
+
+    A tile has 16 k + 1 points and starts at a multiple of 16, so that its velocity's grid lies on the whole's: no
+    resampling, and a velocity is in voxels of the same grid. Weights know nothing of the images: swapping them flips
+    the sign of each tile's velocity, hence of their mean, bit for bit. Integration is the caller's, on the whole.
+    """
+
+    def __init__(self, network: Any, size: int) -> None:
+        self.network, self.size = network, size
+        self.most: int | None = None  # a dry run learns nothing from more tiles than two
+
+    def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        whole = self.network.inner_shape(pair.shape[2:])
+        pair = resize_image(pair, whole)
+        tile = [min(self.size, n) for n in whole]
+        every = [max(16, n - 1 - OVERLAP) for n in tile]
+        grid, small, steps = ([math.ceil(n / VELOCITY_STRIDE) for n in sizes] for sizes in (whole, tile, every))
+        weight = compute_importance_map(tuple(small), mode="gaussian", device=pair.device)
+        counted = pair.new_zeros(grid)
+        total: Tensor | None = None
+        places = zip(dense_patch_slices(whole, tile, every), dense_patch_slices(grid, small, steps), strict=True)
+        for seen, place in itertools.islice(places, self.most):
+            velocity = self.network(pair[(slice(None), slice(None), *seen)], *args, **kwargs)
+            if total is None:
+                total = velocity.new_zeros(*velocity.shape[:2], *grid)
+            total[(slice(None), slice(None), *place)] += weight * velocity
+            counted[place] += weight
+        assert total is not None  # there is a tile
+        return total / counted
