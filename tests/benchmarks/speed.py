@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 from monai.networks.blocks import DVF2DDF, Warp
 from torch import Tensor
 
+from regpipe.cost import peak_memory
 from regpipe.fields import integrate_both, register, register_midway, resize
 from regpipe.losses import RegistrationLoss
 from regpipe.network import SymmetricNet, SymNet
@@ -121,7 +121,7 @@ PARTS: dict[str, dict[str, Callable[[Sequence[int]], Work]]] = {  # the first va
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory() / 2**30
 
 
 def once(part: str, variant: str, shape: Sequence[int]) -> dict[str, float]:
