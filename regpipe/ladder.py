@@ -114,16 +114,28 @@ def require_memory(
     batch_size: int = 1,
     memory_gib: float | None = None,
 ) -> None:
-    """Raises ``InputError`` where a training step on this grid needs more memory than there is; see ``regpipe.memory``.
+    """See to it that a training step on this grid fits, by the network's ``checkpointing`` where it would not.
 
-    ``memory_gib``: see ``FittingInferer``.
+    That is the one rung that leaves every number as it is. ``memory_gib``: see ``FittingInferer``.
+
+    Raises:
+        InputError: it does not fit; see ``regpipe.memory`` for what is predicted.
     """
     device = next(network.parameters()).device
     room, weights = memory.room(memory_gib, device), sum(p.numel() for p in network.parameters())
     passes = batch_size * getattr(inferer, "cascades", 1)
     if room > memory.LIBRARIES + 16 * weights + PLENTY * math.prod(shape) * passes:
         return
-    needed = memory.training(inferer, network, loss, shape, batch_size=batch_size, device=device)
+
+    def need() -> int:
+        return memory.training(inferer, network, loss, shape, batch_size=batch_size, device=device)
+
+    needed = need()
+    if needed > room and not getattr(network, "checkpointing", True):
+        network.checkpointing = True  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
+        before, needed = needed, need()
+        told = "grid %s: training needs %.2f GiB, more than is free: --checkpointing true, %.2f GiB"
+        log.warning(told, _grid(shape), before / GIB, needed / GIB)
     if needed > room:
         raise InputError(
             f"training on a grid of {_grid(shape)} needs {needed / GIB:.2f} GiB, {max(room, 0) / GIB:.2f} GiB are "

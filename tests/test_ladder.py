@@ -20,6 +20,7 @@ from regpipe.engines import RegistrationInferer, ZeroInferer
 from regpipe.errors import InputError, explain, out_of_memory
 from regpipe.images import Grid
 from regpipe.ladder import FittingInferer, HalfPrecision, Tiled
+from regpipe.losses import RegistrationLoss
 from regpipe.network import SymmetricNet
 from regpipe.refine import make_refiner, refinement_loss, zero_refiner
 
@@ -195,6 +196,23 @@ def test_training_that_does_not_fit_is_refused_with_what_helps(
     told = explain(end.value) or ""
     assert "32x32 needs" in told and "--amp true" in told and "--checkpointing true" in told and "--grid_shape" in told
     assert not list((bundle / "models").glob("*.pt"))
+
+
+def test_training_that_fits_with_checkpointing_takes_it_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, loss = SymmetricNet(2, "alexnet"), RegistrationLoss({"lncc": 1.0})
+    given = (RegistrationInferer(), network, loss, (512, 512))
+    plain = memory.training(*given)
+    network.checkpointing = True
+    spared = memory.training(*given)
+    assert spared < plain - 50 * 2**20
+    network.checkpointing = False
+    for room, taken in ((plain, False), ((plain + spared) // 2, True)):
+        monkeypatch.setattr(memory, "room", lambda *_, room=room: room)
+        ladder.require_memory(*given)
+        assert network.checkpointing is taken
+    assert "--checkpointing true" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------- out of memory
