@@ -35,8 +35,9 @@ def peak_memory() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
         return torch.cuda.max_memory_reserved()
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux: getrusage's maximum is also that of the process which started this one
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak) * 1024
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:  # Linux: getrusage's maximum is also that of the process which started this one
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak_rss if sys.platform == "darwin" else peak_rss * 1024

@@ -44,6 +44,7 @@ class FolderRun:
         pairing: see ``regpipe.list_pairs``.
         formats: transforms written per case, also as one text with commas: ``displacement``, and ``regpipe.exports``'.
         settings: what else the results depend on; a case finished with other ones is done anew.
+        memory_gib: see ``regpipe.ladder``.
 
     Raises:
         InputError: there is no pair in ``dataset_dir`` at all, or no such format.
@@ -59,11 +60,13 @@ class FolderRun:
         pairing: str = "all",
         formats: str | Sequence[str] = BY_DEFAULT,
         settings: Mapping[str, Any] | None = None,
+        memory_gib: float | None = None,
     ) -> None:
         if isinstance(formats, str):
             formats = [name.strip() for name in formats.split(",") if name.strip()]
         dim = 3 if load.grid is None else len(load.grid.shape)  # of a folder of any pairs each case says
         exports.check_formats([name for name in formats if name != DENSE], dim)
+        self.memory_gib = memory_gib
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
         self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
@@ -107,7 +110,7 @@ class FolderRun:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
                 if problem:
                     raise InputError(problem[case["case"]])
-                require_for_files(case["fixed_image"], case["moving_image"])
+                require_for_files(case["fixed_image"], case["moving_image"], memory_gib=self.memory_gib)
                 batch = collate_pairs([self.dataset[i]])
             except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
                 self._fail(case["case"], cause(error) or _told(case["case"], "loaded", error))
@@ -258,7 +261,13 @@ def register_from_zero(
         affine_metric=affine_metric,
     )
     folder = FolderRun(
-        dataset_dir, load=load, output_dir=output_dir, pairing=pairing, formats=formats, settings=settings
+        dataset_dir,
+        load=load,
+        output_dir=output_dir,
+        pairing=pairing,
+        formats=formats,
+        settings=settings,
+        memory_gib=memory_gib,
     )
     folder.register(
         SupervisedEvaluator(

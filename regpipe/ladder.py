@@ -25,6 +25,7 @@ from regpipe.errors import InputError
 from regpipe.fields import resize_image
 from regpipe.memory import GIB
 from regpipe.network import VELOCITY_STRIDE, SymmetricNet
+from regpipe.refine import SMALLEST
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,13 @@ class FittingInferer(Inferer):
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         shape = tuple(int(n) for n in inputs.shape[2:])
         if shape not in self._taken:
-            self._taken[shape] = self._steps(shape, network, inputs.device)
+            try:
+                self._taken[shape] = self._steps(shape, network, inputs.device)
+            except InputError:
+                raise
+            except Exception as error:  # an inferer or network of which nothing can be predicted is no reason to stop
+                log.warning("what grid %s needs is not known (%s): done as asked", _grid(shape), _first_line(error))
+                self._taken[shape] = []
         inferer, network = descended(self.inferer, network, self._taken[shape])
         found: dict[str, Tensor] = inferer(inputs, network, *args, **kwargs)
         return found
@@ -113,6 +120,7 @@ def require_memory(
     *,
     batch_size: int = 1,
     memory_gib: float | None = None,
+    amp: bool = False,
 ) -> None:
     """See to it that a training step on this grid fits, by the network's ``checkpointing`` where it would not.
 
@@ -128,9 +136,13 @@ def require_memory(
         return
 
     def need() -> int:
-        return memory.training(inferer, network, loss, shape, batch_size=batch_size, device=device)
+        return memory.training(inferer, network, loss, shape, batch_size=batch_size, device=device, amp=amp)
 
-    needed = need()
+    try:
+        needed = need()
+    except Exception as error:  # e.g. a loss that asks the data what it does: no reason to refuse a run
+        log.warning("what training on grid %s needs is not known (%s)", _grid(shape), _first_line(error))
+        return
     if needed > room and not getattr(network, "checkpointing", True):
         network.checkpointing = True  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
         before, needed = needed, need()
@@ -143,14 +155,14 @@ def require_memory(
         )
 
 
-def require_for_files(fixed: str, moving: str) -> None:
+def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = None) -> None:
     """Raises ``InputError`` where there is no memory for writing what registering these two images gives."""
     shape = max((images.header(path)[0] for path in (fixed, moving)), key=math.prod)
-    needed, room = memory.native(shape), memory.free()
+    needed, room = memory.native(shape), memory.room(memory_gib)
     if needed > room:
         raise InputError(
             f"{fixed}: writing files on {_grid(shape)} voxels needs {needed / GIB:.2f} GiB, {room / GIB:.2f} GiB are "
-            "free: free some, or resample the images to larger voxels first"
+            "free: free some, resample the images to larger voxels first, or give more --memory_gib to try nevertheless"
         )
 
 
@@ -159,6 +171,10 @@ def descended(inferer: Any, network: Any, steps: Sequence[Step]) -> tuple[Any, A
     for step in steps:
         inferer, network = step.take(inferer, network)
     return inferer, network
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def _grid(shape: Sequence[int]) -> str:
@@ -177,8 +193,10 @@ def rungs(inferer: Any, network: Any, shape: Sequence[int], device: torch.device
     symmetric = isinstance(network, SymmetricNet)
     if symmetric and has_bfloat16(device):
         yield Step("the network in bfloat16", lambda inferer, net: (inferer, HalfPrecision(net)), "precision")
-    if inferer.refiner is not None:
+    if getattr(inferer, "refiner", None) is not None:
         for stride in (2,) if symmetric else (2, 4):  # after a network there is no coarser level
+            if min(shape) < SMALLEST * stride:
+                break
             yield Step(f"refinement at images every {stride} voxels", _coarser(stride), "refinement")
     for size in TILES if symmetric else ():
         if size < max(shape):

@@ -151,6 +151,7 @@ def training(
     *,
     batch_size: int = 1,
     device: str | torch.device = "cpu",
+    amp: bool = False,
 ) -> int:
     """Bytes that training takes, beyond what the process holds with the network made: gradients, Adam's, one step."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -161,7 +162,9 @@ def training(
             states = [torch.zeros_like(p) for p in fake.parameters() if p.requires_grad for _ in range(2)]
             batch = _batch(shape, batch_size)
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
-            criterion(inferer(pair, fake), batch).mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                found = inferer(pair, fake)
+            criterion(found, batch).mean().backward()
             return states, batch
 
         follower = dry_run(work)
@@ -187,7 +190,7 @@ def _without_numbers(inferer: Inferer) -> Any:
     """The inferer with what a dry run needs of it: few steps, no search for folds."""
     dry: Any = copy.copy(inferer)
     dry.repair = False
-    if dry.refiner is not None:
+    if getattr(dry, "refiner", None) is not None:
         dry.refiner = copy.copy(dry.refiner)
         dry.refiner.steps = min(DRY_STEPS, dry.refiner.steps)
     return dry
@@ -206,7 +209,8 @@ def _fake(module: Any) -> Any:
 
 def _of_device(follower: Follower, device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
-        return CUDA_CONTEXT + int(CUDA_SLACK * follower.peak)
+        context = 0 if torch.cuda.is_initialized() else CUDA_CONTEXT
+        return context + int(CUDA_SLACK * follower.peak)
     return LIBRARIES + follower.resident
 
 
@@ -248,18 +252,27 @@ def _limits(root: Path, listed: Path) -> list[int]:
     """What is left of each control group that this process is in; no limit gives nothing, but a huge number first."""
     left = [2**62]
     entries = listed.read_text().splitlines() if listed.exists() else []
-    paths = {"", *(entry.split(":", 2)[2].strip("/") for entry in entries if entry.count(":") >= 2)}
-    for path in paths:
-        for limit, used, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    groups = [entry.split(":", 2)[2].strip("/").split("/") for entry in entries if entry.count(":") >= 2]
+    paths = {
+        "",
+        *("/".join(group[:n]) for group in groups for n in range(1, len(group) + 1)),
+    }
+    for path in sorted(paths):
+        for limit, used, caches in (
+            ("memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
+            (
+                "memory/memory.limit_in_bytes",
+                "memory/memory.usage_in_bytes",
+                ("total_inactive_file", "total_active_file"),
+            ),
         ):
             top, _, name = limit.rpartition("/")
             folder = root / top / path
             most = _number(folder / name)
             if most is not None:
                 spent = _number(root / top / path / used.rpartition("/")[2]) or 0
-                left.append(most - spent + _table(folder / "memory.stat").get(cache, 0))
+                stat = _table(folder / "memory.stat")
+                left.append(most - spent + sum(stat.get(cache, 0) for cache in caches))
     return left
 
 

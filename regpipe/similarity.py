@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 import torch
 from monai.losses import GlobalMutualInformationLoss
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from regpipe.encoders import Encoder
@@ -142,6 +143,7 @@ class _LocalCorrelation(torch.autograd.Function):
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         return (*(None if x is None else scale * x for x in ctx.saved_tensors), None, None, None, None)

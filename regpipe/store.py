@@ -52,7 +52,10 @@ class Store:
             log.warning("%s: cannot be read (%s), made again", path, str(error).partition("\n")[0])
         tensors, buffer = make(), io.BytesIO()
         torch.save(tensors, buffer)
-        replace_file(path, buffer.getvalue())
+        try:
+            replace_file(path, buffer.getvalue())
+        except OSError as error:  # a full disk: what is kept is a convenience
+            log.warning("%s: cannot be kept (%s)", path, error.strerror)
         return tensors
 
     def arrays(

@@ -158,3 +158,13 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     from registered import make_pair
 
     return make_pair(tmp_path_factory.mktemp("flat"), 2)
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As the processes that torchrun starts: sums over two threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)

@@ -34,6 +34,8 @@ from regpipe.pairs import list_pairs
 
 GRID = Grid((32, 32), (1.0, 1.0))
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

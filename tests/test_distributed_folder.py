@@ -24,6 +24,8 @@ from regpipe.images import Grid
 
 DOCS = Path(__file__).parents[1] / "docs"
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def registering(rank: int, bundle: Path, data: Path, out: Path) -> tuple[list[str], int]:
     """The cases that this process registered, and its exit status."""
