@@ -182,7 +182,7 @@ def test_refinement_at_coarser_images_is_predicted_to_need_less() -> None:
 def test_files_that_do_not_fit_are_refused_by_the_images_name(monkeypatch: pytest.MonkeyPatch, cohort: Path) -> None:
     image = str(cohort / "fixed_images" / "case_000.nii.gz")
     ladder.require_for_files(image, image)
-    monkeypatch.setattr(memory, "free", lambda: 1000)
+    monkeypatch.setattr(memory, "free", lambda *_: 1000)
     with pytest.raises(InputError, match="case_000.nii.gz: writing files on 32x32 voxels needs"):
         ladder.require_for_files(image, image)
 
