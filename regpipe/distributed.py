@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ignite.distributed as idist
 import torch
@@ -26,6 +26,8 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from regpipe.errors import ENDED_TOGETHER, InputError
+from regpipe.pairs import Case
+from regpipe.sampling import checked_share, draw, supervised
 
 T = TypeVar("T")
 
@@ -148,19 +150,20 @@ class EpochSampler(DistributedSampler):
     not be equally long.
 
     Args:
-        data: what is drawn from.
+        pairs: what is drawn from.
         size: pairs an epoch, all processes together.
         seed: the run's.
+        share: of them supervised, see ``regpipe.sampling.draw``.
     """
 
-    def __init__(self, data: Dataset, size: int, *, seed: int) -> None:
-        super().__init__(data, idist.get_world_size(), idist.get_rank(), seed=seed)
-        self.size = size
+    def __init__(self, pairs: Sequence[Case], size: int, *, seed: int, share: float | None = None) -> None:
+        super().__init__(cast("Dataset[Case]", pairs), idist.get_world_size(), idist.get_rank(), seed=seed)
+        self.size, self.supervised, self.share = size, supervised(pairs), checked_share(share)
         self.num_samples = -(-size // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = torch.randperm(len(self.dataset), generator=generator)[: self.size]  # type: ignore[arg-type]
+        drawn = draw(self.supervised, self.size, self.share, generator)
         places = torch.arange(self.num_samples) * self.num_replicas + self.rank
         return iter(drawn[places % len(drawn)].tolist())
 

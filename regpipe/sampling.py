@@ -1,0 +1,66 @@
+"""Which pairs an epoch sees: where labels or landmarks come with some only, those get a share of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from regpipe.errors import InputError
+from regpipe.pairs import SIDES, Case
+
+
+class PairSampler(Sampler[int]):
+    """A random part of the pairs each epoch, without repetition while there are enough, see ``draw``.
+
+    Args:
+        pairs: what is drawn from.
+        num_samples: how many an epoch.
+        share: of them supervised, where only some pairs are; None: as they come.
+    """
+
+    def __init__(self, pairs: Sequence[Case], num_samples: int, *, share: float | None = None) -> None:
+        self.supervised, self.num_samples, self.share = supervised(pairs), num_samples, checked_share(share)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(draw(self.supervised, self.num_samples, self.share).tolist())
+
+
+def supervised(pairs: Sequence[Case]) -> Tensor:
+    """(N,) bool: which pairs have labels, or landmarks, of both images."""
+    kinds = ("label", "landmarks")
+    return torch.tensor([any(all(f"{side}_{kind}" in pair for side in SIDES) for kind in kinds) for pair in pairs])
+
+
+def draw(known: Tensor, size: int, share: float | None, generator: torch.Generator | None = None) -> Tensor:
+    """(size,) indices into ``known`` (N,) bool, in random order, of which a ``share`` are known.
+
+    With few labelled subjects hardly a pair has both labels (20 of 160: one in 65): drawn as they come, supervision
+    would be rare. Each kind is gone through whole, in random order, before one is drawn again. Where all or none are
+    known, or without a share, all are one kind.
+    """
+    kinds = [torch.arange(len(known))]
+    counts = [size]
+    if share is not None and 0 < int(known.sum()) < len(known):
+        kinds = [known.nonzero()[:, 0], (~known).nonzero()[:, 0]]
+        counts = [round(share * size), size - round(share * size)]
+    drawn = [_in_turn(kind, count, generator) for kind, count in zip(kinds, counts, strict=True)]
+    return _in_turn(torch.cat(drawn), size, generator)
+
+
+def _in_turn(items: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """``count`` of the items: random orders of all of them, one after another."""
+    rounds = [items[torch.randperm(len(items), generator=generator)] for _ in range(-(-count // len(items)))]
+    return torch.cat([items[:0], *rounds])[:count]
+
+
+def checked_share(share: float | None) -> float | None:
+    """Raises ``InputError`` where it is no share."""
+    if share is not None and not 0 <= share <= 1:
+        raise InputError(f"supervised_share is {share}: give 0 to 1, or null to draw the pairs as they come")
+    return share
