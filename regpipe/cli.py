@@ -179,7 +179,7 @@ def main() -> None:
 def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
     """Exit status, and in a line what went wrong."""
     try:
-        app(arguments)
+        app(arguments, prog_name="regpipe")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         usage = getattr(end.__context__, "format_message", None)  # typer has shown it already

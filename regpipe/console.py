@@ -1,7 +1,7 @@
 """What a command says and to whom: results on stdout, all else on stderr, progress with the time left.
 
-``session`` is what ``--json`` and ``--quiet`` mean, for the process and what it starts. ``tell`` is how any part of regpipe
-hands a result to ``--json``; without it nothing comes of that. Nothing heavy is imported here.
+``session`` is what ``--json`` and ``--quiet`` mean, for the process and what it starts. ``tell`` is how any part of
+regpipe hands a result to ``--json``; without it nothing comes of that. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -161,6 +161,6 @@ class Progress(tqdm):
             shape = shape.replace("{n_fmt} of {total_fmt} {unit}", "{percentage:.0f} %")
         told: dict[str, Any] = {"file": sys.stderr if terminal else _Lines(sys.stderr), "bar_format": shape}
         told |= {"mininterval": 0.2 if terminal else LINE_EVERY, "miniters": 1, "delay": DELAY, "leave": False}
-        if not first():
+        if not first() or os.environ.get("TQDM_DISABLE"):  # tqdm itself reads it when it is imported
             told["disable"] = True
         super().__init__(items, desc=what, total=total, unit=unit, **{**told, **given})

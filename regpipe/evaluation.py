@@ -58,6 +58,7 @@ class EvaluationReport:
         engine.add_event_handler(Events.STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_STARTED, self._start)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
         engine.add_event_handler(Events.COMPLETED, self)
 
     def _open(self, engine: Engine) -> None:
@@ -71,7 +72,6 @@ class EvaluationReport:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # Python is ahead of the GPU
         self._seconds.append(time.perf_counter() - self._from)
-        self.bar.update()
 
     def __call__(self, engine: Engine) -> None:
         self.bar.close()

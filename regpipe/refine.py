@@ -95,7 +95,9 @@ class Refiner:
         fixed = batch["fixed_image"]
         shape, given = fixed.shape[2:], velocity is not None
         levels = self._levels(shape, given)
-        plan = [(coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, self.steps), strict=True)]
+        plan = [
+            (coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, self.steps), strict=True)
+        ]
         voxels = sum(steps * math.prod(images) for images, steps in plan)
         with Progress(what="optimising", unit="", total=voxels) as bar:
             for images, steps in plan:
