@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import QUICK, as_if_in_its_own_process, deforming_bundle
 from monai.bundle import create_workflow, load, run
 from monai.handlers import MLFlowHandler
+from packaging.requirements import Requirement
 
+import regpipe
 from regpipe.bundles import write_bundle
 from regpipe.casemetrics import read_rows
 from regpipe.errors import InputError
@@ -148,3 +152,35 @@ def test_mlflow_gets_settings_terms_metrics_and_the_configuration(tmp_path: Path
     rows = read_rows(tmp_path / "eval" / "metrics.csv")
     assert evaluated.data.metrics["dice"] == pytest.approx(sum(row["dice"] for row in rows) / 2)
     assert evaluated.data.params["evaluated"] == str(cohort)
+
+
+# ------------------------------------------------------------------------------------- what the project says of itself
+
+TOP = Path(__file__).parents[1]
+
+
+def test_citation_and_changelog_are_of_this_version() -> None:
+    cited = yaml.safe_load((TOP / "CITATION.cff").read_text())
+    assert cited["version"] == regpipe.__version__ and cited["license"] == "Apache-2.0"
+    assert regpipe.__version__ in (TOP / "docs" / "changelog.md").read_text()
+
+
+def test_the_lock_holds_what_the_project_asks_for_each_by_hash() -> None:
+    lock = (TOP / "docs" / "examples" / "requirements.lock").read_text()
+    locked = [(m[1], m[2], m[3]) for m in re.finditer(r"^([\w.-]+)==(\S+)(.*(?:\n .*)*)", lock, re.M)]
+    assert len(locked) > 80 and all("--hash=sha256:" in rest for *_, rest in locked)
+    for text in (
+        (TOP / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0].splitlines()
+    ):
+        wanted = re.search(r'"(.+?)"', text)
+        if wanted:
+            asked = Requirement(wanted[1])
+            found = [version for name, version, _ in locked if name == asked.name]
+            assert found and all(version in asked.specifier for version in found), asked
+
+
+def test_the_container_builds_from_files_that_are_there_and_runs_the_command() -> None:
+    lines = (TOP / "docs" / "examples" / "Containerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert "docs/examples/requirements.lock" in copied and all((TOP / name).exists() for name in copied)
+    assert 'ENTRYPOINT ["regpipe"]' in lines and "USER regpipe" in lines
