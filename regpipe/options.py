@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
@@ -62,7 +63,7 @@ def _tracking_ids(argv: Sequence[str]) -> list[str]:
     name = argv[argv.index("--tracking") + 1]
     if name == "mlflow" and find_spec("mlflow") is None:
         raise InputError('--tracking mlflow: needs MLflow; pip install "regpipe[mlflow]"')
-    settings = DEFAULT_EXP_MGMT_SETTINGS.get(name) or ConfigParser.load_config_files(_files(name))
+    settings: Any = DEFAULT_EXP_MGMT_SETTINGS.get(name) or ConfigParser.load_config_files(_files(name))
     return list(settings["configs"])
 
 
