@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
@@ -161,6 +162,8 @@ class Progress(tqdm):
             shape = shape.replace("{n_fmt} of {total_fmt} {unit}", "{percentage:.0f} %")
         told: dict[str, Any] = {"file": sys.stderr if terminal else _Lines(sys.stderr), "bar_format": shape}
         told |= {"mininterval": 0.2 if terminal else LINE_EVERY, "miniters": 1, "delay": DELAY, "leave": False}
+        if terminal:
+            told["ncols"] = shutil.get_terminal_size().columns  # 80 where a terminal says 0, as in some containers
         if not first() or os.environ.get("TQDM_DISABLE"):  # tqdm itself reads it when it is imported
             told["disable"] = True
         super().__init__(items, desc=what, total=total, unit=unit, **{**told, **given})

@@ -38,7 +38,7 @@ def weights(bundle: Path) -> dict[str, torch.Tensor]:
 def test_load_gives_the_trained_network_from_any_folder(solid: Path) -> None:
     place = {"ckpt_dir": str(solid / "models")}
     with as_if_in_its_own_process():
-        net = load(solid.name, bundle_dir=solid.parent, workflow_type="infer", net_override=place, device="cpu")
+        net: Any = load(solid.name, bundle_dir=solid.parent, workflow_type="infer", net_override=place, device="cpu")
     assert isinstance(net, SymmetricNet)
     kept, found = weights(solid), net.state_dict()
     assert kept.keys() == found.keys() and all(torch.equal(kept[name], found[name]) for name in kept)
@@ -46,7 +46,7 @@ def test_load_gives_the_trained_network_from_any_folder(solid: Path) -> None:
 
 def test_load_without_a_configuration_gives_the_weights(solid: Path) -> None:
     with pytest.warns(UserWarning, match="return state dict"):  # train.yaml, and MONAI looks for train.json
-        found = load(solid.name, bundle_dir=solid.parent, device="cpu")
+        found: Any = load(solid.name, bundle_dir=solid.parent, device="cpu")
     kept = weights(solid)
     assert kept.keys() == found.keys() and all(torch.equal(kept[name], found[name]) for name in kept)
 
@@ -98,7 +98,7 @@ def test_one_training_is_one_run_whatever_unfinished_runs_there_are(tmp_path: Pa
     adapt([elsewhere], settings, str(tmp_path / "b"))
     adapt([named], settings, str(tmp_path))
     names = [h.run_name for h in (*handlers, again, other, elsewhere) if isinstance(h, Handler)]
-    assert names[0] == names[1] == names[2] and len(set(names)) == 3 and names[0].startswith("vgg16 ")
+    assert names[0] == names[1] == names[2] and len(set(names)) == 3 and str(names[0]).startswith("vgg16 ")
     assert named.run_name == "mine" and again.experiment_param == settings and not again.close_on_complete
 
 
@@ -169,9 +169,8 @@ def test_the_lock_holds_what_the_project_asks_for_each_by_hash() -> None:
     lock = (TOP / "docs" / "examples" / "requirements.lock").read_text()
     locked = [(m[1], m[2], m[3]) for m in re.finditer(r"^([\w.-]+)==(\S+)(.*(?:\n .*)*)", lock, re.M)]
     assert len(locked) > 80 and all("--hash=sha256:" in rest for *_, rest in locked)
-    for text in (
-        (TOP / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0].splitlines()
-    ):
+    project = (TOP / "pyproject.toml").read_text()
+    for text in project.partition("\ndependencies = [")[2].partition("\n]")[0].splitlines():
         wanted = re.search(r'"(.+?)"', text)
         if wanted:
             asked = Requirement(wanted[1])
