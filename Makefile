@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slow lint bundles clean
+.PHONY: demo test test-slow lint bundles lock clean
 
 $(BIN)/regpipe: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,12 @@ lint: $(BIN)/regpipe
 # The three bundles are written from regpipe/bundle; edit there.
 bundles: $(BIN)/regpipe
 	$(BIN)/python -c "from regpipe.bundles import write_all; write_all('bundles')"
+
+# What the container installs, by hash, and what builds regpipe in it; needs uv. Refresh it when dependencies change.
+LOCK := docs/examples/requirements.lock
+lock:
+	echo "hatchling>=1.27" | uv pip compile pyproject.toml - --quiet --universal --generate-hashes --python-version 3.10 \
+		--custom-compile-command "make lock" --output-file $(LOCK)
 
 clean:
 	rm -rf $(DEMO) .venv

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.images import Image
 from regpipe.itkbridge import itk_affine, lps_matrix, to_itk
@@ -45,6 +46,10 @@ class _Search(NamedTuple):  # what one run of elastix spends
     levels: int
     iterations: int  # at each level
     samples: int  # at each iteration
+
+    @property
+    def work(self) -> int:
+        return self.levels * self.iterations * self.samples
 
 
 LOOK = _Search(levels=3, iterations=100, samples=1500)
@@ -86,12 +91,14 @@ def align(
         matrix = _shift(*(_middle(side) for side in fine))
     elif stage != "none":
         starts = _starts(*coarse) if start is None else [begin]
-        found = [_improved(coarse, m, "Euler", metric, LOOK, seed) for m in starts]
-        matrix = max(found, key=lambda m: similarity(*coarse, m, metric))
-        if similarity(*seen, matrix, metric) < similarity(*seen, begin, metric):
-            matrix = begin
-        for kind in SOUGHT[stage]:
-            matrix = _improved(seen, matrix, kind, metric, FIND, seed)
+        work = len(starts) * LOOK.work + len(SOUGHT[stage]) * FIND.work
+        with Progress(what="aligning", unit="", total=work) as bar:
+            found = [_improved(coarse, m, "Euler", metric, LOOK, seed, bar) for m in starts]
+            matrix = max(found, key=lambda m: similarity(*coarse, m, metric))
+            if similarity(*seen, matrix, metric) < similarity(*seen, begin, metric):
+                matrix = begin
+            for kind in SOUGHT[stage]:
+                matrix = _improved(seen, matrix, kind, metric, FIND, seed, bar)
     shared = overlap(*fine, matrix)
     _judge(shared, stage)
     return Alignment(matrix, shared, *(similarity(*seen, m, metric) for m in (begin, matrix)))
@@ -193,7 +200,9 @@ def _starts(fixed: Side, moving: Side) -> list[np.ndarray]:
     return kept
 
 
-def _improved(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
+def _improved(
+    pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int, bar: Progress
+) -> np.ndarray:
     """``matrix`` and upon it elastix's transform of ``kind``; as it was where that is not more similar."""
     try:
         found = _elastix(pair, matrix, kind, metric, search, seed)
@@ -201,6 +210,8 @@ def _improved(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _
         why = "for want of overlap, or of slices (four at least)"
         log.warning("elastix gave up on the %s transform, most likely %s; the one before is kept", kind, why)
         return matrix
+    finally:
+        bar.update(search.work)
     before, after = (similarity(*pair, m, metric) for m in (matrix, found))
     if after <= before:
         log.info("the %s transform is no improvement (%.4f to %.4f); the one before is kept", kind, before, after)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe import itkbridge, transforms
+from regpipe import console, itkbridge, transforms
 from regpipe.errors import InputError, out_of_memory
 from regpipe.files import replace_file
 from regpipe.images import SUFFIXES, header, stem
@@ -72,14 +72,17 @@ def apply(
         raise InputError(f"{out}: {len(paths)} results do not go into one file; give a folder")
     given = {path.resolve() for path in paths}
     written: list[Path] = []
-    for path in paths:
+    files: list[dict[str, Any]] = []
+    console.tell(files=files)
+    for path in console.Progress(paths, what="carrying", unit="files"):
         try:
             target = out if single else out / _result_name(path, carrier.grid)
             if target in written or target.resolve() in given:
                 raise InputError(f"{path}: its result would overwrite {target}; give another --out")
             done = _carry_points(path, target, carrier) if is_points(path) else _carry_image(path, target, carrier)
-            print(f"{path} -> {target} ({done})", flush=True)
+            console.say(f"{path} -> {target} ({done})")
             written.append(target)
+            files.append({"input": path, "output": target, "how": done})
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not out_of_memory(error):
                 raise

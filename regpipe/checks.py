@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 from nibabel.affines import apply_affine
-from tqdm import tqdm
 
 from regpipe import images
+from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.pairs import KINDS, SIDES, Case
 
@@ -35,7 +35,7 @@ def check_pairs(
     keys = [f"{side}_{kind}" for kind, side in itertools.product(KINDS, SIDES)]
     files = dict.fromkeys((k.split("_")[1], c[k]) for c in cases for k in keys if k in c)
     facts: dict[tuple[str, str], _Facts | InputError] = {}
-    for kind, path in tqdm(files, desc="checking", unit="file", disable=not progress):
+    for kind, path in Progress(files, what="checking", unit="files") if progress else files:
         try:
             facts[kind, path] = _facts(kind, path, landmark_channels)
         except InputError as problem:

@@ -3,32 +3,63 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from regpipe import cli_apply, cli_register
+from regpipe import __version__, cli_apply, cli_bids, cli_register, completion, console
 from regpipe.errors import InputError, explain
+from regpipe.versions import versions
 
 app = typer.Typer(
-    help="Learned diffeomorphic registration of medical images: train with the bundles, register and compare here.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 cli_register.add(app)
 cli_apply.add(app)
+cli_bids.add(app)
+
+EVERYWHERE = ("--json", "--quiet")  # may stand after the command, too
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")]
+
+
+def _show_versions(asked: bool) -> None:
+    if asked:
+        found = versions()
+        console.tell(**found)
+        print("\n".join(f"{name} {number or 'is missing'}" for name, number in found.items()))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_versions, is_eager=True, help="Versions that matter, and exit.")
+    ] = False,
+) -> None:
+    """Learned diffeomorphic registration of medical images: train with the bundles, register and compare here.
+
+    --json and --quiet may stand anywhere. Exit status: 0 all done, 1 something could not be done, 2 no such command or
+    option, 130 stopped.
+    """
 
 
 @app.command()
 def compare(
     out: Out,
     data: Annotated[Path | None, typer.Argument(help="Folder or datalist; default: phantoms.")] = None,
-    backbones: Annotated[str, typer.Option(help="Which, separated by commas.")] = "resnet18,vgg16,alexnet",
+    backbones: Annotated[
+        str,
+        typer.Option(help="Which, separated by commas.", autocompletion=completion.some_of(completion.BACKBONES)),
+    ] = "resnet18,vgg16,alexnet",
     overlay: Annotated[list[Path] | None, typer.Option(help="Configuration over train.yaml, see configs/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="An id of train.yaml: ID=VALUE.")] = None,
 ) -> None:
@@ -69,13 +100,17 @@ def study(
         raise InputError("--only wants AXIS=VALUE,VALUE, e.g. --only subjects=5,all")
     chosen = {axis: [value.strip() for value in values.split(",")] for axis, _, values in parts}
     print(run(data, out, overlays=overlay, pretraining=pretrain, only=chosen, jobs=jobs))
+    console.tell(page=out / "study.md", runs=out / "study.csv")
     print(f"page: {out / 'study.md'}, runs: {out / 'study.csv'}")
 
 
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write the pairs to.")],
-    kind: Annotated[str, typer.Option(help="ultrasound, mr or shapes.")] = "ultrasound",
+    kind: Annotated[
+        str,
+        typer.Option(help="ultrasound, mr or shapes.", autocompletion=completion.one_of(completion.PHANTOMS)),
+    ] = "ultrasound",
     shape: Annotated[str, typer.Option(help="Voxels per axis, 2 or 3 numbers.")] = "64,64",
     pairs: Annotated[int, typer.Option(help="How many pairs.")] = 40,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
@@ -88,9 +123,11 @@ def phantom(
 
     sides = _sides(shape)
     try:
-        print(write_cohort(out, kind=kind, shape=sides, n_pairs=pairs, seed=seed, motion=motion))
+        folder = write_cohort(out, kind=kind, shape=sides, n_pairs=pairs, seed=seed, motion=motion)
     except ValueError as problem:
         raise InputError(str(problem)) from problem
+    console.tell(folder=folder, kind=kind, shape=sides, pairs=pairs, seed=seed)
+    print(folder)
 
 
 @app.command()
@@ -99,7 +136,10 @@ def doctor(
     device: Annotated[
         str | None, typer.Option(help="With --shape: cpu or cuda; default: cuda where there is one.")
     ] = None,
-    backbone: Annotated[str, typer.Option(help="With --shape: of the network.")] = "resnet18",
+    backbone: Annotated[
+        str,
+        typer.Option(help="With --shape: of the network.", autocompletion=completion.one_of(completion.BACKBONES)),
+    ] = "resnet18",
     structures: Annotated[int, typer.Option(min=0, help="With --shape: how many it tells apart.")] = 0,
 ) -> None:
     """Check the installation: versions, device, the three backbones, a phantom registered, a file that ITK reads.
@@ -124,11 +164,31 @@ def _sides(shape: str) -> list[int]:
 def main() -> None:
     """Entry point: what a user can mend ends in one line on stderr and exit status 1."""
     warnings.filterwarnings("ignore", module="monai")
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked = [name for name in EVERYWHERE if name in sys.argv[1:end]]
+    arguments = [*asked, *(word for i, word in enumerate(sys.argv) if i > 0 and not (i < end and word in EVERYWHERE))]
+    with console.session(json="--json" in asked, quiet="--quiet" in asked):
+        status, problem = _run(arguments)
+    if "--json" in asked and console.first():
+        command = next((word for word in arguments if not word.startswith("-")), None)
+        about = {"regpipe": __version__, "command": command, "status": status, "error": problem}
+        console.print_json({**about, "result": console.told()})
+    raise SystemExit(status)
+
+
+def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
+    """Exit status, and in a line what went wrong."""
     try:
-        app()
+        app(arguments, prog_name="regpipe")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        usage = getattr(end.__context__, "format_message", None)  # typer has shown it already
+        return status, usage() if usage else None
     except Exception as error:
         told = explain(error)
         if told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        raise SystemExit(1) from None
+            traceback.print_exc()
+            told = f"{type(error).__name__}: {error}; this should not happen: report it with regpipe --version"
+        console.complain("error", told)
+        return 1, told
+    return 0, None

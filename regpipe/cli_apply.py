@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from regpipe import completion, console
 
 Reference = Annotated[Path | None, typer.Option(help="Image whose grid the result gets.")]
 
@@ -33,7 +34,11 @@ def apply(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results, or one file's name.")],
     to: Annotated[
-        str, typer.Option(help="fixed: carry what belongs to the moving image to the fixed one; moving: back.")
+        str,
+        typer.Option(
+            help="fixed: carry what belongs to the moving image to the fixed one; moving: back.",
+            autocompletion=completion.one_of(("fixed", "moving")),
+        ),
     ] = "fixed",
     reference: Reference = None,
     interpolation: Annotated[
@@ -41,7 +46,8 @@ def apply(
         typer.Option(
             help="Of images: linear, bspline, nearest, label (each label linearly, the largest wins); "
             "auto: nearest for label maps (whole numbers; and named so, like a_seg.nii.gz or labels/a.nii.gz, or at "
-            "most 32 values), else linear."
+            "most 32 values), else linear.",
+            autocompletion=completion.one_of(completion.INTERPOLATIONS),
         ),
     ] = "auto",
 ) -> None:
@@ -54,8 +60,9 @@ def apply(
 
     problems: dict[str, str] = {}
     run(transform, inputs, out, to=to, reference=reference, interpolation=interpolation, problems=problems)
+    console.tell(problems=problems)
     for problem in problems.values():
-        print(f"error: {problem}", file=sys.stderr)
+        console.complain("error", problem)
     if problems:
         raise typer.Exit(1)
 
@@ -75,4 +82,6 @@ def compose(
     """Chain transforms into one file; of a case folder, its way to the fixed image is taken."""
     from regpipe.apply import compose as run
 
-    print(run(transforms, out, reference=reference))
+    file = run(transforms, out, reference=reference)
+    console.tell(file=file)
+    print(file)

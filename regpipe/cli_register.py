@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regpipe import images
+from regpipe import completion
 from regpipe.errors import InputError
 
 Inputs = Annotated[
@@ -33,21 +33,34 @@ def register(
     affine: Annotated[
         str | None,
         typer.Option(
-            help="First: none, centre, rigid, similarity, affine, projective (2D). Default: affine; a bundle: its own."
+            help="First: none, centre, rigid, similarity, affine, projective (2D). Default: affine; a bundle: its own.",
+            autocompletion=completion.one_of(completion.STAGES),
         ),
     ] = None,
     affine_from: Annotated[
-        str | None, typer.Option(help="What rigid and more are found by: images (default), landmarks, both.")
+        str | None,
+        typer.Option(
+            help="What rigid and more are found by: images (default), landmarks, both.",
+            autocompletion=completion.one_of(completion.SOURCES),
+        ),
     ] = None,
     affine_metric: Annotated[
-        str | None, typer.Option(help="What images are aligned by: mi (default), or ncc within a modality.")
+        str | None,
+        typer.Option(
+            help="What images are aligned by: mi (default), or ncc within a modality.",
+            autocompletion=completion.one_of(completion.METRICS),
+        ),
     ] = None,
     refine: Annotated[
         int | None,
         typer.Option(help="Steps of per-pair optimisation after the network's answer (default 0), or from zero."),
     ] = None,
     similarity: Annotated[
-        str | None, typer.Option(help="What refinement compares images by: lncc, mind, mi, ncc, mse.")
+        str | None,
+        typer.Option(
+            help="What refinement compares images by: lncc, mind, mi, ncc, mse.",
+            autocompletion=completion.one_of(completion.SIMILARITIES),
+        ),
     ] = None,
     smoothness: Annotated[
         float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
@@ -60,7 +73,10 @@ def register(
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option(help="Transform files, by commas: displacement, itk, ants (by default), fsl, freesurfer, l2r."),
+        typer.Option(
+            help="Transform files, by commas: displacement, itk, ants (by default), fsl, freesurfer, l2r.",
+            autocompletion=completion.some_of(completion.FORMATS),
+        ),
     ] = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
@@ -76,7 +92,10 @@ def register(
     ] = None,
     pairing: Annotated[
         str | None,
-        typer.Option(help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained."),
+        typer.Option(
+            help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained.",
+            autocompletion=completion.one_of(completion.PAIRINGS),
+        ),
     ] = None,
 ) -> None:
     """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
@@ -132,6 +151,8 @@ def _from_zero(
 
 def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | None]) -> Path:
     """A datalist of one case."""
+    from regpipe import images
+
     files = {"fixed_image": fixed, "moving_image": moving, **beside}
     entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
     for name in entry.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 import ignite.distributed as idist
 import numpy as np
 
-from regpipe import transforms
+from regpipe import console, transforms
 from regpipe.errors import InputError
 from regpipe.images import Image
 from regpipe.phantoms import MAGNITUDE, Phantom, checked_shape, make_pair
@@ -58,7 +58,7 @@ def write_cohort(
     # Written aside, so that a cohort broken off halfway is never taken for one.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         part = Path(aside) / "cohort"
-        for case in range(n_pairs):
+        for case in console.Progress(range(n_pairs), what="writing phantoms", unit="pairs"):
             pair = make_pair(kind, shape, seed=(seed, case), motion=motion)
             _write_case(part, f"case_{case:03d}", pair)
         (part / "phantom.json").write_text(record)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from regpipe import images
+from regpipe import console, images
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
 from regpipe.evaluation import SHOWN, interval, table
@@ -53,10 +53,16 @@ def compare(
     """
     out, settings = Path(out).absolute(), dict(settings or {})
     bundles = {name: _bundle(name, out / name, settings) for name in backbones}  # mistakes show before any training
-    results = {name: run_bundle(folder, overlays=overlays, settings=settings) for name, folder in bundles.items()}
+    results: dict[str, dict[str, Any]] = {}
+    for name, folder in bundles.items():
+        results[name] = run_bundle(folder, overlays=overlays, settings=settings)
+        took = [result["training_seconds"] or 0 for result in results.values()]
+        left = sum(took) / len(took) * (len(bundles) - len(results)) / 60
+        print(f"== {name}: done, {len(results)} of {len(bundles)}; about {left:.0f} min of training left", flush=True)
     page = comparison_table(results)
     write_tables(out, page, results)
     replace_file(out / BEST, best_of(results).encode())
+    console.tell(folder=out, best=best_of(results), table=out / "comparison.csv", backbones=results)
     return page
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import itk
 import numpy as np
 import torch
 
-from regpipe import memory, transforms
+from regpipe import console, memory, transforms
 from regpipe.encoders import BACKBONES
 from regpipe.engines import RegistrationInferer, ZeroInferer
 from regpipe.errors import InputError
@@ -23,8 +23,7 @@ from regpipe.metrics import ncc
 from regpipe.network import SymmetricNet
 from regpipe.phantoms import make_pair
 from regpipe.refine import make_refiner, refinement_loss, zero_refiner
-
-PACKAGES = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "nibabel", "numpy")
+from regpipe.versions import versions
 
 
 def examine() -> Iterator[str]:
@@ -33,8 +32,10 @@ def examine() -> Iterator[str]:
     Raises:
         Exception: whatever a failed check raised: it is what a bug report needs.
     """
-    yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    yield ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    found = versions()
+    console.tell(versions=found)
+    yield f"python {found.pop('python')}, {platform.system()} {platform.machine()}"
+    yield ", ".join(f"{name} {number or 'is missing'}" for name, number in found.items())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield f"CPU threads {torch.get_num_threads()}, GPU {gpu}"
     checks: dict[str, Callable[[], str]] = {
@@ -42,8 +43,11 @@ def examine() -> Iterator[str]:
         "training on one phantom": _training,
         "displacement read by ITK": _itk,
     }
+    results = {}
     for name, check in checks.items():
-        yield f"{name}: {check()}"
+        results[name] = check()
+        console.tell(checks=results)
+        yield f"{name}: {results[name]}"
     yield "all is well"
 
 
@@ -63,11 +67,19 @@ def memory_table(
     free, libraries = memory.free(place), memory.held() if place == "cpu" else 0
     yield f"{backbone}, grid {'x'.join(map(str, shape))}, {place}: {free / memory.GIB:.1f} GiB free"
     yield f"{'task':<36}{'peak, GiB':>10}  fits"
+    rows = []
     for task, needed in _tasks(shape, place, backbone, structures):
-        yield f"{task:<36}{(libraries + needed) / memory.GIB:>10.2f}  {'yes' if needed <= free else 'no'}"
+        rows.append({"task": task, "peak_gib": (libraries + needed) / memory.GIB, "fits": needed <= free})
+        yield _memory_line(rows[-1])
     files = memory.native(shape, shape)
-    fits = "yes" if files <= memory.free() else "no"
-    yield f"{'files of images as large (CPU)':<36}{(memory.held() + files) / memory.GIB:>10.2f}  {fits}"
+    peak = (memory.held() + files) / memory.GIB
+    rows.append({"task": "files of images as large (CPU)", "peak_gib": peak, "fits": files <= memory.free()})
+    yield _memory_line(rows[-1])
+    console.tell(device=place, free_gib=free / memory.GIB, tasks=rows)
+
+
+def _memory_line(row: Mapping[str, Any]) -> str:
+    return f"{row['task']:<36}{row['peak_gib']:>10.2f}  {'yes' if row['fits'] else 'no'}"
 
 
 def _tasks(shape: Sequence[int], device: str, backbone: str, structures: int) -> Iterator[tuple[str, int]]:

@@ -19,7 +19,7 @@ from regpipe.cohort import BUILTIN_SHAPES
 from regpipe.errors import InputError
 from regpipe.fields import SQUARINGS, Registration, integrate_both, register, register_midway, resize, warp, warp_both
 from regpipe.images import Grid, load_grid, make_grid
-from regpipe.network import unfold
+from regpipe.network import SymmetricNet, unfold
 from regpipe.refine import Refiner
 from regpipe.repair import repair
 from regpipe.weights import read_state_dict
@@ -169,6 +169,17 @@ def trained_weights(ckpt_dir: str) -> str:
     """``pretrained`` for a network that ``model.pt`` will be loaded into: its layout, or ``none`` before training."""
     path = Path(ckpt_dir) / "model.pt"
     return str(path) if path.is_file() else "none"
+
+
+def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
+    """The network that ``model.pt`` in ``ckpt_dir`` belongs to, laid out as in the file but without its weights.
+
+    Raises:
+        InputError: there is no model.
+    """
+    require_model(ckpt_dir)
+    dim, structures = len(trained_grid(ckpt_dir).shape), trained_structures(ckpt_dir)
+    return SymmetricNet(dim, backbone, pretrained=trained_weights(ckpt_dir), structures=structures)
 
 
 def require_model(ckpt_dir: str) -> str:

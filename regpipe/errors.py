@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from regpipe.console import complain
+
 ENDED_TOGETHER = (
     "stopped, for another process of this job ended or the job was told to: "
     "what ended first says why, if it could; the same command goes on from what is finished"
@@ -87,6 +89,6 @@ def one_line_errors() -> None:
         if told is None:
             sys.__excepthook__(kind, error, trace)
         else:
-            print(f"error: {told}", file=sys.stderr)
+            complain("error", told)
 
     sys.excepthook = show

@@ -16,6 +16,7 @@ from torch import nn
 
 from regpipe import cost
 from regpipe.casemetrics import write_csv
+from regpipe.console import Progress
 from regpipe.files import replace_file
 from regpipe.metrics import HIGHER_IS_BETTER, bootstrap_interval, known
 
@@ -54,9 +55,14 @@ class EvaluationReport:
         self._seconds: list[float] = []
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_STARTED, self._start)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
         engine.add_event_handler(Events.COMPLETED, self)
+
+    def _open(self, engine: Engine) -> None:
+        self.bar = Progress(what="evaluating", unit="pairs", total=engine.state.epoch_length)
 
     def _start(self, engine: Engine) -> None:
         self._from = time.perf_counter()
@@ -68,6 +74,7 @@ class EvaluationReport:
         self._seconds.append(time.perf_counter() - self._from)
 
     def __call__(self, engine: Engine) -> None:
+        self.bar.close()
         rows = engine.state.metric_details["cases"]  # type: ignore[attr-defined]
         write_csv(self.folder / "metrics.csv", rows)
         metrics = summarise(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import nn
-from tqdm import tqdm
 
+from regpipe import console
 from regpipe.distributed import of_first
 from regpipe.errors import InputError
 from regpipe.files import replace_file
@@ -131,15 +130,8 @@ class Progress:
 
     def _open(self, engine: Engine) -> None:
         total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
-        # a log file gets a line now and then, a terminal a bar that moves
-        every = 0.5 if sys.stderr.isatty() else 10
-        self.bar = tqdm(
-            total=total,
-            initial=engine.state.iteration,
-            unit="step",
-            mininterval=every,
-            file=sys.stderr,
-            disable=idist.get_rank() > 0,
+        self.bar = console.Progress(
+            what="training", unit="steps", total=total, initial=engine.state.iteration, leave=True
         )
 
     def _step(self, engine: Engine) -> None:

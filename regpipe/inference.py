@@ -14,9 +14,8 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
-from tqdm import tqdm
 
-from regpipe import distributed, exports, images
+from regpipe import console, distributed, exports, images
 from regpipe.casefiles import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
@@ -103,8 +102,7 @@ class FolderRun:
     # No __len__: a case that fails yields no batch, and Ignite would begin again to fill up an epoch.
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.dataset.data = self._todo()
-        quiet = idist.get_rank() > 0
-        for i, case in enumerate(tqdm(self.dataset.data, desc="registering", unit="pair", disable=quiet)):
+        for i, case in enumerate(console.Progress(self.dataset.data, what="registering", unit="pairs")):
             self._current = case["case"]
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
@@ -125,7 +123,7 @@ class FolderRun:
         name = output["label"]["case"][0]
         try:
             if (self.folder / name / "metrics.json").is_file():
-                tqdm.write(f"{name}: was registered from other files, weights or settings before, and is replaced")
+                console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
             clear(self.folder / name)
             row = save_case(
                 self.cases[name],
@@ -152,7 +150,7 @@ class FolderRun:
 
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)
-        tqdm.write(f"{name}: {problem}")
+        console.complain("error", f"{name}: {problem}")
 
     def register(self, evaluator: Engine) -> None:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
@@ -195,6 +193,7 @@ class FolderRun:
         rows = [row for row in map(self._result, self.cases) if row is not None]
         if rows:
             write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
+        console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
         print(
             f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
         )

@@ -8,9 +8,12 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from regpipe.errors import InputError
 
@@ -23,7 +26,7 @@ def refuse_unknown(argv: Sequence[str] | None = None) -> None:
     Does nothing in any other program.
 
     Raises:
-        InputError: an option that no file knows; the nearest one is named.
+        InputError: an option that no file knows; the nearest one is named. ``--tracking`` without its package.
     """
     argv = [
         part for arg in (sys.argv if argv is None else argv) for part in arg.split("=", 1 if arg[:2] == "--" else 0)
@@ -31,7 +34,8 @@ def refuse_unknown(argv: Sequence[str] | None = None) -> None:
     if "bundle" not in argv[0] or "--config_file" not in argv or "run" not in argv:
         return
     files = _files(argv[argv.index("--config_file") + 1])
-    refuse_unknown_ids([arg[2:].replace("-", "_") for arg in argv if arg.startswith("--")], files, also=MONAI)
+    also = (*MONAI, *_tracking_ids(argv))
+    refuse_unknown_ids([arg[2:].replace("-", "_") for arg in argv if arg.startswith("--")], files, also=also)
 
 
 def refuse_unknown_ids(names: Iterable[str], files: Sequence[str], *, also: Iterable[str] = ()) -> None:
@@ -46,6 +50,21 @@ def refuse_unknown_ids(names: Iterable[str], files: Sequence[str], *, also: Iter
             near = difflib.get_close_matches(_top(name), sorted(tops), 1)
             meant = f"; did you mean --{near[0]}?" if near else ";"
             raise InputError(f"--{name}: no such option{meant} known are the ids of {', '.join(files)}")
+
+
+def _tracking_ids(argv: Sequence[str]) -> list[str]:
+    """The ids that ``--tracking`` brings: ``experiment_name``, ``run_name`` ...
+
+    Raises:
+        InputError: MLflow is not installed.
+    """
+    if "--tracking" not in argv:
+        return []
+    name = argv[argv.index("--tracking") + 1]
+    if name == "mlflow" and find_spec("mlflow") is None:
+        raise InputError('--tracking mlflow: needs MLflow; pip install "regpipe[mlflow]"')
+    settings: Any = DEFAULT_EXP_MGMT_SETTINGS.get(name) or ConfigParser.load_config_files(_files(name))
+    return list(settings["configs"])
 
 
 def _top(name: str) -> str:

@@ -69,7 +69,7 @@ def list_pairs(
         if value not in known:
             raise InputError(f"{value!r} is not one of {', '.join(known)}")
     root = Path(str(dataset_dir)).expanduser().resolve()
-    cut = _Cut(split, holdout, seed)
+    cut = Cut(split, holdout, seed)
     if root.is_file() and root.suffix.lower() == ".json":
         cases = _from_datalist(root, cut, problems)
     elif not root.is_dir():
@@ -84,7 +84,7 @@ def list_pairs(
     return cases
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How a dataset is split."""
 
     split: str
@@ -110,13 +110,13 @@ class _Cut(NamedTuple):
         """The names of this side after a seeded shuffle of their groups."""
         if self.split == "all":
             return list(names)
-        units = sorted({groups[n] for n in names}, key=_natural)
+        units = sorted({groups[n] for n in names}, key=natural)
         order = np.random.default_rng(self.seed).permutation(len(units))
         held = {units[i] for i in order[: self.held(len(units), least)]}
         return self.keep(names, {n for n in names if groups[n] in held})
 
 
-def _natural(name: str) -> list[Any]:
+def natural(name: str) -> list[Any]:
     """Sort key under which frame_2 comes before frame_10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
@@ -129,7 +129,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     found: dict[str, str] = {}
-    for file in sorted(folder.iterdir(), key=lambda f: _natural(f.name)):
+    for file in sorted(folder.iterdir(), key=lambda f: natural(f.name)):
         is_file = file.name.lower().endswith(tuple(suffixes)) and not file.is_dir()
         series = suffixes == SUFFIXES and file.name not in FOLDERS.values() and is_series(file)
         if file.name.startswith(".") or not (is_file or series):
@@ -148,6 +148,8 @@ def _subjects(root: Path, prefix: str, folder: Path, problems: dict[str, str] | 
     found = {k: _files(root / (prefix + FOLDERS[k]), s) for k, s in KINDS.items() if k != "image"}
     pictures = _files(folder, SUFFIXES)
     if not pictures:
+        if (root / "dataset_description.json").is_file():
+            raise InputError(f"{root}: is a BIDS data set; make a datalist of it: regpipe bids {root} -o datalist.json")
         raise InputError(f"{folder}: holds no image ({' '.join(SUFFIXES)}, folder of DICOM); layouts: {LAYOUTS}")
     for files in found.values():
         for name, path in files.items():
@@ -186,7 +188,7 @@ def _report(problems: dict[str, str] | None, case: str, message: str) -> None:
     problems[case] = message
 
 
-def _from_two_folders(root: Path, cut: _Cut, problems: dict[str, str] | None) -> list[Case]:
+def _from_two_folders(root: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
     fixed, moving = (_subjects(root, f"{side}_", root / f"{side}_images", problems) for side in SIDES)
     for one, other, where in ((fixed, moving, "moving"), (moving, fixed, "fixed")):
         for name in one:
@@ -199,7 +201,7 @@ def _from_two_folders(root: Path, cut: _Cut, problems: dict[str, str] | None) ->
     return [_case(n, fixed[n], moving[n]) | ({"displacement": true[n]} if n in true else {}) for n in kept]
 
 
-def _from_one_folder(root: Path, cut: _Cut, pairing: str, problems: dict[str, str] | None) -> list[Case]:
+def _from_one_folder(root: Path, cut: Cut, pairing: str, problems: dict[str, str] | None) -> list[Case]:
     inner = root / "images"
     if not inner.is_dir() and is_series(root):
         raise InputError(f"{root}: DICOM slices are one image; for pairs put each image's in a folder of its own")
@@ -217,7 +219,7 @@ def _from_one_folder(root: Path, cut: _Cut, pairing: str, problems: dict[str, st
     return [_case(f"{m}_to_{f}", subjects[f], subjects[m]) for f, m in pairs]
 
 
-def _from_datalist(file: Path, cut: _Cut, problems: dict[str, str] | None) -> list[Case]:
+def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         lists = [data.get("training", []), data.get("validation", data.get("test", []))]

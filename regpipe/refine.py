@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.fields import register, resize, resize_image
 from regpipe.losses import RegistrationLoss
@@ -93,14 +94,19 @@ class Refiner:
     def _refine(self, batch: Mapping[str, Tensor], velocity: Tensor | None) -> Tensor:
         fixed = batch["fixed_image"]
         shape, given = fixed.shape[2:], velocity is not None
-        for level, steps in zip(levels := self._levels(shape, given), shares(levels, self.steps), strict=True):
-            images = coarser_shape(shape, level.stride)
-            target = pyramid_level(batch, images)
-            if velocity is None:
-                velocity = fixed.new_zeros(1, len(shape), *coarser_shape(images, VELOCITY_STRIDE))
-            elif not given:
-                velocity = resize(velocity, coarser_shape(images, VELOCITY_STRIDE))
-            velocity = self._descend(velocity, target, steps)
+        levels = self._levels(shape, given)
+        plan = [
+            (coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, self.steps), strict=True)
+        ]
+        voxels = sum(steps * math.prod(images) for images, steps in plan)
+        with Progress(what="optimising", unit="", total=voxels) as bar:
+            for images, steps in plan:
+                target = pyramid_level(batch, images)
+                if velocity is None:
+                    velocity = fixed.new_zeros(1, len(shape), *coarser_shape(images, VELOCITY_STRIDE))
+                elif not given:
+                    velocity = resize(velocity, coarser_shape(images, VELOCITY_STRIDE))
+                velocity = self._descend(velocity, target, steps, bar)
         assert velocity is not None  # there is at least one level
         return velocity if given else resize(velocity, coarser_shape(shape, VELOCITY_STRIDE))
 
@@ -110,7 +116,7 @@ class Refiner:
         kept = [v for v in levels if v.stride >= finest and min(shape) >= SMALLEST * v.stride]
         return kept or [levels[-1]]
 
-    def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int) -> Tensor:
+    def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int, bar: Progress) -> Tensor:
         velocity = start.detach().clone().requires_grad_(True)
         optimizer = torch.optim.Adam([velocity], lr=self.rate, eps=FLAT)
         points = velocity[0, 0].numel()
@@ -119,6 +125,7 @@ class Refiner:
             result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
             (points * self.loss(result._asdict(), target)).backward()
             optimizer.step()
+            bar.update(target["fixed_image"].numel())
         return velocity.detach()
 
 

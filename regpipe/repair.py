@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.fields import determinant
 
@@ -101,7 +102,7 @@ def _repair_one(u: Tensor, margin: float, rounds: int) -> tuple[Tensor, int]:
     if not folded.any():
         return u, steps
     flat = u.flatten(1).clone()
-    for turn in range(rounds):
+    for turn in Progress(range(rounds), what="removing folds", unit="rounds at most"):
         patch = _patch(folded, REACH + turn)
         local = flat[:, patch.voxels]
         local = _smooth(local, patch, folded.flatten()[patch.cells], sweeps=turn)

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from regpipe import images, record, transforms
+from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.files import replace_file
 from regpipe.images import Image, PathLike
@@ -47,12 +48,15 @@ def write_slices(src: PathLike, dst: PathLike, *, axis: int | None = None) -> Pa
         raise InputError(
             f"{src}: several images of one name; slices are made of subjects, a folder images/ with labels/"
         )
-    areas = {image: _areas(image, label) for image, label in subjects.items()}
+    areas = {
+        image: _areas(image, label)
+        for image, label in Progress(subjects.items(), what="reading labels", unit="subjects")
+    }
     chosen = _best_axis(areas.values()) if axis is None else axis
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as aside:
         part = Path(aside) / "slices"
-        for image, label in subjects.items():
+        for image, label in Progress(subjects.items(), what="writing slices", unit="subjects"):
             if not areas[image][chosen].any():
                 raise InputError(f"{image}: no {AXES[chosen]} slice shows all its labels; take another axis")
             _write_slice(part, image, str(label), chosen, int(areas[image][chosen].argmax()))

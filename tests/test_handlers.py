@@ -154,7 +154,9 @@ def test_a_gradient_that_is_no_number_spares_the_weights() -> None:
     assert same(seen[1], network.state_dict())
 
 
-def test_the_bar_counts_all_iterations_shows_terms_and_best_and_closes(capsys) -> None:
+def test_the_bar_counts_all_iterations_shows_terms_and_best_and_closes(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("regpipe.console.DELAY", 0.0)
+    monkeypatch.setattr("regpipe.console.LINE_EVERY", 0.0)
     loss = RegistrationLoss({"mse": 1})
     validator = evaluator(net(), [0.5])
     validator.run(1)

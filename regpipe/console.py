@@ -1,0 +1,169 @@
+"""What a command says and to whom: results on stdout, all else on stderr, progress with the time left.
+
+``session`` is what ``--json`` and ``--quiet`` mean, for the process and what it starts. ``tell`` is how any part of
+regpipe hands a result to ``--json``; without it nothing comes of that. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+DELAY = 2.0  # seconds that something may take before it shows progress
+LINE_EVERY = 10.0  # seconds between two lines where no terminal shows a bar
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
+
+_told: dict[str, Any] = {}
+
+
+def tell(**facts: Any) -> None:
+    """Add facts to the result that ``--json`` prints; docs/commandline.md has the names."""
+    _told.update(facts)
+
+
+def told() -> dict[str, Any]:
+    """What was told since the session began, as JSON takes it."""
+    return _plain(_told)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+@contextlib.contextmanager
+def session(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
+    """With ``json`` what is printed goes to stderr, with ``quiet`` nowhere; what started processes print, too.
+
+    ``quiet`` also ends progress and the log's INFO lines; warnings and errors stay.
+    """
+    _told.clear()
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(_environment("TQDM_DISABLE", "1"))
+            logging.disable(logging.INFO)
+            stack.callback(logging.disable, logging.NOTSET)
+        if quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(_stdout_to(nowhere, nowhere.fileno()))
+        elif json:
+            stack.enter_context(_stdout_to(sys.stderr, 2))
+        yield
+
+
+@contextlib.contextmanager
+def _stdout_to(stream: TextIO, descriptor: int) -> Iterator[None]:
+    """Python's stdout, and the file descriptor below it, which other processes and C++ write to."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(descriptor, 1)
+        with contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def first() -> bool:
+    """Whether this is the process that speaks: the only one, or rank 0 of those of ``torchrun``."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def print_json(facts: Mapping[str, Any]) -> None:
+    """One object, on one line."""
+    print(json.dumps(_plain(facts)), flush=True)
+
+
+def say(line: str) -> None:
+    """A line on stdout, above a bar that is shown there."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def complain(kind: str, line: str) -> None:
+    """``error: ...`` on stderr; the word is red, or of a warning yellow, on a terminal that wants colours."""
+    word = f"{kind}:"
+    if coloured(sys.stderr):
+        word = f"\x1b[{'31' if kind == 'error' else '33'};1m{word}\x1b[0m"
+    tqdm.write(f"{word} {line}", file=sys.stderr)
+
+
+def coloured(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that takes colours, and nobody asked for none (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# ------------------------------------------------------------------------------------- progress
+
+
+class _Lines:
+    """A stream without a bar that moves: each state of it is a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n \x1b[A")
+        if line:
+            self.stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+class Progress(tqdm):
+    """A bar on stderr with the time left, shown once something takes ``DELAY`` seconds, and gone when it is done.
+
+    Into a file or a pipe goes a plain line every ``LINE_EVERY`` seconds instead. Of several processes rank 0 shows it.
+
+    Args:
+        items: what is gone through; None: ``update`` says how far it is.
+        what: the work: "registering".
+        unit: what is counted, in the plural; "" shows per cent only.
+        total: how many there are, where ``items`` does not know.
+        given: as tqdm's.
+    """
+
+    monitor_interval = 0  # no thread: each update looks at the clock
+
+    def __init__(
+        self, items: Iterable[Any] | None = None, *, what: str, unit: str, total: float | None = None, **given: Any
+    ) -> None:
+        terminal = sys.stderr.isatty()
+        shape = BAR if terminal else LINE
+        if not unit:
+            shape = shape.replace(" {n_fmt}/{total_fmt}", "")
+            shape = shape.replace("{n_fmt} of {total_fmt} {unit}", "{percentage:.0f} %")
+        told: dict[str, Any] = {"file": sys.stderr if terminal else _Lines(sys.stderr), "bar_format": shape}
+        told |= {"mininterval": 0.2 if terminal else LINE_EVERY, "miniters": 1, "delay": DELAY, "leave": False}
+        if terminal:
+            told["ncols"] = shutil.get_terminal_size().columns  # 80 where a terminal says 0, as in some containers
+        if not first() or os.environ.get("TQDM_DISABLE"):  # tqdm itself reads it when it is imported
+            told["disable"] = True
+        super().__init__(items, desc=what, total=total, unit=unit, **{**told, **given})

@@ -1,0 +1,30 @@
+"""The versions that a bug report needs, read from what is installed: nothing is imported."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "itk-elastix", "nibabel", "numpy")
+
+
+def versions() -> dict[str, str | None]:
+    """Name -> version; None where it is not there. ``cuda`` is the one that torch was built for."""
+    return {"python": platform.python_version(), **{name: _of(name) for name in PACKAGES}, "cuda": _cuda()}
+
+
+def _of(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cuda() -> str | None:
+    found = find_spec("torch")
+    file = Path(found.origin).with_name("version.py") if found and found.origin else None
+    written = re.search(r"^cuda\b.*= '(.+)'", file.read_text(), re.M) if file and file.is_file() else None
+    return written[1] if written else None

@@ -1,0 +1,327 @@
+"""What a command says to whom: one object for machines, silence, progress, colours, exit statuses, completion."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from conftest import as_if_in_its_own_process, save
+
+from regpipe import cli, completion, console, versions
+from regpipe.cohort import write_cohort
+
+DOCS = Path(__file__).parents[1] / "docs" / "commandline.md"
+
+
+SHIFT = """#Insight Transform File V1.0
+#Transform 0
+Transform: TranslationTransform_double_2_2
+Parameters: 1 2
+FixedParameters:
+"""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["regpipe", *map(str, arguments)])
+    with as_if_in_its_own_process(), pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def schema() -> dict[str, Any]:
+    """The schema that the documentation shows."""
+    return json.loads(re.findall(r"```json\n(\{.*?\n\})\n```", DOCS.read_text(), re.DOTALL)[0])
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """The object on stdout, which holds nothing else, and is as documented."""
+    status = run(monkeypatch, *arguments)
+    out = capfd.readouterr().out
+    assert out.count("\n") == 1
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    jsonschema.validate(found, schema())
+    assert found["status"] == status
+    return found
+
+
+def test_the_result_of_a_command_is_the_only_thing_on_stdout(monkeypatch, tmp_path, capfd) -> None:
+    found = answer(monkeypatch, capfd, "--json", "phantom", tmp_path / "p", "--shape", "32,32", "--pairs", 2)
+    assert found["command"] == "phantom" and found["status"] == 0 and found["error"] is None
+    assert found["result"]["folder"] == str(tmp_path / "p") and found["result"]["shape"] == [32, 32]
+
+
+def test_the_options_for_all_commands_may_stand_after_them(monkeypatch, tmp_path, capfd) -> None:
+    arguments = ("phantom", tmp_path / "p", "--shape", "32,32", "--pairs", 1)
+    assert answer(monkeypatch, capfd, *arguments, "--json", "--quiet")["result"]["pairs"] == 1
+    assert run(monkeypatch, *arguments, "--", "--json") == 2  # after -- it is a file's name
+    assert "{" not in capfd.readouterr().out
+
+
+def test_some_cases_that_fail_are_named_beside_those_that_are_done(monkeypatch, tmp_path, capfd) -> None:
+    data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=2)
+    (data / "moving_images" / "case_001.nii.gz").write_bytes(b"no image")
+    for file in (data / "fixed_labels").iterdir():
+        file.unlink()  # then Dice is no number
+    command = ("--json", "register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "none")
+    found = answer(monkeypatch, capfd, *command)
+    result = found["result"]
+    assert found["status"] == 1 and found["error"] is None and result["folder"] == str(tmp_path / "out")
+    assert [row["case"] for row in result["cases"]] == ["case_000"] and result["cases"][0]["dice"] is None
+    assert result["cases"][0]["ncc"] > result["cases"][0]["ncc_before"]
+    assert result["failures"].keys() == {"case_001"} and "case_001.nii.gz" in result["failures"]["case_001"]
+    assert answer(monkeypatch, capfd, *command)["result"]["finished_before"] == 1
+
+
+def test_a_mistake_and_a_misspelt_option_are_told_to_machines_too(monkeypatch, tmp_path, capfd) -> None:
+    found = answer(monkeypatch, capfd, "--json", "register", tmp_path / "none", "-o", tmp_path)
+    assert found["status"] == 1 and f"{tmp_path / 'none'}: no such folder" in found["error"]
+    found = answer(monkeypatch, capfd, "register", "--json", "--outt", "x")
+    assert found["status"] == 2 and "--outt" in found["error"]
+
+
+def test_carried_files_and_those_that_could_not_be_are_listed(monkeypatch, tmp_path, capfd) -> None:
+    (tmp_path / "shift.tfm").write_text(SHIFT)
+    shift = tmp_path / "shift.tfm"
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "b.csv").write_text("nothing")
+    inputs = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    found = answer(monkeypatch, capfd, "--json", "apply", shift, *inputs, "-o", tmp_path / "out")
+    (file,) = found["result"]["files"]
+    assert found["status"] == 1 and file["output"] == str(tmp_path / "out" / "a.csv") and file["how"] == "1 points"
+    assert found["result"]["problems"].keys() == {str(tmp_path / "b.csv")}
+    found = answer(monkeypatch, capfd, "--json", "compose", shift, shift, "-o", tmp_path / "twice.h5")
+    assert found["result"]["file"] == str(tmp_path / "twice.h5") and (tmp_path / "twice.h5").is_file()
+
+
+def test_memory_is_a_table_for_machines(monkeypatch, capfd) -> None:
+    monkeypatch.setattr("regpipe.doctor._tasks", lambda *_: [("a small one", 2**20), ("a large one", 2**50)])
+    found = answer(monkeypatch, capfd, "--json", "doctor", "--shape", "32,32", "--device", "cpu")["result"]
+    small, large, _ = found["tasks"]
+    assert large["peak_gib"] - small["peak_gib"] == pytest.approx(2**20 - 2**-10)
+    assert small["fits"] and not large["fits"]
+
+
+def test_what_other_processes_and_c_print_goes_to_stderr_too(capfd) -> None:
+    with console.session(json=True):
+        print("python")
+        subprocess.run(["echo", "process"], check=True)
+    print("after")
+    out, err = capfd.readouterr()
+    assert out == "after\n" and "python" in err and "process" in err
+
+
+def test_quiet_leaves_warnings_and_errors_only(monkeypatch, tmp_path, capfd) -> None:
+    save(tmp_path / "a.nii.gz", np.zeros((16, 16), np.float32))
+    with console.session(quiet=True):
+        print("a result")
+        subprocess.run(["echo", "a process"], check=True)
+        for _ in console.Progress(range(2), what="working", unit="steps", delay=0, mininterval=0):
+            pass
+        assert not logging.getLogger("regpipe").isEnabledFor(logging.INFO)
+        console.complain("warning", "look")
+    assert capfd.readouterr() == ("", "warning: look\n")
+    assert logging.getLogger("regpipe").isEnabledFor(logging.WARNING) and "TQDM_DISABLE" not in os.environ
+    assert run(monkeypatch, "--quiet", "register", tmp_path / "none", "-o", tmp_path) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------- progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(console, "DELAY", 0.0)
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    yield
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, **given: Any) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    for _ in console.Progress(range(4), what="registering", unit="pairs", **given):
+        pass
+    return stream.getvalue()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_into_a_file_progress_is_plain_lines_with_the_time_left(monkeypatch) -> None:
+    text = shown(monkeypatch, io.StringIO())
+    assert "\r" not in text and "\x1b" not in text and text.endswith("\n") and "\n\n" not in text
+    lines = text.splitlines()
+    assert len(lines) == 5 and all(
+        re.fullmatch(r"registering: \d of 4 pairs, .* gone, .* left", line) for line in lines
+    )
+
+
+@pytest.mark.usefixtures("at_once")
+def test_on_a_terminal_progress_is_a_bar_that_goes_away(monkeypatch) -> None:
+    text = shown(monkeypatch, Terminal(), mininterval=0, ncols=90)
+    assert "\r" in text and "registering  75%" in text and "3/4" in text and " left]" in text
+    assert text.rpartition("\r")[0].rpartition("\r")[2].strip() == ""  # written over with blanks
+
+
+def test_what_is_quick_shows_no_progress_and_lines_are_sparse(monkeypatch) -> None:
+    assert shown(monkeypatch, io.StringIO()) == "" and shown(monkeypatch, Terminal()) == ""
+    monkeypatch.setattr(console, "DELAY", 0.0)
+    assert len(shown(monkeypatch, io.StringIO()).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_of_several_processes_the_first_one_shows_progress(monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert shown(monkeypatch, io.StringIO()) == ""
+    monkeypatch.setenv("RANK", "0")
+    assert shown(monkeypatch, io.StringIO()) != ""
+
+
+@pytest.mark.usefixtures("at_once")
+def test_everything_that_takes_long_shows_progress(monkeypatch, tmp_path, capfd) -> None:
+    data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=2)
+    assert "writing phantoms: 2 of 2 pairs" in capfd.readouterr().err
+    assert run(monkeypatch, "register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "rigid") == 0
+    err = capfd.readouterr().err
+    for words in ("registering: 1 of 2 pairs", "aligning: 100 %", "optimising: 100 %"):
+        assert words in err, words
+
+
+# ------------------------------------------------------------------------------------- colours
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "colours"),
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"NO_COLOR": ""}, True),  # no-color.org: when present and not empty
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {}, False),
+    ],
+)
+def test_colours_are_for_terminals_that_want_them(monkeypatch, stream, environment, colours) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream.truncate(0)
+    stream.seek(0)
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.complain("error", "it is so")
+    plain = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    assert plain == "error: it is so\n" and ("\x1b" in stream.getvalue()) == colours
+
+
+# ------------------------------------------------------------------------------------- exit statuses
+
+
+def test_a_stop_by_the_keyboard_is_130_and_a_bug_is_told_with_what_to_do(monkeypatch, tmp_path, capfd) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("regpipe.cohort.write_cohort", stopped)
+    assert run(monkeypatch, "phantom", tmp_path / "p") == 130
+    monkeypatch.setattr("regpipe.cohort.write_cohort", broken)
+    assert run(monkeypatch, "phantom", tmp_path / "p") == 1
+    err = capfd.readouterr().err
+    assert "Traceback" in err and "ZeroDivisionError: by nothing; this should not happen" in err
+
+
+# ------------------------------------------------------------------------------------- versions, help
+
+
+def test_versions_come_without_loading_anything_heavy(monkeypatch, capfd) -> None:
+    found = answer(monkeypatch, capfd, "--json", "--version")["result"]
+    import torch
+
+    assert found["torch"] == torch.__version__.partition("+")[0] and found["cuda"] == torch.version.cuda
+    assert found["regpipe"] == "0.1.0" and found["python"] == sys.version.split()[0]
+    assert versions.versions().keys() >= {"torchvision", "monai", "pytorch-ignite", "itk"}
+    assert run(monkeypatch, "--version") == 0 and f"torch {found['torch']}\n" in capfd.readouterr().out
+
+
+def test_a_package_that_is_missing_is_said_to_be(monkeypatch, capfd) -> None:
+    monkeypatch.setattr(versions, "PACKAGES", ("regpipe", "no-such-package"))
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    assert run(monkeypatch, "--version") == 0
+    assert "no-such-package is missing\ncuda is missing" in capfd.readouterr().out
+
+
+def test_help_completion_and_versions_load_no_heavy_module() -> None:
+    heavy = ["torch", "monai", "itk", "nibabel", "scipy", "matplotlib", "pandas", "bids", "mlflow"]
+    code = f"import sys; import regpipe.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# ------------------------------------------------------------------------------------- completion
+
+
+def completed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], line: str) -> list[str]:
+    """What bash is offered for the last word of a line."""
+    monkeypatch.setenv("_REGPIPE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    run(monkeypatch)
+    return capfd.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("regpipe phantom p --kind ", list(completion.PHANTOMS)),
+        ("regpipe phantom p --kind sh", ["shapes"]),
+        ("regpipe doctor --backbone ", list(completion.BACKBONES)),
+        ("regpipe compare --backbones resnet18,v", ["resnet18,vgg16"]),
+        ("regpipe register a b --formats itk,", ["itk," + name for name in completion.FORMATS if name != "itk"]),
+        ("regpipe register a b --similarity m", ["mind", "mi", "mse"]),
+        ("regpipe register a b --affine ri", ["rigid"]),
+        ("regpipe register a b --affine-from l", ["landmarks"]),
+        ("regpipe register a b --affine-metric ", ["mi", "ncc"]),
+        ("regpipe register a --pairing ", ["all", "first"]),
+        ("regpipe apply c f --interpolation l", ["linear", "label"]),
+        ("regpipe apply c f --to m", ["moving"]),
+        ("regpipe bids b --pairing s", ["sessions", "subjects"]),
+        ("regpipe com", ["compose", "compare"]),
+    ],
+)
+def test_the_shell_completes(line: str, offered: list[str], monkeypatch, capfd) -> None:
+    assert completed(monkeypatch, capfd, line) == offered
+
+
+def test_what_is_completed_is_what_the_commands_know() -> None:
+    from regpipe import affine, apply, bids, casefiles, encoders, exports, frames, phantoms, refine, resampling
+
+    assert tuple(encoders.BACKBONES) == completion.BACKBONES
+    assert tuple(phantoms.KINDS) == completion.PHANTOMS
+    assert tuple(stage for stage in frames.STAGES if stage != "auto") == completion.STAGES
+    assert completion.SOURCES == frames.SOURCES and tuple(affine.METRICS) == completion.METRICS
+    assert tuple(refine.SIMILARITY_WEIGHTS) == completion.SIMILARITIES
+    assert (casefiles.DENSE, *exports.FORMATS) == completion.FORMATS
+    assert completion.INTERPOLATIONS == resampling.INTERPOLATIONS == apply.INTERPOLATIONS
+    assert completion.BIDS_PAIRINGS == bids.PAIRINGS
+
+
+def test_every_command_is_documented_with_what_it_tells() -> None:
+    text = DOCS.read_text()
+    commands = {
+        callback.__name__ for callback in (command.callback for command in cli.app.registered_commands) if callback
+    }
+    assert commands and all(f"| `{name}` |" in text for name in commands)
