@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slow lint bundles lock clean
+.PHONY: demo test test-slow lint bundles lock docs notebook clean
 
 $(BIN)/regpipe: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,5 +46,21 @@ lock:
 	echo "hatchling>=1.27" | uv pip compile pyproject.toml - --quiet --universal --generate-hashes --python-version 3.10 \
 		--custom-compile-command "make lock" --output-file $(LOCK)
 
+# The documentation as a site in build/site; a page that is missing, and a link or heading that leads nowhere, is an error.
+docs: $(BIN)/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+
+$(BIN)/mkdocs: | $(BIN)/regpipe
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
+
+# Run docs/tutorial.ipynb from top to bottom; a cell that fails is an error. The file keeps no outputs.
+notebook: $(BIN)/jupyter-execute
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter-execute --timeout=600 docs/tutorial.ipynb
+
+$(BIN)/jupyter-execute: | $(BIN)/regpipe
+	$(BIN)/python -m pip install --quiet -e ".[notebook]"
+	@touch $@
+
 clean:
-	rm -rf $(DEMO) .venv
+	rm -rf $(DEMO) build .venv
