@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from regpipe import cli_apply, cli_register
+from regpipe import cli_apply, cli_register, cli_results
 from regpipe.errors import InputError, explain
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 cli_register.add(app)
 cli_apply.add(app)
+cli_results.add(app)
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")]
 
@@ -34,7 +35,7 @@ def compare(
 ) -> None:
     """Train and evaluate the backbones on equal terms; print one table with intervals.
 
-    Runs that are finished are not run again, broken ones go on. See the curves with: tensorboard --logdir OUT
+    Runs that are finished are not run again, broken ones go on. See the curves with: regpipe dashboard OUT
     """
     from regpipe.compare import compare as run
 
@@ -46,7 +47,7 @@ def compare(
         settings["dataset_dir"] = str(data.absolute())
     overlays = [str(path.absolute()) for path in overlay or []]
     print(run(out, backbones=[name.strip() for name in backbones.split(",")], overlays=overlays, settings=settings))
-    print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: tensorboard --logdir {out}")
+    print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: regpipe dashboard {out}")
 
 
 @app.command()

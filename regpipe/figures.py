@@ -92,7 +92,10 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[s
         for axes, (title, panel) in zip(_panels(figure, len(panels), columns=len(panels)), panels.items(), strict=True):
             for place, name in enumerate(names):
                 if name in panel:
-                    _bar(axes, place, panel[name], marker=MARKERS[name])
+                    mean, low, high = panel[name]
+                    reach = [[max(mean - low, 0)], [max(high - mean, 0)]]
+                    look = {"marker": MARKERS[name], "color": LOOKS[name]["color"], "linestyle": "none"}
+                    axes.errorbar(mean, place, xerr=reach, **look)
             if title in before:
                 axes.axvline(before[title], color="#777777", linestyle=":")
             axes.set(xlabel=title)
@@ -103,12 +106,6 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[s
     return figure
 
 
-def _bar(axes: Axes, place: float, value: Interval, *, marker: str, color: str = "#0072B2") -> None:
-    mean, low, high = value
-    reach = [[max(mean - low, 0)], [max(high - mean, 0)]]
-    axes.errorbar(mean, place, xerr=reach, marker=marker, color=color, capsize=2, linestyle="none")
-
-
 def cost(points: Sequence[Point], *, ylabel: str) -> Figure:
     """Accuracy with its interval against each cost: up and to the left is better."""
     transfers = [name for name in COLOURS if any(point.transfer == name for point in points)]
@@ -116,10 +113,11 @@ def cost(points: Sequence[Point], *, ylabel: str) -> Figure:
         figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
         row = _panels(figure, len(points[0].costs), columns=3)
         for axes, label in zip(row, points[0].costs, strict=True):
-            most = max(point.costs[label] for point in points)
-            for point in points:
+            values = [point.costs[label] for point in points]
+            for point, value in zip(points, values, strict=True):
                 turn = transfers.index(point.transfer) - (len(transfers) - 1) / 2
-                _upright(axes, [point.costs[label] + 0.02 * most * turn], [point.value], _look(point, transfers))
+                aside = 0.02 * max(values) * turn if values.count(value) > 1 else 0  # intervals of one cost
+                _upright(axes, [value + aside], [point.value], _look(point, transfers))
             axes.set(xlabel=label)
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(4))
