@@ -13,6 +13,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from matplotlib.figure import Figure
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -42,8 +43,10 @@ LAYOUT = {
         "regularity terms, training pairs": ["Multiline", [f"training/({REGULARITY})$"]],
     },
 }
-COMPARED = ("dice", "hd95", "tre", "ncc", "folds_percent", "ndv_percent", "sdlogj")  # columns of the HParams tab
+# The HParams tab: its columns, and the settings that it shows before one asks for more.
+BEST = ("dice", "hd95", "tre", "ncc", "folds_percent", "ndv_percent", "sdlogj", "training_seconds")
 COSTS = ("seconds_per_pair", "parameters_millions", "gflop")
+QUESTIONS = ("backbone", "freeze", "learning_rate", "pretrained", "transfer")
 
 
 def describe(
@@ -80,7 +83,9 @@ def _data(training: Sequence[Case], held_out: Sequence[Case]) -> dict[str, Any]:
         images = {case[f"{side}_image"] for case in cases for side in ("fixed", "moving")}
         found[f"{name} pairs"], found[f"images in {name} pairs"] = len(cases), len(images)
         for kind in ("label", "landmarks", "mask"):
-            found[f"{name} pairs with {kind}"] = sum({f"fixed_{kind}", f"moving_{kind}"} <= case.keys() for case in cases)
+            found[f"{name} pairs with {kind}"] = sum(
+                {f"fixed_{kind}", f"moving_{kind}"} <= case.keys() for case in cases
+            )
     return found | {f"case_{i}": case["case"] for i, case in enumerate(held_out[:2], 1)}
 
 
@@ -113,17 +118,27 @@ def log_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], metr
 
     The row has room for ``log_evaluation``'s numbers.
     """
-    finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-    for name, value in tag_terms(finite, "best").items():
+    if idist.get_rank() > 0:
+        return
+    best = tag_terms({name: metrics[name] for name in BEST if math.isfinite(metrics.get(name, math.nan))}, "best")
+    for name, value in best.items():
         writer.add_scalar(name, value)
-    if idist.get_rank() == 0:
-        shown = [name for name in COMPARED if name in finite]
-        columns = [*(f"evaluation/{name}" for name in (*shown, *COSTS)), *(f"best/{name}" for name in shown)]
-        columns += ["best/training_seconds"] if "training_seconds" in finite else []
-        rows = hparams({k: plain(v) for k, v in settings.items()}, dict.fromkeys(columns, 0.0))
-        for summary in rows:
-            writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+    later = [name.replace("best/", "evaluation/") for name in best if name != "best/training_seconds"]
+    columns = [*later, *(f"evaluation/{name}" for name in COSTS), *best]  # the first is shown at once
+    row = hparams({name: plain(value) for name, value in settings.items()}, dict.fromkeys(columns, 0.0))
+    _ask(row[0])
+    for summary in row:
+        writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
     writer.flush()
+
+
+def _ask(experiment: Any) -> None:
+    """Mark the settings in ``QUESTIONS``, so that TensorBoard shows these, and not the first ones of the alphabet."""
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for setting in data.experiment.hparam_infos:
+        setting.differs = setting.name in QUESTIONS
+    plugin.content = data.SerializeToString()
 
 
 def log_evaluation(writer: SummaryWriter, metrics: Mapping[str, Sequence[float]], costs: Mapping[str, float]) -> None:
@@ -134,7 +149,7 @@ def log_evaluation(writer: SummaryWriter, metrics: Mapping[str, Sequence[float]]
         metrics: name -> (mean, low, high).
         costs: ``COSTS`` and their values.
     """
-    means = {name: value[0] for name, value in metrics.items()}
+    means = {name: metrics[name][0] for name in BEST if name in metrics}
     for name, value in tag_terms({**means, **costs}, "evaluation").items():
         writer.add_scalar(name, value)
     writer.flush()

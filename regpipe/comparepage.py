@@ -61,7 +61,8 @@ def read_csv(out: Path) -> Results:
                 value = [float(line[end]) for end in ("mean", "low", "high")]
                 place = result if line["metric"] == "seconds_per_pair" else result["metrics"]
                 place[line["metric"]] = value
-        comparison_table(results)
+        if not all(key_metric(result["metrics"]) and _costs(result) for result in results.values()) or not results:
+            raise ValueError("no lines")
     except (OSError, KeyError, ValueError, TypeError, StopIteration) as error:
         raise InputError(f"{path}: not as regpipe compare writes it ({error!r}); run that again") from error
     return results

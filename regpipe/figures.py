@@ -119,7 +119,7 @@ def cost(points: Sequence[Point], *, ylabel: str) -> Figure:
                 aside = 0.02 * max(values) * turn if values.count(value) > 1 else 0  # intervals of one cost
                 _upright(axes, [value + aside], [point.value], _look(point, transfers))
             axes.set(xlabel=label)
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.08 * max(values))
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid()
         row[0].set_ylabel(ylabel)

@@ -98,13 +98,24 @@ def row(board: EventAccumulator) -> dict[str, Any]:
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()}
 
 
+def experiment(board: EventAccumulator) -> Any:
+    return parse_experiment_plugin_data(board.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content)
+
+
 def columns(board: EventAccumulator) -> set[str]:
-    experiment = parse_experiment_plugin_data(board.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content)
-    return {metric.name.tag for metric in experiment.metric_infos}
+    return {metric.name.tag for metric in experiment(board).metric_infos}
 
 
 def test_settings_and_results_are_a_row_with_columns_of_the_best_epoch_and_of_the_evaluation(tmp_path) -> None:
-    settings = {"flag": True, "rate": 0.5, "steps": 3, "name": "x", "none": None, "weights": "/home/anna/w.pt"}
+    settings = {
+        "flag": True,
+        "backbone": "vgg16",
+        "rate": 0.5,
+        "steps": 3,
+        "name": "x",
+        "none": None,
+        "weights": "/home/anna/w.pt",
+    }
     with SummaryWriter(str(tmp_path)) as writer:
         best = {"dice": 0.7, "dice_before": 0.5, "tre": math.nan, "training_seconds": 9.0}
         log_hyperparameters(writer, settings, best)
@@ -114,10 +125,11 @@ def test_settings_and_results_are_a_row_with_columns_of_the_best_epoch_and_of_th
     assert row(board) == {**settings, "steps": 3.0, "none": "None", "weights": "w.pt"}
     costs = {f"evaluation/{name}" for name in COSTS}
     assert columns(board) == {"evaluation/dice", "best/dice", "best/training_seconds", *costs}
-    assert columns(board) <= set(board.Tags()["scalars"])  # no column stays empty
+    assert board.Scalars("best/dice")[-1].value == pytest.approx(0.7)
+    assert experiment(board).metric_infos[0].name.tag == "evaluation/dice"
+    assert [setting.name for setting in experiment(board).hparam_infos if setting.differs] == ["backbone"]
     assert board.Scalars("evaluation/dice")[-1].value == pytest.approx(0.6)
-    assert board.Scalars("best/dice_before")[-1].value == pytest.approx(0.5)
-    assert "best/tre" not in board.Tags()["scalars"]
+    assert set(board.Tags()["scalars"]) == columns(board)  # nothing else: each would be a chart of one point
 
 
 def test_the_graph_holds_the_networks_layers_and_leaves_the_network_as_it_was(tmp_path) -> None:

@@ -20,8 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from regpipe import boards, report, runs
 from regpipe.boards import MetricLog, PictureLog, Profile, case_pictures, case_values, tag_terms
-from regpipe.errors import InputError
 from regpipe.bundles import write_bundle
+from regpipe.errors import InputError
 from regpipe.metrics import HIGHER_IS_BETTER
 
 PICTURES = ("fixed", "moving", "warped", "checkerboard", "overlay", "grid", "jacobian")
