@@ -43,8 +43,8 @@ LAYOUT = {
         "regularity terms, training pairs": ["Multiline", [f"training/({REGULARITY})$"]],
     },
 }
-# The HParams tab: its columns, and the settings that it shows before one asks for more.
-BEST = ("dice", "hd95", "tre", "ncc", "folds_percent", "ndv_percent", "sdlogj", "training_seconds")
+# The HParams tab: its columns, and the settings that it shows first. Of both TensorBoard shows five until one asks.
+BEST = ("dice", "hd95", "tre", "ncc", "sdlogj", "folds_percent", "ndv_percent", "training_seconds")
 COSTS = ("seconds_per_pair", "parameters_millions", "gflop")
 QUESTIONS = ("backbone", "freeze", "learning_rate", "pretrained", "transfer")
 
@@ -124,11 +124,11 @@ def log_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], metr
     for name, value in best.items():
         writer.add_scalar(name, value)
     later = [name.replace("best/", "evaluation/") for name in best if name != "best/training_seconds"]
-    columns = [*later, *(f"evaluation/{name}" for name in COSTS), *best]  # the first is shown at once
+    columns = [*later, *(f"evaluation/{name}" for name in COSTS), *best]  # the first five are shown at once
     row = hparams({name: plain(value) for name, value in settings.items()}, dict.fromkeys(columns, 0.0))
     _ask(row[0])
     for summary in row:
-        writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        writer._get_file_writer().add_summary(summary)
     writer.flush()
 
 

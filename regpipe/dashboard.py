@@ -46,8 +46,8 @@ def start(folder: str | Path, *, port: int | None = None) -> str:
 
 
 def serve(folder: str | Path, *, port: int | None = None) -> None:
-    """``start``, print the address, and stay until Ctrl-C."""
-    print(f"TensorBoard on {start(folder, port=port)} (Ctrl-C ends it)", flush=True)
+    """``start``, print the address of the tab that compares all runs, and stay until Ctrl-C."""
+    print(f"TensorBoard on {start(folder, port=port)}#custom_scalars (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from regpipe.files import replace_file
 
 COLUMN, PAGE = 3.5, 7.2  # inches
-STYLE = {
+STYLE: Any = {  # matplotlib names its parameters in a type of its own
     "font.family": "DejaVu Sans",  # matplotlib brings it: the same everywhere
     "font.size": 8,
     "axes.titlesize": 8,
@@ -94,7 +94,7 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[s
                 if name in panel:
                     mean, low, high = panel[name]
                     reach = [[max(mean - low, 0)], [max(high - mean, 0)]]
-                    look = {"marker": MARKERS[name], "color": LOOKS[name]["color"], "linestyle": "none"}
+                    look: dict[str, Any] = {"marker": MARKERS[name], "color": LOOKS[name]["color"], "linestyle": "none"}
                     axes.errorbar(mean, place, xerr=reach, **look)
             if title in before:
                 axes.axvline(before[title], color="#777777", linestyle=":")

@@ -68,7 +68,7 @@ def test_the_page_is_made_again_from_the_csv_alone_byte_for_byte(out: Path, tmp_
 
 
 def test_the_figures_show_the_numbers_with_their_units(out: Path) -> None:
-    figures = drawings(out)
+    figures: dict[str, Any] = dict(drawings(out))
     dice, tre = figures["accuracy"].axes  # folds are in the table
     assert (dice.get_xlabel(), tre.get_xlabel()) == ("Dice", "TRE mm")
     means = [float(line.get_xdata()[0]) for line in dice.lines if line.get_marker() in ("o", "^")]

@@ -146,7 +146,8 @@ def test_the_figures_show_the_numbers_of_the_csvs(tmp_path: Path) -> None:
         for transfer, size, mean in (("scratch", 5, 0.5), ("scratch", 20, 0.6), ("frozen", 20, 0.7))
     ]
     found.append(Effect("vgg16 - plain", "vgg16", "scratch", 20, 3, 0.02, -0.01, 0.05))
-    (panel,) = studypage.dice_figure(found).axes
+    axes: Any = studypage.dice_figure(found).axes
+    (panel,) = axes
     assert panel.get_title() == "vgg16" and panel.get_ylabel().startswith("Dice")
     lines = {container.get_label(): container.lines[0] for container in panel.containers}
     assert list(lines["scratch"].get_ydata()) == [0.5, 0.6] and list(lines["frozen"].get_ydata()) == [0.7]
@@ -157,7 +158,8 @@ def test_the_figures_show_the_numbers_of_the_csvs(tmp_path: Path) -> None:
         {"backbone": "vgg16", "transfer": transfer, "subjects": 20, "parameters": 3e6, "gflop": 2.0, "cpu_seconds": s}
         for transfer, s in (("scratch", 4.0), ("scratch", 6.0), ("frozen", 1.0))
     ]
-    parameters, _, seconds = studypage.cost_figure(runs, found).axes
+    axes = studypage.cost_figure(runs, found).axes
+    parameters, _, seconds = axes
     assert [float(c.lines[0].get_xdata()[0]) for c in seconds.containers] == [5.0, 1.0]
     aside = [float(c.lines[0].get_xdata()[0]) for c in parameters.containers]
     assert np.mean(aside) == pytest.approx(3) and aside[0] < 3 < aside[1]  # beside each other, not over
