@@ -1,7 +1,7 @@
-"""Figures for a paper: one look, one or two columns wide, SVG and PNG, the same bytes for the same numbers.
+"""Figures for a paper: one look, SVG and PNG, the same bytes for the same numbers.
 
 Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; what a colour says, a mark or a line's dashes
-say too. Sizes are inches, as journals state them: a column is 3.5 wide, a page 7.2.
+say too. Sizes are inches: a page of two columns is 7.2 wide.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from regpipe.files import replace_file
 
-COLUMN, PAGE = 3.5, 7.2  # inches
+PAGE = 7.2
 STYLE: Any = {  # matplotlib names its parameters in a type of its own
     "font.family": "DejaVu Sans",  # matplotlib brings it: the same everywhere
     "font.size": 8,
