@@ -23,7 +23,7 @@ demo: $(BIN)/regpipe
 	@echo "transforms  $(DEMO)/registered/case_000/moving_to_fixed.h5, fixed_to_moving.h5 (ITK, Slicer), 1Warp.nii.gz ... (ANTs)"
 	@echo "pictures    $(DEMO)/registered/case_000/sheet.png"
 	@echo "metrics     $(DEMO)/registered/metrics.csv"
-	@echo "dashboard   $(BIN)/tensorboard --logdir $(DEMO)/comparison"
+	@echo "dashboard   $(BIN)/regpipe dashboard $(DEMO)/comparison"
 
 test: $(BIN)/regpipe
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,17 +1,28 @@
-"""What goes to TensorBoard beside MONAI's scalars: pictures of fixed cases, and hyper-parameters with results."""
+"""What a run tells TensorBoard while it goes on, beside MONAI's scalars: metrics, pictures, histograms, a profile.
+
+``docs/dashboard.md`` says which tab answers which question; what is written once is in ``regpipe.boardpages``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils.tensorboard import SummaryWriter
 
 from regpipe import report
+from regpipe.errors import InputError
+from regpipe.fields import jacobian_determinant
+
+MOST_VALUES = 50_000  # in a histogram: more change nothing and take time
 
 
 def tag_terms(terms: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -38,24 +49,30 @@ class MetricLog:
 class PictureLog:
     """Writes fixed, moving, warped, checkerboard, overlay, grid and Jacobian of the first validation cases.
 
+    With ``spacing`` also how far they move and how their volume changes, as histograms.
+
     Args:
         writer: where to.
         cases: how many of the first cases, the same ones each time.
+        spacing: mm per voxel of the working grid.
     """
 
-    def __init__(self, writer: SummaryWriter, *, cases: int = 2) -> None:
-        self.writer, self.cases = writer, cases
+    def __init__(self, writer: SummaryWriter, *, cases: int = 2, spacing: Sequence[float] | None = None) -> None:
+        self.writer, self.cases, self.spacing = writer, cases, spacing
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration > self.cases:
+        case, epoch = engine.state.iteration, engine.state.epoch
+        if case > self.cases:
             return
         output: Any = engine.state.output
         for name, picture in case_pictures(output["label"], output["pred"]).items():
-            tag = f"case_{engine.state.iteration}/{name}"
-            self.writer.add_image(tag, picture, engine.state.epoch, dataformats="HWC")
+            self.writer.add_image(f"case_{case}/{name}", picture, epoch, dataformats="HWC")
+        if self.spacing is not None:
+            for name, values in case_values(output["pred"]["displacement"], self.spacing).items():
+                self.writer.add_histogram(f"case_{case}/{name}", values, epoch)
 
 
 def case_pictures(batch: Mapping[str, Any], prediction: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -72,9 +89,55 @@ def case_pictures(batch: Mapping[str, Any], prediction: Mapping[str, Tensor]) ->
     )
 
 
-def log_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """One row of the HParams page: settings, and the best epoch's metrics as ``best/<metric>``."""
-    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-    finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-    writer.add_hparams(plain, tag_terms(finite, "best"), run_name=".")
-    writer.flush()
+def case_values(displacement: Tensor, spacing: Sequence[float]) -> dict[str, np.ndarray]:
+    """Length of the displacement in mm and log det J at voxels of the first case of (B, D, *S), for histograms.
+
+    Voxels that fold have no logarithm: they are the curve ``validation/folds_percent``.
+    """
+    u = displacement[:1].detach().cpu().float()
+    mm = torch.tensor([float(s) for s in spacing]).view(1, -1, *[1] * (u.ndim - 2))
+    det = jacobian_determinant(u)
+    values = {"displacement_mm": (u * mm).norm(dim=1), "log_jacobian": det[det > 0].log()}
+    return {name: _thinned(value.flatten()).numpy() for name, value in values.items() if value.numel()}
+
+
+def _thinned(values: Tensor) -> Tensor:
+    return values[:: -(-len(values) // MOST_VALUES)]
+
+
+class Profile:
+    """Times the operations of some training steps, where that is asked for.
+
+    What takes longest goes to the Text tab, every call to ``profile.json`` beside the events, for ui.perfetto.dev.
+
+    Args:
+        writer: where to.
+        steps: how many, after one that warms up; 0 for none.
+    """
+
+    def __init__(self, writer: SummaryWriter, *, steps: int = 0) -> None:
+        if not (isinstance(steps, int) and steps >= 0):
+            raise InputError(f"--profile_steps {steps}: give a whole number, or 0 for none")
+        self.writer, self.steps = writer, steps
+
+    def attach(self, engine: Engine) -> None:
+        if self.steps and idist.get_rank() == 0:
+            self._begun, self._profile = 0, profile()
+            engine.add_event_handler(Events.ITERATION_STARTED, self._step)
+            engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self._end)
+
+    def _step(self, engine: Engine) -> None:
+        self._begun += 1
+        if self._begun == 2:
+            self._profile.start()
+        elif self._begun == self.steps + 2:
+            self._end(engine)
+
+    def _end(self, engine: Engine) -> None:
+        if self._begun < 2 or not self.steps:
+            return
+        self.steps = 0
+        self._profile.stop()
+        longest = self._profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+        self.writer.add_text("profile", "\n".join(f"    {line}" for line in longest.splitlines()), engine.state.epoch)
+        self._profile.export_chrome_trace(str(Path(self.writer.log_dir) / "profile.json"))

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from regpipe import __version__, cli_apply, cli_bids, cli_register, completion, console
+from regpipe import __version__, cli_apply, cli_bids, cli_register, cli_results, completion, console
 from regpipe.errors import InputError, explain
 from regpipe.versions import versions
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 cli_register.add(app)
 cli_apply.add(app)
 cli_bids.add(app)
+cli_results.add(app)
 
 EVERYWHERE = ("--json", "--quiet")  # may stand after the command, too
 
@@ -65,7 +66,7 @@ def compare(
 ) -> None:
     """Train and evaluate the backbones on equal terms; print one table with intervals.
 
-    Runs that are finished are not run again, broken ones go on. See the curves with: tensorboard --logdir OUT
+    Runs that are finished are not run again, broken ones go on. See the curves with: regpipe dashboard OUT
     """
     from regpipe.compare import compare as run
 
@@ -77,7 +78,7 @@ def compare(
         settings["dataset_dir"] = str(data.absolute())
     overlays = [str(path.absolute()) for path in overlay or []]
     print(run(out, backbones=[name.strip() for name in backbones.split(",")], overlays=overlays, settings=settings))
-    print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: tensorboard --logdir {out}")
+    print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: regpipe dashboard {out}")
 
 
 @app.command()

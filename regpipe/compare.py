@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from regpipe import console, images
+from regpipe import boardpages, comparepage, console, images
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
-from regpipe.evaluation import SHOWN, interval, table
 from regpipe.files import replace_file
 from regpipe.metrics import HIGHER_IS_BETTER
 from regpipe.options import refuse_unknown_ids
 from regpipe.pairs import list_pairs
 
 BEST = "best"  # file with the best backbone's name
-COSTS = ("seconds/pair", "parameters M", "GFLOP", "peak memory GiB", "training min")
 
 
 def compare(
@@ -39,8 +34,8 @@ def compare(
 ) -> str:
     """Train and evaluate each backbone in ``out/<backbone>``; writes the table, returns it as Markdown.
 
-    ``out/comparison.md``, ``comparison.csv``, ``best``, the best backbone's name, and TensorBoard logs beside each
-    other: ``tensorboard --logdir out``.
+    ``out/comparison.csv`` and, made of it, ``comparison.md`` with its figures (``regpipe.comparepage``); ``best``, the
+    best backbone's name; and TensorBoard logs beside each other: ``regpipe dashboard out``.
 
     Args:
         out: a folder, made where needed.
@@ -59,8 +54,9 @@ def compare(
         took = [result["training_seconds"] or 0 for result in results.values()]
         left = sum(took) / len(took) * (len(bundles) - len(results)) / 60
         print(f"== {name}: done, {len(results)} of {len(bundles)}; about {left:.0f} min of training left", flush=True)
-    page = comparison_table(results)
-    write_tables(out, page, results)
+    comparepage.write_csv(out, results)
+    page = comparepage.write_page(out)
+    boardpages.log_comparison(out / "comparison", page, comparepage.drawings(out))
     replace_file(out / BEST, best_of(results).encode())
     console.tell(folder=out, best=best_of(results), table=out / "comparison.csv", backbones=results)
     return page
@@ -85,7 +81,7 @@ def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     def score(name: str) -> float:
         metrics = results[name]["metrics"]
-        key = next(key for key in ("dice", "tre", "ncc") if key in metrics)
+        key = comparepage.key_metric(metrics)
         return metrics[key][0] if HIGHER_IS_BETTER[key] else -metrics[key][0]
 
     return max(results, key=score)
@@ -133,36 +129,3 @@ def _bundle_command(bundle: Path, run_id: str, configs: Sequence[str], settings:
         command += [f"--{name}", str(value)]
     if subprocess.run(command).returncode:
         raise InputError(f"{bundle}: {run_id} failed, see above; mend it and repeat the command, or give another -o")
-
-
-def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Accuracy and cost, a line per backbone, in Markdown; intervals are 95 % over cases."""
-    lines = table({name: result["metrics"] for name, result in results.items()}).splitlines()
-    costs = ["| " + " | ".join(COSTS) + " |", "|---" * len(COSTS) + "|"]
-    costs += ["| " + " | ".join(_costs(result)) + " |" for result in results.values()]
-    return "\n".join(line + cost[1:] for line, cost in zip(lines, costs, strict=True))
-
-
-def _costs(result: Mapping[str, Any]) -> list[str]:
-    return [
-        interval(result["seconds_per_pair"], 3),
-        f"{result['parameters'] / 1e6:.1f}",
-        f"{result['flops'] / 1e9:.1f}",
-        f"{result['peak_memory_bytes'] / 2**30:.2f}",
-        f"{(result['training_seconds'] or math.nan) / 60:.1f}",
-    ]
-
-
-def write_tables(out: Path, page: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """``comparison.md``, ``comparison.csv`` (mean, low, high) and the text tab of TensorBoard."""
-    replace_file(out / "comparison.md", (page + "\n").encode())
-    lines = ["backbone,metric,mean,low,high"]
-    for name, result in results.items():
-        for metric in [m for m in SHOWN if m in result["metrics"]]:
-            lines.append(f"{name},{metric}," + ",".join(f"{v:.6g}" for v in result["metrics"][metric]))
-        lines.append(f"{name},seconds_per_pair," + ",".join(f"{v:.6g}" for v in result["seconds_per_pair"]))
-        for cost in ("parameters", "flops", "peak_memory_bytes", "training_seconds"):
-            lines.append(f"{name},{cost},{result[cost] or math.nan:.6g},,")
-    replace_file(out / "comparison.csv", ("\n".join(lines) + "\n").encode())
-    with SummaryWriter(str(out / "comparison")) as writer:
-        writer.add_text("comparison", page)

@@ -13,8 +13,10 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from regpipe import cost
+from regpipe.boardpages import COSTS, log_evaluation
 from regpipe.casemetrics import write_csv
 from regpipe.console import Progress
 from regpipe.files import replace_file
@@ -45,13 +47,21 @@ class EvaluationReport:
         shape: the working grid, for the FLOPs.
         training_seconds: what the training took.
         split: which part of the data it was, for the table.
+        writer: TensorBoard's, told how the pairs held out of the training fare.
     """
 
     def __init__(
-        self, folder: str, network: nn.Module, *, shape: Sequence[int], training_seconds: float, split: str
+        self,
+        folder: str,
+        network: nn.Module,
+        *,
+        shape: Sequence[int],
+        training_seconds: float,
+        split: str,
+        writer: SummaryWriter | None = None,
     ) -> None:
         self.folder, self.network, self.shape = Path(folder), network, tuple(shape)
-        self.training_seconds, self.split = training_seconds, split
+        self.training_seconds, self.split, self.writer = training_seconds, split, writer
         self._seconds: list[float] = []
 
     def attach(self, engine: Engine) -> None:
@@ -78,7 +88,7 @@ class EvaluationReport:
         rows = engine.state.metric_details["cases"]  # type: ignore[attr-defined]
         write_csv(self.folder / "metrics.csv", rows)
         metrics = summarise(rows)
-        result = {
+        result: dict[str, Any] = {
             "cases": len(rows),
             "metrics": metrics,
             # pictures to displacement and warps, both ways; the first case pays for warming up
@@ -89,6 +99,9 @@ class EvaluationReport:
             "training_seconds": None if math.isnan(self.training_seconds) else self.training_seconds,
         }
         replace_file(self.folder / "summary.json", json.dumps(result, indent=1).encode())
+        if self.writer is not None and self.split == "validation":
+            costs = (result["seconds_per_pair"][0], result["parameters"] / 1e6, result["flops"] / 1e9)
+            log_evaluation(self.writer, metrics, dict(zip(COSTS, costs, strict=True)))
         print(table({"held out" if self.split == "validation" else self.split: metrics}))
         print(f"{len(rows)} cases, each in {self.folder / 'metrics.csv'}; labels warped by nearest neighbour")
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from monai.bundle import ConfigParser
 
-from regpipe import images, record, studypage
+from regpipe import images, record, studyeffects, studypage
 from regpipe.bundles import write_bundle
 from regpipe.encoders import BACKBONES, MAX_STRIDE
 from regpipe.errors import InputError
@@ -90,10 +90,11 @@ def study(
     tasks = [_task(cell, dims, folder, configs, settings) for cell in cells]
     try:
         run_all(pretrainings, jobs, lambda: None)
-        run_all(tasks, jobs, functools.partial(studypage.write_csv, out))
+        run_all(tasks, jobs, functools.partial(studyeffects.write_runs, out))
     except KeyboardInterrupt:
         print("\nstopped: the finished runs are kept, the same command goes on", flush=True)
         raise SystemExit(130) from None
+    studyeffects.write_effects(out)
     return studypage.write_page(out)
 
 

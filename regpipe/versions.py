@@ -8,7 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "itk-elastix", "nibabel", "numpy")
+PACKAGES = (
+    "regpipe",
+    "torch",
+    "torchvision",
+    "monai",
+    "pytorch-ignite",
+    "itk",
+    "itk-elastix",
+    "nibabel",
+    "numpy",
+    "tensorboard",
+)
 
 
 def versions() -> dict[str, str | None]:

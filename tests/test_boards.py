@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,26 +16,20 @@ from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 from torch.utils.tensorboard import SummaryWriter
 
-from regpipe import report, runs
-from regpipe.boards import MetricLog, case_pictures, log_hyperparameters, tag_terms
+from regpipe import boards, report, runs
+from regpipe.boards import MetricLog, PictureLog, Profile, case_pictures, case_values, tag_terms
 from regpipe.bundles import write_bundle
+from regpipe.errors import InputError
 from regpipe.metrics import HIGHER_IS_BETTER
 
 PICTURES = ("fixed", "moving", "warped", "checkerboard", "overlay", "grid", "jacobian")
-EVERYTHING = {"scalars": 0, "images": 0, "tensors": 0}
+EVERYTHING = {"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}
 
 
 def events(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance=EVERYTHING).Reload()
-
-
-def hyperparameters(read: EventAccumulator) -> dict[str, Any]:
-    content = read.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
-    found = parse_session_start_info_plugin_data(content).hparams
-    return {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Path:
         holdout=3,
         max_epochs=2,
         learning_rate=0.01,
+        profile_steps=1,
     )
     flow.initialize()
     flow.run()
@@ -91,9 +87,7 @@ def test_all_pictures_of_the_first_two_cases_are_there_each_epoch(board) -> None
     assert len({picture.encoded_image_string for picture in board.Images("case_1/fixed")}) == 1
 
 
-def test_settings_and_the_best_epochs_metrics_are_a_row_of_hparams(board, trained) -> None:
-    found = hyperparameters(board)
-    assert found["backbone"] == "alexnet" and found["learning_rate"] == 0.01 and found["grid"] == "32x32"
+def test_the_best_epochs_metrics_are_told_at_the_end(board, trained) -> None:
     saved = torch.load(runs.saved_states(trained / "models")[-1], weights_only=True)["progress"]
     epoch = saved["metric"][1]
     for name in ("dice", "tre", "ncc"):
@@ -101,6 +95,65 @@ def test_settings_and_the_best_epochs_metrics_are_a_row_of_hparams(board, traine
         assert best == pytest.approx(saved["best"][name])
         assert best == board.Scalars(f"validation/{name}")[epoch - 1].value
     assert board.Scalars("best/training_seconds")[-1].value > 0
+
+
+def test_how_far_and_how_unevenly_the_first_cases_move_is_a_histogram_each_epoch(board) -> None:
+    names = {f"case_{i}/{name}" for i in (1, 2) for name in ("displacement_mm", "log_jacobian")}
+    assert set(board.Tags()["histograms"]) == names
+    for name in names:
+        told = board.Histograms(name)
+        assert [value.step for value in told] == [1, 2] and told[0].histogram_value.num == 32 * 32
+    first, second = (told.histogram_value.max for told in board.Histograms("case_1/displacement_mm"))
+    assert first > 0 and second > 0 and first != second  # the network learns, the cases stay
+
+
+def test_one_step_after_the_first_is_timed_where_that_is_asked_for(board, trained) -> None:
+    (text,) = board.Tensors("profile/text_summary")
+    assert b"conv" in text.tensor_proto.string_val[0]
+    trace = json.loads((trained / "eval" / "tensorboard" / "profile.json").read_text())
+    steps = [event for event in trace["traceEvents"] if event.get("name", "").startswith("Optimizer.step")]
+    assert len(steps) == 1
+
+
+def test_a_doubling_of_area_and_a_shift_have_known_histograms() -> None:
+    at = torch.stack(torch.meshgrid(torch.arange(12.0), torch.arange(10.0), indexing="ij"))[None]
+    doubled = torch.cat([at[:, :1] * 0, at[:, 1:]], 1)  # x + u(x) = (x, 2 y): det J = 2 everywhere
+    assert np.allclose(case_values(doubled, (1, 1))["log_jacobian"], math.log(2))
+    shift = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1).expand(1, 2, 12, 10)
+    shown = case_values(shift, (2.0, 0.5))
+    assert np.allclose(shown["displacement_mm"], math.hypot(3 * 2, 4 * 0.5)) and np.allclose(shown["log_jacobian"], 0)
+    mirrored = torch.cat([at[:, :1] * 0, -2 * at[:, 1:]], 1)  # (x, -y): folds everywhere
+    assert shown.keys() - case_values(mirrored, (1, 1)).keys() == {"log_jacobian"}
+
+
+def test_histograms_of_large_volumes_hold_a_regular_part_of_the_voxels(monkeypatch) -> None:
+    monkeypatch.setattr(boards, "MOST_VALUES", 25)
+    u = torch.zeros(1, 2, 10, 10)
+    u[:, 0] = torch.arange(100.0).view(10, 10)
+    assert case_values(u, (1, 1))["displacement_mm"].tolist() == list(range(0, 100, 4))
+
+
+def test_bundles_of_before_there_were_histograms_log_their_pictures(tmp_path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        engine: Any = Engine(lambda _, batch: batch)
+        PictureLog(writer, cases=1).attach(engine)
+        images = {"fixed_image": torch.rand(1, 1, 16, 16), "moving_image": torch.rand(1, 1, 16, 16)}
+        pred = {"warped_moving": torch.rand(1, 1, 16, 16), "displacement": torch.zeros(1, 2, 16, 16)}
+        engine.run([{"label": images, "pred": pred}] * 3, max_epochs=1)
+    tags = events(tmp_path).Tags()
+    assert len(tags["images"]) == len(PICTURES) and tags["histograms"] == []
+
+
+def test_a_profile_longer_than_the_training_ends_with_it_and_one_of_no_steps_costs_nothing(tmp_path) -> None:
+    for steps, expected in ((9, True), (0, False)):
+        with SummaryWriter(str(tmp_path / str(steps))) as writer:
+            engine: Any = Engine(lambda _, batch: torch.ones(3) + batch)
+            Profile(writer, steps=steps).attach(engine)
+            engine.run([0, 1, 2], max_epochs=1)
+        assert (tmp_path / str(steps) / "profile.json").is_file() == expected
+        assert bool(events(tmp_path / str(steps)).Tags()["tensors"]) == expected
+    with pytest.raises(InputError, match="--profile_steps -1"):
+        Profile(writer, steps=-1)
 
 
 def test_pictures_are_those_of_the_report_for_the_first_of_the_batch() -> None:
@@ -122,15 +175,6 @@ def test_metrics_that_no_case_has_are_left_out(tmp_path) -> None:
     board = events(tmp_path)
     assert board.Tags()["scalars"] == ["validation/dice"]
     assert [(point.step, point.value) for point in board.Scalars("validation/dice")] == [(3, 0.5)]
-
-
-def test_hyperparameters_of_any_type_and_without_metrics_can_be_logged(tmp_path) -> None:
-    settings = {"flag": True, "rate": 0.5, "steps": 3, "name": "x", "none": None, "shape": (2, 3)}
-    with SummaryWriter(str(tmp_path)) as writer:
-        log_hyperparameters(writer, settings, {"dice": math.nan})
-    board = events(tmp_path)
-    assert hyperparameters(board) == {**settings, "steps": 3.0, "none": "None", "shape": "(2, 3)"}
-    assert board.Tags()["scalars"] == []
 
 
 def test_one_prefix_makes_one_group() -> None:

@@ -12,7 +12,8 @@ import pytest
 from conftest import QUICK, Command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from regpipe.compare import COSTS, best_of, bundle_in, compare, comparison_table, write_tables
+from regpipe.compare import best_of, bundle_in, compare
+from regpipe.comparepage import COSTS
 from regpipe.errors import InputError
 from regpipe.evaluation import SHOWN
 
@@ -61,12 +62,20 @@ def test_two_backbones_are_trained_evaluated_and_tabled_once(
     for heading in [*(heading for heading, _ in SHOWN.values()), *COSTS]:
         assert f"| {heading} |" in head  # the phantoms have labels and landmarks: nothing is missing
     assert all(line.count("|") == head.count("|") for line in lines)
-    assert (tmp_path / "comparison.md").read_text() == page + "\n"
+    assert (tmp_path / "comparison.md").read_text().startswith(page + "\n\n![")
+    assert {path.name for path in tmp_path.glob("comparison_*.*")} == {
+        f"comparison_{name}.{suffix}" for name in ("accuracy", "cost") for suffix in ("svg", "png")
+    }
+    board = EventAccumulator(str(tmp_path / "comparison")).Reload()
+    assert set(board.Tags()["images"]) == {"comparison/accuracy", "comparison/cost"}
+    run = EventAccumulator(str(tmp_path / "alexnet" / "eval" / "tensorboard")).Reload()
     rows = list(csv.DictReader((tmp_path / "comparison.csv").open(newline="")))
     for name in ("resnet18", "alexnet"):
         summary = json.loads((tmp_path / name / "eval" / "summary.json").read_text())
         dice = next(row for row in rows if (row["backbone"], row["metric"]) == (name, "dice"))
         assert [float(dice[k]) for k in ("mean", "low", "high")] == pytest.approx(summary["metrics"]["dice"], rel=1e-5)
+    assert run.Scalars("evaluation/dice")[-1].value == pytest.approx(summary["metrics"]["dice"][0])
+    assert run.Scalars("evaluation/gflop")[-1].value == pytest.approx(summary["flops"] / 1e9)
     assert (bundle_in(tmp_path) / "models" / "model.pt").is_file()
     commands.clear()
     assert compare(tmp_path, **asked) == page and not commands
@@ -112,30 +121,7 @@ def test_mistakes_are_told_before_hours_of_training(tmp_path: Path, commands: li
     assert not commands
 
 
-def test_the_table_leaves_out_what_no_backbone_has_and_blanks_what_one_has_not() -> None:
-    page = comparison_table({"a": result(0.7), "b": result(0.8, tre=[1.234, 1.0, 1.5])})
-    head, rule, a, b = page.splitlines()
-    assert head.count("|") == rule.count("|") == a.count("|") == b.count("|")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, a, b)]
-    assert cells[0] == ["", "Dice", "TRE mm", "folds %", *COSTS]
-    costs = ["0.500 [0.500, 0.500]", "12.3", "5.6", "1.00", "1.5"]
-    assert cells[1] == ["a", "0.700 [0.600, 0.800]", "", "0.0000 [0.0000, 0.0000]", *costs]
-    assert cells[2][1:3] == ["0.800 [0.700, 0.900]", "1.23 [1.00, 1.50]"]
-
-
 def test_the_best_has_the_highest_dice_else_the_lowest_distance() -> None:
     assert best_of({"a": result(0.7), "b": result(0.8), "c": result(0.6)}) == "b"
     far, near = ({"metrics": {"tre": [mm, 0, 9], "ncc": [mm, 0, 9]}} for mm in (3.0, 1.0))
     assert best_of({"far": far, "near": near}) == "near"
-
-
-def test_the_tables_are_files_and_a_text_in_tensorboard(tmp_path: Path) -> None:
-    results = {"a": result(0.7), "b": result(0.8)}
-    write_tables(tmp_path, comparison_table(results), results)
-    with (tmp_path / "comparison.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert rows[0] == {"backbone": "a", "metric": "dice", "mean": "0.7", "low": "0.6", "high": "0.8"}
-    assert {row["metric"] for row in rows} == {"dice", "folds_percent", "seconds_per_pair", *result(0)} - {"metrics"}
-    events = EventAccumulator(str(tmp_path / "comparison"))
-    events.Reload()
-    assert events.Tags()["tensors"] == ["comparison/text_summary"]

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from regpipe.studypage import METRICS, effects, paired, write_page
+from regpipe import cli, figures, studypage
+from regpipe.errors import InputError
+from regpipe.studyeffects import LEVEL, Effect, effects, levels, paired, write_effects, write_runs
+from regpipe.studypage import write_page
+from regpipe.studyrun import METRICS
+
+PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "study"
 
 RNG = np.random.default_rng(0)
 ENDS = [["a", "b"], ["b", "a"], ["a", "c"], ["d", "c"]]
@@ -63,7 +71,27 @@ def test_effects_compare_the_same_seeds_and_sizes() -> None:
     }
 
 
+def test_a_kind_of_run_stands_at_the_mean_of_its_seeds_and_pairs() -> None:
+    runs = [made("plain", "scratch", 5, seed, [0.5 + seed / 10] * 4) for seed in (0, 1, 2)]
+    runs += [made("plain", "frozen", 5, 0, [0.25] * 4)]
+    first, second = levels(runs, ENDS)
+    assert first[:5] == (LEVEL, "plain", "scratch", 5, 3) and second == (
+        LEVEL,
+        "plain",
+        "frozen",
+        5,
+        1,
+        0.25,
+        0.25,
+        0.25,
+    )
+    assert first.mean == pytest.approx(0.6)
+    # the mean of three seeds drawn from 0.5, 0.6, 0.7: only 1 of 27 draws gives each end, so 95 % keeps both
+    assert (first.low, first.high) == (pytest.approx(0.5), pytest.approx(0.7))
+
+
 def written(out: Path) -> Path:
+    """Twelve runs and their CSVs; frozen weights are better by 0.1, the three seeds 0.01 apart."""
     (out / "2d" / "runs").mkdir(parents=True)
     (out / "2d" / "study.json").write_text(json.dumps({"held_out": ENDS}))
     for transfer, gain in (("scratch", 0.0), ("frozen", 0.1)):
@@ -71,28 +99,85 @@ def written(out: Path) -> Path:
             for seed in (0, 1, 2):
                 run = made("alexnet", transfer, subjects, seed, [0.5 + gain + seed / 100] * 4)
                 (out / "2d" / "runs" / f"{transfer} {subjects} {seed}.json").write_text(json.dumps(run))
+    write_runs(out)
+    write_effects(out)
     return out
 
 
-def test_the_page_has_each_kind_of_run_with_the_reach_of_its_seeds(tmp_path: Path) -> None:
+def test_the_page_has_each_kind_of_run_and_each_difference_with_its_interval(tmp_path: Path) -> None:
     page = write_page(written(tmp_path))
     assert "| alexnet, scratch | 0.510 [0.500, 0.520] | 0.510 [0.500, 0.520] |" in page
     assert "| alexnet, frozen | 0.610 [0.600, 0.620] | 0.610 [0.600, 0.620] |" in page
     assert "| frozen - scratch | alexnet | 20 | 3 | 0.1000 [0.1000, 0.1000] |" in page
+    assert "4 held-out pairs, 10 steps a run; Dice before registration 0.500." in page
     assert (tmp_path / "study.md").read_text() == page
     with (tmp_path / "study.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 12 and rows[0]["dims"] == "2" and float(rows[-1]["dice"]) == pytest.approx(0.52)
     with (tmp_path / "effects.csv").open(newline="") as stream:
-        assert [float(row["mean"]) for row in csv.DictReader(stream)] == pytest.approx([0.1, 0.1])
+        means = {
+            (row["effect"], row["transfer"], row["subjects"]): float(row["mean"]) for row in csv.DictReader(stream)
+        }
+    assert means == {
+        **{("dice", "scratch", size): pytest.approx(0.51) for size in ("5", "20")},
+        **{("dice", "frozen", size): pytest.approx(0.61) for size in ("5", "20")},
+        **{("frozen - scratch", "frozen", size): pytest.approx(0.1) for size in ("5", "20")},
+    }
 
 
-def test_the_plots_are_the_same_bytes_for_the_same_runs(tmp_path: Path) -> None:
-    both = [written(tmp_path / name) for name in ("a", "b")]
-    for out in both:
-        write_page(out)
-    for name in ("dice_2d", "cost_2d"):
-        for suffix in ("svg", "png"):
-            first, second = ((out / f"{name}.{suffix}").read_bytes() for out in both)
-            assert first == second and len(first) > 1000
-    assert b"alexnet" in (both[0] / "dice_2d.svg").read_bytes()
+def test_page_and_figures_are_made_again_from_the_two_csvs_alone_byte_for_byte(tmp_path: Path) -> None:
+    first = written(tmp_path / "a")
+    write_page(first)
+    again = tmp_path / "b"
+    again.mkdir()
+    for name in ("study.csv", "effects.csv"):
+        (again / name).write_bytes((first / name).read_bytes())
+    assert CliRunner().invoke(cli.app, ["figures", str(again)]).exit_code == 0
+    made_again = {path.name: path.read_bytes() for path in again.iterdir()}
+    drawn = {f"{name}_2d.{suffix}" for name in ("dice", "transfer", "cost") for suffix in ("svg", "png")}
+    assert made_again.keys() == {"study.csv", "effects.csv", "study.md", *drawn}  # no plain encoder: nothing of depth
+    assert all(content == (first / name).read_bytes() and len(content) > 200 for name, content in made_again.items())
+    assert b"alexnet" in made_again["dice_2d.svg"]  # text stays text
+
+
+def test_the_figures_show_the_numbers_of_the_csvs(tmp_path: Path) -> None:
+    found = [
+        Effect(LEVEL, "vgg16", transfer, size, 3, mean, mean - 0.1, mean + 0.2)
+        for transfer, size, mean in (("scratch", 5, 0.5), ("scratch", 20, 0.6), ("frozen", 20, 0.7))
+    ]
+    found.append(Effect("vgg16 - plain", "vgg16", "scratch", 20, 3, 0.02, -0.01, 0.05))
+    axes: Any = studypage.dice_figure(found).axes
+    (panel,) = axes
+    assert panel.get_title() == "vgg16" and panel.get_ylabel().startswith("Dice")
+    lines = {container.get_label(): container.lines[0] for container in panel.containers}
+    assert list(lines["scratch"].get_ydata()) == [0.5, 0.6] and list(lines["frozen"].get_ydata()) == [0.7]
+    bars = panel.containers[0].lines[2][0].get_segments()
+    assert [list(bar[:, 1]) for bar in bars] == [pytest.approx([0.4, 0.7]), pytest.approx([0.5, 0.8])]
+    assert studypage.effect_figures(found).keys() == {"depth"}
+    runs = [
+        {"backbone": "vgg16", "transfer": transfer, "subjects": 20, "parameters": 3e6, "gflop": 2.0, "cpu_seconds": s}
+        for transfer, s in (("scratch", 4.0), ("scratch", 6.0), ("frozen", 1.0))
+    ]
+    axes = studypage.cost_figure(runs, found).axes
+    parameters, _, seconds = axes
+    assert [float(c.lines[0].get_xdata()[0]) for c in seconds.containers] == [5.0, 1.0]
+    aside = [float(c.lines[0].get_xdata()[0]) for c in parameters.containers]
+    assert np.mean(aside) == pytest.approx(3) and aside[0] < 3 < aside[1]  # beside each other, not over
+
+
+def test_a_file_that_is_no_studys_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="study.csv: missing"):
+        write_page(tmp_path)
+    written(tmp_path)
+    (tmp_path / "effects.csv").write_text("dims,effect\n2,dice\n")
+    with pytest.raises(InputError, match="effects.csv: has no column backbone, transfer"):
+        write_page(tmp_path)
+
+
+def test_the_published_page_says_what_its_csvs_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "save", lambda figure, stem: None)
+    for name in ("study.csv", "effects.csv"):
+        (tmp_path / name).write_bytes((PUBLISHED / name).read_bytes())
+    page = write_page(tmp_path)
+    assert page == (PUBLISHED / "study.md").read_text()
+    assert all((PUBLISHED / name).is_file() for name in re.findall(r"\]\((\S+?\.svg)\)", page))

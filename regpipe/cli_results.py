@@ -1,0 +1,49 @@
+"""The command line's part that shows results: dashboard, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regpipe import console
+from regpipe.errors import InputError
+
+
+def add(app: typer.Typer) -> None:
+    """Give the command line its ``dashboard`` and ``figures``."""
+    app.command()(dashboard)
+    app.command()(figures)
+
+
+def dashboard(
+    folder: Annotated[Path, typer.Argument(help="Folder of a bundle, of regpipe compare, or of several of them.")],
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; default: the first free one from 6006 on.")
+    ] = None,
+) -> None:
+    """Show training curves, pictures, settings and results in TensorBoard, on 127.0.0.1 alone, until Ctrl-C.
+
+    What each tab shows: docs/dashboard.md
+    """
+    from regpipe.dashboard import serve
+
+    serve(folder, port=port)
+
+
+def figures(
+    folder: Annotated[Path, typer.Argument(help="Folder with comparison.csv, or with study.csv and effects.csv.")],
+) -> None:
+    """Make the page and the figures of a comparison or a study again, from their CSVs alone; nothing is trained."""
+    from regpipe import comparepage, studypage
+
+    pages = {"comparison.csv": comparepage.write_page, "study.csv": studypage.write_page}
+    found = {name: write for name, write in pages.items() if (folder / name).is_file()}
+    if not found:
+        raise InputError(f"{folder}: holds neither {' nor '.join(pages)}; regpipe compare and regpipe study write them")
+    for name, write in found.items():
+        write(folder)
+        page = (folder / name).with_suffix(".md")
+        console.tell(page=page)
+        console.say(f"page: {page}; figures beside it, SVG and PNG")

@@ -1,0 +1,96 @@
+"""The page of a comparison: a table of known numbers, all of it made again from the CSV."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from regpipe import cli
+from regpipe.comparepage import COSTS, comparison_table, drawings, read_csv, write_csv, write_page
+from regpipe.errors import InputError
+
+
+def result(dice: float, *, seconds: float = 0.5, **metrics: list[float]) -> dict[str, Any]:
+    known = {"dice": [dice, dice - 0.1, dice + 0.1], "folds_percent": [0.0, 0.0, 0.0], **metrics}
+    costs = {"parameters": 12_340_000, "flops": 5.6e9, "peak_memory_bytes": 2**30, "training_seconds": 90.0}
+    return {"metrics": known, "seconds_per_pair": [seconds, seconds, seconds], **costs}
+
+
+RESULTS = {
+    "resnet18": result(0.7, dice_before=[0.5, 0.4, 0.6], seconds=0.25),
+    "alexnet": {**result(0.8, tre=[1.234, 1.0, 1.5]), "training_seconds": None},
+}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    write_csv(tmp_path, RESULTS)
+    return tmp_path
+
+
+def test_the_table_leaves_out_what_no_backbone_has_and_blanks_what_one_has_not() -> None:
+    page = comparison_table({"a": result(0.7), "b": result(0.8, tre=[1.234, 1.0, 1.5])})
+    head, rule, a, b = page.splitlines()
+    assert head.count("|") == rule.count("|") == a.count("|") == b.count("|")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, a, b)]
+    assert cells[0] == ["", "Dice", "TRE mm", "folds %", *COSTS]
+    costs = ["0.500 [0.500, 0.500]", "12.3", "5.6", "1.00", "1.5"]
+    assert cells[1] == ["a", "0.700 [0.600, 0.800]", "", "0.0000 [0.0000, 0.0000]", *costs]
+    assert cells[2][1:3] == ["0.800 [0.700, 0.900]", "1.23 [1.00, 1.50]"]
+
+
+def test_what_the_csv_holds_is_what_was_measured(out: Path) -> None:
+    assert (out / "comparison.csv").read_text().splitlines()[:3] == [
+        *("backbone,metric,mean,low,high", "resnet18,dice_before,0.5,0.4,0.6", "resnet18,dice,0.7,0.6,0.8")
+    ]
+    found = read_csv(out)
+    for name, expected in RESULTS.items():
+        assert found[name]["metrics"] == {k: pytest.approx(v) for k, v in expected["metrics"].items()}
+        assert found[name]["seconds_per_pair"] == expected["seconds_per_pair"]
+        assert (found[name]["parameters"], found[name]["flops"]) == (12_340_000, 5.6e9)
+    assert found["resnet18"]["training_seconds"] == 90 and math.isnan(found["alexnet"]["training_seconds"])
+
+
+def test_the_page_is_made_again_from_the_csv_alone_byte_for_byte(out: Path, tmp_path: Path) -> None:
+    page = write_page(out)
+    names = ["comparison.md", *(f"comparison_{n}.{s}" for n in ("accuracy", "cost") for s in ("svg", "png"))]
+    first = {name: (out / name).read_bytes() for name in names}
+    for name in names:
+        (out / name).unlink()
+    assert CliRunner().invoke(cli.app, ["figures", str(out)]).exit_code == 0
+    assert {name: (out / name).read_bytes() for name in names} == first
+    text = first["comparison.md"].decode()
+    assert text.startswith(page) and all(f"]({name})" in text for name in names if name.endswith("svg"))
+
+
+def test_the_figures_show_the_numbers_with_their_units(out: Path) -> None:
+    figures: dict[str, Any] = dict(drawings(out))
+    dice, tre = figures["accuracy"].axes  # folds are in the table
+    assert (dice.get_xlabel(), tre.get_xlabel()) == ("Dice", "TRE mm")
+    means = [float(line.get_xdata()[0]) for line in dice.lines if line.get_marker() in ("o", "^")]
+    assert means == pytest.approx([0.7, 0.8])
+    assert [float(line.get_xdata()[0]) for line in dice.lines if line.get_linestyle() == ":"] == [0.5]
+    assert not [line for line in tre.lines if line.get_linestyle() == ":"]  # none was known before
+    bars = [segment for c in dice.containers for segment in c.lines[2][0].get_segments()]
+    assert [list(bar[:, 0]) for bar in bars] == [pytest.approx([0.6, 0.8]), pytest.approx([0.7, 0.9])]
+    labels = [axes.get_xlabel() for axes in figures["cost"].axes]
+    assert labels == ["parameters, millions", "GFLOP a pair", "seconds a pair"]
+    seconds = figures["cost"].axes[2]
+    shown = [(float(c.lines[0].get_xdata()[0]), float(c.lines[0].get_ydata()[0])) for c in seconds.containers]
+    assert shown == [(0.25, 0.7), (0.5, 0.8)]
+
+
+@pytest.mark.parametrize("text", ["", "backbone,metric,mean\n", "backbone,metric,mean,low,high\nvgg16,dice,x,0,1\n"])
+def test_another_file_of_that_name_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "comparison.csv").write_text(text)
+    with pytest.raises(InputError, match="comparison.csv: not as regpipe compare writes it"):
+        write_page(tmp_path)
+
+
+def test_a_folder_without_results_is_told_what_writes_them(tmp_path: Path) -> None:
+    failed = CliRunner().invoke(cli.app, ["figures", str(tmp_path)])
+    assert isinstance(failed.exception, InputError) and "regpipe study" in str(failed.exception)
