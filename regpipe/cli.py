@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from regpipe import cli_apply, cli_register
+from regpipe import cli_apply, cli_register, cli_report
 from regpipe.errors import InputError, explain
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 cli_register.add(app)
 cli_apply.add(app)
+cli_report.add(app)
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")]
 
