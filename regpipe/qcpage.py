@@ -16,7 +16,7 @@ import numpy as np
 from regpipe import __version__, views
 from regpipe.errors import InputError
 from regpipe.files import replace_file
-from regpipe.quality import METRICS, Threshold, Verdict, judge, with_gains
+from regpipe.quality import METRICS, Threshold, Verdict, judge, said, with_gains
 
 PAGE = "report.html"
 COPIES = "report"  # the folder of pictures beside a page that stands by itself
@@ -52,7 +52,8 @@ def write_report(
     """
     cases, problems = read_cases(folder, limits)
     target = out or folder
-    shown = [_for_viewer(case, _pictures(case, target, copied=out is not None, inside=single_file)) for case in cases]
+    pictures = [_pictures(case, target, copied=out is not None, inside=single_file) for case in cases]
+    shown = [_for_viewer(case, of_case, limits) for case, of_case in zip(cases, pictures, strict=True)]
     text = _render(
         title=folder.resolve().name,
         cases=list(zip(cases, shown, strict=True)),
@@ -123,27 +124,24 @@ def _worst_first(verdict: Verdict) -> tuple[int, tuple[float, ...]]:
 
 def _pictures(case: Registered, target: Path, *, copied: bool, inside: bool) -> dict[str, str]:
     """The address of each picture of a case by its file's name, as the page has it."""
-    folder = case.folder / views.FOLDER
-    names = (
-        [f"{plane['name']}_{end}" for plane in case.view["planes"] for end in case.view["layers"].values()]
-        if case.view
-        else []
-    )
-    files = [file for file in [*(folder / name for name in names), case.folder / "sheet.png"] if file.is_file()]
+    view = case.view or {"planes": [], "layers": {}}
+    names = [f"{plane['name']}_{end}" for plane in view["planes"] for end in view["layers"].values()]
+    files = [*(case.folder / views.FOLDER / name for name in names), case.folder / "sheet.png"]
+    files = [file for file in files if file.is_file()]
     if inside:
         return {file.name: _data(file) for file in files}
     if copied:
         place = target / COPIES / case.folder.resolve().name
         place.mkdir(parents=True, exist_ok=True)
-        files = [Path(shutil.copy2(file, place)) for file in files]
-    return {file.name: quote(file.resolve().relative_to(target.resolve()).as_posix()) for file in files}
+        files = [shutil.copyfile(file, place / file.name) for file in files]
+    return {file.name: quote(file.relative_to(target).as_posix()) for file in files}
 
 
 def _data(file: Path) -> str:
     return f"data:{KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def _for_viewer(case: Registered, pictures: Mapping[str, str]) -> dict[str, Any]:
+def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[str, Threshold]) -> dict[str, Any]:
     """What the page's script is told of a case."""
     numbers = [
         {
@@ -151,6 +149,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str]) -> dict[str, Any]
             "unit": METRICS[name].unit,
             "before": _number(case.row.get(f"{name}_before", math.nan)),
             "value": _number(case.row[name]),
+            "limits": said(name, limits[name]) if name in limits else "",
             "step": case.verdict.steps.get(name, ""),
         }
         for name in METRICS
@@ -202,9 +201,11 @@ def chart(name: str, values: Sequence[float], limit: Threshold | None) -> dict[s
     numbers = numbers[np.isfinite(numbers)]
     low, high = (float(numbers.min()), float(numbers.max())) if len(numbers) else (0.0, 1.0)
     steps = [] if limit is None else [(kind, getattr(limit, kind)) for kind in ("warn", "fail")]
-    reach = max(high - low, 1e-3 * max(abs(high), 1e-3))
+    steps = [step for step in steps if math.isfinite(step[1])]
+    reach = high - low or max([abs(step - low) for _, step in steps], default=0.0) or 1.0
     near = [step for _, step in steps if low - reach <= step <= high + reach]
-    low, high = min([low, *near]) - 0.02 * reach, max([high, *near]) + 0.02 * reach
+    low, high = min([low, *near]), max([high, *near])
+    high = high if high > low else low + reach
     counts, _ = np.histogram(numbers, BINS, (low, high))
     share = [round(float(n) / max(counts.max(), 1), 4) for n in counts]
     lines = [{"kind": kind, "at": round((step - low) / (high - low), 4)} for kind, step in steps if low <= step <= high]
@@ -213,12 +214,12 @@ def chart(name: str, values: Sequence[float], limit: Threshold | None) -> dict[s
 
 
 def _number(value: float) -> str:
-    """Three digits that count; nothing for NaN."""
+    """Four digits that count, four places at most; nothing for NaN."""
     if math.isnan(value):
         return ""
-    if value == 0 or math.isinf(value) or abs(value) >= 100:
+    if value == 0 or math.isinf(value) or abs(value) >= 1000:
         return f"{value:.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    digits = 3 - math.floor(math.log10(abs(value)))
     return f"{value:.{min(digits, 4)}f}"
 
 

@@ -66,7 +66,7 @@ THRESHOLDS = {
     "dice_gain": Threshold(0.0, -0.05, "registration shall not make overlap worse than it was"),
     "hd95": Threshold(5, 10, "surfaces within 2 to 3 mm on average (TG-132) leave few places 5 mm apart"),
     "tre": Threshold(2, 5, "TG-132: 2 mm on average, 5 mm at most"),
-    "ncc_gain": Threshold(0.0, math.nan, "images of one modality shall be more alike than before; off for two"),
+    "ncc_gain": Threshold(0.0, math.nan, "images of one modality shall be more alike than before; turn it off for two"),
     "folds_percent": Threshold(0, 0.1, "TG-132: no Jacobian determinant below 0; a few voxels at a rim can be borne"),
     "ndv_percent": Threshold(0.01, 0.1, "as for folds; this one also sees those between voxels"),
     "sdlogj": Threshold(0.5, 1.0, "one standard deviation is a factor of 1.6 in volume, then 2.7: seldom anatomy"),
@@ -124,6 +124,12 @@ def _change(chosen: dict[str, Threshold], name: str, value: Any, where: str, why
         better = "higher" if METRICS[name].higher else "lower"
         raise InputError(f"{where}{name}: {better} is better, so a case warns before it fails; exchange the two")
     chosen[name] = Threshold(warn, fail, why)
+
+
+def said(name: str, limit: Threshold) -> str:
+    """The steps of a metric in short: ``< 0.8, < 0.5``."""
+    sign = "<" if METRICS[name].higher else ">"
+    return ", ".join(f"{sign} {step:g}" for step in limit[:2] if not math.isnan(step))
 
 
 def with_gains(row: Mapping[str, float]) -> dict[str, float]:

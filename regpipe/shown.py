@@ -63,5 +63,5 @@ def shown_landmarks(batch: Mapping[str, Any], registration: Registration) -> Lan
     errors = [tre(p, q, field, mm, bend=bend) for field in (u.new_zeros(u.shape), u)]
     frame = batch["fixed_affine"][0].cpu().numpy()
     back = q + sample_at(inverse, q[None])[0] if len(q) else q
-    places = (apply_affine(frame, points.double().numpy()) for points in (p, q, back))
-    return Landmarks(*places, errors=np.stack(errors, axis=-1))
+    at_p, at_q, at_back = (apply_affine(frame, points.double().numpy()) for points in (p, q, back))
+    return Landmarks(at_p, at_q, at_back, np.stack(errors, axis=-1))

@@ -60,7 +60,7 @@ class Plane(NamedTuple):
         """One slice of (*S), or of the last axes of (D, *S), in array order."""
         if self.across is None:
             return array
-        return array[(..., at, *[slice(None)] * (2 - self.across))]  # a view; np.take copies a turned volume whole
+        return np.moveaxis(array, self.across - 3, 0)[at]  # a view; np.take copies a turned volume whole
 
     def upright(self, plane: np.ndarray) -> np.ndarray:
         """(A, B) in array order -> (H, W) as on the screen."""
@@ -164,14 +164,14 @@ def _grey(cut: np.ndarray, tile: list[int]) -> np.ndarray:
 
 
 def _outline(cut: np.ndarray, fine: list[int], *, dashed: bool) -> np.ndarray:
-    """1 along the edges of the label's voxels, two pixels wide."""
+    """1 along the edges between the label's voxels, a pixel wide."""
     rows, columns = (np.arange(n) * m // n for n, m in zip(fine[::-1], cut.shape, strict=True))
-    label = np.pad(cut[np.ix_(rows, columns)], 1, mode="edge")
-    inner = label[1:-1, 1:-1]
-    edge = (inner != label[2:, 1:-1]) | (inner != label[1:-1, 2:])
-    edge |= (inner != label[:-2, 1:-1]) | (inner != label[1:-1, :-2])
+    label = cut[np.ix_(rows, columns)]
+    edge = np.zeros(label.shape, bool)
+    edge[:-1] |= label[:-1] != label[1:]
+    edge[:, :-1] |= label[:, :-1] != label[:, 1:]
     if dashed:
-        edge &= np.add(*np.indices(edge.shape)) // 6 % 3 < 2
+        edge &= np.add(*np.indices(edge.shape)) // 4 % 3 < 2
     return edge.astype(np.uint8)
 
 
@@ -191,7 +191,7 @@ def _diverging() -> list[tuple[int, int, int]]:
 
 def stops() -> list[str]:
     """The colours of the Jacobian's bar from det 0 to ``LARGEST``, as CSS writes them."""
-    return ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in _diverging()[::32]]
+    return ["#{:02x}{:02x}{:02x}".format(*_diverging()[round(254 * i / 8)]) for i in range(9)]
 
 
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:

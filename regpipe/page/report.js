@@ -7,6 +7,7 @@ const controls = byId("controls");
 const rows = [...document.querySelectorAll("#cases tbody tr")];
 const NAMES = { fixed: "fixed", before: "moving, before", warped: "moving, after" };
 const COLOURS = { fixed: "rgb(230, 159, 0)", moving: "rgb(86, 180, 233)" };
+const GAP = 16; // pixels between planes, as in the style sheet
 const state = { index: 0, case: null, pictures: new Map(), planes: [], second: false, timer: 0 };
 
 // ------------------------------------------------------------------------------------------- table
@@ -16,11 +17,11 @@ const column = (row, i) => row.children[i].dataset.value ?? row.children[i].text
 function compare(a, b, i, sign) {
   const [x, y] = [column(a, i), column(b, i)];
   if ((x === "") !== (y === "")) return x === "" ? 1 : -1; // what has no value comes last either way
-  const numbers = row_is_number(x) && row_is_number(y);
+  const numbers = isNumber(x) && isNumber(y);
   return sign * (numbers ? x - y : x.localeCompare(y, undefined, { numeric: true }));
 }
 
-const row_is_number = (text) => text !== "" && !Number.isNaN(Number(text));
+const isNumber = (text) => text !== "" && !Number.isNaN(Number(text));
 
 function sortBy(head) {
   const ascending = head.getAttribute("aria-sort") !== "ascending";
@@ -53,7 +54,7 @@ function choose(index) {
   byId("case-name").textContent = name;
   byId("case-status").textContent = status;
   byId("case-status").className = `mark ${status}`;
-  fill("#numbers tbody", state.case.numbers.map((n) => [n.unit ? `${n.title}, ${n.unit}` : n.title, n.before, n.value, n.step]));
+  fill("#numbers tbody", state.case.numbers.map((n) => [n.unit ? `${n.title}, ${n.unit}` : n.title, n.before, n.value, n.limits, n.step]));
   fill("#points tbody", landmarks.map((point, i) => [i + 1, point.errors[0].toFixed(2), point.errors[1].toFixed(2)]));
   byId("points").hidden = landmarks.length === 0;
   build();
@@ -69,7 +70,7 @@ function fill(where, lines) {
     cells.forEach((text, i) => {
       const cell = line.appendChild(document.createElement(i === 0 ? "th" : "td"));
       if (i === 0) cell.scope = "row";
-      else if (i < 3) cell.className = "number";
+      else if (i < 4) cell.className = "number";
       else if (text) cell.className = text;
       cell.textContent = text;
     });
@@ -304,11 +305,18 @@ function update() {
   fit();
 }
 
-// Pictures side by side keep one scale where they fit, and stay lower than the window.
+// All planes at one scale, side by side where they fit, and not higher than the window.
 function fit() {
-  for (const view of state.planes) {
-    const room = Math.max(240, 0.72 * innerHeight);
-    view.stage.style.maxWidth = `${Math.round((room * view.mm[0]) / view.mm[1])}px`;
+  const shown = state.planes.filter((view) => !view.figure.hidden);
+  if (!shown.length) return;
+  const holder = byId("planes");
+  const stacked = innerWidth < 700;
+  const [wide, high] = [0, 1].map((i) => shown.map((view) => view.mm[i]));
+  const total = stacked ? Math.max(...wide) : wide.reduce((sum, mm) => sum + mm);
+  const free = holder.clientWidth - (stacked ? 0 : GAP * (shown.length - 1));
+  const scale = Math.min(free / total, Math.max(240, (shown.length > 1 ? 0.72 : 0.88) * innerHeight) / Math.max(...high));
+  for (const view of shown) {
+    view.figure.style.width = `${Math.floor(scale * view.mm[0])}px`;
     draw(view);
   }
 }
