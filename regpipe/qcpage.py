@@ -124,9 +124,10 @@ def _worst_first(verdict: Verdict) -> tuple[int, tuple[float, ...]]:
 
 def _pictures(case: Registered, target: Path, *, copied: bool, inside: bool) -> dict[str, str]:
     """The address of each picture of a case by its file's name, as the page has it."""
-    view = case.view or {"planes": [], "layers": {}}
-    names = [f"{plane['name']}_{end}" for plane in view["planes"] for end in view["layers"].values()]
-    files = [*(case.folder / views.FOLDER / name for name in names), case.folder / "sheet.png"]
+    files = [case.folder / "sheet.png"]  # where there is nothing to scroll through
+    if case.view is not None:
+        ends = case.view["layers"].values()
+        files = [case.folder / views.FOLDER / f"{plane['name']}_{end}" for plane in case.view["planes"] for end in ends]
     files = [file for file in files if file.is_file()]
     if inside:
         return {file.name: _data(file) for file in files}

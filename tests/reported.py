@@ -28,7 +28,7 @@ def write_case(folder: Path, name: str, metrics: Mapping[str, float | None], *, 
     images = dict(zip(SIDES, (0.2 + 0.7 * disc, np.full(shape, 0.3), 0.9 - 0.6 * disc), strict=True))
     d = np.stack([ndimage.gaussian_filter(n, 3) for n in np.random.default_rng(0).standard_normal((dim, *shape))])
     labels = dict.fromkeys(SIDES, disc.astype(int))
-    shown = Shown(affine, images, labels, 20 * d.astype(np.float32), 1 + at[0] / 20, np.eye(dim + 1))
+    shown = Shown(affine, images, labels, 20 * d.astype(np.float32), 1 + at[0] / 8, np.eye(dim + 1))
     place = affine[:dim, :dim] @ (np.array([shape]) // 2)[0]
     points = Landmarks(*(np.array([place + shift]) for shift in (0, 4, 1)), errors=np.array([[6.9, 1.7]]))  # type: ignore[misc]
     write_view(folder / "view", shown, points)

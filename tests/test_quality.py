@@ -60,6 +60,14 @@ def test_every_default_has_a_reason_and_steps_in_order() -> None:
         assert not (limit.warn < limit.fail if METRICS[name].higher else limit.warn > limit.fail)
 
 
+def test_the_documentation_has_the_same_steps_and_reasons() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    for name, limit in THRESHOLDS.items():
+        steps = [part for part in said(name, limit).split(", ")] + [""]
+        unit = f", {METRICS[name].unit}" if METRICS[name].unit == "mm" else ""
+        assert f"| `{name}`{unit} | {steps[0]} | {steps[1]} | {limit.why} |".replace("|  |", "| |") in page
+
+
 def test_a_file_and_options_change_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("tre: [3, 6]\nncc_gain: off\nsdlogj: [0.6, null]\n")
