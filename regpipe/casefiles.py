@@ -68,12 +68,12 @@ def save_case(
     wanted = [name for name in formats if name != DENSE]
     exports.write_transforms(folder, pair, *files, formats=wanted, stage=stage, homography=matrix, settings=settings)
     del pair
+    determinant = transforms.native_jacobian(forward, fixed.affine)  # takes the most memory: first
+    transforms.write_image(folder / "jacobian.nii.gz", determinant, fixed.affine)
     alignment = frames[1] @ np.linalg.inv(frames[0])
+    determinant /= np.linalg.det(alignment[:-1, :-1])
     whole = alignment if matrix is None else matrix
     images, labels, native = _save_warped(case, fixed, moving, forward, whole, folder, load)
-    determinant = transforms.native_jacobian(forward, fixed.affine)
-    transforms.write_image(folder / "jacobian.nii.gz", determinant, fixed.affine)
-    determinant /= np.linalg.det(alignment[:-1, :-1])
     seen = Shown(fixed.affine, images, labels, forward, determinant, alignment)
     views.write_view(folder / views.FOLDER, seen, shown_landmarks(batch, registration))
     shown = case_pictures(batch, prediction)
