@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from regpipe import exports, homography, report, transforms
+from regpipe import exports, homography, report, transforms, views
 from regpipe.boards import case_pictures
 from regpipe.fields import Registration
 from regpipe.images import PICTURE, Image, read_image, read_label
 from regpipe.loading import LoadPair
 from regpipe.metrics import dice, mean_of, measure, shared_labels
 from regpipe.pairs import Case
+from regpipe.shown import Shown, shown_images, shown_labels, shown_landmarks
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
 BY_DEFAULT = (DENSE, "itk", "ants")
 WRITTEN: tuple[str, ...] = ("metrics.json", "transform.json", "*displacement.nii.gz", "*_to_*.*", exports.ANTS_AFFINE)
 WRITTEN += (*exports.ANTS_WARPS, "warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
+WRITTEN += (f"{views.FOLDER}/{views.NAME}", f"{views.FOLDER}/*.*")
 
 
 def clear(folder: Path) -> None:
@@ -66,8 +68,14 @@ def save_case(
     wanted = [name for name in formats if name != DENSE]
     exports.write_transforms(folder, pair, *files, formats=wanted, stage=stage, homography=matrix, settings=settings)
     del pair
-    native = _save_warped(case, fixed, moving, forward, folder, load)
-    transforms.write_image(folder / "jacobian.nii.gz", transforms.native_jacobian(forward, fixed.affine), fixed.affine)
+    determinant = transforms.native_jacobian(forward, fixed.affine)  # takes the most memory: first
+    transforms.write_image(folder / "jacobian.nii.gz", determinant, fixed.affine)
+    alignment = frames[1] @ np.linalg.inv(frames[0])
+    determinant /= np.linalg.det(alignment[:-1, :-1])
+    whole = alignment if matrix is None else matrix
+    images, labels, native = _save_warped(case, fixed, moving, forward, whole, folder, load)
+    seen = Shown(fixed.affine, images, labels, forward, determinant, alignment)
+    views.write_view(folder / views.FOLDER, seen, shown_landmarks(batch, registration))
     shown = case_pictures(batch, prediction)
     for name in ("checkerboard", "overlay"):
         report.save_png(folder / f"{name}.png", shown[name])
@@ -83,21 +91,32 @@ def _array(tensor: Any) -> np.ndarray:
 
 
 def _save_warped(
-    case: Case, fixed: Image, moving: Image, forward: np.ndarray, folder: Path, load: LoadPair
-) -> dict[str, float]:
-    """The warped image and labels; Dice on the fixed image's own grid where both have labels."""
+    case: Case,
+    fixed: Image,
+    moving: Image,
+    forward: np.ndarray,
+    matrix: np.ndarray,
+    folder: Path,
+    load: LoadPair,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, float]]:
+    """The warped image and labels; returns what there is to see of both (``regpipe.shown``), and their Dice.
+
+    Dice is on the fixed image's own grid, where both images have labels. ``matrix``: the whole alignment.
+    """
     warped = transforms.resample_through(moving, forward, fixed.affine, order=1)
     transforms.write_image(folder / "warped.nii.gz", warped.astype(np.float32), fixed.affine)
     fits = warped.min() >= 0 and 1 < warped.max() <= 65535  # what a picture's whole numbers can show
     if fits and case["fixed_image"].lower().endswith(PICTURE):
         transforms.write_image(folder / "warped.png", warped, fixed.affine)
+    images = shown_images(fixed, moving, warped, matrix)
     if "moving_label" not in case:
-        return {}
+        return images, {}, {}
     label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
     labels = transforms.resample_through(label, forward, fixed.affine, order=0)
     transforms.write_image(folder / "warped_label.nii.gz", labels.astype(np.int32), fixed.affine)
     if "fixed_label" not in case:
-        return {}
+        return images, {}, {}
     truth, _ = read_label(case["fixed_label"], landmark_channels=load.landmark_channels)
-    ids = shared_labels(truth.array, label.array)
-    return {"dice_native": mean_of(dice(truth.array, labels.astype(np.int32), ids).values())}
+    whole = labels.astype(np.int32)
+    overlap = mean_of(dice(truth.array, whole, shared_labels(truth.array, label.array)).values())
+    return images, shown_labels(truth, label, whole, matrix), {"dice_native": overlap}

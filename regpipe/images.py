@@ -308,11 +308,12 @@ def resample(image: Image, affine: np.ndarray, shape: Sequence[int], *, order: i
     return ndimage.affine_transform(image.array, pull, output_shape=tuple(shape), order=order, mode=mode)
 
 
-def normalise(array: np.ndarray) -> np.ndarray:
-    """float32 in [0, 1]: percentiles 0.5 and 99.5 become 0 and 1 (or the extremes)."""
-    low, high = np.percentile(array, [0.5, 99.5])
+def normalise(array: np.ndarray, *, like: np.ndarray | None = None) -> np.ndarray:
+    """float32 in [0, 1]: percentiles 0.5 and 99.5 (of ``like`` where given) become 0 and 1, or the extremes."""
+    like = array if like is None else like
+    low, high = np.percentile(like, [0.5, 99.5])
     if high <= low:
-        low, high = float(array.min()), float(array.max())
+        low, high = float(like.min()), float(like.max())
     scaled = (array.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1e-30))
     return np.clip(scaled, 0, 1)
 

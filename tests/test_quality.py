@@ -1,0 +1,111 @@
+"""Thresholds and verdicts: which way each metric counts, what may be changed, what comes first."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from regpipe.errors import InputError
+from regpipe.quality import METRICS, THRESHOLDS, Threshold, judge, said, thresholds, with_gains
+
+LIMITS = {"dice": Threshold(0.8, 0.5, ""), "tre": Threshold(2, 5, "")}
+
+
+@pytest.mark.parametrize(
+    ("row", "status"),
+    [
+        ({"dice": 0.9, "tre": 1.0}, "pass"),
+        ({"dice": 0.8, "tre": 2.0}, "pass"),  # at the threshold, not beyond
+        ({"dice": 0.79, "tre": 1.0}, "warn"),
+        ({"dice": 0.9, "tre": 2.1}, "warn"),
+        ({"dice": 0.49, "tre": 1.0}, "fail"),
+        ({"dice": 0.9, "tre": 5.1}, "fail"),
+        ({"dice": math.nan, "tre": 1.0}, "pass"),
+        ({"dice": 0.9, "tre": math.inf}, "fail"),
+    ],
+)
+def test_a_case_is_as_bad_as_its_worst_metric(row: dict[str, float], status: str) -> None:
+    assert judge(row, LIMITS).status == status
+
+
+def test_only_metrics_that_have_a_value_and_a_threshold_are_judged() -> None:
+    verdict = judge({"tre": math.nan, "dice": 0.7, "sdlogj": 9.0}, LIMITS)
+    assert verdict.steps == {"dice": "warn"}
+    assert verdict.badness == pytest.approx((1 / 3,))  # a third of the way from 0.8 to 0.5
+
+
+def test_a_case_is_the_worse_the_further_its_metrics_are_beyond_their_steps() -> None:
+    rows = [{"dice": 0.9, "tre": 1.0}, {"dice": 0.85, "tre": 1.0}, {"dice": 0.9, "tre": 3.0}, {"dice": 0.4, "tre": 1.0}]
+    found = [judge(row, LIMITS).badness for row in rows]
+    assert found == sorted(found)
+
+
+def test_a_metric_with_one_step_only_warns() -> None:
+    limit = {"ncc_gain": Threshold(0.0, math.nan, "")}
+    assert judge({"ncc_gain": -0.5}, limit).status == "warn"
+    assert judge({"ncc_gain": 0.5}, limit).status == "pass"
+
+
+def test_gains_are_after_minus_before() -> None:
+    row = with_gains({"dice_before": 0.5, "dice": 0.75, "tre": 1.0})
+    assert row["dice_gain"] == 0.25
+    assert "ncc_gain" not in row
+
+
+def test_every_default_has_a_reason_and_steps_in_order() -> None:
+    for name, limit in THRESHOLDS.items():
+        assert limit.why
+        assert not (limit.warn < limit.fail if METRICS[name].higher else limit.warn > limit.fail)
+
+
+def test_the_documentation_has_the_same_steps_and_reasons() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    for name, limit in THRESHOLDS.items():
+        steps = [part for part in said(name, limit).split(", ")] + [""]
+        unit = f", {METRICS[name].unit}" if METRICS[name].unit == "mm" else ""
+        assert f"| `{name}`{unit} | {steps[0]} | {steps[1]} | {limit.why} |".replace("|  |", "| |") in page
+
+
+def test_a_file_and_options_change_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("tre: [3, 6]\nncc_gain: off\nsdlogj: [0.6, null]\n")
+    found = thresholds(file, ["dice=0.6,0.4", "hd95=off", "tre=,7"])
+    assert found["sdlogj"][0] == 0.6
+    assert math.isnan(found["sdlogj"].fail)
+    assert found["sdlogj"].why == "set in mine.yaml"
+    assert found["dice"][:2] == (0.6, 0.4)
+    assert math.isnan(found["tre"].warn)  # the option comes after the file
+    assert found["tre"].fail == 7
+    assert not {"ncc_gain", "hd95"} & found.keys()
+    assert found["folds_percent"] == THRESHOLDS["folds_percent"]
+    assert said("tre", found["tre"]) == "> 7"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dize: [1, 2]", "no such metric"),
+        ("tre: 3", "two numbers"),
+        ("tre: [3, many]", "two numbers"),
+        ("tre: [6, 3]", "lower is better"),
+        ("dice: [0.5, 0.8]", "higher is better"),
+        ("- tre", "a line per metric"),
+        ("tre: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_threshold_is_said_in_a_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        thresholds(file)
+    assert "mine.yaml" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_option_is_said_in_a_line() -> None:
+    with pytest.raises(InputError, match="NAME=WARN,FAIL"):
+        thresholds(None, ["tre"])
+    with pytest.raises(InputError, match="two numbers"):
+        thresholds(None, ["tre=1,2,3"])
