@@ -27,9 +27,11 @@ NOT_RUN = re.compile(r"not run in CI: \S+")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PIPED = re.compile(r"\s+(?:\||\d?>)\s?")
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-OTHER_PROGRAMS = ("cd", "cp", "git", "make", "pip", "sbatch", "source", "tensorboard", "antsApplyTransforms")
+OTHER_PROGRAMS = ("cd", "cp", "git", "make", "pip", "mlflow", "sbatch", "source", "tensorboard", "antsApplyTransforms")
+OTHER_PROGRAMS += (".ci/run", ".venv/bin/python")
 # options that pages name alone and that are other programs' or a benchmark's
-OTHER_OPTIONS = ("--nnodes", "--nproc_per_node", "--requeue", "--bundle_root", "--profile", "--id")
+OTHER_OPTIONS = ("--nnodes", "--nproc_per_node", "--requeue", "--bundle_root", "--profile", "--id", "--help")
+OTHER_OPTIONS += ("--tracking_uri", "--experiment_name", "--run_name", "--save_execute_config")  # MLflow's, of MONAI
 
 
 class Block(NamedTuple):
@@ -147,7 +149,7 @@ def configuration(file: str) -> Path:
 def known_options() -> set[str]:
     """Every option that a page may name by itself: of any command, or an id of a bundle's configuration."""
     group: Any = typer.main.get_command(cli.app)
-    options = {o for command in group.commands.values() for p in command.params for o in p.opts}
+    options = {o for command in (group, *group.commands.values()) for p in command.params for o in p.opts}
     files = [*(BUNDLE / "configs").glob("*.yaml"), *(ROOT / "configs").glob("*.yaml")]
     ids = {re.split("::|#", key.lstrip("+"))[0] for file in files for key in ConfigParser.load_config_file(str(file))}
     functions = (monai.bundle.ckpt_export, monai.bundle.verify_metadata, monai.bundle.run)
