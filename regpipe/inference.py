@@ -25,7 +25,7 @@ from regpipe.files import replace_file
 from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
-from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
+from regpipe.refine import ZERO_STEPS, zero_refiner
 
 
 class FolderRun:
@@ -218,10 +218,10 @@ def register_from_zero(
     output_dir: str,
     *,
     pairing: str = "all",
-    weights: Mapping[str, float],
+    similarity: str = "lncc",
+    smoothness: float = 1.0,
     landmark_channels: int | None = None,
     steps: int = ZERO_STEPS,
-    window: int = WINDOW,
     finest: int | None = None,
     affine: str = "affine",
     affine_from: str = "images",
@@ -231,20 +231,21 @@ def register_from_zero(
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
+    ``similarity``, ``smoothness``: see ``regpipe.refine.refinement_loss``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``regpipe.frames``;
     ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``.
 
     Raises:
-        InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
+        InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
         SystemExit: as ``FolderRun.register``.
     """
     distributed.join(hours=168)
-    refiner = zero_refiner(weights, steps=steps, window=window, finest=finest)
+    refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest)
     settings: dict[str, Any] = {
         "network": "none",
         "refine": steps,
-        "refine_loss": dict(weights),
-        "refine_window": window,
+        "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
+        "refine_window": {f"{dim}D": loss.options.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
         "affine": affine,
         "affine_from": affine_from,
