@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ class FolderRun:
             if (self.folder / name / "metrics.json").is_file():
                 tqdm.write(f"{name}: was registered from other files, weights or settings before, and is replaced")
             clear(self.folder / name)
+            reduced = output["pred"].get("to_fit_memory")
+            spared = {"to_fit_memory": reduced} if reduced else {}
             row = save_case(
                 self.cases[name],
                 output["label"],
@@ -134,9 +137,9 @@ class FolderRun:
                 self.load,
                 self.folder / name,
                 formats=self.formats,
-                settings={**self._settings, "weights": self._weights},
+                settings={**self._settings, "weights": self._weights, **spared},
             )
-            row |= self.load.frames.found(self.cases[name])
+            row |= self.load.frames.found(self.cases[name]) | spared
             row["made_from"] = self._made_from(self.cases[name])
             replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
         except InputError as problem:
@@ -193,11 +196,15 @@ class FolderRun:
     @idist.one_rank_only()
     def _summary(self) -> None:
         rows = [row for row in map(self._result, self.cases) if row is not None]
+        spared = Counter(", ".join(row.pop("to_fit_memory", [])) for row in rows)
         if rows:
             write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
         print(
             f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
         )
+        for how, count in sorted(spared.items()):
+            if how:
+                print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")
         if self.failures:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))

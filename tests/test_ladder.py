@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,13 @@ from regpipe.bundles import write_bundle
 from regpipe.casemetrics import read_rows
 from regpipe.engines import RegistrationInferer, ZeroInferer
 from regpipe.errors import InputError, explain, out_of_memory
-from regpipe.images import Grid
+from regpipe.images import Grid, read_label
 from regpipe.ladder import FittingInferer, HalfPrecision, Tiled
+from regpipe.loading import LoadPair
 from regpipe.losses import RegistrationLoss
+from regpipe.metrics import shared_labels
 from regpipe.network import SymmetricNet
+from regpipe.pairs import list_pairs
 from regpipe.refine import make_refiner, refinement_loss, zero_refiner
 
 ALLOCATION = (
@@ -145,6 +149,7 @@ def test_the_rungs_are_taken_in_order_until_it_fits_and_each_is_said(
     assert len(caplog.records) == len(told)
     for record, words in zip(caplog.records, told, strict=True):
         assert record.levelno == logging.WARNING and words in record.message and "grid 96x80" in record.message
+    assert [words in step for words, step in zip(told, found["to_fit_memory"], strict=True)] == [True] * len(told)
     assert asked.refiner is not None and asked.refiner.finest == 1  # what was asked for is as it was
 
 
@@ -162,6 +167,55 @@ def test_where_nothing_fits_the_error_says_what_to_do(
     short(10)
     with pytest.raises(InputError, match="grid of 96x80 needs .* GiB at least, .* free: .*--memory_gib"):
         FittingInferer(asked)(smooth_pair(SHAPE), network)
+
+
+def test_memory_that_is_short_for_a_while_is_spared_for_that_while(
+    asked: RegistrationInferer,
+    network: SymmetricNet,
+    short: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(ladder, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(memory, "held", lambda: 7)
+    short(100)
+    fitting, pair, taken = FittingInferer(asked), smooth_pair(SHAPE), []
+    for free in (1000, 80, 80, 1000):
+        monkeypatch.setattr(memory, "free", lambda *_, free=free: free)
+        taken.append(fitting(pair, network)["to_fit_memory"])
+    assert taken == [[], ["refinement at images every 2 voxels"], ["refinement at images every 2 voxels"], []]
+    assert len(caplog.records) == 1  # not once a case
+    monkeypatch.setattr(memory, "held", lambda: 27)
+    monkeypatch.setattr(memory, "free", lambda *_: 80)  # and 20 that the cases before left behind
+    assert fitting(pair, network)["to_fit_memory"] == []
+
+
+def test_what_was_given_up_stands_in_the_cases_files_and_in_the_summary(
+    tmp_path: Path,
+    cohort: Path,
+    monai_bundle: Command,
+    short: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ladder, "require_for_files", lambda *_, **__: None)
+    monkeypatch.setattr("regpipe.inference.require_for_files", lambda *_, **__: None)
+    monkeypatch.setattr(memory, "inference", lambda _, network, *__, **___: 20 if isinstance(network, Tiled) else 80)
+    monkeypatch.setattr(ladder, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(ladder, "TILES", (17,))
+    bundle = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)), backbone="plain")
+    for room, steps in ((50, ["the network on tiles of 17 voxels"]), (100, None)):
+        short(room)
+        out = tmp_path / str(room)
+        infer(monai_bundle, bundle, cohort, out, "--formats", "[itk]")
+        kept = json.loads((out / "case_000" / "metrics.json").read_text())
+        settings = json.loads((out / "case_000" / "transform.json").read_text())["settings"]
+        assert kept.get("to_fit_memory") == settings.get("to_fit_memory") == steps
+        told = "5 of them not as asked for, to fit into memory: the network on tiles of 17 voxels"
+        assert (told in capsys.readouterr().out) == (steps is not None)
+        assert len(read_rows(out / "metrics.csv")) == 5  # numbers only
+    infer(monai_bundle, bundle, cohort, tmp_path / "50", "--formats", "[itk]")
+    assert "5 of 5 cases are finished already" in capsys.readouterr().out  # they are not done anew for that
 
 
 def test_from_zero_the_images_get_coarser_twice(
@@ -210,9 +264,36 @@ def test_training_that_fits_with_checkpointing_takes_it_and_says_so(
     network.checkpointing = False
     for room, taken in ((plain, False), ((plain + spared) // 2, True)):
         monkeypatch.setattr(memory, "room", lambda *_, room=room: room)
-        ladder.require_memory(*given)
+        assert ladder.require_memory(*given) == ["checkpointing"] * taken
         assert network.checkpointing is taken
     assert "--checkpointing true" in caplog.text
+
+
+def test_a_cache_that_would_not_fit_beside_training_is_left_out_and_one_on_disk_is_not_counted(
+    tmp_path: Path, cohort: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, grid = list_pairs(str(cohort)), Grid((512, 512), (0.1, 0.1))
+    given = (RegistrationInferer(), SymmetricNet(2, "plain"), RegistrationLoss({"mse": 1.0}), grid.shape)
+    needed, kept = memory.training(*given), 10 * 12 * 512 * 512  # five pairs of two images
+    for room, told, taken in (
+        (needed + kept, {}, []),
+        (needed + kept - 1, {}, ["no cache"]),
+        (needed + kept - 1, {"cache_dir": str(tmp_path)}, []),
+        (needed + kept - 1, {"cache": False}, []),
+    ):
+        monkeypatch.setattr(memory, "room", lambda *_, room=room: room)
+        load = LoadPair(grid, **told)
+        assert ladder.require_memory(*given, load=load, cases=cases) == taken
+        assert (load.cache is None) == bool(taken or "cache" in told)
+    assert "--cache false" in caplog.text
+
+
+def test_the_structures_that_a_loss_will_find_are_those_of_the_first_labelled_pair(cohort: Path) -> None:
+    cases = list_pairs(str(cohort))
+    bare = {key: value for key, value in cases[0].items() if "label" not in key}
+    truth = shared_labels(*(read_label(cases[1][f"{side}_label"])[0].array for side in ("fixed", "moving")))
+    assert list(ladder._labels_of_one([bare, cases[1]], None)) == truth and len(truth) > 1
+    assert ladder._labels_of_one([bare], None) == ()
 
 
 # ---------------------------------------------------------------------------------------- out of memory
