@@ -1,6 +1,6 @@
 """Time and peak memory over the size of a volume, over the pairs of a folder, over the subjects trained on.
 
-    python tests/benchmarks/cost_curves.py [volume pairs subjects] [-o docs/results]
+    python tests/benchmarks/cost_curves.py [volume pairs subjects kept kept_on_disk] [-o docs/results]
 
 Each point is a command of its own, started and measured from outside: whole processes, imports included (some 5 s).
 This program imports nothing large, because a process's peak counts that of the one which started it.
@@ -59,7 +59,7 @@ def pairs(count: int, aside: Path) -> dict[str, float]:
 
 
 def subjects(count: int, aside: Path) -> dict[str, float]:
-    """Alexnet: two epochs of 50 steps on so many 2D phantoms, kept in memory, and the validation of 20 pairs."""
+    """Alexnet: two epochs of up to 50 steps on so many 2D phantoms, kept in memory, and the validation of 20 pairs."""
     measured([REGPIPE, "phantom", "in", "--pairs", str(count), "--shape", "96,96"], aside)
     bundle = shutil.copytree(HERE.parents[1] / "bundles" / "symreg_alexnet", aside / "bundle")
     settings = ["--dataset_dir", "../in", "--max_epochs", "2", "--pairs_per_epoch", "50", "--val_interval", "2"]
@@ -67,10 +67,33 @@ def subjects(count: int, aside: Path) -> dict[str, float]:
     return measured([sys.executable, *command], bundle)
 
 
+LOADED_TWICE = """
+import sys
+from regpipe import LoadPair, list_pairs
+from regpipe.images import Grid
+cases, load = list_pairs("in"), LoadPair(Grid((128, 128), (1.0, 1.0)), **eval(sys.argv[1]))
+for case in 2 * cases:
+    load(case)
+"""
+
+
+def kept(count: int, aside: Path, how: str = "dict(cache=True)") -> dict[str, float]:
+    """So many pairs of 2D phantoms loaded twice, without any training, and kept in memory."""
+    measured([REGPIPE, "phantom", "in", "--pairs", str(count), "--shape", "128,128"], aside)
+    return measured([sys.executable, "-c", LOADED_TWICE, how], aside)
+
+
+def kept_on_disk(count: int, aside: Path) -> dict[str, float]:
+    """The same, kept on disk only."""
+    return kept(count, aside, "dict(cache=False, cache_dir='kept')")
+
+
 CURVES: dict[str, tuple[Callable[[int, Path], dict[str, float]], tuple[int, ...]]] = {
     "volume": (volume, (48, 64, 96, 128, 160, 192, 256)),
     "pairs": (pairs, (10, 100, 1000)),
     "subjects": (subjects, (25, 100, 400)),
+    "kept": (kept, (25, 100, 400)),
+    "kept_on_disk": (kept_on_disk, (25, 100, 400)),
 }
 
 
