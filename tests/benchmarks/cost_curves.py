@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 COLUMNS = ("curve", "size", "seconds", "cpu_seconds", "peak_gib")
@@ -97,6 +98,36 @@ CURVES: dict[str, tuple[Callable[[int, Path], dict[str, float]], tuple[int, ...]
 }
 
 
+UNITS = {"volume": "voxels", "pairs": "pairs of a folder"}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Processor seconds and peak memory over the size, a column for each unit."""
+    import matplotlib  # here: see the module's docstring
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ["voxels", "pairs of a folder", "training pairs"]
+    figure, axes = plt.subplots(2, len(names), figsize=(9, 5), sharex="col")
+    for name in dict.fromkeys(row["curve"] for row in rows):
+        points = [row for row in rows if row["curve"] == name]
+        sizes = [int(row["size"]) ** (3 if name == "volume" else 1) for row in points]
+        column = axes[:, names.index(UNITS.get(name, names[-1]))]
+        for place, key in zip(column, ("cpu_seconds", "peak_gib"), strict=True):
+            place.plot(sizes, [float(row[key]) for row in points], "o-", label=name.replace("_", " "))
+    for place, name in zip(axes[1], names, strict=True):
+        place.set_xlabel(name)
+    axes[0, 0].set_ylabel("processor seconds")
+    axes[1, 0].set_ylabel("peak, GiB")
+    for place in axes.flat:
+        place.set_ylim(0, 1.15 * place.dataLim.y1)
+    for place in axes[:, -1]:
+        place.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", nargs="*", default=list(CURVES), help=", ".join(CURVES))
@@ -117,6 +148,7 @@ def main() -> None:
                 writer = csv.DictWriter(stream, COLUMNS)
                 writer.writeheader()
                 writer.writerows(kept)
+    plot(kept, options.out / "cost_curves.svg")
 
 
 if __name__ == "__main__":
