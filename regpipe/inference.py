@@ -17,7 +17,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from tqdm import tqdm
 
-from regpipe import distributed, exports, images
+from regpipe import distributed, exports, images, memory
 from regpipe.casefiles import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
@@ -67,7 +67,7 @@ class FolderRun:
             formats = [name.strip() for name in formats.split(",") if name.strip()]
         dim = 3 if load.grid is None else len(load.grid.shape)  # of a folder of any pairs each case says
         exports.check_formats([name for name in formats if name != DENSE], dim)
-        self.memory_gib = memory_gib
+        self.memory_gib, self._held = memory_gib, memory.held()
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
         self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
@@ -111,12 +111,16 @@ class FolderRun:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
                 if problem:
                     raise InputError(problem[case["case"]])
-                require_for_files(case["fixed_image"], case["moving_image"], memory_gib=self.memory_gib)
+                self._require_memory(case)
                 batch = collate_pairs([self.dataset[i]])
             except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
                 self._fail(case["case"], cause(error) or _told(case["case"], "loaded", error))
                 continue
             yield batch
+
+    def _require_memory(self, case: Case) -> None:
+        reusable = memory.held_since(self._held)
+        require_for_files(case["fixed_image"], case["moving_image"], memory_gib=self.memory_gib, reusable=reusable)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)

@@ -77,8 +77,8 @@ class FittingInferer(Inferer):
 
     def _room(self, device: torch.device) -> int:
         """This process's share, or what is free where that is less; what earlier pairs left behind is used again."""
-        left = memory.held() - self._held if device.type == "cpu" else 0
-        return min(self._share, memory.free(device) + max(0, left))
+        left = memory.held_since(self._held) if device.type == "cpu" else 0
+        return min(self._share, memory.free(device) + left)
 
     def _steps(self, shape: tuple[int, ...], network: Any, device: torch.device) -> list[Step]:
         """The rungs to take on a grid; none where what they need cannot be told."""
@@ -215,10 +215,13 @@ def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, .
     return tuple(shared_labels(*(images.read_label(file, landmark_channels=channels)[0].array for file in both)))
 
 
-def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = None) -> None:
-    """Raises ``InputError`` where there is no memory for writing what registering these two images gives."""
+def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = None, reusable: int = 0) -> None:
+    """Raises ``InputError`` where there is no memory for writing what registering these two images gives.
+
+    ``reusable``: bytes that this process holds of earlier pairs.
+    """
     shape = max((images.header(path)[0] for path in (fixed, moving)), key=math.prod)
-    needed, room = memory.native(shape), memory.room(memory_gib)
+    needed, room = memory.native(shape), memory.room(memory_gib) + reusable
     if needed > room:
         raise InputError(
             f"{fixed}: writing files on {_grid(shape)} voxels needs {needed / GIB:.2f} GiB, {room / GIB:.2f} GiB are "

@@ -258,6 +258,11 @@ def held() -> int:
         return 0
 
 
+def held_since(before: int) -> int:
+    """How much more that is than ``before``: freed by the tasks since then, kept by the C library, used again."""
+    return max(0, held() - before)
+
+
 def free(device: str | torch.device = "cpu") -> int:
     """Bytes that may still be taken: of the GPU, or of the machine and what a container or job is limited to."""
     device = torch.device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -194,8 +195,9 @@ def test_what_was_given_up_stands_in_the_cases_files_and_in_the_summary(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ladder, "require_for_files", lambda *_, **__: None)
-    monkeypatch.setattr("regpipe.inference.require_for_files", lambda *_, **__: None)
+    reusable: list[int] = []
+    monkeypatch.setattr("regpipe.inference.require_for_files", lambda *_, **told: reusable.append(told["reusable"]))
+    monkeypatch.setattr(memory, "held", itertools.count(0, 10).__next__)  # a process that keeps what it is given
     monkeypatch.setattr(memory, "inference", lambda _, network, *__, **___: 20 if isinstance(network, Tiled) else 80)
     monkeypatch.setattr(ladder, "has_bfloat16", lambda _: False)
     monkeypatch.setattr(ladder, "TILES", (17,))
@@ -210,6 +212,7 @@ def test_what_was_given_up_stands_in_the_cases_files_and_in_the_summary(
         told = "5 of them not as asked for, to fit into memory: the network on tiles of 17 voxels"
         assert (told in capsys.readouterr().out) == (steps is not None)
         assert len(read_rows(out / "metrics.csv")) == 5  # numbers only
+    assert len(reusable) == 10 and min(reusable) > 0
     infer(monai_bundle, bundle, cohort, tmp_path / "50", "--formats", "[itk]")
     assert "5 of 5 cases are finished already" in capsys.readouterr().out  # they are not done anew for that
 
@@ -233,6 +236,7 @@ def test_files_that_do_not_fit_are_refused_by_the_images_name(monkeypatch: pytes
     image = str(cohort / "fixed_images" / "case_000.nii.gz")
     ladder.require_for_files(image, image)
     monkeypatch.setattr(memory, "free", lambda *_: 1000)
+    ladder.require_for_files(image, image, reusable=memory.native((32, 32)) - 1000)
     with pytest.raises(InputError, match="case_000.nii.gz: writing files on 32x32 voxels needs"):
         ladder.require_for_files(image, image)
 
