@@ -88,7 +88,11 @@ def register(
     ] = None,
     memory_gib: Annotated[
         float | None,
-        typer.Option(help="What this process may take; default: what is free. Where it is too little, see below."),
+        typer.Option(
+            "--memory-gib",
+            "--memory_gib",  # as a bundle spells it, and messages
+            help="What this process may take; default: what is free. Where it is too little, see below.",
+        ),
     ] = None,
     pairing: Annotated[
         str | None,

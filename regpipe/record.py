@@ -25,15 +25,17 @@ DATA = (
     "affine",
     "affine_from",
     "space",
+    "to_fit_memory",
 )
 # what older records do not say
 LATER: dict[str, Any] = {"mask_rims": False, "cascades": 1, "affine": "centre", "affine_from": "images", "space": None}
+LATER |= {"to_fit_memory": []}  # nor do bundles of before it
 
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     """Keep the choices ``DATA`` and the images of the training pairs beside the model."""
     root = str(Path(str(data["dataset_dir"])).expanduser().resolve())
-    about = {**{key: data[key] for key in DATA}, "dataset_dir": root}
+    about = {**{key: {**LATER, **data}[key] for key in DATA}, "dataset_dir": root}
     text = json.dumps({**about, "training_images": _images(cases)}, indent=1)
     replace_file(Path(ckpt_dir) / NAME, text.encode())
 
