@@ -20,14 +20,13 @@ import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from regpipe.errors import ENDED_TOGETHER, InputError
-from regpipe.pairs import Case
-from regpipe.sampling import checked_share, draw, supervised
+from regpipe.sampling import checked_share, draw
 
 T = TypeVar("T")
 
@@ -150,20 +149,20 @@ class EpochSampler(DistributedSampler):
     not be equally long.
 
     Args:
-        pairs: what is drawn from.
+        known: which of the pairs are supervised, see ``regpipe.sampling.supervised``.
         size: pairs an epoch, all processes together.
         seed: the run's.
         share: of them supervised, see ``regpipe.sampling.draw``.
     """
 
-    def __init__(self, pairs: Sequence[Case], size: int, *, seed: int, share: float | None = None) -> None:
-        super().__init__(cast("Dataset[Case]", pairs), idist.get_world_size(), idist.get_rank(), seed=seed)
-        self.size, self.supervised, self.share = size, supervised(pairs), checked_share(share)
+    def __init__(self, known: Tensor, size: int, *, seed: int, share: float | None = None) -> None:
+        super().__init__(cast("Dataset[Tensor]", known), idist.get_world_size(), idist.get_rank(), seed=seed)
+        self.size, self.known, self.share = size, known, checked_share(share)
         self.num_samples = -(-size // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = draw(self.supervised, self.size, self.share, generator)
+        drawn = draw(self.known, self.size, self.share, generator)
         places = torch.arange(self.num_samples) * self.num_replicas + self.rank
         return iter(drawn[places % len(drawn)].tolist())
 

@@ -76,7 +76,9 @@ class FittingInferer(Inferer):
         return {**inferer(inputs, network, *args, **kwargs), "to_fit_memory": [step.told for step in steps]}
 
     def _room(self, device: torch.device) -> int:
-        """This process's share, or what is free where that is less; what earlier pairs left behind is used again."""
+        """What was asked for; else the share, or what is free where less, with what earlier pairs left behind."""
+        if self.memory_gib is not None:
+            return self._share
         left = memory.held_since(self._held) if device.type == "cpu" else 0
         return min(self._share, memory.free(device) + left)
 

@@ -25,7 +25,8 @@ from regpipe.errors import InputError, one_line_errors, out_of_memory
 from regpipe.images import Grid, save_grid
 from regpipe.ladder import LESS_MEMORY
 from regpipe.options import refuse_unknown
-from regpipe.pairs import Case
+from regpipe.pairs import SIDES, Case
+from regpipe.sampling import needed
 
 log = logging.getLogger(__name__)
 
@@ -276,13 +277,13 @@ def check_supervision(
     """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs."""
     if weights.get("known_field") and augment:
         raise InputError("loss term known_field: a true displacement no longer holds with --augment; give one of them")
-    needs = {"dice": "fixed_label", "anatomy": "fixed_label", "landmarks": "fixed_landmarks"}
-    needs["known_field"] = "displacement"
-    if landmark_channels is not None:
-        needs["landmarks"] = "fixed_label"
-    for term, key in needs.items():
-        both = (key, key.replace("fixed_", "moving_"))
-        if weights.get(term) and not any(all(k in case for k in both) for case in cases):
+    kinds = needed(weights, landmark_channels=landmark_channels)
+    needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}
+    if weights.get("known_field"):
+        needs["known_field"] = ["displacement"]
+    for term, keys in needs.items():
+        if not any(all(key in case for key in keys) for case in cases):
+            key = keys[0]
             raise InputError(f"loss term {term}: no training pair has {key}; leave the term out, or add the files")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,24 +17,31 @@ class PairSampler(Sampler[int]):
     """A random part of the pairs each epoch, without repetition while there are enough, see ``draw``.
 
     Args:
-        pairs: what is drawn from.
+        known: which of the pairs are supervised, see ``supervised``.
         num_samples: how many an epoch.
         share: of them supervised, where only some pairs are; None: as they come.
     """
 
-    def __init__(self, pairs: Sequence[Case], num_samples: int, *, share: float | None = None) -> None:
-        self.supervised, self.num_samples, self.share = supervised(pairs), num_samples, checked_share(share)
+    def __init__(self, known: Tensor, num_samples: int, *, share: float | None = None) -> None:
+        self.known, self.num_samples, self.share = known, num_samples, checked_share(share)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        return iter(draw(self.supervised, self.num_samples, self.share).tolist())
+        return iter(draw(self.known, self.num_samples, self.share).tolist())
 
 
-def supervised(pairs: Sequence[Case]) -> Tensor:
-    """(N,) bool: which pairs have labels, or landmarks, of both images."""
-    kinds = ("label", "landmarks")
+def needed(weights: Mapping[str, float], *, landmark_channels: int | None) -> dict[str, str]:
+    """The terms of a loss that need labels or landmarks -> which of the two files holds them."""
+    points = "landmarks" if landmark_channels is None else "label"
+    files = {"dice": "label", "anatomy": "label", "landmarks": points}
+    return {term: kind for term, kind in files.items() if weights.get(term)}
+
+
+def supervised(pairs: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None = None) -> Tensor:
+    """(N,) bool: which pairs have, of both images, what a term of the loss needs."""
+    kinds = set(needed(weights, landmark_channels=landmark_channels).values())
     return torch.tensor([any(all(f"{side}_{kind}" in pair for side in SIDES) for kind in kinds) for pair in pairs])
 
 
@@ -48,7 +56,8 @@ def draw(known: Tensor, size: int, share: float | None, generator: torch.Generat
     counts = [size]
     if share is not None and 0 < int(known.sum()) < len(known):
         kinds = [known.nonzero()[:, 0], (~known).nonzero()[:, 0]]
-        counts = [round(share * size), size - round(share * size)]
+        first = math.ceil(share * size)
+        counts = [first, size - first]
     drawn = [_in_turn(kind, count, generator) for kind, count in zip(kinds, counts, strict=True)]
     return _in_turn(torch.cat(drawn), size, generator)
 

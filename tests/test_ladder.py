@@ -319,3 +319,10 @@ def test_files_that_cannot_be_carried_for_lack_of_memory_are_named_and_the_other
     written = carrying.apply("case", paths, tmp_path / "out", problems=problems)
     assert written == [tmp_path / "out" / "small.nii"]
     assert problems == {str(paths[0]): f"{paths[0]}: {carrying.NO_MEMORY}"}
+
+
+def test_more_memory_than_there_is_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free", lambda *_: memory.GIB)
+    asked = FittingInferer(RegistrationInferer(), memory_gib=1000)
+    assert asked._room(torch.device("cpu")) > 900 * memory.GIB
+    assert FittingInferer(RegistrationInferer())._room(torch.device("cpu")) <= memory.GIB

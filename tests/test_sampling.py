@@ -14,7 +14,12 @@ LABELLED = {"fixed_label": "a", "moving_label": "b"}
 def test_pairs_with_labels_or_landmarks_of_both_images_are_supervised() -> None:
     points = {"fixed_landmarks": "a", "moving_landmarks": "b"}
     pairs = [LABELLED, points, {"fixed_label": "a"}, {"fixed_label": "a", "moving_landmarks": "b"}, {}]
-    assert supervised(pairs).tolist() == [True, True, False, False, False]
+    every = {"dice": 1.0, "landmarks": 0.1, "lncc": 1.0}
+    assert supervised(pairs, every).tolist() == [True, True, False, False, False]
+    assert supervised(pairs, {"anatomy": 1.0}).tolist() == [True, False, False, False, False]
+    assert supervised(pairs, {"landmarks": 1.0}).tolist() == [False, True, False, False, False]
+    assert supervised(pairs, {"landmarks": 1.0}, landmark_channels=1).tolist() == [True, False, False, False, False]
+    assert not supervised(pairs, {"lncc": 1.0, "dice": 0.0}).any()  # labels that the loss does not see change nothing
 
 
 def test_a_cohort_of_one_kind_is_drawn_without_repetition() -> None:
@@ -43,8 +48,12 @@ def test_a_share_of_nothing_or_all_is_kept(share: float, count: int) -> None:
     assert int(known[draw(known, 10, share)].sum()) == count
 
 
+def test_an_epoch_of_one_pair_sees_a_supervised_one() -> None:
+    assert draw(torch.arange(30) < 2, 1, 0.5).item() in (0, 1)
+
+
 def test_the_same_seed_draws_the_same_and_an_epoch_longer_than_the_cohort_goes_round() -> None:
-    sampler = PairSampler([LABELLED, {}, {}], 7, share=0.5)
+    sampler = PairSampler(torch.tensor([True, False, False]), 7, share=0.5)
     torch.manual_seed(4)
     first, second = list(sampler), list(sampler)
     torch.manual_seed(4)
@@ -53,4 +62,4 @@ def test_the_same_seed_draws_the_same_and_an_epoch_longer_than_the_cohort_goes_r
 
 def test_a_share_beyond_1_is_refused() -> None:
     with pytest.raises(InputError, match="supervised_share is 2"):
-        PairSampler([{}], 1, share=2)
+        PairSampler(torch.tensor([True]), 1, share=2)
