@@ -107,7 +107,7 @@ def _read_both(path: Path) -> None:
 
 def kinds() -> dict[str, Kind]:
     """Every format by its name; paths in them are relative to the folder that ``prepare`` makes."""
-    entries = [{"fixed_image": "a.nii", "moving_image": f"{name}.nii", "case": f"c{name}"} for name in "bc"]
+    entries = [{"fixed_image": "set/a.nii", "moving_image": f"set/{name}.nii", "case": f"c{name}"} for name in "bc"]
     datalist = {"training": [{**entries[0], "fixed_landmarks": "p.csv"}], "validation": entries[1:]}
     markups = {"markups": [{"type": "Fiducial", "coordinateSystem": "RAS", "controlPoints": []}]}
     markups["markups"][0]["controlPoints"] = [{"label": "F", "position": [1, 2.5, -3], "positionStatus": "defined"}]
@@ -127,9 +127,9 @@ def kinds() -> dict[str, Kind]:
     return {
         "datalist": Kind("list.json", (json.dumps(datalist).encode(),), (b"test", b"moving_mask", b"p.csv"), _list_all),
         "groups": Kind(
-            "groups.csv", (b"case,group\na,1\nb,2\nc,3\nd,4\ne,4\nf,4\n",), (b"case", b"group"), _list_groups
+            "set/groups.csv", (b"case,group\na,1\nb,2\nc,3\nd,4\ne,4\nf,4\n",), (b"case", b"group"), _list_groups
         ),
-        "landmarks": Kind("p.csv", (table, b"x,y\n1,2\n3,4\n"), (b"x", b"y", b"z"), read_landmarks),
+        "landmarks": Kind("m.csv", (table, b"x,y\n1,2\n3,4\n"), (b"x", b"y", b"z"), read_landmarks),
         "points": Kind("q.csv", (table, b"x,y\n1,2\n3,4\n"), (b"x", b"y", b"z"), _move),
         "fcsv": Kind("q.fcsv", (fcsv.encode(),), (b"# ", b"RAS", b"columns = ", b"x,y,z"), _move),
         "markups": Kind("q.mrk.json", (json.dumps(markups).encode(),), (b"ROI", b"LPS", b"position"), _move),
@@ -158,10 +158,11 @@ def _list_groups(path: Path) -> None:
 
 def prepare(folder: Path) -> Path:
     """The files that the whole ones name: images, landmarks, a transform of which only the hash is looked at."""
-    (folder / "models").mkdir(parents=True, exist_ok=True)
+    for name in ("models", "set"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "t.h5").write_bytes(TRANSFORM)
     for name in "abcdef":
-        (folder / f"{name}.nii").write_bytes(_nifti((4, 5), "u1"))
+        (folder / "set" / f"{name}.nii").write_bytes(_nifti((4, 5), "u1"))
     (folder / "p.csv").write_text("x,y\n1,2\n")
     return folder
 
@@ -229,13 +230,11 @@ def fuzz(
     counts: collections.Counter[str] = collections.Counter()
     examples: dict[str, int] = {}
     path = folder / kind.file
-    whole = path.read_bytes() if path.is_file() else None  # the landmarks that the datalist names
     for k in range(first, first + inputs):
         outcome = attempt(kind, path, made(name, kind, k))
         counts[outcome] += 1
         if outcome not in ("read", "refused"):
             examples.setdefault(outcome, k)
-    path.unlink() if whole is None else path.write_bytes(whole)
     return counts, examples
 
 
