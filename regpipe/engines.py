@@ -197,5 +197,7 @@ def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
         unlike = next((name for name in {**wanted, **held} if held.get(name) != wanted.get(name)), None)
         if unlike is not None:
             shapes = f"{held.get(unlike, 'missing')} where the bundle's network has {wanted.get(unlike, 'none')}"
-            raise InputError(f"{path}: another network's weights ('{unlike}' is {shapes}); give the bundle its own model")
+            raise InputError(
+                f"{path}: another network's weights ('{unlike}' is {shapes}); give the bundle its own model"
+            )
     return str(path)

@@ -120,7 +120,7 @@ def _require_bytes(path: Path, image: Any) -> None:
     """Refuse a header that promises more voxels than its file can hold, before memory is asked for them."""
     file = Path(image.file_map["image"].filename)
     unpacked = file.stat().st_size * (DEFLATE if file.name.lower().endswith(".gz") else 1)
-    if math.prod(image.shape) * image.get_data_dtype().itemsize > unpacked:
+    if image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize > unpacked:
         raise InputError(f"{path}: truncated: its header says {image.shape}, the file holds less; export it again")
 
 
