@@ -225,7 +225,16 @@ def _from_one_folder(root: Path, cut: Cut, pairing: str, problems: dict[str, str
         pairs = [(names[0], n) for n in frames]
     else:
         pairs = list(itertools.permutations(cut.draw(names, _groups(root, names), 2), 2))
-    return [_case(f"{m}_to_{f}", subjects[f], subjects[m]) for f, m in pairs]
+    cases = [_case(f"{m}_to_{f}", subjects[f], subjects[m]) for f, m in pairs]
+    twice = _twice(cases)
+    if twice:  # a_to_b onto c, and a onto b_to_c
+        raise InputError(f"{root}: two pairs are named {twice}; rename images, so that no name holds _to_")
+    return cases
+
+
+def _twice(cases: Iterable[Case]) -> str | None:
+    """A name that several cases have."""
+    return next((name for name, n in collections.Counter(c["case"] for c in cases).items() if n > 1), None)
 
 
 def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
@@ -240,9 +249,9 @@ def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> lis
     cases = {c["case"]: c for c in training + validation}
     if not (cases or problems):
         raise InputError(f"{file}: has no case under training, validation or test; add some")
-    names = collections.Counter(c["case"] for c in training + validation)
-    if len(cases) < names.total():
-        raise InputError(f"{file}: has two cases named {max(names, key=names.__getitem__)}; give each its own 'case'")
+    twice = _twice(training + validation)
+    if twice:
+        raise InputError(f"{file}: has two cases named {twice}; give each its own 'case'")
     if validation and cut.split != "all":
         return training if cut.split == "training" else validation
     return [cases[n] for n in cut.draw(list(cases), {n: n for n in cases})]
@@ -277,7 +286,7 @@ def _entry(entry: Mapping[str, str], file: Path) -> Case:
             if not _is_there(case[key]):
                 raise InputError(f"{case[key][-300:]}: no such file, but {file.name} lists it as {key}")
         elif kind == "image":
-            raise InputError(f"{file}: a case without {key}: {json.dumps(entry)[:120]}")
+            raise InputError(f"{file}: a case without {key}: {json.dumps(entry)[:120]}; add it")
     fixed, moving = (images.stem(case[f"{side}_image"]) for side in SIDES)
     name = fixed if fixed == moving else f"{moving}_to_{fixed}"
     given = entry.get("case", name)

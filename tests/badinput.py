@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
+import pytest
+from conftest import as_if_in_its_own_process
 from PIL import Image as Picture
+
+from regpipe import cli
+from regpipe.errors import printable
 
 Content = bytes | Callable[[Path], None]
 SIZE = (24, 24)
@@ -75,6 +84,16 @@ def damaged(packed: bytes) -> bytes:
 
 def rgb() -> np.ndarray:
     return np.zeros(SIZE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+
+
+def twice(path: Path) -> None:
+    path.write_bytes(RAW)
+    path.with_suffix(".mha").touch()
+
+
+def unreadable(path: Path) -> None:
+    path.write_bytes(RAW)
+    path.chmod(0)
 
 
 RAW = nifti(blob())
@@ -157,19 +176,14 @@ FILES: dict[str, tuple[str, Content, str]] = {
     "a loop of links": (PLAIN, lambda path: path.symlink_to(path.name), "no such file"),
     "a link to nothing": (PLAIN, lambda path: path.symlink_to("gone.nii"), "no such file"),
     "a pipe": (PLAIN, os.mkfifo, "a pipe or a device"),
-    "two files of one stem": (
-        PLAIN,
-        lambda path: [path.write_bytes(RAW), path.with_suffix(".mha").touch()],
-        "same stem",
-    ),
+    "two files of one stem": (PLAIN, twice, "same stem"),
     "labels of nobody": (LABEL, nifti(ONES), "no image of this stem"),
     "no partner": (PLAIN, RAW, "no partner in fixed_images"),
     "a name in two\nlines": (PLAIN, RAW, "not printable"),
     os.fsdecode(b"a name of no encoding \xff"): (PLAIN, RAW, "not printable"),
 }
 if os.geteuid():  # root reads all
-    FILES["an unreadable file"] = (PLAIN, lambda path: [path.write_bytes(RAW), path.chmod(0)], "Permission denied")  # type: ignore[dict-item]
-
+    FILES["an unreadable file"] = (PLAIN, unreadable, "Permission denied")
 
 ALONE = ("labels of nobody", "no partner")
 
@@ -193,3 +207,39 @@ def write_folder(root: Path) -> Path:
 def put(path: Path, content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
+
+
+# what a command says of them
+
+REMEDY = re.compile(  # what to do, or what it should be
+    ";|choose|give|one of|no such file|no trained model|known are|wanted|cannot be|make them|missing|needs|is it an"
+)
+
+
+class Told(NamedTuple):
+    """What a command said: exit status, its JSON, and the lines about errors on stderr."""
+
+    status: int
+    result: dict[str, Any]
+    error: str
+    lines: list[str]
+
+
+def regpipe(*arguments: object) -> Told:
+    """``regpipe --json ARGUMENTS`` in this process; a traceback fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, as_if_in_its_own_process():
+        patch.setattr("sys.argv", ["regpipe", "--json", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            cli.main()
+    said = err.getvalue()
+    assert "Traceback" not in said and "should not happen" not in said, said
+    about = json.loads(out.getvalue())
+    lines = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+    return Told(int(end.value.code or 0), about["result"], about["error"] or "", lines)
+
+
+def is_one_line(line: str, *words: str) -> None:
+    assert line == printable(line) and len(line) < 1000 and REMEDY.search(line), line
+    for word in words:
+        assert word in line, line

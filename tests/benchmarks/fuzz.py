@@ -42,9 +42,25 @@ SLOW, HANG = 10.0, 60.0  # seconds for one input: of the processor, and by the c
 SHOWN = 3  # failures of a kind that are printed whole
 TRIANGLE = "vertex 1 2 3\nvertex 4.5 -5 6e1\nvertex 7 8 9.25\n"
 TRANSFORM = b"a transform"
-ODD = (b"0", b"-1", b"1e999", b"nan", b"9" * 5000, b"4294967296", b"99999999999", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf")
-ODD += (b"\n", b"\r\n", b",", b'"', b"'", b" ", b"\t", b"[" * 20000, b"{", b"}", b"]", b"null", b"true", b"\\ud800")
-ODD += (b"../../a", b"/", b".", b"#3", b"x" * 300, b"\x7f\xff\xff\xff", b"\xff\xff\xff\xff")
+NUMBERS = (b"0", b"-1", b"1e999", b"nan", b"9" * 5000, b"4294967296", b"99999999999", b"\x7f\xff\xff\xff", b"\xff" * 4)
+SIGNS = (
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b"\r\n",
+    b",",
+    b'"',
+    b"'",
+    b" ",
+    b"\t",
+    b"/",
+    b".",
+    b"#3",
+    b"../../a",
+)
+NESTS = (b"[" * 20000, b"{", b"}", b"]", b"null", b"true", b"\\ud800", b"x" * 300)
+ODD: tuple[bytes, ...] = NUMBERS + SIGNS + NESTS
 
 
 class Kind(NamedTuple):
@@ -109,8 +125,8 @@ def kinds() -> dict[str, Kind]:
     """Every format by its name; paths in them are relative to the folder that ``prepare`` makes."""
     entries = [{"fixed_image": "set/a.nii", "moving_image": f"set/{name}.nii", "case": f"c{name}"} for name in "bc"]
     datalist = {"training": [{**entries[0], "fixed_landmarks": "p.csv"}], "validation": entries[1:]}
-    markups = {"markups": [{"type": "Fiducial", "coordinateSystem": "RAS", "controlPoints": []}]}
-    markups["markups"][0]["controlPoints"] = [{"label": "F", "position": [1, 2.5, -3], "positionStatus": "defined"}]
+    place = {"label": "F", "position": [1, 2.5, -3], "positionStatus": "defined"}
+    markups = {"markups": [{"type": "Fiducial", "coordinateSystem": "RAS", "controlPoints": [place]}]}
     fcsv = "# Markups fiducial file version = 4.10\n# CoordinateSystem = LPS\n# columns = id,x,y,z,label\na,1,2,3,t\n"
     table = b"\xef\xbb\xbfname,x,y,z\na,1,2.5,-3\nb,,,\n"
     facet = f"facet normal 0 0 1\nouter loop\n{TRIANGLE}endloop\nendfacet\n"
@@ -121,7 +137,7 @@ def kinds() -> dict[str, Kind]:
     side = {"shape": [4, 5], "affine": np.eye(3).tolist()}
     case = {"format": "regpipe transform 1", "moving_to_fixed": way, "fixed_to_moving": way}
     case |= {"fixed": side, "moving": side}
-    volumes = (_nifti((4, 5, 6), "u1"), _nifti((4, 5), "f4"), _nifti((3, 4, 1, 2), "i2"))
+    volumes = (_nifti((4, 5, 6), "u1"), _nifti((4, 5), "f4"), _nifti((3, 4, 2, 1), "i2"))
     head = b"ObjectType = Image\nNDims = 2\nDimSize = 9 10\nElementType = MET_UCHAR\nElementSpacing = 1 2\n"
     mha = head + b"ElementDataFile = LOCAL\n" + bytes(i % 7 for i in range(90))
     return {
