@@ -188,15 +188,19 @@ def _with_bundle(
     config = bundle / "configs" / "inference.yaml"
     if not config.is_file():
         raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
-    workflow = ConfigWorkflow(
-        str(config),
-        workflow_type="infer",
-        meta_file=str(bundle / "configs" / "metadata.json"),
-        logging_file=str(bundle / "configs" / "logging.conf"),
-        bundle_root=str(bundle),
-        dataset_dir=str(dataset),
-        output_dir=str(out),
-        **chosen,
-    )
+    try:
+        workflow = ConfigWorkflow(
+            str(config),
+            workflow_type="infer",
+            meta_file=str(bundle / "configs" / "metadata.json"),
+            logging_file=str(bundle / "configs" / "logging.conf"),
+            bundle_root=str(bundle),
+            dataset_dir=str(dataset),
+            output_dir=str(out),
+            **chosen,
+        )
+    except Exception as error:  # nothing is evaluated yet: YAML's, JSON's or logging's error for one of the files
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{config.parent}: not a bundle's configuration ({reason}); copy the bundle anew") from error
     workflow.initialize()
     workflow.run()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from regpipe import boardpages, comparepage, console, images
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import replace_file, require_file
 from regpipe.metrics import HIGHER_IS_BETTER
 from regpipe.options import refuse_unknown_ids
 from regpipe.pairs import list_pairs
@@ -47,7 +48,13 @@ def compare(
         InputError: an unknown backbone or setting; or a run failed.
     """
     out, settings = Path(out).absolute(), dict(settings or {})
-    bundles = {name: _bundle(name, out / name, settings) for name in backbones}  # mistakes show before any training
+    for overlay in overlays:
+        require_file(overlay)
+    with tempfile.TemporaryDirectory() as aside:  # mistakes show before anything is written
+        for name in backbones:
+            known = _bundle(name, out / name, Path(aside) / name) / "configs" / "train.yaml"
+            refuse_unknown_ids(settings, [str(known)])  # MONAI would take a misspelt setting for a new id
+    bundles = {name: _bundle(name, out / name, out / name) for name in backbones}
     results: dict[str, dict[str, Any]] = {}
     for name, folder in bundles.items():
         results[name] = run_bundle(folder, overlays=overlays, settings=settings)
@@ -62,12 +69,9 @@ def compare(
     return page
 
 
-def _bundle(backbone: str, folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The backbone's bundle, written where there is none; MONAI would take a misspelt setting for a new id."""
-    if not (folder / "configs").is_dir():
-        write_bundle(backbone, folder)
-    refuse_unknown_ids(settings, [str(folder / "configs" / "train.yaml")])
-    return folder
+def _bundle(backbone: str, folder: Path, new: Path) -> Path:
+    """The backbone's bundle in ``folder``; where there is none, one that is written to ``new``."""
+    return folder if (folder / "configs").is_dir() else write_bundle(backbone, new)
 
 
 def bundle_in(folder: Path) -> Path:

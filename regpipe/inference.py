@@ -22,7 +22,7 @@ from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.engines import ZeroInferer, prepare_batch
 from regpipe.errors import REMEDIES, InputError, cause, out_of_memory, root
-from regpipe.files import replace_file
+from regpipe.files import parse_json, replace_file
 from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
@@ -83,12 +83,12 @@ class FolderRun:
     def _result(self, name: str) -> dict[str, Any] | None:
         """The row of a finished case."""
         path = self.folder / name / "metrics.json"
-        if not path.is_file():
-            return None
         try:
-            row = json.loads(path.read_text())
+            if not path.is_file():
+                return None
+            row = parse_json(path.read_bytes())
             return row if row.pop("made_from") == self._made_from(self.cases[name]) else None
-        except (ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
+        except (OSError, ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
             return None
 
     def _made_from(self, case: Case) -> dict[str, Any]:
