@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch import nn
 from regpipe import console
 from regpipe.distributed import of_first
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import save_tensors
 from regpipe.losses import RegistrationLoss
 
 
@@ -165,8 +164,5 @@ class BestModel:
     def __call__(self, engine: Engine) -> None:
         if idist.get_rank() == 0 and engine.state.best_metric_epoch == engine.state.epoch:  # type: ignore[attr-defined]
             wrapped: Any = self.network
-            buffer = io.BytesIO()
             state = getattr(wrapped, "module", wrapped).state_dict()  # without DDP's prefix
-            torch.save({name: tensor.cpu() for name, tensor in state.items()}, buffer)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, buffer.getvalue())
+            save_tensors(self.path, {name: tensor.cpu() for name, tensor in state.items()})
