@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS
 import argparse
 import collections
 import csv
+import itertools
 import random
 import signal
 import sys
@@ -267,7 +268,11 @@ def training(root: Path, kills: int, rng: random.Random, epochs: int) -> list[di
 
     def command(name: str) -> Command:
         bundle = write_bundle("alexnet", root / name)
-        told: dict[str, Any] = {"config_file": bundle / "configs/train.yaml", "bundle_root": bundle, "dataset_dir": data}
+        told: dict[str, Any] = {
+            "config_file": bundle / "configs/train.yaml",
+            "bundle_root": bundle,
+            "dataset_dir": data,
+        }
         told |= {"holdout": 2, "pairs_per_epoch": 4, "max_epochs": epochs, "learning_rate": 0.005}
         told |= {"logging_file": bundle / "configs/logging.conf"}
         words = [word for key, value in told.items() for word in (f"--{key}", str(value))]
@@ -276,9 +281,9 @@ def training(root: Path, kills: int, rng: random.Random, epochs: int) -> list[di
     limits = undisturbed(command("trained"), root)
     reference, rows = Trained(root / "trained"), list[dict[str, Any]]()
     print(f"training: {limits[0]:.1f} s, {limits[1]} operations on files, {reference.finished()}", flush=True)
+    number = itertools.count()
     while len(rows) < kills:
-        disturbed = command(f"trained_{len(rows)}")
-        most = min(10, kills - len(rows))
+        disturbed, most = command(f"trained_{next(number)}"), min(10, kills - len(rows))
         rows += disturb(
             "training",
             disturbed,
@@ -306,9 +311,10 @@ def inference(root: Path, kills: int, rng: random.Random, cases: int) -> list[di
     limits = undisturbed(command("registered"), root)
     reference, rows = visible(root / "registered"), list[dict[str, Any]]()
     print(f"inference: {limits[0]:.1f} s, {limits[1]} operations on files, {len(reference)} files", flush=True)
+    number = itertools.count()
     while len(rows) < kills:
-        disturbed = command(f"registered_{len(rows)}")
-        folder, most = Folder(disturbed.folder, reference), min(10, kills - len(rows))
+        disturbed, most = command(f"registered_{next(number)}"), min(10, kills - len(rows))
+        folder = Folder(disturbed.folder, reference)
         rows += disturb("inference", disturbed, rng=rng, limits=limits, most=most, aside=root, look=folder.look)
         folder.end()
         print(f"inference: {len(rows)} kills, and the same to the byte, each case once", flush=True)
