@@ -40,8 +40,8 @@ class NanGuard:
             named = ", ".join(name for name in bad if name != "loss") or "loss"
             raise TrainingDiverged(
                 f"loss term {named} is not finite at iteration {engine.state.iteration}, "
-                f"{_cases(engine)}: lower the learning rate, or look at that case's images; "
-                "the last checkpoint is untouched"
+                f"{_cases(engine)}: look at that case's images, or lower --learning_rate in another --ckpt_dir; "
+                "the last checkpoint and the best model are untouched"
             )
 
 

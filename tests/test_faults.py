@@ -140,6 +140,20 @@ def test_memory_that_is_not_there_ends_a_training_in_a_line(bundle, cohort, undi
     assert_goes_on(bundle, cohort, undisturbed)
 
 
+def test_a_training_that_diverges_names_term_case_and_step_and_keeps_the_last_good_state(
+    bundle, cohort, undisturbed
+) -> None:
+    def blow_up(engine: Any) -> None:
+        if engine.state.iteration == 3:
+            next(engine.network.parameters()).data.mul_(1e30)
+
+    told = broken_off(bundle, cohort, stop=blow_up)
+    assert "loss term lncc, diffusion, divergence is not finite at iteration 4, case case_00" in told
+    assert [path.name for path in runs.saved_states(bundle / "models")] == ["checkpoint_1.pt"]
+    assert all(value.isfinite().all() for value in Trained().load(bundle).model.values())
+    assert_goes_on(bundle, cohort, undisturbed)
+
+
 def test_a_worker_that_dies_ends_a_training_in_a_line(bundle, cohort, undisturbed, monkeypatch) -> None:
     real = RandomAffine.__call__
 
