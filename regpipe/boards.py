@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from regpipe import report
 from regpipe.errors import InputError
 from regpipe.fields import jacobian_determinant
+from regpipe.files import replace_file
 
 MOST_VALUES = 50_000  # in a histogram: more change nothing and take time
 
@@ -44,6 +46,43 @@ class MetricLog:
             if math.isfinite(value):
                 self.writer.add_scalar(name, value, engine.state.epoch)
         self.writer.flush()
+
+
+class Curves:
+    """What a run has told TensorBoard, as a part of its saved state: going on takes back what came after that state.
+
+    So each step is drawn once, however often a kill makes it be done. ``curves.txt`` beside the states names the run's
+    event files; others in the same folder are left alone.
+
+    Args:
+        writer: the run's.
+        folder: where its states are.
+    """
+
+    def __init__(self, writer: SummaryWriter, folder: str) -> None:
+        self.writer, self.names = writer, Path(folder) / "curves.txt"
+        self._files: list[Path] = []
+
+    def state_dict(self) -> dict[str, int]:
+        """Event files, by name, and how many bytes of each there are."""
+        if idist.get_rank() > 0:
+            return {}
+        self.writer.flush()
+        return {file.name: file.stat().st_size for file in self._files if file.exists()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Cut the run's event files to what they were; those of later are deleted."""
+        if idist.get_rank() > 0:
+            return
+        folder, own = Path(self.writer.log_dir), Path(self.writer._get_file_writer().event_writer._file_name)
+        written = self.names.read_text().splitlines() if self.names.exists() else []
+        for name in set(written) - {own.name, *state}:
+            (folder / name).unlink(missing_ok=True)
+        for name, size in state.items():
+            if (folder / name).exists() and (folder / name).stat().st_size > size:
+                os.truncate(folder / name, size)
+        self._files = [*(folder / name for name in state), own]
+        replace_file(self.names, "".join(f"{file.name}\n" for file in self._files).encode())
 
 
 class PictureLog:

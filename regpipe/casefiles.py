@@ -12,6 +12,7 @@ import numpy as np
 from regpipe import exports, homography, report, transforms, views
 from regpipe.boards import case_pictures
 from regpipe.fields import Registration
+from regpipe.files import sweep
 from regpipe.images import PICTURE, Image, read_image, read_label
 from regpipe.loading import LoadPair
 from regpipe.metrics import dice, mean_of, measure, shared_labels
@@ -30,6 +31,7 @@ def clear(folder: Path) -> None:
     for pattern in WRITTEN:
         for path in folder.glob(pattern):
             path.unlink()
+    sweep(folder, *WRITTEN)
 
 
 def save_case(

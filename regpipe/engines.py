@@ -22,7 +22,7 @@ from regpipe.images import Grid, load_grid, make_grid
 from regpipe.network import SymmetricNet, unfold
 from regpipe.refine import Refiner
 from regpipe.repair import repair
-from regpipe.weights import read_state_dict
+from regpipe.weights import check_sound, read_state_dict
 
 
 def prepare_batch(
@@ -160,15 +160,14 @@ def trained_grid(ckpt_dir: str) -> Grid:
 
 def trained_structures(ckpt_dir: str) -> int:
     """How many structures the model in ``ckpt_dir`` tells apart; 0 before training."""
-    path = Path(ckpt_dir) / "model.pt"
-    head = read_state_dict(path).get("anatomy.classes.weight") if path.is_file() else None
+    model = trained_weights(ckpt_dir)
+    head = None if model == "none" else read_state_dict(model).get("anatomy.classes.weight")
     return 0 if head is None else len(head) - 1
 
 
 def trained_weights(ckpt_dir: str) -> str:
     """``pretrained`` for a network that ``model.pt`` will be loaded into: its layout, or ``none`` before training."""
-    path = Path(ckpt_dir) / "model.pt"
-    return str(path) if path.is_file() else "none"
+    return require_model(ckpt_dir) if (Path(ckpt_dir) / "model.pt").is_file() else "none"
 
 
 def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
@@ -186,11 +185,12 @@ def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
     """The path of the trained model, whose tensors are those of ``network`` where one is given.
 
     Raises:
-        InputError: there is none, or it is another network's.
+        InputError: there is none, it is damaged, or it is another network's.
     """
     path = Path(ckpt_dir) / "model.pt"
     if not path.is_file():
         raise InputError(f"{path}: no trained model; run training first, or give --ckpt_dir")
+    check_sound(path)
     if network is not None:
         plain = getattr(network, "module", network)  # without DDP's wrapper
         held, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (read_state_dict(path), plain.state_dict()))

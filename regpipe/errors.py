@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterator
 from types import TracebackType
@@ -80,6 +82,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SYSTEM = dict.fromkeys(FULL, "free some space, or write to another disk")
+SYSTEM |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "ask for the right to it, or take another folder")
+
+
 def explain(error: BaseException) -> str | None:
     """The line for a user, else None.
 
@@ -101,7 +108,13 @@ def explain(error: BaseException) -> str | None:
         chain = chain.__cause__ or chain.__context__
     if chain is None or chain.strerror is None:
         return None
-    return f"{chain.filename or 'writing'}: {chain.strerror}"
+    remedy = SYSTEM.get(chain.errno or 0)
+    return f"{chain.filename or 'writing'}: {chain.strerror}" + (f"; {remedy}" if remedy else "")
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether nothing more can be written, wherever on that disk."""
+    return error.errno in FULL
 
 
 def _lost(error: BaseException | None) -> bool:
@@ -123,4 +136,11 @@ def one_line_errors() -> None:
         else:
             complain("error", told)
 
-    sys.excepthook = show
+    shown = threading.excepthook
+
+    def show_of_thread(about: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread, and raises there and here what keeps it from doing so
+        if about.exc_value is None or explain(about.exc_value) is None:
+            shown(about)
+
+    sys.excepthook, threading.excepthook = show, show_of_thread

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch import nn
 from regpipe import console
 from regpipe.distributed import of_first
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import save_tensors
 from regpipe.losses import RegistrationLoss
 
 
@@ -41,8 +40,8 @@ class NanGuard:
             named = ", ".join(name for name in bad if name != "loss") or "loss"
             raise TrainingDiverged(
                 f"loss term {named} is not finite at iteration {engine.state.iteration}, "
-                f"{_cases(engine)}: lower the learning rate, or look at that case's images; "
-                "the last checkpoint is untouched"
+                f"{_cases(engine)}: look at that case's images, or lower --learning_rate in another --ckpt_dir; "
+                "the last checkpoint and the best model are untouched"
             )
 
 
@@ -165,8 +164,5 @@ class BestModel:
     def __call__(self, engine: Engine) -> None:
         if idist.get_rank() == 0 and engine.state.best_metric_epoch == engine.state.epoch:  # type: ignore[attr-defined]
             wrapped: Any = self.network
-            buffer = io.BytesIO()
             state = getattr(wrapped, "module", wrapped).state_dict()  # without DDP's prefix
-            torch.save({name: tensor.cpu() for name, tensor in state.items()}, buffer)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, buffer.getvalue())
+            save_tensors(self.path, {name: tensor.cpu() for name, tensor in state.items()})

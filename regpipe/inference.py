@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,8 +22,8 @@ from regpipe.casefiles import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.engines import ZeroInferer, prepare_batch
-from regpipe.errors import REMEDIES, InputError, cause, out_of_memory, root
-from regpipe.files import parse_json, replace_file
+from regpipe.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
+from regpipe.files import parse_json, replace_file, sweep
 from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
@@ -145,15 +146,26 @@ class FolderRun:
             row["made_from"] = self._made_from(self.cases[name])
             replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
         except InputError as problem:
-            self._fail(name, problem)
-        except OSError as problem:  # a full disk, a file where the case's folder should be
-            self._fail(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
+            self._give_up(name, problem)
+        except OSError as problem:
+            if disk_full(problem):  # nor can any other case be written
+                clear(self.folder / name)
+                raise
+            # a folder that may not be written, or a file where the case's folder should be
+            self._give_up(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
         except (RuntimeError, MemoryError) as problem:
             if not out_of_memory(problem):
                 raise
-            self._fail(name, _told(name, "written", problem))
+            self._give_up(name, _told(name, "written", problem))
         finally:  # not kept while the next case is registered
             engine.state.output = engine.state.batch = None
+
+    def _give_up(self, name: str, problem: InputError) -> None:
+        """A case of which nothing is left."""
+        with contextlib.suppress(OSError):
+            clear(self.folder / name)
+            (self.folder / name).rmdir()
+        self._fail(name, problem)
 
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)
@@ -163,7 +175,7 @@ class FolderRun:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
 
         Raises:
-            InputError: the output folder cannot be made.
+            InputError: the output folder cannot be made; the disk is full, and finished cases are kept.
             SystemExit: with 1, if a case failed; with 130 on Ctrl-C, finished cases kept.
         """
         try:
@@ -179,6 +191,8 @@ class FolderRun:
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on with the cases that are left")
             raise SystemExit(130) from None
+        except OSError as problem:
+            raise InputError(f"{explain(problem)}; the same command goes on with the cases that are left") from problem
         self.failures = distributed.merged(self.failures)
         self._summary()
         distributed.leave()
@@ -200,6 +214,7 @@ class FolderRun:
         rows = [row for row in map(self._result, self.cases) if row is not None]
         spared = Counter(", ".join(row.pop("to_fit_memory", [])) for row in rows)
         if rows:
+            sweep(self.folder, "metrics.csv")
             write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
         console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
         print(

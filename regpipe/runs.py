@@ -15,13 +15,16 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping
+from ignite.handlers import Checkpoint, EarlyStopping
 from monai.utils import set_determinism
 from torch.optim.lr_scheduler import LambdaLR
 
-from regpipe import distributed, record
+from regpipe import checkpoints, distributed, record
+from regpipe.checkpoints import saved_states
+from regpipe.checkpoints import training_seconds as training_seconds  # where bundles ask for it
 from regpipe.checks import check_pairs
-from regpipe.errors import InputError, one_line_errors, out_of_memory
+from regpipe.errors import InputError, explain, one_line_errors, out_of_memory
+from regpipe.files import sweep
 from regpipe.images import Grid, save_grid
 from regpipe.ladder import LESS_MEMORY
 from regpipe.options import refuse_unknown
@@ -111,10 +114,7 @@ class Standing:
         # what only one of them knows is another version's, no difference
         changed = [f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
         if changed:
-            raise InputError(
-                f"the run saved here had other settings ({'; '.join(changed)}): "
-                "give another --ckpt_dir, or --resume False to begin anew"
-            )
+            raise InputError(f"the run saved here had other settings ({'; '.join(changed)}): {checkpoints.ANEW}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check(state)
@@ -126,14 +126,13 @@ class Standing:
 class Run:
     """A trainer with its evaluator, whose whole state is saved after each epoch and can be gone on from.
 
-    Two files are kept, ``checkpoint_<epoch>.pt``, each written aside and renamed, so that a killed run never leaves
-    half of one. Make it after the trainer has its other handlers: what those draw from the random state in an epoch
-    belongs to that epoch.
+    See ``regpipe.checkpoints``. Make it after the trainer has its other handlers: what those draw from the random
+    state in an epoch belongs to that epoch.
 
     Args:
         trainer: MONAI's trainer.
         evaluator: MONAI's evaluator with a key metric, run by the trainer.
-        objects: what else has a state, by name: network, optimizer, lr_scheduler.
+        objects: what else has a state, by name: network, optimizer, lr_scheduler, curves.
         folder: where the files are.
         settings: the choices that make two runs comparable.
         patience: validations without a better key metric until training stops.
@@ -160,38 +159,31 @@ class Run:
             "progress": self.standing,
             "random": RandomState(),
         }
-        self._saver = Checkpoint(
-            self.objects,
-            DiskSaver(folder, require_empty=False, create_dir=True),
-            filename_pattern="checkpoint_{global_step}.pt",
-            n_saved=2,
-            global_step_transform=lambda engine, _: engine.state.epoch,
-            include_self=True,
-        )
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._saver)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _save(self) -> None:
+        state = {name: part.state_dict() for name, part in self.objects.items()}
+        if idist.get_rank() == 0:
+            checkpoints.save(self.folder, self.trainer.state.epoch, state)
 
     @property
     def best_metrics(self) -> dict[str, float]:
         """The validation metrics of the best epoch so far, and the training time in seconds."""
         return {**self.standing.best, "training_seconds": self.standing.seconds}
 
-    def check(self) -> dict[str, Any] | None:
-        """The newest saved state, None where there is none; ask for it before anything else is written over.
+    def check(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest sound state and its file, None where there is none; ask before anything else is written over.
 
         Raises:
-            InputError: it cannot be read, or it belongs to a run with other settings.
+            InputError: none can be read, or it belongs to a run with other settings.
         """
-        files = saved_states(self.folder)
-        if not files:
-            return None
-        try:
-            saved = torch.load(files[-1], map_location="cpu", weights_only=True)
-            self.standing.check(saved["progress"])
-        except InputError:
-            raise
-        except Exception as error:  # a damaged file fails in many ways
-            raise _damaged(files[-1], error) from error
-        return saved
+        found = checkpoints.newest(self.folder)
+        if found is not None:
+            try:
+                self.standing.check(found[1]["progress"])
+            except (KeyError, TypeError) as error:  # not a state of ours
+                raise _unfit(found[0], error) from error
+        return found
 
     def resume(self) -> int:
         """Bring back the newest state; returns its epoch, 0 where there is none.
@@ -199,16 +191,26 @@ class Run:
         Raises:
             InputError: as ``check``.
         """
-        saved = self.check()
-        if saved is None:
+        found = self.check()
+        if idist.get_rank() == 0:  # what a kill left
+            sweep(self.folder, "*")
+            if found is not None:
+                checkpoints.prune(found[0])
+        if found is None:
+            if "curves" in self.objects:  # of a first epoch that was broken off
+                self.objects["curves"].load_state_dict({})
             return 0
-        state, file = self.trainer.state, saved_states(self.folder)[-1]
+        file, saved = found
+        state = self.trainer.state
         wanted, steps = state.max_epochs, state.epoch_length or 0
+        states = saved_states(self.folder)
+        for damaged in states[states.index(file) + 1 :]:
+            log.warning("%s: damaged; going on from %s, the one before", damaged, file.name)
         try:
-            # a state of before there was a scaler has none
-            Checkpoint.load_objects({**self.objects, "checkpointer": self._saver}, {"scaler": {}, **saved})
+            # a state of before there were these has none
+            Checkpoint.load_objects(self.objects, {"scaler": {}, "curves": {}, **saved})
         except Exception as error:  # another network's, of the same settings
-            raise _damaged(file, error) from error
+            raise _unfit(file, error) from error
         state.max_epochs = wanted
         if steps != state.epoch_length:  # another number of processes, another number of steps
             state.epoch_length, state.iteration = steps, state.epoch * steps
@@ -239,10 +241,12 @@ class Run:
         except KeyboardInterrupt:
             print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
             raise SystemExit(130) from None
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+        except Exception as error:
+            why = _fault(error)
+            if why is None:
                 raise
-            raise InputError(f"out of memory in epoch {self.trainer.state.epoch}: {LESS_MEMORY}") from error
+            where = f"epoch {self.trainer.state.epoch} was broken off"
+            raise InputError(f"{where}: {why}; the same command goes on from the last whole epoch") from error
         self._stopped_early()
         state: Any = self.standing.evaluator.state
         if state.best_metric_epoch > 0:
@@ -258,9 +262,18 @@ class Run:
         return worse >= patience
 
 
-def _damaged(file: Path, error: Exception) -> InputError:
+def _fault(error: Exception) -> str | None:
+    """What befell a training, of what no program can help; None for anything else."""
+    if out_of_memory(error):
+        return f"out of memory: {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return "a process that loads data was ended, for want of memory perhaps: give fewer --num_workers"
+    return explain(error) if isinstance(error, OSError) else None
+
+
+def _unfit(file: Path, error: Exception) -> InputError:
     why = str(error).partition("\n")[0] or type(error).__name__
-    return InputError(f"{file}: cannot be gone on from ({why}); delete it to take the one before")
+    return InputError(f"{file}: cannot be gone on from ({why}); {checkpoints.ANEW}")
 
 
 def _follow(scheduler: LambdaLR) -> None:
@@ -303,7 +316,8 @@ def keep_beside_model(ckpt_dir: str, grid: Grid, cases: Sequence[Case], data: di
 @idist.one_rank_only(with_barrier=True)
 def forget(ckpt_dir: str, log_dir: str) -> None:
     """Delete a run's states, model and curves: one that begins anew must not be mixed with an old one."""
-    for path in (*saved_states(ckpt_dir), Path(ckpt_dir) / "model.pt", *Path(log_dir).glob("events.out.*")):
+    beside = (Path(ckpt_dir) / name for name in ("model.pt", "curves.txt"))
+    for path in (*saved_states(ckpt_dir), *beside, *Path(log_dir).glob("events.out.*")):
         path.unlink(missing_ok=True)
 
 
@@ -313,22 +327,6 @@ def same_dimension(spatial_dims: int | None, grid: Grid) -> None:
         raise InputError(
             f"--spatial_dims {spatial_dims}, but the data are {len(grid.shape)}D: leave it out, or give other data"
         )
-
-
-def saved_states(folder: str | Path) -> list[Path]:
-    """The full checkpoints in a folder, oldest first."""
-    found = Path(folder).glob("checkpoint_*.pt")
-    return sorted(found, key=lambda path: int(path.stem.rpartition("_")[2]))
-
-
-def training_seconds(folder: str | Path) -> float:
-    """Wall-clock seconds that the run saved in ``folder`` took; NaN where its checkpoints are gone."""
-    files = saved_states(folder)
-    return (
-        float(torch.load(files[-1], map_location="cpu", weights_only=True)["progress"]["seconds"])
-        if files
-        else math.nan
-    )
 
 
 def _key_metric(engine: Engine) -> float:

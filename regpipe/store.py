@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import regpipe
 from regpipe import images
-from regpipe.files import replace_file
+from regpipe.files import save_tensors
 
 FORMAT = 1  # of what is kept: a change of how it is made needs another
 
@@ -50,10 +49,9 @@ class Store:
             pass
         except Exception as error:  # a damaged file fails in many ways
             log.warning("%s: cannot be read (%s), made again", path, str(error).partition("\n")[0])
-        tensors, buffer = make(), io.BytesIO()
-        torch.save(tensors, buffer)
+        tensors = make()
         try:
-            replace_file(path, buffer.getvalue())
+            save_tensors(path, tensors)
         except OSError as error:  # a full disk: what is kept is a convenience
             log.warning("%s: cannot be kept (%s)", path, error.strerror)
         return tensors

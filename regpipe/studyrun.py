@@ -20,7 +20,7 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
 from regpipe import cost
-from regpipe.files import replace_file
+from regpipe.files import replace_file, save_tensors
 from regpipe.images import Grid
 from regpipe.loading import LoadPair
 from regpipe.metrics import mean_of
@@ -101,7 +101,7 @@ def run(task: Task) -> dict[str, Any]:
         "elapsed": time.perf_counter() - begun,
     }
     if task.model:
-        torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, task.model)
+        save_tensors(task.model, {name: tensor.cpu() for name, tensor in network.state_dict().items()})
     replace_file(task.result, json.dumps(result).encode())
     return result
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ import torchvision
 from torch import Tensor, nn
 
 from regpipe.errors import InputError
+from regpipe.files import damage
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weight file; give none, imagenet, medicalnet, a file or a bundle folder")
+    if zipfile.is_zipfile(path):  # else of before torch 1.6, without checksums
+        check_sound(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
@@ -67,6 +71,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if broken is not None:
         raise InputError(f"{path}: '{broken}' holds NaN or infinite values; take another checkpoint, or train again")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def check_sound(path: str | Path) -> None:
+    """Raises ``InputError`` where a part of the file does not have its checksum: ``torch.load`` would not notice."""
+    why = damage(path)
+    if why:
+        raise InputError(f"{path}: damaged ({why}); copy it again from where it is whole, or train again")
 
 
 def _reason(error: Exception) -> str:

@@ -221,15 +221,27 @@ def test_settings_that_an_older_version_did_not_save_keep_nobody_from_going_on(b
     assert len(train(bundle, cohort, 2).curve) == 2
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken(bundle, cohort, one_go) -> None:
-    first = train(bundle, cohort, 2)
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(
+    bundle, cohort, one_go, before, caplog
+) -> None:
+    first = train(bundle, cohort, before)
     newest = runs.saved_states(bundle / "models")[-1]
-    newest.write_bytes(newest.read_bytes()[:1000])
-    message = refusal(bundle, cohort, 4)
-    assert str(newest) in message and "delete it to take the one before" in message and "\n" not in message
-    newest.unlink()
-    first.curve, first.validations = first.curve[:2], first.validations[:1]
+    turned = bytearray(newest.read_bytes())
+    turned[len(turned) // 2] ^= 1  # a bit of some weight: torch would load it
+    newest.write_bytes(turned)
+    first.curve, first.validations = first.curve[: 2 * before - 2], first.validations[: before - 1]
     assert_same(train(bundle, cohort, 4, into=first), one_go[1])
+    assert f"{newest}: damaged; going on from checkpoint_{before - 1}.pt, the one before" in caplog.text
+
+
+def test_where_no_checkpoint_is_sound_each_is_named(bundle, cohort) -> None:
+    train(bundle, cohort, 2)
+    for path in runs.saved_states(bundle / "models"):
+        path.write_bytes(path.read_bytes()[:1000])
+    message = refusal(bundle, cohort, 4)
+    assert "checkpoint_1.pt: damaged" in message and "checkpoint_2.pt: damaged" in message and "\n" not in message
+    assert "--resume False" in message and len(train(bundle, cohort, 1, resume=False).curve) == 2
 
 
 def test_early_stopping_stops_and_counts_on_after_a_resume(bundle, cohort) -> None:

@@ -1,0 +1,145 @@
+"""A file is there whole or not at all, after a crash too; a damaged archive is told from a sound one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from regpipe import checkpoints, files
+from regpipe.engines import require_model, trained_structures, trained_weights
+from regpipe.errors import InputError, explain
+from regpipe.weights import read_state_dict
+
+
+def test_the_data_reach_the_disk_before_the_name_and_the_name_before_it_returns(tmp_path, monkeypatch) -> None:
+    seen, fsync, replace = [], os.fsync, os.replace
+
+    def watched(handle: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        seen.append("folder" if folder else f"file of {os.fstat(handle).st_size} bytes")
+        fsync(handle)
+
+    def renamed(*paths: Path) -> None:
+        seen.append("renamed")
+        replace(*paths)
+
+    monkeypatch.setattr(files.os, "fsync", watched)
+    monkeypatch.setattr(files.os, "replace", renamed)
+    files.replace_file(tmp_path / "file", b"content")
+    assert seen == ["file of 7 bytes", "renamed", "folder"]
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "the right to it")])
+def test_what_the_system_refuses_is_told_with_the_files_own_name_and_a_remedy(
+    tmp_path, monkeypatch, number, remedy
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "what lies aside")
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with pytest.raises(OSError) as caught:
+        files.replace_file(tmp_path / "file", b"content")
+    told = explain(caught.value) or ""
+    assert told.startswith(f"{tmp_path / 'file'}: {os.strerror(number)}; ") and remedy in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_aside_is_swept_and_nothing_else(tmp_path) -> None:
+    left, kept = {".model.pt.123", ".checkpoint_3.pt.77"}, {"model.pt", ".hidden", ".model.pt.bak", "model.pt.123"}
+    for name in left | kept:
+        (tmp_path / name).touch()
+    files.sweep(tmp_path, "model.pt", "checkpoint_*.pt")
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+STATE: dict[str, Any] = {
+    "weight": torch.randn(6, 4, generator=torch.Generator().manual_seed(0)),
+    "steps": [1, 2],
+    "of": {"name": "x"},
+}
+
+
+def test_each_turned_bit_of_a_saved_state_is_noticed_or_changes_nothing(tmp_path) -> None:
+    path = tmp_path / "checkpoint_1.pt"
+    files.save_tensors(path, STATE)
+    sound, rng, noticed = path.read_bytes(), random.Random(0), 0
+    for place in rng.sample(range(len(sound)), 400):
+        turned = bytearray(sound)
+        turned[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(turned)
+        try:
+            _, found = checkpoints.newest(tmp_path) or (None, {})
+        except InputError as problem:
+            noticed += 1
+            assert str(path) in str(problem) and "damaged" in str(problem)
+        else:  # in what fills the gaps between parts, or a date
+            assert torch.equal(found["weight"], STATE["weight"])
+            assert found["steps"] == STATE["steps"] and found["of"] == STATE["of"]
+    assert noticed > 100
+
+
+def test_torch_itself_takes_a_turned_bit_for_a_weight(tmp_path) -> None:
+    """Why there is a check at all."""
+    path = tmp_path / "model.pt"
+    turn_a_weight(path, STATE)
+    assert not torch.equal(torch.load(path, weights_only=True)["weight"], STATE["weight"])
+    assert files.damage(path) == "the checksum of its part 0 does not hold"
+
+
+def turn_a_weight(path: Path, state: dict) -> None:
+    files.save_tensors(path, state)
+    with zipfile.ZipFile(path) as archive:
+        part = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(state["weight"].numpy().tobytes()[:16], part.header_offset) + 2] ^= 64
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("ask", [trained_structures, trained_weights, require_model])
+def test_a_damaged_model_is_refused_wherever_it_is_asked_for(tmp_path, ask) -> None:
+    turn_a_weight(tmp_path / "model.pt", {"weight": STATE["weight"]})
+    with pytest.raises(InputError, match=r"model\.pt: damaged \(the checksum .* copy it again .* or train again$"):
+        ask(str(tmp_path))
+    (tmp_path / "model.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"model\.pt: damaged \(File is not a zip file\)"):
+        ask(str(tmp_path))
+
+
+def test_damaged_weights_to_transfer_are_refused_and_those_of_old_torch_taken(tmp_path) -> None:
+    turn_a_weight(tmp_path / "weights.pt", {"weight": STATE["weight"]})
+    with pytest.raises(InputError, match=r"weights\.pt: damaged"):
+        read_state_dict(tmp_path / "weights.pt")
+    old = {"weight": STATE["weight"]}
+    torch.save(old, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_state_dict(tmp_path / "old.pt")["weight"], STATE["weight"])
+
+
+def test_two_states_are_kept_and_none_is_deleted_before_the_next_is_written(tmp_path, monkeypatch) -> None:
+    for epoch in (9, 10, 11):
+        checkpoints.save(tmp_path, epoch, {"progress": {"seconds": float(epoch)}})
+    assert [path.stem for path in checkpoints.saved_states(tmp_path)] == ["checkpoint_10", "checkpoint_11"]
+    (tmp_path / "checkpoint_9.pt").touch()  # killed before it was deleted
+    checkpoints.prune(tmp_path / "checkpoint_10.pt")
+    assert len(checkpoints.saved_states(tmp_path)) == 3  # the newest may be damaged
+    checkpoints.prune(tmp_path / "checkpoint_11.pt")
+    assert [path.stem for path in checkpoints.saved_states(tmp_path)] == ["checkpoint_10", "checkpoint_11"]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"checkpoint_12\.pt"):
+        checkpoints.save(tmp_path, 12, STATE)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint_10.pt", "checkpoint_11.pt"]
+    assert checkpoints.training_seconds(tmp_path) == 11
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"half")
+    assert checkpoints.training_seconds(tmp_path) != checkpoints.training_seconds(tmp_path)  # NaN: not known
