@@ -20,7 +20,14 @@ from regpipe.shown import Shown, shown_images, shown_labels, shown_landmarks
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
 BY_DEFAULT = (DENSE, "itk", "ants")
-WRITTEN: tuple[str, ...] = ("metrics.json", "transform.json", "*displacement.nii.gz", "*_to_*.*", exports.ANTS_AFFINE)
+WRITTEN: tuple[str, ...] = (
+    "metrics.json",
+    "manifest.json",
+    "transform.json",
+    "*displacement.nii.gz",
+    "*_to_*.*",
+    exports.ANTS_AFFINE,
+)
 WRITTEN += (*exports.ANTS_WARPS, "warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
 WRITTEN += (f"{views.FOLDER}/{views.NAME}", f"{views.FOLDER}/*.*")
 

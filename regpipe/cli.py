@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from regpipe import __version__, cli_apply, cli_bids, cli_register, cli_report, cli_results, completion, console
+from regpipe import (
+    __version__,
+    cli_apply,
+    cli_bids,
+    cli_provenance,
+    cli_register,
+    cli_report,
+    cli_results,
+    completion,
+    console,
+)
 from regpipe.errors import InputError, explain
 from regpipe.versions import versions
 
@@ -25,6 +35,7 @@ cli_apply.add(app)
 cli_bids.add(app)
 cli_results.add(app)
 cli_report.add(app)
+cli_provenance.add(app)
 
 EVERYWHERE = ("--json", "--quiet")  # may stand after the command, too
 

@@ -1,9 +1,21 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what they are known by."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """The hash of the bytes of these files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def replace_file(path: str | Path, data: bytes) -> None:

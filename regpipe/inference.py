@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
@@ -15,13 +16,13 @@ from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from regpipe import console, distributed, exports, images
-from regpipe.casefiles import BY_DEFAULT, DENSE, clear, save_case
+from regpipe import console, distributed, exports, images, manifest
+from regpipe.casefiles import BY_DEFAULT, DENSE, WRITTEN, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.engines import ZeroInferer, prepare_batch
 from regpipe.errors import REMEDIES, InputError, cause, out_of_memory, root
-from regpipe.files import replace_file
+from regpipe.files import replace_file, sha256
 from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
@@ -31,7 +32,8 @@ from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
 class FolderRun:
     """The pairs of a folder, what becomes of each, and the handler that writes their results.
 
-    ``metrics.json`` is written last: a case that has one is finished and is not registered again.
+    ``metrics.json`` is written last: a case that has one is finished and is not registered again; ``manifest.json``
+    before it, see ``regpipe.manifest``.
     Iterating gives the batches, one case each, of those that are to be done and can be read; the others are
     in ``failures``. Of several processes each does its share of what was left when they began.
 
@@ -70,14 +72,14 @@ class FolderRun:
         self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
-        weights = Path(model)
-        self._weights = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+        self._model = manifest.model_files(Path(model).parent) if Path(model).is_file() else []
+        self._weights = sha256([Path(model)]) if self._model else ""
         self._mine = list(self.cases)
         # rank 0's list: on that of one that begins later, what others have finished by then would be missing
         left = distributed.of_first([case["case"] for case in self._todo()])
         self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
         self.dataset = Dataset(data=self._todo(), transform=load)
-        self._current = ""
+        self._current, self._began = "", 0.0
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """The row of a finished case."""
@@ -103,7 +105,7 @@ class FolderRun:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.dataset.data = self._todo()
         for i, case in enumerate(console.Progress(self.dataset.data, what="registering", unit="pairs")):
-            self._current = case["case"]
+            self._current, self._began = case["case"], time.monotonic()
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
                 if problem:
@@ -136,7 +138,7 @@ class FolderRun:
             )
             row |= self.load.frames.found(self.cases[name])
             row["made_from"] = self._made_from(self.cases[name])
-            replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
+            self._finish(name, json.dumps(row, indent=1).encode(), engine)
         except InputError as problem:
             self._fail(name, problem)
         except OSError as problem:  # a full disk, a file where the case's folder should be
@@ -147,6 +149,25 @@ class FolderRun:
             self._fail(name, _told(name, "written", problem))
         finally:  # not kept while the next case is registered
             engine.state.output = engine.state.batch = None
+
+    def _finish(self, name: str, metrics: bytes, engine: Engine) -> None:
+        """Write the manifest, and last what says that the case is finished."""
+        folder, output = self.folder / name, cast(Any, engine.state.output)
+        field, inferer = output["pred"]["displacement"], getattr(engine, "inferer", None)
+        manifest.write(
+            folder,
+            "registration",
+            case=name,
+            inputs=manifest.inputs_of(self.cases[name]),
+            model=self._model,
+            settings=self._settings,
+            files=manifest.hashes(folder, WRITTEN) | {"metrics.json": hashlib.sha256(metrics).hexdigest()},
+            seed=manifest.SEED,
+            machine=manifest.machine(field.device),
+            given_up=inferer.told(field.shape[2:]) if isinstance(inferer, FittingInferer) else [],
+            seconds=round(time.monotonic() - self._began, 2),
+        )
+        replace_file(folder / "metrics.json", metrics)
 
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)

@@ -75,6 +75,10 @@ class FittingInferer(Inferer):
         found: dict[str, Tensor] = inferer(inputs, network, *args, **kwargs)
         return found
 
+    def told(self, shape: Sequence[int]) -> list[str]:
+        """What was given up on a grid, step by step."""
+        return [step.told for step in self._taken.get(tuple(shape), [])]
+
     def _steps(self, shape: tuple[int, ...], network: Any, device: torch.device) -> list[Step]:
         """The rungs to take on a grid: from the first one on until it fits, without those that then are not needed.
 
