@@ -1,6 +1,6 @@
 """What a result was made of, with what, when and on what: ``manifest.json``, beside a registered case and a model.
 
-    inputs    role, file's name and SHA-256 of each image, label map, mask, landmark file (of a series: of all its files)
+    inputs    role, file's name and SHA-256 of each image, label map, mask, landmark file (a series: of all files)
     model     the same of the model's files; empty without a network
     settings  what the result depends on beside them, and the SHA-256 of that: ``configuration``
     seed, versions, machine, finished, seconds
