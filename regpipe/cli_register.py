@@ -90,6 +90,9 @@ def register(
         float | None,
         typer.Option(help="What this process may take; default: what is free. Where it is too little, see below."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit status 1 where a result should not be trusted unseen: docs/trust.md.")
+    ] = False,
     pairing: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +109,7 @@ def register(
     """
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
-    given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib}
+    given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from regpipe import console, distributed, exports, images, manifest
+from regpipe import console, distributed, exports, images, manifest, typical
 from regpipe.casefiles import BY_DEFAULT, DENSE, WRITTEN, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
@@ -74,6 +74,7 @@ class FolderRun:
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
         self._model = manifest.model_files(Path(model).parent) if Path(model).is_file() else []
         self._weights = sha256([Path(model)]) if self._model else ""
+        self._typical = typical.read(Path(model).parent) if self._model else {}
         self._mine = list(self.cases)
         # rank 0's list: on that of one that begins later, what others have finished by then would be missing
         left = distributed.of_first([case["case"] for case in self._todo()])
@@ -88,6 +89,7 @@ class FolderRun:
             return None
         try:
             row = json.loads(path.read_text())
+            row.setdefault("warnings", [])  # of a version that had none
             return row if row.pop("made_from") == self._made_from(self.cases[name]) else None
         except (ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
             return None
@@ -135,10 +137,12 @@ class FolderRun:
                 self.folder / name,
                 formats=self.formats,
                 settings={**self._settings, "weights": self._weights},
+                typical=self._typical,
             )
-            row |= self.load.frames.found(self.cases[name])
             row["made_from"] = self._made_from(self.cases[name])
             self._finish(name, json.dumps(row, indent=1).encode(), engine)
+            if row["warnings"]:
+                console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
         except InputError as problem:
             self._fail(name, problem)
         except OSError as problem:  # a full disk, a file where the case's folder should be
@@ -173,12 +177,13 @@ class FolderRun:
         self.failures[name] = str(problem)
         console.complain("error", f"{name}: {problem}")
 
-    def register(self, evaluator: Engine) -> None:
+    def register(self, evaluator: Engine, *, strict: bool = False) -> None:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
 
         Raises:
             InputError: the output folder cannot be made.
-            SystemExit: with 1, if a case failed; with 130 on Ctrl-C, finished cases kept.
+            SystemExit: with 1, if a case failed or, where ``strict``, has a warning; with 130 on Ctrl-C, finished
+                cases kept.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -194,9 +199,10 @@ class FolderRun:
             print("\nstopped: the same command goes on with the cases that are left")
             raise SystemExit(130) from None
         self.failures = distributed.merged(self.failures)
-        self._summary()
+        rows = [row for row in map(self._result, self.cases) if row is not None]
+        self._summary(rows)
         distributed.leave()
-        if self.failures:
+        if self.failures or (strict and any(row["warnings"] for row in rows)):
             raise SystemExit(1)
 
     def _run(self, evaluator: Engine) -> None:
@@ -210,14 +216,17 @@ class FolderRun:
             self._fail(self._current, _told(self._current, "registered", error))
 
     @idist.one_rank_only()
-    def _summary(self) -> None:
-        rows = [row for row in map(self._result, self.cases) if row is not None]
+    def _summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if rows:
-            write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
+            table = [{**row, "warnings": len(row["warnings"])} for row in rows]
+            write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
         console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
         print(
             f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
         )
+        warned = sum(bool(row["warnings"]) for row in rows)
+        if warned:
+            print(f"{warned} with warnings, in their metrics.json: look at them (regpipe report {self.folder})")
         if self.failures:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
@@ -249,11 +258,12 @@ def register_from_zero(
     affine_metric: str = "mi",
     formats: str | Sequence[str] = BY_DEFAULT,
     memory_gib: float | None = None,
+    strict: bool = False,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``regpipe.frames``;
-    ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``.
+    ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``; ``strict``: see ``FolderRun.register``.
 
     Raises:
         InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
@@ -298,7 +308,8 @@ def register_from_zero(
             prepare_batch=prepare_batch,
             val_handlers=[folder],
             decollate=False,
-        )
+        ),
+        strict=strict,
     )
 
 

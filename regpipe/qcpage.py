@@ -33,6 +33,7 @@ class Registered(NamedTuple):
     row: dict[str, float]  # of metrics; NaN where it lacks one
     verdict: Verdict
     view: dict[str, Any] | None  # see ``regpipe.views``
+    warnings: list[str]  # see ``regpipe.trust``
 
 
 def write_report(
@@ -101,9 +102,14 @@ def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Regi
 
 def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
     content = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-    numbers = {k: math.nan if v is None else float(v) for k, v in content.items() if k not in ("case", "made_from")}
+    warnings = [str(line) for line in content.get("warnings", [])]
+    about = ("case", "made_from", "warnings")
+    numbers = {k: math.nan if v is None else float(v) for k, v in content.items() if k not in about}
     row = with_gains(numbers)
-    return Registered(str(content["case"]), path, row, judge(row, limits), _view(path / views.FOLDER))
+    verdict = judge(row, limits)
+    if warnings and verdict.status == "pass":
+        verdict = verdict._replace(status="warn")
+    return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings)
 
 
 def _view(folder: Path) -> dict[str, Any] | None:
@@ -160,6 +166,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
     return {
         "name": case.name,
         "status": case.verdict.status,
+        "warnings": case.warnings,
         "numbers": numbers,
         "pictures": pictures,
         **{key: view[key] for key in ("planes", "layers", "landmarks")},
