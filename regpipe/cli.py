@@ -155,7 +155,10 @@ def doctor(
     ] = "resnet18",
     structures: Annotated[int, typer.Option(min=0, help="With --shape: how many it tells apart.")] = 0,
 ) -> None:
-    """Check the installation: versions, device, the three backbones, a phantom registered, a file that ITK reads.
+    """Check the installation: versions, devices, backbones, a phantom registered both ways, files that ITK reads.
+
+    Each check says PASS or FAIL and what to do; exit status 1 where one fails. The report names no path, user or
+    machine: put it into a bug report.
 
     With --shape: how much memory each task takes on that grid, and whether it is there.
     """

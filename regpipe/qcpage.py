@@ -176,9 +176,9 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
 # ---------------------------------------------------------------------------------------------- page
 
 
-def _render(**content: Any) -> str:
+def template() -> Any:
+    """The page's Jinja2 template; every name that is put into it is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     page = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -188,6 +188,12 @@ def _render(**content: Any) -> str:
         lstrip_blocks=True,
     )
     page.filters["number"] = _number
+    return page.get_template(f"{PAGE}.j2")
+
+
+def _render(**content: Any) -> str:
+    from markupsafe import Markup
+
     own = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     rows = [case.row for case, _ in content["cases"]]
     charts = [
@@ -195,7 +201,7 @@ def _render(**content: Any) -> str:
         for name in content["columns"]
     ]
     bar = {"stops": views.stops(), "largest": views.LARGEST, "fold": views.FOLD, "colours": views.COLOURS}
-    return page.get_template(f"{PAGE}.j2").render(
+    return template().render(
         **content, **own, charts=charts, metrics=METRICS, version=__version__, bar=bar, nan=math.nan
     )
 

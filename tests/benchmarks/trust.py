@@ -24,7 +24,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -46,15 +46,11 @@ CONFIGS = HERE.parents[1] / "configs"
 Plant = Callable[[Image, int], Image]
 
 
-class Source(NamedTuple):
-    """Where crops of other images come from."""
+def crops(files: Sequence[Path], seed: int) -> Plant:
+    """Gives an image of the given one's size and spacing out of one of the files, from its inner part."""
 
-    files: Sequence[Path]
-    seed: int
-
-    def __call__(self, image: Image, case: int) -> Image:
-        """An image of this one's size and spacing out of one of the files, from its inner part."""
-        other = read_image(self.files[case % len(self.files)])
+    def crop(image: Image, case: int) -> Image:
+        other = read_image(files[case % len(files)])
         array, spacing = other.array, other.spacing
         if array.ndim > image.array.ndim:  # a slice across the longest axis, through the middle
             axis = int(np.argmax(array.shape))
@@ -62,10 +58,12 @@ class Source(NamedTuple):
         wanted = np.array(image.array.shape) * image.spacing
         scale = max(1.0, float((wanted / (np.array(array.shape) * spacing)).max()))  # a small one is made larger
         room = np.array(array.shape) - wanted / (scale * spacing)
-        low = np.random.default_rng([self.seed, case]).uniform(0.3, 0.7, len(room)) * room
+        low = np.random.default_rng([seed, case]).uniform(0.3, 0.7, len(room)) * room
         step = image.spacing / (scale * spacing)
         found = ndimage.affine_transform(array, step, low, output_shape=image.array.shape, order=1, mode="nearest")
         return Image(found, image.affine)
+
+    return crop
 
 
 def left_right(image: Image) -> int:
@@ -117,7 +115,7 @@ def planted(cases: Sequence[Case], plants: Mapping[str, Plant | None], folder: P
 def disjoint(cases: Sequence[Case], count: int) -> list[Case]:
     """Pairs in which no image comes twice."""
     seen: set[str] = set()
-    found = []
+    found: list[Case] = []
     for case in cases:
         files = {case["fixed_image"], case["moving_image"]}
         if not files & seen and len(found) < count:
@@ -175,13 +173,15 @@ def main() -> None:
     organs = [data / "lung_ct" / "baseline.nii.gz", *sorted((data / "brain_mr_3d" / "images").iterdir())[:1]]
     liver = sorted((data / "ultrasound_2d" / "liver").rglob("*.png"))
     common: dict[str, Plant | None] = {"as it is": None, "flipped": flipped, "inverted": inverted, "half": half}
-    small: dict[str, Plant | None] = common | {
-        "organ": Source(organs, 1),
-        "ultrasound": Source([data / "ultrasound_3d" / "brain_case3.nii.gz"], 2),
+    small: dict[str, Plant | None] = {
+        **common,
+        "organ": crops(organs, 1),
+        "ultrasound": crops([data / "ultrasound_3d" / "brain_case3.nii.gz"], 2),
     }
-    flat: dict[str, Plant | None] = common | {
-        "organ": Source([data / "lung_ct" / "baseline.nii.gz"], 3),
-        "ultrasound": Source(liver, 4),
+    flat: dict[str, Plant | None] = {
+        **common,
+        "organ": crops([data / "lung_ct" / "baseline.nii.gz"], 3),
+        "ultrasound": crops(liver, 4),
     }
     train(out / "bundle", data / "hippocampus_mr", given.seconds)
     found: list[dict[str, Any]] = []
