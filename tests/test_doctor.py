@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import itk
 import numpy as np
 import pytest
 import torch
@@ -123,10 +122,5 @@ def test_no_path_and_no_name_of_user_or_machine_is_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(socket, "gethostname", lambda: "ward7-pc")
     monkeypatch.setattr(getpass, "getuser", lambda: "drjones")
     monkeypatch.setattr(Path, "home", lambda: Path("/home/drjones"))
-    text = "drjones@ward7-pc: [Errno 28] '/home/drjones/patients/smith/a.nii.gz' and C:\\Users\\drjones\\b.nii; smith/c.nii, 3/4 of it"
-    assert doctor.public(text) == "***@***: [Errno 28] 'a.nii.gz' and b.nii; c.nii, 3/4 of it"
-
-
-def test_the_composite_of_the_check_is_in_the_order_that_itk_takes() -> None:
-    # a shift behind a field: were the order other, the point's field value would be looked up elsewhere
-    assert itk.Version.GetITKVersion() and "composite" in checkup.transform_files()
+    text = "drjones@ward7-pc: [Errno 28] '/home/drjones/smith/a.nii.gz' and C:\\Users\\drjones\\b.nii; smith/c.nii, 3/4"
+    assert doctor.public(text) == "***@***: [Errno 28] 'a.nii.gz' and b.nii; c.nii, 3/4"

@@ -99,7 +99,7 @@ def test_a_range_of_n_is_widened_by_a_quarter_and_five_nths_of_its_width() -> No
     ],
 )
 def test_a_registration_unlike_those_of_validation_is_named(changed: dict[str, float], kind: str) -> None:
-    assert of_pair(PAIRS, **changed) == {kind}  # type: ignore[arg-type]
+    assert of_pair(PAIRS, **changed) == {kind}
     assert of_pair(PAIRS) == set()
 
 
