@@ -29,6 +29,7 @@ FACTORS = {
 SOUND = ("folds_percent", "ndv_percent", "sdlogj", "inverse_consistency", "affine_overlap")  # that need no truth
 WORSE = 0.02  # share of the mutual information: interpolation alone moves it by as much
 COVERED = 0.7  # share of the fixed image
+SHARED = 0.1  # of what is to be known of an image; see docs/results/robustness_trust.md
 
 _LESS_ALIKE = "the images are less alike after registration than any in validation"
 PAIRS = {  # number -> kind, what is unusual, its unit
@@ -61,7 +62,7 @@ def warnings(
         found += _of_image(f"{side} image", look(sides[side]), known)
     pairs = typical.get("pairs", {})
     found += _of_pair(numbers, pairs) if pairs else []
-    return found + [*_of_itself(numbers, metrics, covered=not pairs)]
+    return found + [*_of_itself(numbers, metrics, alone=not pairs)]
 
 
 # ---------------------------------------------------------------------------------- like the training
@@ -106,11 +107,14 @@ def _limits(kind: str, known: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray
 # ---------------------------------------------------------------------------------------- by itself
 
 
-def _of_itself(numbers: Mapping[str, float], metrics: Mapping[str, float], *, covered: bool) -> Iterator[str]:
+def _of_itself(numbers: Mapping[str, float], metrics: Mapping[str, float], *, alone: bool) -> Iterator[str]:
     before, after = numbers["mi_before"], numbers["mi"]
     if after < (1 - WORSE) * before:
         yield f"similarity: the images are less alike than before (mutual information {after:.3g}, was {before:.3g})"
-    if covered and numbers["covered"] < COVERED:
+    if alone and numbers["shared"] < SHARED:
+        told = f"one tells {100 * numbers['shared']:.0f} % of what is in the other"
+        yield f"similarity: the images have little in common even after registration ({told})"
+    if alone and numbers["covered"] < COVERED:
         yield f"overlap: the moving image covers only {100 * numbers['covered']:.0f} % of the fixed one"
     limits = {name: THRESHOLDS[name] for name in SOUND}
     for name, step in judge(metrics, limits).steps.items():

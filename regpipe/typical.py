@@ -25,13 +25,13 @@ from regpipe.distributed import gathered
 from regpipe.fields import Registration
 from regpipe.files import replace_file
 from regpipe.images import Image
-from regpipe.likeness import information
+from regpipe.likeness import DARK, information
 from regpipe.metrics import ncc, sdlogj
 from regpipe.pairs import SIDES, Case
 
 NAME = "typical.json"
 FORMAT = "regpipe typical 1"
-FEWEST, MOST = 5, 60  # images, or pairs: of fewer nothing is kept, more are not looked at
+FEWEST, MOST = 5, 100  # images, or pairs: of fewer nothing is kept, more are not looked at
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 THUMBNAIL = {2: 16, 3: 12}  # blocks along each axis
 VOXELS = 200_000  # that are enough for a histogram
@@ -71,7 +71,8 @@ def numbers(batch: Mapping[str, Any], registration: Registration, spacing: Seque
     """What a registered pair looks like on the working grid, where both images are; a batch of one.
 
     ``ncc``; ``mi_before`` and ``mi``, mutual information in nats; ``moved``, the displacement in mm that all but a
-    few voxels stay below; ``sdlogj``; ``covered``, the share of the fixed image where the moving one is.
+    few voxels stay below; ``sdlogj``; ``covered``, the share of the fixed image where the moving one is; ``shared``, the
+    mutual information where the fixed image is not dark, as a share of what is to be known of the plainer of both.
     """
     u = registration.displacement
     fixed, moving = (batch[f"{side}_image"].to(u.device) for side in SIDES)
@@ -86,6 +87,7 @@ def numbers(batch: Mapping[str, Any], registration: Registration, spacing: Seque
         "mi": _information(fixed, registration.warped_moving, both),
         "moved": float(np.quantile(lengths, FAR)),
         "sdlogj": sdlogj(u[0]),
+        "shared": _shared(fixed, registration.warped_moving, both & (fixed > DARK)),
         "covered": float((both.sum() / inside.sum().clamp(min=1)).item()),
     }
 
@@ -93,6 +95,14 @@ def numbers(batch: Mapping[str, Any], registration: Registration, spacing: Seque
 def _information(a: torch.Tensor, b: torch.Tensor, where: torch.Tensor) -> float:
     x, y = (_some(image[where]) for image in (a, b))
     return information(x, y) if len(x) > 1 else 0.0
+
+
+def _shared(a: torch.Tensor, b: torch.Tensor, where: torch.Tensor) -> float:
+    x, y = (_some(image[where]) for image in (a, b))
+    if len(x) < 2:
+        return 0.0
+    known = min(information(x, x), information(y, y))  # with itself: the entropy
+    return information(x, y) / known if known > 0 else 0.0
 
 
 def _some(values: torch.Tensor) -> np.ndarray:
@@ -120,7 +130,7 @@ def write_images(ckpt_dir: str | Path, cases: Sequence[Case]) -> None:
     Raises:
         InputError: an image cannot be read.
     """
-    paths = {side: list(dict.fromkeys(case[f"{side}_image"] for case in cases)) for side in SIDES}
+    paths = {side: sorted({case[f"{side}_image"] for case in cases}) for side in SIDES}
     chosen = {side: [found[i] for i in _evenly(len(found))] for side, found in paths.items()}
     every = sorted({path for found in chosen.values() for path in found})
     looks = {path: look(images.read_image(path)) for path in Progress(every, what="looking at", unit="images")}

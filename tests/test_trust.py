@@ -20,7 +20,7 @@ from regpipe.qcpage import write_report
 from regpipe.quality import THRESHOLDS
 
 METRICS = {"folds_percent": 0.0, "ndv_percent": 0.0, "sdlogj": 0.1, "inverse_consistency": 0.1, "affine_overlap": 0.9}
-NUMBERS = {"ncc": 0.9, "mi_before": 0.5, "mi": 0.8, "moved": 4.0, "sdlogj": 0.1, "covered": 0.95}
+NUMBERS = {"ncc": 0.9, "mi_before": 0.5, "mi": 0.8, "moved": 4.0, "sdlogj": 0.1, "covered": 0.95, "shared": 0.3}
 PAIRS = {"count": 20, **{name: [[0.9 * value], [1.1 * value]] for name, value in NUMBERS.items()}}
 
 
@@ -107,6 +107,7 @@ def test_a_registration_unlike_those_of_validation_is_named(changed: dict[str, f
     ("changed", "kind"),
     [
         ({"mi": 0.48}, "similarity"),
+        ({"shared": 0.09}, "similarity"),
         ({"covered": 0.6}, "overlap"),
         ({"folds_percent": 0.01}, "folds"),
         ({"ndv_percent": 0.02}, "NDV"),
@@ -121,6 +122,10 @@ def test_without_a_model_a_registration_is_still_held_to_itself(changed: dict[st
 
 def test_what_covers_little_is_as_usual_where_the_training_was_so() -> None:
     assert of_pair({**PAIRS, "covered": [[0.4], [0.6]]}, covered=0.45) == set()
+
+
+def test_two_modalities_that_share_little_are_as_usual_where_validation_was_so() -> None:
+    assert of_pair(PAIRS, shared=0.05) == set()
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,20 @@ def test_mutual_information_of_an_image_with_itself_is_its_entropy_and_with_its_
     assert numbers(item, moved(item, (0, 0)), (1, 1))["ncc"] == pytest.approx(-1)
 
 
+def test_an_image_and_its_negative_share_all_there_is_to_know_and_noise_shares_nothing() -> None:
+    item = batch()
+    item["fixed_image"] = 0.2 + 0.8 * torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    shared = {}
+    for name, other in (
+        ("itself", item["fixed_image"]),
+        ("negative", 1 - item["fixed_image"]),
+        ("noise", torch.rand(1, 1, 40, 40)),
+    ):
+        item["moving_image"] = other
+        shared[name] = numbers(item, moved(item, (0, 0)), (1, 1))["shared"]
+    assert shared["itself"] == pytest.approx(1) and shared["negative"] > 0.9 and shared["noise"] < 0.2
+
+
 def test_what_lies_outside_the_moving_image_is_not_covered_and_does_not_count() -> None:
     mask = torch.zeros(1, 1, 40, 40)
     mask[:, :, :10] = 1

@@ -102,10 +102,11 @@ def planted(cases: Sequence[Case], plants: Mapping[str, Plant | None], folder: P
             if plant is not None:
                 at = folder / name / f"{i}.nii.gz"
                 entry["moving_image"] = save(at, plant(read_image(case["moving_image"]), i))
-                label = entry.pop("moving_label")
                 if plant in (flipped, half):
-                    carried = plant(read_label(label)[0], i)
+                    carried = plant(read_label(case["moving_label"])[0], i)
                     entry["moving_label"] = save(folder / f"{name}_labels" / at.name, carried)
+                elif plant is not inverted:
+                    del entry["moving_label"]
             entries.append(entry)
         listed = folder / f"{name}.json"
         replace_file(listed, json.dumps({"test": entries}).encode())
