@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from regpipe import exports, homography, report, transforms, views
+from regpipe import exports, homography, report, transforms, trust, views
 from regpipe.boards import case_pictures
 from regpipe.fields import Registration
 from regpipe.files import sweep
@@ -18,10 +18,18 @@ from regpipe.loading import LoadPair
 from regpipe.metrics import dice, mean_of, measure, shared_labels
 from regpipe.pairs import Case
 from regpipe.shown import Shown, shown_images, shown_labels, shown_landmarks
+from regpipe.typical import numbers
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
 BY_DEFAULT = (DENSE, "itk", "ants")
-WRITTEN: tuple[str, ...] = ("metrics.json", "transform.json", "*displacement.nii.gz", "*_to_*.*", exports.ANTS_AFFINE)
+WRITTEN: tuple[str, ...] = (
+    "metrics.json",
+    "manifest.json",
+    "transform.json",
+    "*displacement.nii.gz",
+    "*_to_*.*",
+    exports.ANTS_AFFINE,
+)
 WRITTEN += (*exports.ANTS_WARPS, "warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
 WRITTEN += (f"{views.FOLDER}/{views.NAME}", f"{views.FOLDER}/*.*")
 
@@ -43,8 +51,11 @@ def save_case(
     *,
     formats: Sequence[str] = BY_DEFAULT,
     settings: Mapping[str, Any] | None = None,
+    typical: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write everything that one registered case gives, in native space; returns its metrics, on the working grid.
+
+    With them comes a list ``warnings``, see ``regpipe.trust``; ``typical``: what is known of the model's training.
 
     Raises:
         InputError: a native image cannot be read.
@@ -76,16 +87,20 @@ def save_case(
     determinant /= np.linalg.det(alignment[:-1, :-1])
     whole = alignment if matrix is None else matrix
     images, labels, native = _save_warped(case, fixed, moving, forward, whole, folder, load)
-    seen = Shown(fixed.affine, images, labels, forward, determinant, alignment)
-    views.write_view(folder / views.FOLDER, seen, shown_landmarks(batch, registration))
+    whole_case = Shown(fixed.affine, images, labels, forward, determinant, alignment)
+    views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
     shown = case_pictures(batch, prediction)
     for name in ("checkerboard", "overlay"):
         report.save_png(folder / f"{name}.png", shown[name])
     report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
-    measured = measure(registration, batch, load.grid_of(case).spacing) | native
+    spacing = load.grid_of(case).spacing
+    measured = measure(registration, batch, spacing) | native | load.frames.found(case)
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
-    return {"case": case["case"], **{k: v if math.isfinite(v) else None for k, v in measured.items()}}
+    seen = numbers(batch, registration, spacing)
+    distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, seen, measured)
+    row = {k: v if math.isfinite(v) else None for k, v in measured.items()}
+    return {"case": case["case"], **row, "warnings": distrust}
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from regpipe import __version__, cli_apply, cli_bids, cli_register, cli_report, cli_results, completion, console
+from regpipe import (
+    __version__,
+    cli_apply,
+    cli_bids,
+    cli_provenance,
+    cli_register,
+    cli_report,
+    cli_results,
+    completion,
+    console,
+)
 from regpipe.errors import InputError, explain
 from regpipe.versions import versions
 
@@ -25,6 +35,7 @@ cli_apply.add(app)
 cli_bids.add(app)
 cli_results.add(app)
 cli_report.add(app)
+cli_provenance.add(app)
 
 EVERYWHERE = ("--json", "--quiet")  # may stand after the command, too
 
@@ -144,7 +155,10 @@ def doctor(
     ] = "resnet18",
     structures: Annotated[int, typer.Option(min=0, help="With --shape: how many it tells apart.")] = 0,
 ) -> None:
-    """Check the installation: versions, device, the three backbones, a phantom registered, a file that ITK reads.
+    """Check the installation: versions, devices, backbones, a phantom registered both ways, files that ITK reads.
+
+    Each check says PASS or FAIL and what to do; exit status 1 where one fails. The report names no path, user or
+    machine: put it into a bug report.
 
     With --shape: how much memory each task takes on that grid, and whether it is there.
     """

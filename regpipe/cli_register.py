@@ -94,6 +94,9 @@ def register(
             help="What this process may take; default: what is free. Where it is too little, see below.",
         ),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit status 1 where a result should not be trusted unseen: docs/trust.md.")
+    ] = False,
     pairing: Annotated[
         str | None,
         typer.Option(
@@ -110,7 +113,7 @@ def register(
     """
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
-    given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib}
+    given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)
@@ -128,7 +131,7 @@ def register(
             _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
         else:
             loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
-            _with_bundle(bundle, dataset, out, refine, loss, chosen)
+            register_with_bundle(bundle, dataset, out, chosen | _refinement(refine, loss))
 
 
 def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
@@ -167,22 +170,29 @@ def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | No
     return path
 
 
-def _with_bundle(
-    bundle: Path, dataset: Path, out: Path, refine: int | None, loss: dict[str, Any] | None, chosen: dict[str, Any]
-) -> None:
+def _refinement(steps: int | None, loss: dict[str, Any] | None) -> dict[str, Any]:
+    """What a bundle is told of it."""
+    told: dict[str, Any] = {} if steps is None else {"refine": steps}
+    if loss is not None:
+        if not steps:
+            raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
+        words = ", ".join(f"{name}={value!r}" for name, value in loss.items())
+        told["refine_loss"] = (
+            f"$regpipe.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {words})"
+        )
+    return told
+
+
+def register_with_bundle(bundle: Path, dataset: Path, out: Path, chosen: dict[str, Any]) -> None:
+    """Run a bundle's inference with some ids of its configuration given.
+
+    Raises:
+        InputError: no bundle, and what its inference refuses.
+        SystemExit: as ``regpipe.inference.FolderRun.register``.
+    """
     from monai.bundle import ConfigWorkflow
 
     from regpipe.compare import bundle_in
-
-    if refine is not None:
-        chosen["refine"] = refine
-    if loss is not None:
-        if not refine:
-            raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
-        told = ", ".join(f"{name}={value!r}" for name, value in loss.items())
-        chosen["refine_loss"] = (
-            f"$regpipe.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {told})"
-        )
 
     bundle = bundle_in(bundle)
     config = bundle / "configs" / "inference.yaml"

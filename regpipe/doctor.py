@@ -1,54 +1,85 @@
-"""Is this installation sound? Each check does the real thing in small."""
+"""Is this installation sound? A report fit for a bug ticket; and what memory each task takes on a grid."""
 
 from __future__ import annotations
 
+import getpass
 import platform
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import itk
-import numpy as np
 import torch
 
-from regpipe import console, memory, transforms
-from regpipe.encoders import BACKBONES
+from regpipe import console, memory
+from regpipe.checkup import Check, checks
 from regpipe.engines import RegistrationInferer, ZeroInferer
 from regpipe.errors import InputError
-from regpipe.fields import register
 from regpipe.losses import RegistrationLoss
 from regpipe.memory import DRY_STEPS
-from regpipe.metrics import ncc
 from regpipe.network import SymmetricNet
-from regpipe.phantoms import make_pair
 from regpipe.refine import make_refiner, refinement_loss, zero_refiner
 from regpipe.versions import versions
 
+NAME = r"[^\\/\s:'\",;]+"
+PATH = re.compile(rf"(?!\d+/\d+\b)(?<![\w.~-])(?:[A-Za-z]:|{NAME})?(?:[\\/]{NAME})+[\\/]?")
+
 
 def examine() -> Iterator[str]:
-    """Lines of a report, each check as it is done.
+    """Lines of a report, each check as it is done: PASS or FAIL, seconds, what was found or what to do.
+
+    No path, no user's and no machine's name is in it.
 
     Raises:
-        Exception: whatever a failed check raised: it is what a bug report needs.
+        SystemExit: with 1 after all of them, where one failed.
     """
     found = versions()
     console.tell(versions=found)
     yield f"python {found.pop('python')}, {platform.system()} {platform.machine()}"
     yield ", ".join(f"{name} {number or 'is missing'}" for name, number in found.items())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    yield f"CPU threads {torch.get_num_threads()}, GPU {gpu}"
-    checks: dict[str, Callable[[], str]] = {
-        "backbones": _backbones,
-        "training on one phantom": _training,
-        "displacement read by ITK": _itk,
-    }
-    results = {}
-    for name, check in checks.items():
-        results[name] = check()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpu = f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    yield f"{cpu}, {memory.free() / memory.GIB:.1f} GiB of memory free; GPU {', '.join(gpus) or 'none'}"
+    results: dict[str, dict[str, Any]] = {}
+    for check in checks():
+        results[check.name] = _done(check)
         console.tell(checks=results)
-        yield f"{name}: {results[name]}"
+        yield "{status}  {seconds:4.1f} s  {name}: {said}".format(name=check.name, **results[check.name])
+    failed = [name for name, result in results.items() if result["status"] == "FAIL"]
+    if failed:
+        yield f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}"
+        raise SystemExit(1)
     yield "all is well"
+
+
+def _done(check: Check) -> dict[str, Any]:
+    began, status = time.perf_counter(), "PASS"
+    try:
+        said = check.run()
+    except Exception as error:  # whatever it is, the others are done, and it is told
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        status, said = "FAIL", f"{public(what)} ({Path(place.filename).name}:{place.lineno}); {check.remedy}"
+    return {"status": status, "seconds": round(time.perf_counter() - began, 2), "said": said}
+
+
+def public(text: str) -> str:
+    """A text without the folders of its paths, and without the names of this user and this machine."""
+    text = PATH.sub(lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], text)
+    for name in sorted(_private(), key=len, reverse=True):
+        text = re.sub(rf"\b{re.escape(name)}\b", "***", text)
+    return text
+
+
+def _private() -> Iterator[str]:
+    yield from (name for name in (socket.gethostname(), Path.home().name) if name)
+    try:
+        yield getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's number without a name
+        return
 
 
 def memory_table(
@@ -95,44 +126,3 @@ def _tasks(shape: Sequence[int], device: str, backbone: str, structures: int) ->
     loss = RegistrationLoss({"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1}, window=7)
     training = memory.training(RegistrationInferer(), network, loss, shape, device=device)
     yield "training, a pair at a time", weights + training
-
-
-def _backbones() -> str:
-    for dim in (2, 3):
-        pair = torch.rand(1, 2, *(24,) * dim)
-        for backbone in BACKBONES:
-            net = SymmetricNet(dim, backbone).eval()
-            with torch.no_grad():
-                swapped = net(pair.flip(1))
-                if not torch.allclose(net(pair), -swapped, atol=1e-6):
-                    raise RuntimeError(f"{backbone} in {dim}D is not symmetric on this machine")
-    return ", ".join(BACKBONES) + " build and are symmetric in 2D and 3D"
-
-
-def _training() -> str:
-    phantom = make_pair("mr", (48, 48), seed=0)
-    fixed, moving = (torch.tensor(a)[None, None] for a in (phantom.fixed_image, phantom.moving_image))
-    torch.manual_seed(0)
-    net, loss = SymmetricNet(2, "resnet18"), RegistrationLoss({"lncc": 1.0, "diffusion": 1.0})
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(30):
-        registration = register(fixed, moving, net(torch.cat([fixed, moving], 1)))
-        optimizer.zero_grad()
-        loss(registration._asdict(), {"fixed_image": fixed, "moving_image": moving}).backward()
-        optimizer.step()
-    before, after = ncc(fixed[0, 0], moving[0, 0]), ncc(fixed[0, 0], registration.warped_moving[0, 0].detach())
-    if not after > before:
-        raise RuntimeError(f"30 steps of training did not raise the correlation: {before:.3f} to {after:.3f}")
-    return f"correlation {before:.3f} before, {after:.3f} after 30 steps"
-
-
-def _itk() -> str:
-    field = np.random.default_rng(0).normal(size=(3, 5, 6, 7)).astype(np.float32)
-    affine = np.diag([0.9, 1.1, 3.0, 1.0])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "displacement.nii.gz"
-        transforms.write_displacement(path, field, affine)
-        read = itk.array_from_image(itk.imread(str(path), itk.Vector[itk.F, 3]))
-    if not np.array_equal(read.transpose(3, 2, 1, 0), field):
-        raise RuntimeError("ITK reads another field than was written")
-    return "equal to what was written"

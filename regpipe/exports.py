@@ -13,7 +13,6 @@ is pulled onto. ``transform.json`` says what the files are, and for which images
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from nibabel.affines import apply_affine
 
 from regpipe import frames, images
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import replace_file, sha256
 from regpipe.images import Image, PathLike, voxel_size
 from regpipe.itkbridge import affine_mat, affine_part, composite_h5, field_part, lps_matrix
 from regpipe.transforms import map_points, write_displacement
@@ -70,10 +69,7 @@ class ImageFile(NamedTuple):
 
 def image_file(path: PathLike, image: Image) -> ImageFile:
     """What ``transform.json`` says of an image, read from ``path``; of a series all files count."""
-    digest = hashlib.sha256()
-    for file in images.files(path):
-        digest.update(file.read_bytes())
-    return ImageFile(Path(path).name, image.array.shape, image.affine, digest.hexdigest())
+    return ImageFile(Path(path).name, image.array.shape, image.affine, sha256(images.files(path)))
 
 
 def pair_transform(
@@ -211,7 +207,7 @@ def _write_way(
         write_displacement(folder / ANTS_WARPS[i], (pair.forward, pair.inverse)[i], pair.frame)
         about |= ANTS[i]
         files += ANTS[i]["ants"]
-    about["sha256"] = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
+    about["sha256"] = {file: sha256([folder / file]) for file in files}
     return about
 
 

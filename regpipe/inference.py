@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
@@ -17,13 +18,13 @@ from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from regpipe import console, distributed, exports, images, memory
-from regpipe.casefiles import BY_DEFAULT, DENSE, clear, save_case
+from regpipe import console, distributed, exports, images, manifest, memory, typical
+from regpipe.casefiles import BY_DEFAULT, DENSE, WRITTEN, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.engines import ZeroInferer, prepare_batch
 from regpipe.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
-from regpipe.files import parse_json, replace_file, sweep
+from regpipe.files import parse_json, replace_file, sha256, sweep
 from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
@@ -33,7 +34,8 @@ from regpipe.refine import ZERO_STEPS, zero_refiner
 class FolderRun:
     """The pairs of a folder, what becomes of each, and the handler that writes their results.
 
-    ``metrics.json`` is written last: a case that has one is finished and is not registered again.
+    ``metrics.json`` is written last: a case that has one is finished and is not registered again; ``manifest.json``
+    before it, see ``regpipe.manifest``.
     Iterating gives the batches, one case each, of those that are to be done and can be read; the others are
     in ``failures``. Of several processes each does its share of what was left when they began.
 
@@ -72,14 +74,15 @@ class FolderRun:
         self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
-        weights = Path(model)
-        self._weights = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+        self._model = manifest.model_files(Path(model).parent) if Path(model).is_file() else []
+        self._weights = sha256([Path(model)]) if self._model else ""
+        self._typical = typical.read(Path(model).parent) if self._model else {}
         self._mine = list(self.cases)
         # rank 0's list: on that of one that begins later, what others have finished by then would be missing
         left = distributed.of_first([case["case"] for case in self._todo()])
         self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
         self.dataset = Dataset(data=self._todo(), transform=load)
-        self._current = ""
+        self._current, self._began = "", 0.0
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """The row of a finished case."""
@@ -88,6 +91,7 @@ class FolderRun:
             if not path.is_file():
                 return None
             row = parse_json(path.read_bytes())
+            row.setdefault("warnings", [])  # of a version that had none
             return row if row.pop("made_from") == self._made_from(self.cases[name]) else None
         except (OSError, ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
             return None
@@ -105,7 +109,7 @@ class FolderRun:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.dataset.data = self._todo()
         for i, case in enumerate(console.Progress(self.dataset.data, what="registering", unit="pairs")):
-            self._current = case["case"]
+            self._current, self._began = case["case"], time.monotonic()
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
                 if problem:
@@ -141,10 +145,13 @@ class FolderRun:
                 self.folder / name,
                 formats=self.formats,
                 settings={**self._settings, "weights": self._weights, **spared},
+                typical=self._typical,
             )
-            row |= self.load.frames.found(self.cases[name]) | spared
+            row |= spared
             row["made_from"] = self._made_from(self.cases[name])
-            replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
+            self._finish(name, json.dumps(row, indent=1).encode(), engine)
+            if row["warnings"]:
+                console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
         except InputError as problem:
             self._give_up(name, problem)
         except OSError as problem:
@@ -167,16 +174,35 @@ class FolderRun:
             (self.folder / name).rmdir()
         self._fail(name, problem)
 
+    def _finish(self, name: str, metrics: bytes, engine: Engine) -> None:
+        """Write the manifest, and last what says that the case is finished."""
+        folder, pred = self.folder / name, cast(Any, engine.state.output)["pred"]
+        manifest.write(
+            folder,
+            "registration",
+            case=name,
+            inputs=manifest.inputs_of(self.cases[name]),
+            model=self._model,
+            settings=self._settings,
+            files=manifest.hashes(folder, WRITTEN) | {"metrics.json": hashlib.sha256(metrics).hexdigest()},
+            seed=manifest.SEED,
+            machine=manifest.machine(pred["displacement"].device),
+            given_up=pred.get("to_fit_memory") or [],
+            seconds=round(time.monotonic() - self._began, 2),
+        )
+        replace_file(folder / "metrics.json", metrics)
+
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)
         console.complain("error", f"{name}: {problem}")
 
-    def register(self, evaluator: Engine) -> None:
+    def register(self, evaluator: Engine, *, strict: bool = False) -> None:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
 
         Raises:
             InputError: the output folder cannot be made; the disk is full, and finished cases are kept.
-            SystemExit: with 1, if a case failed; with 130 on Ctrl-C, finished cases kept.
+            SystemExit: with 1, if a case failed or, where ``strict``, has a warning; with 130 on Ctrl-C, finished
+                cases kept.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -194,9 +220,10 @@ class FolderRun:
         except OSError as problem:
             raise InputError(f"{explain(problem)}; the same command goes on with the cases that are left") from problem
         self.failures = distributed.merged(self.failures)
-        self._summary()
+        rows = [row for row in map(self._result, self.cases) if row is not None]
+        self._summary(rows)
         distributed.leave()
-        if self.failures:
+        if self.failures or (strict and any(row["warnings"] for row in rows)):
             raise SystemExit(1)
 
     def _run(self, evaluator: Engine) -> None:
@@ -210,12 +237,14 @@ class FolderRun:
             self._fail(self._current, _told(self._current, "registered", error))
 
     @idist.one_rank_only()
-    def _summary(self) -> None:
-        rows = [row for row in map(self._result, self.cases) if row is not None]
-        spared = Counter(", ".join(row.pop("to_fit_memory", [])) for row in rows)
+    def _summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        spared = Counter(", ".join(row.get("to_fit_memory", [])) for row in rows)
         if rows:
             sweep(self.folder, "metrics.csv")
-            write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
+            table = [{**row, "warnings": len(row["warnings"])} for row in rows]
+            for row in table:
+                row.pop("to_fit_memory", None)
+            write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
         console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
         print(
             f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
@@ -223,6 +252,9 @@ class FolderRun:
         for how, count in sorted(spared.items()):
             if how:
                 print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")
+        warned = sum(bool(row["warnings"]) for row in rows)
+        if warned:
+            print(f"{warned} with warnings, in their metrics.json: look at them (regpipe report {self.folder})")
         if self.failures:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
@@ -254,12 +286,13 @@ def register_from_zero(
     affine_metric: str = "mi",
     formats: str | Sequence[str] = BY_DEFAULT,
     memory_gib: float | None = None,
+    strict: bool = False,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
     ``similarity``, ``smoothness``: see ``regpipe.refine.refinement_loss``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``regpipe.frames``;
-    ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``.
+    ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``; ``strict``: see ``FolderRun.register``.
 
     Raises:
         InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
@@ -270,6 +303,8 @@ def register_from_zero(
     settings: dict[str, Any] = {
         "network": "none",
         "refine": steps,
+        "similarity": similarity,
+        "smoothness": smoothness,
         "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
         "refine_window": {f"{dim}D": loss.options.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
@@ -304,7 +339,8 @@ def register_from_zero(
             prepare_batch=prepare_batch,
             val_handlers=[folder],
             decollate=False,
-        )
+        ),
+        strict=strict,
     )
 
 

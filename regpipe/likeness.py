@@ -108,11 +108,11 @@ def similarity(fixed: Side, moving: Side, matrix: np.ndarray, metric: str) -> fl
         return 0.0
     x = fixed.array[fixed.mask][inside]
     y = ndimage.map_coordinates(moving.array, at[:, inside], order=1, mode="nearest")
-    value = _information(x, y) if metric == "mi" else _correlation(x, y)
+    value = information(x, y) if metric == "mi" else _correlation(x, y)
     return float(value * inside.mean())
 
 
-def _information(x: np.ndarray, y: np.ndarray) -> float:
+def information(x: np.ndarray, y: np.ndarray) -> float:
     """Mutual information in nats of values (N,) in [0, 1], from a joint histogram."""
     bins = [np.minimum((v * BINS).astype(int), BINS - 1) for v in (x, y)]
     joint = np.bincount(bins[0] * BINS + bins[1], minlength=BINS**2).reshape(BINS, BINS) / len(x)

@@ -33,6 +33,7 @@ class Registered(NamedTuple):
     row: dict[str, float]  # of metrics; NaN where it lacks one
     verdict: Verdict
     view: dict[str, Any] | None  # see ``regpipe.views``
+    warnings: list[str]  # see ``regpipe.trust``
 
 
 def write_report(
@@ -101,9 +102,13 @@ def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Regi
 
 def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
     content = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    warnings = [str(line) for line in content.get("warnings", [])]
     numbers = {k: math.nan if v is None else float(v) for k, v in content.items() if isinstance(v, int | float | None)}
     row = with_gains(numbers)
-    return Registered(str(content["case"]), path, row, judge(row, limits), _view(path / views.FOLDER))
+    verdict = judge(row, limits)
+    if warnings and verdict.status == "pass":
+        verdict = verdict._replace(status="warn")
+    return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings)
 
 
 def _view(folder: Path) -> dict[str, Any] | None:
@@ -160,6 +165,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
     return {
         "name": case.name,
         "status": case.verdict.status,
+        "warnings": case.warnings,
         "numbers": numbers,
         "pictures": pictures,
         **{key: view[key] for key in ("planes", "layers", "landmarks")},
@@ -169,9 +175,9 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
 # ---------------------------------------------------------------------------------------------- page
 
 
-def _render(**content: Any) -> str:
+def template() -> Any:
+    """The page's Jinja2 template; every name that is put into it is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     page = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -181,6 +187,12 @@ def _render(**content: Any) -> str:
         lstrip_blocks=True,
     )
     page.filters["number"] = _number
+    return page.get_template(f"{PAGE}.j2")
+
+
+def _render(**content: Any) -> str:
+    from markupsafe import Markup
+
     own = {name: Markup((TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     rows = [case.row for case, _ in content["cases"]]
     charts = [
@@ -188,7 +200,7 @@ def _render(**content: Any) -> str:
         for name in content["columns"]
     ]
     bar = {"stops": views.stops(), "largest": views.LARGEST, "fold": views.FOLD, "colours": views.COLOURS}
-    return page.get_template(f"{PAGE}.j2").render(
+    return template().render(
         **content, **own, charts=charts, metrics=METRICS, version=__version__, bar=bar, nan=math.nan
     )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regpipe import images
+import ignite.distributed as idist
+
+from regpipe import images, manifest
+from regpipe.console import Progress
 from regpipe.errors import InputError
-from regpipe.files import absolute, parse_json, replace_file
+from regpipe.files import absolute, parse_json, replace_file, sha256
 from regpipe.pairs import Case
 
 NAME = "training.json"
@@ -37,7 +40,29 @@ def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     root = str(absolute(data["dataset_dir"]))
     about = {**{key: {**LATER, **data}[key] for key in DATA}, "dataset_dir": root}
     text = json.dumps({**about, "training_images": _images(cases)}, indent=1)
+    (Path(ckpt_dir) / manifest.NAME).unlink(missing_ok=True)  # of what was there before this training
     replace_file(Path(ckpt_dir) / NAME, text.encode())
+
+
+@idist.one_rank_only(with_barrier=True)
+def conclude(
+    ckpt_dir: str, cases: Sequence[Case], settings: Mapping[str, Any], *, device: Any, seed: int, seconds: float
+) -> None:
+    """Write the manifest of a training that has ended: see ``regpipe.manifest``.
+
+    Args:
+        cases: the training pairs, of which all files are hashed.
+        settings: the choices of the run.
+        seconds: what it took.
+    """
+    paths = sorted({path for case in cases for role, path in case.items() if role != "case"})
+    known = [
+        {"role": "training", "file": Path(path).name, "sha256": sha256(images.files(path))}
+        for path in Progress(paths, what="hashing", unit="files")
+    ]
+    about = {"seed": seed, "machine": manifest.machine(device), "seconds": round(seconds, 2)}
+    files = {item["file"]: item["sha256"] for item in manifest.model_files(Path(ckpt_dir))}
+    manifest.write(Path(ckpt_dir), "training", inputs=known, files=files, settings=settings, **about)
 
 
 def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:

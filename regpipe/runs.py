@@ -19,7 +19,7 @@ from ignite.handlers import Checkpoint, EarlyStopping
 from monai.utils import set_determinism
 from torch.optim.lr_scheduler import LambdaLR
 
-from regpipe import checkpoints, distributed, record
+from regpipe import checkpoints, distributed, record, typical
 from regpipe.checkpoints import saved_states
 from regpipe.checkpoints import training_seconds as training_seconds  # where bundles ask for it
 from regpipe.checks import check_pairs
@@ -308,15 +308,16 @@ def refuse_detached(refiner: object, repair: object) -> None:
 
 @idist.one_rank_only(with_barrier=True)
 def keep_beside_model(ckpt_dir: str, grid: Grid, cases: Sequence[Case], data: dict[str, Any]) -> None:
-    """Write the working grid, and what the model is trained on: see ``regpipe.record``."""
+    """Write the working grid, what the model is trained on (``regpipe.record``) and its looks (``regpipe.typical``)."""
     save_grid(Path(ckpt_dir) / "working_grid.json", grid)
     record.write(ckpt_dir, cases, data)
+    typical.write_images(ckpt_dir, cases)
 
 
 @idist.one_rank_only(with_barrier=True)
 def forget(ckpt_dir: str, log_dir: str) -> None:
     """Delete a run's states, model and curves: one that begins anew must not be mixed with an old one."""
-    beside = (Path(ckpt_dir) / name for name in ("model.pt", "curves.txt"))
+    beside = (Path(ckpt_dir) / name for name in ("model.pt", "curves.txt", typical.NAME))
     for path in (*saved_states(ckpt_dir), *beside, *Path(log_dir).glob("events.out.*")):
         path.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ PACKAGES = (
     "itk-elastix",
     "nibabel",
     "numpy",
+    "scipy",
     "tensorboard",
 )
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import as_if_in_its_own_process, deforming_bundle
 from typer.testing import CliRunner
 
-from regpipe import cli, doctor, transforms
+from regpipe import cli
 from regpipe.casemetrics import read_rows
 from regpipe.cohort import write_cohort
 from regpipe.images import Grid
@@ -47,7 +47,9 @@ HELP = {
     "figures": ("comparison.csv", "study.csv", "nothing is trained"),
     "phantom": ("ultrasound, mr or shapes", "--motion", "--shape", "--pairs", "--seed", "true displacement"),
     "study": ("--overlay", "--pretrain", "--only", "AXIS=VALUE", "--jobs", "docs/study.md"),
-    "doctor": ("versions", "ITK"),
+    "doctor": ("versions", "ITK", "PASS or FAIL", "bug report"),
+    "verify": ("--data", "--bundle", "manifest"),
+    "rerun": ("--data", "--bundle", "--out", "--tolerance", "mm"),
 }
 
 
@@ -188,16 +190,3 @@ def test_phantoms_of_one_seed_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch
     )
     assert len(a) > 10 and a == b and a.keys() == c.keys()
     assert all(a[file] != c[file] for file in a if file.endswith((".gz", ".csv")))
-
-
-def test_the_doctor_finds_all_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert regpipe(monkeypatch, "doctor") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "all is well" and any("itk 5" in line for line in lines)
-
-
-def test_the_doctor_does_not_hide_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = transforms.write_displacement
-    monkeypatch.setattr("regpipe.transforms.write_displacement", lambda path, d, affine: real(path, -d, affine))
-    with pytest.raises(RuntimeError, match="ITK reads another field"):
-        doctor._itk()

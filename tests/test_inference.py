@@ -116,7 +116,13 @@ def registered(request: pytest.FixtureRequest) -> tuple[Path, Path, int]:
 
 def test_a_case_has_every_file_and_things_did_move(registered: tuple[Path, Path, int]) -> None:
     _, case, dim = registered
-    files = {"metrics.json", *(f"{name}.nii.gz" for name in IMAGES), *(f"{name}.png" for name in PICTURES), *TRANSFORMS}
+    files = {
+        "metrics.json",
+        "manifest.json",
+        *(f"{name}.nii.gz" for name in IMAGES),
+        *(f"{name}.png" for name in PICTURES),
+        *TRANSFORMS,
+    }
     assert {path.name for path in case.iterdir()} == {*files, "view"}
     d, _ = read_displacement(case / "displacement.nii.gz")
     assert len(d) == dim and 1 < np.linalg.norm(d, axis=0).max() < 20  # mm

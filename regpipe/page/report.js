@@ -47,13 +47,15 @@ function choose(index) {
   state.index = index;
   state.case = JSON.parse(byId(`data-${index}`).textContent);
   state.pictures.clear();
-  const { name, status, landmarks } = state.case;
+  const { name, status, landmarks, warnings } = state.case;
   for (const row of rows) row.removeAttribute("aria-current");
   const row = rowOf(index);
   row.setAttribute("aria-current", "true");
   byId("case-name").textContent = name;
   byId("case-status").textContent = status;
   byId("case-status").className = `mark ${status}`;
+  byId("warnings").replaceChildren(...warnings.map((line) => element("li", { textContent: line })));
+  byId("warnings").hidden = warnings.length === 0;
   fill("#numbers tbody", state.case.numbers.map((n) => [n.unit ? `${n.title}, ${n.unit}` : n.title, n.before, n.value, n.limits, n.step]));
   fill("#points tbody", landmarks.map((point, i) => [i + 1, point.errors[0].toFixed(2), point.errors[1].toFixed(2)]));
   byId("points").hidden = landmarks.length === 0;

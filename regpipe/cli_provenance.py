@@ -1,0 +1,88 @@
+"""``regpipe verify`` and ``regpipe rerun``: are results what they were, and do they come out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regpipe import console
+from regpipe.errors import InputError
+
+if TYPE_CHECKING:
+    from regpipe.rerun import Again
+
+Data = Annotated[
+    Path | None, typer.Option(help="Folder below which the images lie; they are found by name and content.")
+]
+
+
+def add(app: typer.Typer) -> None:
+    """Give ``app`` the commands."""
+    app.command()(verify)
+    app.command()(rerun)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="What register wrote, one case; a trained bundle or a comparison.")],
+    data: Data = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Whose weights they are to be: the one that the cases were registered with.")
+    ] = None,
+) -> None:
+    """Check that results are what was written: each file's hash against the manifest that was written with it.
+
+    With --data also that the images, labels and landmarks are there and unchanged; with --bundle the weights.
+    """
+    from regpipe.verify import verify as run
+
+    checked = run(folder, data=data, bundle=bundle)
+    console.tell(results=checked.results, checked=checked.files, problems=checked.problems)
+    for problem in checked.problems.values():
+        console.complain("error", problem)
+    console.say(f"{checked.results} results, {checked.files} files, {len(checked.problems)} problems")
+    if checked.problems:
+        raise typer.Exit(1)
+
+
+def rerun(
+    manifest: Annotated[Path, typer.Argument(help="manifest.json of a case, its folder, or a folder of cases.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep what comes out here; default: nowhere.")] = None,
+    data: Data = None,
+    bundle: Annotated[Path | None, typer.Option(help="The one that the cases were registered with.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="mm that a displacement may be off; default: it is the same to the bit.")
+    ] = 0.0,
+) -> None:
+    """Register again with the same settings and compare: the same to the bit, or how many mm off and what differs.
+
+    Without --data the images are looked for near the results.
+    """
+    from regpipe.rerun import rerun as run
+
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: is not empty; what lies there might be taken for what comes out: give another --out")
+    found = run(manifest, out, data=data, bundle=bundle)
+    console.tell(cases=[again._asdict() for again in found])
+    for again in found:
+        console.say(_told(again))
+    if not all(_near(again, tolerance) for again in found):
+        raise typer.Exit(1)
+
+
+def _near(again: Again, tolerance: float) -> bool:
+    return not again.different or (tolerance > 0 and again.off is not None and again.off[1] <= tolerance)
+
+
+def _told(again: Again) -> str:
+    changed = "; ".join(f"{name}: {then} then, {now} now" for name, (then, now) in again.conditions.items())
+    among = f" ({changed})" if changed else ""
+    if not again.different:
+        return f"{again.case}: the same to the bit, {again.files} files{among}"
+    off = (
+        "no displacement to compare"
+        if again.off is None
+        else "displacement off by {:.2g} mm, at most {:.2g}".format(*again.off)
+    )
+    return f"{again.case}: {len(again.different)} of {again.files} files differ, {off}{among}"

@@ -1,0 +1,117 @@
+"""What a result was made of, with what, when and on what: ``manifest.json``, beside a registered case and a model.
+
+    inputs    role, file's name and SHA-256 of each image, label map, mask, landmark file (a series: of all files)
+    model     the same of the model's files; empty without a network
+    settings  what the result depends on beside them, and the SHA-256 of that: ``configuration``
+    seed, versions, machine, finished, seconds
+    files     SHA-256 of each file of the result
+
+``regpipe.verify`` holds files to it, ``regpipe.rerun`` makes them again. No folder and no name of a user or of a
+machine is in it, only the names of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from regpipe import images
+from regpipe.errors import InputError
+from regpipe.files import replace_file, sha256
+from regpipe.pairs import Case
+from regpipe.versions import versions
+
+NAME = "manifest.json"
+FORMAT = "regpipe manifest 1"
+KINDS = ("registration", "training")
+SEED = 0  # of a registration: elastix draws its samples from it, nothing else is random
+BESIDE = ("model.pt", "working_grid.json", "training.json", "typical.json")  # what makes up a trained model
+
+
+def write(
+    folder: Path,
+    kind: str,
+    *,
+    inputs: Sequence[Mapping[str, str]],
+    files: Mapping[str, str],
+    settings: Mapping[str, Any],
+    **about: Any,
+) -> None:
+    """Write the manifest of what lies in ``folder``; see the top.
+
+    Args:
+        kind: of ``KINDS``.
+        inputs: see ``inputs_of``.
+        files: name, or path within the folder, -> SHA-256.
+        about: what else to keep: case, model, seed, machine, seconds.
+    """
+    content = {
+        "format": FORMAT,
+        "kind": kind,
+        **about,
+        "settings": settings,
+        "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "versions": versions(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "inputs": inputs,
+        "files": files,
+    }
+    replace_file(folder / NAME, f"{json.dumps(content, indent=1)}\n".encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What ``write`` wrote.
+
+    Raises:
+        InputError: missing, damaged, of another format.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: missing; register or train again with this version")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise InputError(f"{path}: is of format {content['format']!r}, not {FORMAT!r}; update regpipe")
+        for key, kind in (("inputs", list), ("files", dict), ("settings", dict), ("versions", dict)):
+            if not isinstance(content[key], kind):
+                raise TypeError(key)
+    except (ValueError, KeyError, TypeError) as cause:
+        if isinstance(cause, InputError):
+            raise
+        raise InputError(f"{path}: damaged ({type(cause).__name__}: {cause}); register or train again") from cause
+    return content
+
+
+def inputs_of(case: Case) -> list[dict[str, str]]:
+    """Role, name and hash of each file of a case."""
+    return [
+        {"role": role, "file": Path(path).name, "sha256": sha256(images.files(path))}
+        for role, path in case.items()
+        if role != "case"
+    ]
+
+
+def model_files(folder: Path) -> list[dict[str, str]]:
+    """Name and hash of each file that makes up the model in ``folder``."""
+    found = (folder / name for name in BESIDE)
+    return [{"file": path.name, "sha256": sha256([path])} for path in found if path.is_file()]
+
+
+def hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """Path within ``folder`` -> SHA-256, of the files that any pattern finds."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return {path.relative_to(folder).as_posix(): sha256([path]) for path in found}
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """What rounding depends on: a GPU's name; or the processor's kind, its instructions and the threads."""
+    import torch
+
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": f"cpu {kind}", "threads": torch.get_num_threads()}

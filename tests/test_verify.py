@@ -1,0 +1,228 @@
+"""Results carry what they were made of, whatever is changed afterwards is found, and they come out again."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, deforming_bundle, infer
+
+from regpipe import InputError, manifest, rerun
+from regpipe.images import Grid
+from regpipe.inference import register_from_zero
+from regpipe.refine import refinement_loss
+from regpipe.transforms import read_displacement, write_displacement
+from regpipe.verify import verify
+
+FEW = {"weights": refinement_loss("lncc"), "steps": 4, "affine": "none"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Path:
+    """Two cases of the cohort."""
+    root = tmp_path_factory.mktemp("some") / "data"
+    for folder in (path for path in cohort.iterdir() if path.is_dir()):
+        (root / folder.name).mkdir(parents=True)
+        for file in folder.glob("case_00[01].*"):
+            shutil.copy(file, root / folder.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """Them registered from zero. Do not write into it."""
+    out = tmp_path_factory.mktemp("registered") / "out"
+    register_from_zero(str(data), str(out), **FEW)  # type: ignore[arg-type]
+    return out
+
+
+@pytest.fixture
+def out(tmp_path: Path, done: Path) -> Path:
+    """A copy, to be spoilt."""
+    return shutil.copytree(done, tmp_path / "out")
+
+
+def content(case: Path) -> dict[str, Any]:
+    return json.loads((case / "manifest.json").read_text())
+
+
+def test_a_manifest_names_every_input_and_every_file_of_the_result_by_its_hash(done: Path, data: Path) -> None:
+    told = content(done / "case_001")
+    files = {path.relative_to(done / "case_001").as_posix(): path for path in (done / "case_001").rglob("*.*")}
+    del files["manifest.json"]
+    assert told["files"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    for source in told["inputs"]:
+        kind = source["role"] + "s" * (source["role"][-1] != "s")
+        path = next(data.glob(f"{kind}/{source['file']}"))
+        assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    roles = {source["role"] for source in told["inputs"]}
+    assert {"fixed_image", "moving_image", "fixed_label", "moving_landmarks"} <= roles
+    assert told["settings"]["refine"] == 4 and told["model"] == [] and told["machine"]["threads"] >= 1
+    assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_no_folder_and_no_absolute_path_is_in_a_manifest(done: Path, data: Path) -> None:
+    text = (done / "case_000" / "manifest.json").read_text()
+    assert str(data.parent) not in text and str(done.parent) not in text and data.parent.name not in text
+
+
+def flip_a_bit(case: Path) -> None:
+    file = case / "warped.nii.gz"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def better_numbers(case: Path) -> None:
+    row = json.loads((case / "metrics.json").read_text())
+    (case / "metrics.json").write_text(json.dumps({**row, "dice": 1.0}))
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit": (flip_a_bit, "warped.nii.gz: changed since it was written"),
+    "a number": (better_numbers, "metrics.json: changed since it was written"),
+    "a file less": (lambda case: (case / "1Warp.nii.gz").unlink(), "1Warp.nii.gz: missing"),
+    "no manifest": (lambda case: (case / "manifest.json").unlink(), "manifest.json: missing; the case is unfinished"),
+    "half a manifest": (lambda case: (case / "manifest.json").write_text('{"format"'), "manifest.json: damaged"),
+}
+
+
+def test_what_is_as_written_passes(done: Path, data: Path) -> None:
+    checked = verify(done, data=data)
+    assert checked.problems == {} and checked.results == 2
+    assert checked.files == sum(len(content(done / case)["files"]) for case in ("case_000", "case_001"))
+    assert verify(done / "case_000").results == 1
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_one_spoilt_file_is_one_line_that_names_it(what: str, out: Path) -> None:
+    spoil, said = SPOILT[what]
+    spoil(out / "case_001")
+    (problem,) = verify(out).problems.values()
+    assert said in problem and str(out / "case_001") in problem and "\n" not in problem
+
+
+def test_a_manifest_that_points_out_of_its_folder_is_not_followed(out: Path) -> None:
+    told = content(out / "case_000")
+    secret = out.parent / "secret"
+    secret.write_text("x")
+    told["files"]["../../secret"] = hashlib.sha256(b"x").hexdigest()
+    (out / "case_000" / "manifest.json").write_text(json.dumps(told))
+    (problem,) = verify(out).problems.values()
+    assert "outside its folder" in problem
+
+
+def test_images_that_were_changed_or_taken_away_are_named_by_their_role(done: Path, data: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(data, tmp_path / "mine")
+    file = mine / "moving_labels" / "case_001.nii.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1] + b"\7"))
+    (problem,) = verify(done, data=mine).problems.values()
+    assert "case_001.nii.gz: moving_label, changed since" in problem
+    (mine / "fixed_landmarks" / "case_000.csv").unlink()
+    (mine / "moving_landmarks" / "case_000.csv").unlink()
+    missing = [text for text in verify(done, data=mine).problems.values() if "case_000.csv" in text]
+    assert missing and all("not in" in text for text in missing)
+
+
+@pytest.mark.parametrize("given", ["nothing", "empty"])
+def test_where_there_is_no_result_one_line_says_so(given: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no such folder" if given == "nothing" else "holds no result"):
+        verify(tmp_path / given)
+
+
+def test_a_trained_bundle_is_held_to_its_manifest_and_so_is_what_it_was_trained_on(
+    trained: Path, cohort: Path, tmp_path: Path
+) -> None:
+    told = content(trained / "models")
+    assert told["kind"] == "training" and told["settings"]["backbone"] == "resnet18" and told["seconds"] > 0
+    names = {"model.pt", "working_grid.json", "training.json"}
+    assert names <= told["files"].keys() and len({source["sha256"] for source in told["inputs"]}) > 3
+    assert verify(trained, data=cohort).problems == {}
+    mine = shutil.copytree(trained, tmp_path / "comparison" / "resnet18")
+    state = torch.load(mine / "models" / "model.pt", weights_only=True)
+    torch.save({name: value * 1.01 for name, value in state.items()}, mine / "models" / "model.pt")
+    (problem,) = verify(tmp_path / "comparison").problems.values()
+    assert "model.pt: changed" in problem
+
+
+def test_a_case_is_held_to_the_weights_of_the_bundle_it_was_registered_with(
+    tmp_path: Path, data: Path, monai_bundle: Command
+) -> None:
+    bundle = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)))
+    other = deforming_bundle(tmp_path / "other", Grid((32, 32), (1.0, 1.0)), gain=200)
+    infer(monai_bundle, bundle, data, tmp_path / "out", "--formats", "[displacement]")
+    assert verify(tmp_path / "out", bundle=bundle).problems == {}
+    assert all("has another model.pt" in text for text in verify(tmp_path / "out", bundle=other).problems.values())
+    (first, second) = rerun.rerun(tmp_path / "out", data=data, bundle=bundle)
+    assert first.different == second.different == []
+    with pytest.raises(InputError, match=r"has another model\.pt"):
+        rerun.rerun(tmp_path / "out", data=data, bundle=other)
+    with pytest.raises(InputError, match="give it with --bundle"):
+        rerun.rerun(tmp_path / "out", data=data)
+
+
+def test_a_registration_comes_out_again_to_the_bit(done: Path, data: Path, tmp_path: Path) -> None:
+    found = rerun.rerun(done, tmp_path / "new", data=data)
+    assert [again.case for again in found] == ["case_000", "case_001"]
+    for again in found:
+        assert again.different == [] and again.conditions == {} and again.files > 10
+    assert verify(tmp_path / "new", data=data).problems == {}
+
+
+def test_what_does_not_come_out_again_is_said_in_mm_with_the_versions_that_differ(out: Path, data: Path) -> None:
+    case = out / "case_000"
+    field, affine = read_displacement(case / "displacement.nii.gz")
+    shifted = field.copy()
+    shifted[:, 3, 4] += [3.0, 4.0]  # 5 mm at one of 32 x 32 pixels
+    write_displacement(case / "displacement.nii.gz", shifted, affine)
+    told = content(case)
+    told["versions"]["torch"] = "1.0"
+    told["files"]["displacement.nii.gz"] = manifest.hashes(case, ["displacement.nii.gz"])["displacement.nii.gz"]
+    (case / "manifest.json").write_text(json.dumps(told))
+    (again,) = rerun.rerun(case / "manifest.json", data=data)
+    assert again.different == ["displacement.nii.gz"] and again.conditions["torch"][0] == "1.0"
+    assert again.off == pytest.approx((5 / 32**2, 5.0), rel=1e-5)
+
+
+def test_images_are_found_beside_the_results_and_changed_ones_are_refused(data: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(data, tmp_path / "study" / "images")
+    for file in mine.glob("*/case_001.*"):
+        file.unlink()
+    register_from_zero(str(mine), str(tmp_path / "study" / "out"), **FEW)  # type: ignore[arg-type]
+    (again,) = rerun.rerun(tmp_path / "study" / "out")
+    assert again.different == []
+    file = mine / "fixed_images" / "case_000.nii.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()), 1))
+    with pytest.raises(InputError, match=r"case_000\.nii\.gz: fixed_image, changed since"):
+        rerun.rerun(tmp_path / "study" / "out")
+
+
+def test_cases_of_different_settings_and_trainings_are_refused_in_a_line(out: Path, trained: Path, data: Path) -> None:
+    told = content(out / "case_000")
+    told["settings"]["refine"] = 5
+    (out / "case_000" / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="different settings; give them one at a time"):
+        rerun.rerun(out, data=data)
+    with pytest.raises(InputError, match="a training is repeated by its own command"):
+        rerun.rerun(trained, data=data)
+    with pytest.raises(InputError, match="leave out --bundle"):
+        rerun.rerun(out / "case_001", data=data, bundle=trained)
+
+
+def test_the_hash_of_a_series_is_that_of_all_its_files_in_order(tmp_path: Path) -> None:
+    from regpipe.files import sha256
+
+    parts = [tmp_path / name for name in "ab"]
+    for part, data in zip(parts, (b"x" * (1 << 20), b"y" * 3), strict=True):
+        part.write_bytes(data)
+    assert sha256(parts) == hashlib.sha256(b"x" * (1 << 20) + b"yyy").hexdigest()
+    assert np.unique([sha256(parts), sha256(parts[::-1])]).size == 2
