@@ -156,7 +156,7 @@ class FolderRun:
             self._give_up(name, problem)
         except OSError as problem:
             if disk_full(problem):  # nor can any other case be written
-                clear(self.folder / name)
+                self._clean(name)
                 raise
             # a folder that may not be written, or a file where the case's folder should be
             self._give_up(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
@@ -168,11 +168,14 @@ class FolderRun:
             engine.state.output = engine.state.batch = None
 
     def _give_up(self, name: str, problem: InputError) -> None:
-        """A case of which nothing is left."""
+        self._clean(name)
+        self._fail(name, problem)
+
+    def _clean(self, name: str) -> None:
+        """Leave nothing of a case that could not be written whole."""
         with contextlib.suppress(OSError):
             clear(self.folder / name)
             (self.folder / name).rmdir()
-        self._fail(name, problem)
 
     def _finish(self, name: str, metrics: bytes, engine: Engine) -> None:
         """Write the manifest, and last what says that the case is finished."""

@@ -242,11 +242,10 @@ class Run:
             print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
             raise SystemExit(130) from None
         except Exception as error:
-            why = _fault(error)
+            why = _fault(error, self.trainer.state.epoch)
             if why is None:
                 raise
-            where = f"epoch {self.trainer.state.epoch} was broken off"
-            raise InputError(f"{where}: {why}; the same command goes on from the last whole epoch") from error
+            raise InputError(f"{why}; the same command goes on from the last whole epoch") from error
         self._stopped_early()
         state: Any = self.standing.evaluator.state
         if state.best_metric_epoch > 0:
@@ -262,13 +261,14 @@ class Run:
         return worse >= patience
 
 
-def _fault(error: Exception) -> str | None:
+def _fault(error: Exception, epoch: int) -> str | None:
     """What befell a training, of what no program can help; None for anything else."""
     if out_of_memory(error):
-        return f"out of memory: {LESS_MEMORY}"
+        return f"out of memory in epoch {epoch}: {LESS_MEMORY}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return "a process that loads data was ended, for want of memory perhaps: give fewer --num_workers"
-    return explain(error) if isinstance(error, OSError) else None
+        return f"a process that loads data was ended in epoch {epoch}, by lack of memory perhaps: fewer --num_workers"
+    told = explain(error) if isinstance(error, OSError) else None
+    return told and f"epoch {epoch} was broken off: {told}"
 
 
 def _unfit(file: Path, error: Exception) -> InputError:

@@ -136,7 +136,7 @@ def test_memory_that_is_not_there_ends_a_training_in_a_line(bundle, cohort, undi
             raise RuntimeError(ALLOCATION)
 
     told = broken_off(bundle, cohort, stop=stop)
-    assert told.startswith("epoch 2 was broken off: out of memory: ") and "goes on from the last whole epoch" in told
+    assert told.startswith("out of memory in epoch 2: ") and "goes on from the last whole epoch" in told
     assert_goes_on(bundle, cohort, undisturbed)
 
 
@@ -148,7 +148,7 @@ def test_a_training_that_diverges_names_term_case_and_step_and_keeps_the_last_go
             next(engine.network.parameters()).data.mul_(1e30)
 
     told = broken_off(bundle, cohort, stop=blow_up)
-    assert "loss term lncc, diffusion, divergence is not finite at iteration 4, case case_00" in told
+    assert "is not finite at iteration 4, case case_00" in told and told.startswith("loss term diffusion")
     assert [path.name for path in runs.saved_states(bundle / "models")] == ["checkpoint_1.pt"]
     assert all(value.isfinite().all() for value in Trained().load(bundle).model.values())
     assert_goes_on(bundle, cohort, undisturbed)
@@ -164,7 +164,7 @@ def test_a_worker_that_dies_ends_a_training_in_a_line(bundle, cohort, undisturbe
 
     monkeypatch.setattr(RandomAffine, "__call__", killed)
     told = broken_off(bundle, cohort, num_workers=1)
-    assert "was broken off: a process that loads data was ended" in told and "--num_workers" in told
+    assert told.startswith("a process that loads data was ended in epoch ") and "fewer --num_workers" in told
     monkeypatch.undo()
     assert_goes_on(bundle, cohort, undisturbed)
 
@@ -269,6 +269,7 @@ def test_a_full_disk_ends_a_folder_in_a_line_and_the_finished_cases_are_kept(
     told = str(cause(caught.value))
     assert "No space left on device; free some space" in told and "goes on with the cases that are left" in told
     left = contents(tmp_path)
+    assert len(list(tmp_path.iterdir())) == number // 16
     assert left.keys() == {name for name in registered if f"case_{number // 16:03d}" > name}  # none of a broken case
     assert all(content == registered[name] for name, content in left.items())
     monkeypatch.undo()

@@ -183,7 +183,8 @@ class Trained:
 
     def finished(self) -> str:
         steps = sum(tag == "training/loss" for tag, *_ in self.curves)
-        return f"{steps} steps, {len(self.curves)} values in TensorBoard"
+        best = self.state["progress"]["metric"][1]
+        return f"{steps} steps, the best in epoch {best}, {len(self.curves)} values in TensorBoard"
 
 
 def sound(bundle: Path) -> None:
@@ -274,6 +275,7 @@ def training(root: Path, kills: int, rng: random.Random, epochs: int) -> list[di
             "dataset_dir": data,
         }
         told |= {"holdout": 2, "pairs_per_epoch": 4, "max_epochs": epochs, "learning_rate": 0.005}
+        told["key_metric"] = "ncc"  # gets better from epoch to epoch, so that the best model changes
         told |= {"logging_file": bundle / "configs/logging.conf"}
         words = [word for key, value in told.items() for word in (f"--{key}", str(value))]
         return Command(["run", "training", *words], bundle)
