@@ -16,7 +16,7 @@ import numpy as np
 
 from regpipe import console, itkbridge, transforms
 from regpipe.errors import InputError, out_of_memory
-from regpipe.files import replace_file
+from regpipe.files import absolute, replace_file
 from regpipe.images import SUFFIXES, header, stem
 from regpipe.points import READERS, is_points, read_points, write_points
 from regpipe.resampling import INTERPOLATIONS, read_voxels, resample, result_suffix, write_voxels
@@ -70,14 +70,14 @@ def apply(
     single = out.name.lower().endswith((*SUFFIXES, *READERS)) and not out.is_dir()
     if single and len(paths) > 1:
         raise InputError(f"{out}: {len(paths)} results do not go into one file; give a folder")
-    given = {path.resolve() for path in paths}
+    given = {absolute(path) for path in paths}
     written: list[Path] = []
     files: list[dict[str, Any]] = []
     console.tell(files=files)
     for path in console.Progress(paths, what="carrying", unit="files"):
         try:
             target = out if single else out / _result_name(path, carrier.grid)
-            if target in written or target.resolve() in given:
+            if target in written or absolute(target) in given:
                 raise InputError(f"{path}: its result would overwrite {target}; give another --out")
             done = _carry_points(path, target, carrier) if is_points(path) else _carry_image(path, target, carrier)
             console.say(f"{path} -> {target} ({done})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from types import TracebackType
 
 from regpipe.console import complain
@@ -14,7 +15,19 @@ ENDED_TOGETHER = (
 
 
 class InputError(ValueError):
-    """What a user can mend; the message is one line: the file or setting, what is wrong, what to do."""
+    """What a user can mend; the message is one line: the file or setting, what is wrong, what to do.
+
+    Further arguments are lines below it. What a terminal could not show, or would obey, is escaped: files may be
+    named by anyone.
+    """
+
+    def __str__(self) -> str:
+        return "\n  ".join(printable(str(line)) for line in self.args)
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters and broken Unicode escaped: ``\n``, ``\x1b``, ``\udcff`` ..."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def cause(error: BaseException | None) -> InputError | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +23,8 @@ from scipy import ndimage
 
 from regpipe import dicom, readers
 from regpipe.dicom import is_series
-from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.errors import InputError, out_of_memory
+from regpipe.files import parse_json, replace_file, require_file
 from regpipe.homography import carry, is_affine
 from regpipe.readers import PICTURE, SUFFIXES, PathLike, Source, locate, squeezed, warn_once
 
@@ -30,6 +32,7 @@ __all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, 
 
 
 LARGEST = 2**31 - 1  # of label ids, which are int32
+GREATEST = 1e30  # value of a voxel; sums of them are float32, too
 
 
 class Image(NamedTuple):
@@ -72,14 +75,19 @@ def read_image(path: PathLike) -> Image:
     one with axes at right angles, as no other tool's transform could name it; sform and qform differ.
 
     Raises:
-        InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN or infinite.
+        InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN, infinite, or too
+            large or alike for single precision.
     """
     source = _open(path)
-    array = _voxels(source, path).astype(np.float32)
-    if not np.isfinite(array).all():
+    array = _voxels(source, path)
+    low, high = float(array.min()), float(array.max())  # NaN where one voxel is
+    if not math.isfinite(low + high):
         raise InputError(f"{path}: holds NaN or infinite values; replace them by the background's")
-    if array.min() == array.max():
-        raise InputError(f"{path}: is constant ({array.flat[0]:g}); leave it out")
+    if low == high:
+        raise InputError(f"{path}: is constant ({low:g}); leave it out")
+    if max(-low, high) > GREATEST or high - low < 1 / GREATEST:
+        raise InputError(f"{path}: its values reach from {low:g} to {high:g}, beyond single precision; rescale them")
+    array = array.astype(np.float32)
     return _straightened(Image(array, source.affine), path, order=1)
 
 
@@ -127,18 +135,22 @@ def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:
 
 def read_landmarks(path: PathLike) -> np.ndarray:
     """Read a CSV with header ``x,y`` or ``x,y,z`` -> (K, D) LPS mm; an empty cell is NaN."""
+    require_file(path)
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise InputError(f"{path}: cannot be read ({_one_line(cause)})") from cause
+        raise InputError(f"{path}: cannot be read ({_one_line(cause)}); save it as CSV in UTF-8") from cause
     if not rows or not {"x", "y"} <= rows[0].keys():
         raise InputError(f"{path}: needs the header x,y or x,y,z and a row per landmark (LPS mm)")
     axes = [a for a in "xyz" if a in rows[0]]
     try:
-        return np.array([[float((row[a] or "").strip() or "nan") for a in axes] for row in rows])
+        points = np.array([[float((row[a] or "").strip() or "nan") for a in axes] for row in rows])
     except ValueError as cause:
         raise InputError(f"{path}: {_one_line(cause)}; coordinates are numbers in LPS mm") from cause
+    if np.isinf(points).any():
+        raise InputError(f"{path}: holds infinite coordinates; leave the cell empty where a landmark is not known")
+    return points
 
 
 def header(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
@@ -161,8 +173,8 @@ def voxel_size(affine: np.ndarray) -> np.ndarray:
 def _open(path: PathLike, *, label: bool = False) -> Source:
     """The header, checked; of a film the frame that ``path`` asks for."""
     file, frame = locate(path)
-    if not file.exists():
-        raise InputError(f"{file}: no such file")
+    if not file.is_dir():
+        require_file(file)
     try:
         source = _reader(file, label)
     except InputError:
@@ -176,10 +188,11 @@ def _open(path: PathLike, *, label: bool = False) -> Source:
     if len(source.shape) == 4 and not (label and not file.name.lower().endswith(PICTURE)):
         last = source.shape[3] - 1
         raise InputError(f"{path}: holds {last + 1} frames; ask for one frame: write #0 to #{last} after its name")
-    if not 2 <= len(source.shape) <= 3 + label or 0 in source.shape:
+    if not 2 <= len(source.shape) <= 3 + label or min(source.shape) < 1:
         raise InputError(f"{path}: its shape is {source.shape}; an image is 2-D or 3-D, or a film of such")
     if min(source.shape) < 2:
-        raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); save it as a 2-D image")
+        remedy = "save it as a 2-D image" if len(source.shape) > 2 else "leave it out"
+        raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); {remedy}")
     _check_affine(source.affine, path)
     return source
 
@@ -210,9 +223,11 @@ def _one_frame(source: Source, file: Path, frame: int) -> Source:
 
 
 def _check_affine(affine: np.ndarray, path: PathLike) -> None:
-    volume = np.prod(voxel_size(affine))
-    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-6 * volume:
+    size = voxel_size(affine)
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-6 * np.prod(size):
         raise InputError(f"{path}: its affine is singular or not finite; mend its header")
+    if not 1e-9 < size.min() <= size.max() < 1e9:
+        raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in size)} mm; mend its header")
 
 
 def _voxels(source: Source, path: PathLike) -> np.ndarray:
@@ -225,11 +240,14 @@ def _voxels(source: Source, path: PathLike) -> np.ndarray:
 
 
 def _unreadable(path: PathLike, cause: Exception) -> InputError:
+    if out_of_memory(cause):
+        return InputError(f"{path}: what its header says does not fit into memory; mend it, or save it coarser")
     return InputError(f"{path}: broken or truncated ({_one_line(cause)}); export it again")
 
 
 def _one_line(cause: Exception) -> str:
-    return (" ".join(str(cause).split()) or type(cause).__name__)[-160:]
+    told = re.sub(r".*ITK ERROR: (\w+\(0x\w+\): )?", "", " ".join(str(cause).split()))
+    return (told or type(cause).__name__)[-160:]
 
 
 def _straightened(image: Image, path: PathLike, *, order: int) -> Image:
@@ -320,7 +338,8 @@ def normalise(array: np.ndarray, *, like: np.ndarray | None = None) -> np.ndarra
 
 def make_grid(shape: Sequence[int], spacing: Sequence[float]) -> Grid:
     """A checked Grid. Raises InputError where shape and spacing do not go together."""
-    if len(shape) not in (2, 3) or len(shape) != len(spacing) or min(*shape, *spacing) <= 0:
+    sound = all(0 < n < math.inf for n in (*shape, *spacing))
+    if len(shape) not in (2, 3) or len(shape) != len(spacing) or not sound:
         raise InputError(f"no working grid has shape {[*shape]} and spacing {[*spacing]}")
     return Grid(tuple(int(n) for n in shape), tuple(float(mm) for mm in spacing))
 
@@ -334,7 +353,7 @@ def save_grid(path: PathLike, grid: Grid) -> None:
 def load_grid(path: PathLike) -> Grid:
     """Read what ``save_grid`` wrote. Raises InputError for anything else."""
     try:
-        data = json.loads(Path(path).read_text())
+        data = parse_json(Path(path).read_bytes())
         return make_grid(data["shape"], data["spacing"])
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise InputError(f"{path}: no working grid ({_one_line(cause)}); make it anew") from cause

@@ -21,7 +21,7 @@ from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
 from regpipe.engines import ZeroInferer, prepare_batch
 from regpipe.errors import REMEDIES, InputError, cause, out_of_memory, root
-from regpipe.files import replace_file
+from regpipe.files import parse_json, replace_file
 from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
@@ -85,7 +85,7 @@ class FolderRun:
         if not path.is_file():
             return None
         try:
-            row = json.loads(path.read_text())
+            row = parse_json(path.read_bytes())
             return row if row.pop("made_from") == self._made_from(self.cases[name]) else None
         except (ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
             return None

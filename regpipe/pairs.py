@@ -7,6 +7,7 @@ and ``displacement`` (the true one, of phantoms): absolute paths, as ``regpipe.i
 
 from __future__ import annotations
 
+import collections
 import csv
 import itertools
 import json
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe import images
-from regpipe.errors import InputError
+from regpipe.errors import InputError, printable
+from regpipe.files import absolute, parse_json
 from regpipe.images import SUFFIXES, Grid, PathLike, is_series
 from regpipe.readers import warn_once
 
@@ -68,7 +70,7 @@ def list_pairs(
     for value, known in ((split, ("all", "training", "validation")), (pairing, ("all", "first"))):
         if value not in known:
             raise InputError(f"{value!r} is not one of {', '.join(known)}")
-    root = Path(str(dataset_dir)).expanduser().resolve()
+    root = absolute(dataset_dir)
     cut = Cut(split, holdout, seed)
     if root.is_file() and root.suffix.lower() == ".json":
         cases = _from_datalist(root, cut, problems)
@@ -121,7 +123,7 @@ def natural(name: str) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
+def _files(folder: Path, suffixes: Sequence[str], problems: dict[str, str] | None = None) -> dict[str, str]:
     """stem -> path of the files with these suffixes, in natural order; other files are ignored.
 
     Where images are looked for, a sub-folder with a DICOM series is one of them.
@@ -129,6 +131,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     found: dict[str, str] = {}
+    twice = set()
     for file in sorted(folder.iterdir(), key=lambda f: natural(f.name)):
         is_file = file.name.lower().endswith(tuple(suffixes)) and not file.is_dir()
         series = suffixes == SUFFIXES and file.name not in FOLDERS.values() and is_series(file)
@@ -137,16 +140,20 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
         if file.suffix == ".img" and file.with_suffix(".hdr").exists():
             continue
         name = images.stem(file)
+        if name != printable(name):
+            _report(problems, printable(name), f"{file}: its name is not printable; rename it")
+            continue
         if name in found:
-            raise InputError(f"{file}: {found[name]} has the same stem; keep one of them")
+            _report(problems, name, f"{file}: {found[name]} has the same stem; keep one of them")
+            twice.add(name)
         found[name] = str(file)
-    return found
+    return {name: path for name, path in found.items() if name not in twice}
 
 
 def _subjects(root: Path, prefix: str, folder: Path, problems: dict[str, str] | None) -> dict[str, Case]:
     """stem -> {image, label, landmarks} of one set of folders."""
-    found = {k: _files(root / (prefix + FOLDERS[k]), s) for k, s in KINDS.items() if k != "image"}
-    pictures = _files(folder, SUFFIXES)
+    found = {k: _files(root / (prefix + FOLDERS[k]), s, problems) for k, s in KINDS.items() if k != "image"}
+    pictures = _files(folder, SUFFIXES, problems)
     if not pictures:
         if (root / "dataset_description.json").is_file():
             raise InputError(f"{root}: is a BIDS data set; make a datalist of it: regpipe bids {root} -o datalist.json")
@@ -171,11 +178,14 @@ def _groups(root: Path, names: Iterable[str]) -> dict[str, str]:
     file = root / "groups.csv"
     if not file.is_file():
         return {n: n for n in names}
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = list(csv.DictReader(lines))
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.DictReader(lines))
+    except (UnicodeDecodeError, csv.Error) as cause:
+        raise InputError(f"{file}: not a table ({cause}); save it as CSV in UTF-8") from cause
     if not rows or not {"case", "group"} <= rows[0].keys():
         raise InputError(f"{file}: needs the columns case,group")
-    groups = {row["case"]: row["group"] for row in rows}
+    groups = {row["case"]: row["group"] for row in rows if row["group"]}
     for name in names:
         if name not in groups:
             raise InputError(f"{file}: has no row for the case {name}; add one")
@@ -185,7 +195,7 @@ def _groups(root: Path, names: Iterable[str]) -> dict[str, str]:
 def _report(problems: dict[str, str] | None, case: str, message: str) -> None:
     if problems is None:
         raise InputError(message)
-    problems[case] = message
+    problems.setdefault(case, printable(message))  # what is wrong first: the rest follows from it
 
 
 def _from_two_folders(root: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
@@ -221,14 +231,19 @@ def _from_one_folder(root: Path, cut: Cut, pairing: str, problems: dict[str, str
 
 def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_bytes())
         lists = [data.get("training", []), data.get("validation", data.get("test", []))]
         training, validation = (_entries(entries, file, problems) for entries in lists)
-    except (json.JSONDecodeError, AttributeError, TypeError) as cause:
+    except (ValueError, AttributeError, TypeError) as cause:
+        if isinstance(cause, InputError):
+            raise
         raise InputError(f"{file}: not a datalist ({cause}); see the layouts") from cause
     cases = {c["case"]: c for c in training + validation}
-    if not (cases or problems) or len(cases) < len(training) + len(validation):
-        raise InputError(f"{file}: has no case, or two of one name; give each its own 'case'")
+    if not (cases or problems):
+        raise InputError(f"{file}: has no case under training, validation or test; add some")
+    names = collections.Counter(c["case"] for c in training + validation)
+    if len(cases) < names.total():
+        raise InputError(f"{file}: has two cases named {max(names, key=names.__getitem__)}; give each its own 'case'")
     if validation and cut.split != "all":
         return training if cut.split == "training" else validation
     return [cases[n] for n in cut.draw(list(cases), {n: n for n in cases})]
@@ -240,28 +255,43 @@ def _entries(entries: Iterable[Mapping[str, str]], file: Path, problems: dict[st
         try:
             cases.append(_entry(entry, file))
         except InputError as problem:
-            _report(problems, str(entry.get("case", f"entry {i}")), str(problem))
+            name = entry.get("case") if isinstance(entry, Mapping) else None
+            _report(problems, name if isinstance(name, str) else f"entry {i}", str(problem))
     return cases
 
 
 def _entry(entry: Mapping[str, str], file: Path) -> Case:
     """One dict of a datalist, its files absolute and there (MONAI lets a missing one pass)."""
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{file}: a case is a dict of paths, not {json.dumps(entry)[:120]}")
     case = {}
     keys = [f"{side}_{kind}" for side, kind in itertools.product(SIDES, KINDS)]
     wrong = [key for key in entry if key.startswith(SIDES) and key not in keys]
     if wrong:
-        raise InputError(f"{file}: unknown key '{wrong[0]}'; known are {', '.join(keys)}")
+        raise InputError(f"{file}: unknown key '{wrong[0][:40]}'; known are {', '.join(keys)}")
     for side, kind in itertools.product(SIDES, KINDS):
         key = f"{side}_{kind}"
         if key in entry:
+            if not isinstance(entry[key], str):
+                raise InputError(f"{file}: {key} is a path, not {json.dumps(entry[key])[:120]}")
             case[key] = str(file.parent / entry[key])
-            if not any(f.is_file() for f in images.files(case[key])):
-                raise InputError(f"{case[key]}: no such file, but {file.name} lists it as {key}")
+            if not _is_there(case[key]):
+                raise InputError(f"{case[key][-300:]}: no such file, but {file.name} lists it as {key}")
         elif kind == "image":
             raise InputError(f"{file}: a case without {key}: {json.dumps(entry)[:120]}")
     fixed, moving = (images.stem(case[f"{side}_image"]) for side in SIDES)
     name = fixed if fixed == moving else f"{moving}_to_{fixed}"
-    return {"case": str(entry.get("case", name)), **case}
+    given = entry.get("case", name)
+    if not isinstance(given, str | int) or str(given) in ("", ".", "..") or {"/", "\\"} & {*printable(str(given))}:
+        raise InputError(f"{file}: {given!r} is no name for a case: its results go to a folder of that name")
+    return {"case": str(given), **case}
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return any(file.is_file() for file in images.files(path))
+    except OSError:  # a name too long, a folder that may not be looked into
+        return False
 
 
 def fixed_grid(case: Case) -> Grid:

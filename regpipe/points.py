@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import parse_json, replace_file, require_file
 
 RAS = np.array([-1.0, -1.0, 1.0])  # times RAS mm is LPS mm
 SPACES = {"0": RAS, "RAS": RAS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
@@ -40,14 +40,23 @@ def read_points(path: str | Path) -> PointFile:
     Raises:
         InputError: missing, broken, or of another kind.
     """
-    path = Path(path)
+    path = require_file(path)
     try:
         return READERS[_kind(path)](path.read_bytes())
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from problem
     except OSError as cause:
         raise InputError(f"{path}: {cause.strerror}; give an existing file") from cause
-    except (UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError, AttributeError, IndexError) as cause:
+    except (
+        UnicodeDecodeError,
+        csv.Error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+    ) as cause:
         reason = " ".join(str(cause).split())[-120:] or type(cause).__name__
         raise InputError(f"{path}: not a readable {_kind(path)} ({reason}); export it again") from cause
 
@@ -101,7 +110,7 @@ def _fcsv(data: bytes) -> PointFile:
 
 def _markups(data: bytes) -> PointFile:
     """Every control point of every markup; an undefined one is NaN and stays. Slicer measures lengths anew."""
-    content = json.loads(data)
+    content = parse_json(data)
     placed = [
         (point, SPACES[str(markup.get("coordinateSystem", "LPS")).upper()])
         for markup in content["markups"]
@@ -113,12 +122,12 @@ def _markups(data: bytes) -> PointFile:
     rows = [_defined(point) * flip for point, flip in placed]
 
     def render(points: np.ndarray) -> bytes:
-        moved = json.loads(data)
+        moved = parse_json(data)
         targets = [point for markup in moved["markups"] for point in markup.get("controlPoints", [])]
         for point, place, (_, flip) in zip(targets, points, placed, strict=True):
             if np.isfinite(place).all():
                 point["position"] = np.round(place * flip, DECIMALS).tolist()
-        return (json.dumps(moved, indent=4, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(moved, indent=4, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
     return PointFile(np.array(rows).reshape(-1, 3), render)
 
@@ -138,6 +147,8 @@ def _vtk(data: bytes) -> PointFile:
     binary, flip = lines[2].strip().upper() == b"BINARY", _mesh_space(lines[1])
     kind, start = np.dtype(">f4" if block[2] == b"float" else ">f8"), block.end()
     size = 3 * int(block[1])
+    if size > len(data) - start:  # more numbers than bytes
+        raise InputError(f"says {size // 3} points and holds fewer; export it again")
     if binary:
         end = start + size * kind.itemsize
         values = np.frombuffer(data[start:end], kind, count=min(size, (len(data) - start) // kind.itemsize))
@@ -168,12 +179,14 @@ def _stl(data: bytes) -> PointFile:
         raise InputError("neither a whole binary nor a whole text STL; export it again")
     flip, vertex = _mesh_space(data.split(b"\n", 1)[0]), rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)"
     corners = np.array(re.findall(vertex, data)).astype(np.float64).reshape(-1, 3, 3)
+    normal = rb"facet\s+normal\s+\S+\s+\S+\s+\S+"
+    if len(re.findall(normal, data)) > len(corners):
+        raise InputError("has facets without three corners; export it again")
 
     def render(points: np.ndarray) -> bytes:
         moved = (points * flip).reshape(-1, 3, 3)
         places, normals = iter(moved.reshape(-1, 3)), iter(_normals(moved))
         text = re.sub(vertex, lambda _: f"vertex {_words(next(places))}".encode(), data)
-        normal = rb"facet\s+normal\s+\S+\s+\S+\s+\S+"
         return re.sub(normal, lambda _: f"facet normal {_words(next(normals))}".encode(), text)
 
     return PointFile(corners.reshape(-1, 3) * flip, render)
@@ -203,7 +216,7 @@ def _mesh_space(header: bytes) -> np.ndarray:
     said = re.search(rb"SPACE=(\w+)", header)
     name = said[1].decode().upper() if said else "LPS"
     if name not in SPACES:
-        raise InputError(f"its header says SPACE={name}; export it as LPS or RAS")
+        raise InputError(f"its header says SPACE={name[:20]}; export it as LPS or RAS")
     return SPACES[name]
 
 

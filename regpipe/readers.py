@@ -7,7 +7,10 @@ resolution tag of a picture is ignored: a pixel is 1 mm.
 from __future__ import annotations
 
 import functools
+import gzip
 import logging
+import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +29,7 @@ NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima")
 PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
+DEFLATE = 1032  # bytes that one byte of gzip's stands for at most
 SUFFIXES = NIFTI + ITK + DICOM + PICTURE
 
 
@@ -82,7 +86,9 @@ def open_nifti(path: Path) -> Source:
     """NIfTI-1, NIfTI-2 and Analyze, placed by the sform, else the qform, else by the spacing alone."""
     image: Any = nib.load(path)
     shape = squeezed(image.shape)
+    _require_bytes(path, image)
     affine, spacing = np.asarray(image.affine, np.float64), image.header.get_zooms()
+    _require_spacing(path, image)
     if is_plane(shape):
         affine = plane(affine, np.diag([float(spacing[0]), float(spacing[1]), 1.0]))
     else:
@@ -90,10 +96,44 @@ def open_nifti(path: Path) -> Source:
 
     def voxels(frame: int | None) -> np.ndarray:
         if frame is None:
-            return np.asanyarray(image.dataobj).reshape(shape)
-        return np.asanyarray(image.dataobj[:, :, :, frame]).reshape(squeezed(shape[:3]))
+            return nifti_array(path, image).reshape(shape)
+        return nifti_array(path, image, (..., frame)).reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, image.get_data_dtype(), voxels)
+
+
+def nifti_array(path: PathLike, image: Any, part: Any = ...) -> np.ndarray:
+    """The array of a NIfTI whose header is read, or a part of it; a ``.gz`` is unpacked to its end.
+
+    Only there stands its checksum: nibabel stops at the last voxel, and damaged ones would pass for sound.
+    """
+    if not str(path).lower().endswith(".gz"):
+        return np.asanyarray(image.dataobj[part])
+    with gzip.open(path) as stream:
+        array = np.asanyarray(type(image).from_stream(stream).dataobj[part])
+        while stream.read(2**20):
+            pass
+    return array
+
+
+def _require_bytes(path: Path, image: Any) -> None:
+    """Refuse a header that promises more voxels than its file can hold, before memory is asked for them."""
+    file = Path(image.file_map["image"].filename)
+    unpacked = file.stat().st_size * (DEFLATE if file.name.lower().endswith(".gz") else 1)
+    if math.prod(image.shape) * image.get_data_dtype().itemsize > unpacked:
+        raise InputError(f"{path}: truncated: its header says {image.shape}, the file holds less; export it again")
+
+
+def _require_spacing(path: Path, image: Any) -> None:
+    """Refuse voxel sizes that are none where they place the image: nibabel takes 0 for 1 mm and says nothing."""
+    coded = isinstance(image.header, nib.Nifti1Header)
+    if coded and image.header["sform_code"] > 0:
+        return
+    with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
+        stored = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+    spacing = stored[: min(len(squeezed(image.shape)), 3)]
+    if not (spacing if coded else np.abs(spacing)).min() > 0:  # of Analyze a negative one is a flip
+        raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in spacing)} mm; mend its header")
 
 
 def _say_which_form(path: Path, image: Any) -> None:
@@ -118,6 +158,7 @@ def open_itk(path: Path) -> Source:
     """MetaImage and NRRD: what ITK reads, turned from LPS."""
     import itk  # takes a second, and most cohorts are NIfTI
 
+    _require_few_axes(path)
     io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if io is None:
         raise InputError(f"{path}: ITK does not recognise its header; export it again")
@@ -136,6 +177,14 @@ def open_itk(path: Path) -> Source:
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, np.dtype("f8"), voxels)
+
+
+def _require_few_axes(path: Path) -> None:
+    """Refuse a MetaImage of more axes than ITK's arrays hold: it would write beyond their end."""
+    with path.open("rb") as file:
+        said = re.search(rb"NDims\s*=\s*([^\r\n]*)", file.read(65536))
+    if said and said[1].strip() not in (b"1", b"2", b"3", b"4", b"5"):
+        raise InputError(f"{path}: NDims = {said[1].decode(errors='replace')[:20]}; mend its header")
 
 
 def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:

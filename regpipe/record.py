@@ -10,7 +10,7 @@ from typing import Any
 
 from regpipe import images
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import absolute, parse_json, replace_file
 from regpipe.pairs import Case
 
 NAME = "training.json"
@@ -32,7 +32,7 @@ LATER: dict[str, Any] = {"mask_rims": False, "cascades": 1, "affine": "centre", 
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     """Keep the choices ``DATA`` and the images of the training pairs beside the model."""
-    root = str(Path(str(data["dataset_dir"])).expanduser().resolve())
+    root = str(absolute(data["dataset_dir"]))
     about = {**{key: data[key] for key in DATA}, "dataset_dir": root}
     text = json.dumps({**about, "training_images": _images(cases)}, indent=1)
     replace_file(Path(ckpt_dir) / NAME, text.encode())
@@ -50,9 +50,12 @@ def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
     if not path.is_file():
         return {**LATER, "pairing": "all", "landmark_channels": None, "mask_rims": True, "training_images": []}
     try:
-        return LATER | json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        known = LATER | parse_json(path.read_bytes())
+        if not {*DATA, "training_images"} <= known.keys():
+            raise KeyError(f"no {min({*DATA, 'training_images'} - known.keys())}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: damaged ({error}); train again") from error
+    return known
 
 
 def stage_for_others(record: dict[str, Any]) -> str:
@@ -62,7 +65,7 @@ def stage_for_others(record: dict[str, Any]) -> str:
 
 def default_split(dataset_dir: str, record: dict[str, Any]) -> str:
     """``validation`` of the data that the model was trained on, ``all`` of any other."""
-    return "validation" if str(Path(str(dataset_dir)).expanduser().resolve()) == record.get("dataset_dir") else "all"
+    return "validation" if str(absolute(dataset_dir)) == record.get("dataset_dir") else "all"
 
 
 def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> None:

@@ -123,7 +123,10 @@ class Refiner:
         for _ in range(steps):
             optimizer.zero_grad()
             result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
-            (points * self.loss(result._asdict(), target)).backward()
+            loss = points * self.loss(result._asdict(), target)
+            if not torch.isfinite(loss):  # torch's sampler, going backwards from a NaN, writes where it must not
+                raise InputError(f"refinement: {self.loss.terms} is not finite; look at these images, or leave it out")
+            loss.backward()
             optimizer.step()
             bar.update(target["fixed_image"].numel())
         return velocity.detach()
@@ -140,8 +143,8 @@ def refinement_loss(similarity: str, *, structures: int = 0, smoothness: float =
     """
     if similarity not in SIMILARITY_WEIGHTS:
         raise InputError(f"--similarity {similarity}: choose among {', '.join(SIMILARITY_WEIGHTS)}")
-    if not smoothness > 0:
-        raise InputError(f"--smoothness {smoothness:g}: give more than 0; 1 is the default")
+    if not 0 < smoothness < math.inf:
+        raise InputError(f"--smoothness {smoothness:g}: give more than 0, a number; 1 is the default")
     similar = SIMILARITY_WEIGHTS[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
     seen = {"predicted_dice": STRUCTURES} if structures else {}
     regularity = {name: smoothness * weight for name, weight in REGULARITY_WEIGHTS.items()}

@@ -51,7 +51,7 @@ def require(cases: Sequence[Case], *, landmark_channels: int | None = None) -> N
         found = list(dict.fromkeys(problems.values()))
         more = len(found) - SHOWN_PROBLEMS
         lines = found[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise InputError(f"{len(problems)} of {len(cases)} pairs cannot be used:\n  " + "\n  ".join(lines))
+        raise InputError(f"{len(problems)} of {len(cases)} pairs cannot be used:", *lines)
 
 
 class RandomState:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 
 from regpipe import itkbridge
 from regpipe.errors import InputError
+from regpipe.files import parse_json
 from regpipe.transforms import WRITABLE, read_displacement
 
 CASE = "transform.json"
@@ -71,9 +71,9 @@ def _case(path: Path, to: str) -> Move:
         raise InputError(f"{path}: missing; give the folder of a registered case or a transform file")
     there, back = ("moving_to_fixed", "fixed_to_moving") if to == "fixed" else ("fixed_to_moving", "moving_to_fixed")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         if content["format"] != FORMAT:
-            raise InputError(f"{path}: is of format {content['format']!r}, not {FORMAT!r}; update regpipe")
+            raise InputError(f"{path}: is of format {str(content['format'])[:40]!r}, not {FORMAT!r}; update regpipe")
         spaces = {side: _space(content[side]) for side in SIDES}
         if "itk" not in content[there]:
             raise InputError(f"{path}: its case was written without the format itk; register again with it")

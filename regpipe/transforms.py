@@ -24,6 +24,7 @@ from regpipe.errors import InputError
 from regpipe.fields import jacobian_determinant
 from regpipe.files import replace_file
 from regpipe.images import PICTURE, Image, PathLike
+from regpipe.readers import nifti_array
 
 WRITABLE = (".nii.gz", ".nii")
 VECTOR = 1007  # the NIfTI intent whose values ITK takes as they are, that is as LPS; 1006 is RAS
@@ -122,7 +123,7 @@ def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
     """
     try:
         image = nib.Nifti1Image.from_filename(path)
-        vectors = np.asarray(image.dataobj, np.float32)
+        vectors = nifti_array(path, image).astype(np.float32)
     except Exception as cause:  # nibabel's, gzip's and the system's errors for a broken file
         reason = " ".join(str(cause).split())
         raise InputError(f"{path}: not a readable NIfTI ({reason}); register again") from cause

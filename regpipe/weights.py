@@ -48,7 +48,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """A file's tensors by name; ``state_dict`` / ``network`` wrappers and ``module.`` prefixes are taken off.
 
     Raises:
-        InputError: missing, damaged, or not a state dict.
+        InputError: missing, damaged, not a state dict, or holding NaN.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weight file; give none, imagenet, medicalnet, a file or a bundle folder")
@@ -63,6 +63,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: holds no state dict (names and tensors); save it with torch.save(net.state_dict())")
+    broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
+    if broken is not None:
+        raise InputError(f"{path}: '{broken}' holds NaN or infinite values; take another checkpoint, or train again")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
