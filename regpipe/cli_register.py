@@ -17,6 +17,11 @@ Inputs = Annotated[
     typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run a bundle whose configuration is not regpipe's own: it can run any code."),
+]
+
 
 def add(app: typer.Typer) -> None:
     """Give ``app`` the command."""
@@ -97,6 +102,7 @@ def register(
             autocompletion=completion.one_of(completion.PAIRINGS),
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
 
@@ -124,7 +130,7 @@ def register(
             _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
         else:
             loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
-            _with_bundle(bundle, dataset, out, refine, loss, chosen)
+            _with_bundle(_trusted(bundle, trust), dataset, out, refine, loss, chosen)
 
 
 def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
@@ -163,12 +169,23 @@ def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | No
     return path
 
 
+def _trusted(folder: Path, trust: bool) -> Path:
+    """The bundle that ``folder`` is or holds, its configuration regpipe's own or trusted; its whole path."""
+    from regpipe.compare import bundle_in
+    from regpipe.trust import require_trusted
+
+    bundle = bundle_in(folder).absolute()
+    config = bundle / "configs" / "inference.yaml"
+    if not config.is_file():
+        raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
+    require_trusted(bundle, [config.name], trust=trust)
+    return bundle
+
+
 def _with_bundle(
     bundle: Path, dataset: Path, out: Path, refine: int | None, loss: dict[str, Any] | None, chosen: dict[str, Any]
 ) -> None:
     from monai.bundle import ConfigWorkflow
-
-    from regpipe.compare import bundle_in
 
     if refine is not None:
         chosen["refine"] = refine
@@ -178,18 +195,14 @@ def _with_bundle(
         told = ", ".join(f"{name}={value!r}" for name, value in loss.items())
         chosen["refine_loss"] = f"$regpipe.refine.refinement_loss(structures=@structures, {told})"
 
-    bundle = bundle_in(bundle)
-    config = bundle / "configs" / "inference.yaml"
-    if not config.is_file():
-        raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
     workflow = ConfigWorkflow(
-        str(config),
+        str(bundle / "configs" / "inference.yaml"),
         workflow_type="infer",
         meta_file=str(bundle / "configs" / "metadata.json"),
         logging_file=str(bundle / "configs" / "logging.conf"),
         bundle_root=str(bundle),
-        dataset_dir=str(dataset),
-        output_dir=str(out),
+        dataset_dir=str(dataset.expanduser().absolute()),  # whole: a name that begins with $ would be run
+        output_dir=str(out.expanduser().absolute()),
         **chosen,
     )
     workflow.initialize()

@@ -21,6 +21,7 @@ from regpipe.files import replace_file
 from regpipe.metrics import HIGHER_IS_BETTER
 from regpipe.options import refuse_unknown_ids
 from regpipe.pairs import list_pairs
+from regpipe.trust import require_trusted
 
 BEST = "best"  # file with the best backbone's name
 
@@ -31,6 +32,7 @@ def compare(
     backbones: Sequence[str],
     overlays: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> str:
     """Train and evaluate each backbone in ``out/<backbone>``; writes the table, returns it as Markdown.
 
@@ -42,12 +44,15 @@ def compare(
         backbones: which.
         overlays: configuration files that lie over the bundle's ``train.yaml``.
         settings: ids of ``train.yaml`` and their values, e.g. ``dataset_dir``, ``max_epochs``.
+        trust: run bundles that are in ``out`` already though their configuration is not regpipe's own.
 
     Raises:
-        InputError: an unknown backbone or setting; or a run failed.
+        InputError: an unknown backbone or setting; a bundle that is not trusted (``regpipe.trust``); or a run failed.
     """
     out, settings = Path(out).absolute(), dict(settings or {})
-    bundles = {name: _bundle(name, out / name, settings) for name in backbones}  # mistakes show before any training
+    bundles = {
+        name: _bundle(name, out / name, settings, trust) for name in backbones
+    }  # mistakes show before any training
     results: dict[str, dict[str, Any]] = {}
     for name, folder in bundles.items():
         results[name] = run_bundle(folder, overlays=overlays, settings=settings)
@@ -62,10 +67,11 @@ def compare(
     return page
 
 
-def _bundle(backbone: str, folder: Path, settings: Mapping[str, Any]) -> Path:
+def _bundle(backbone: str, folder: Path, settings: Mapping[str, Any], trust: bool) -> Path:
     """The backbone's bundle, written where there is none; MONAI would take a misspelt setting for a new id."""
     if not (folder / "configs").is_dir():
         write_bundle(backbone, folder)
+    require_trusted(folder, ("train.yaml", "evaluate.yaml"), trust=trust)
     refuse_unknown_ids(settings, [str(folder / "configs" / "train.yaml")])
     return folder
 
@@ -73,7 +79,7 @@ def _bundle(backbone: str, folder: Path, settings: Mapping[str, Any]) -> Path:
 def bundle_in(folder: Path) -> Path:
     """``folder`` itself, or the best bundle of a comparison in it."""
     best = folder / BEST
-    return folder / best.read_text().strip() if best.is_file() else folder
+    return folder / Path(best.read_text().strip()).name if best.is_file() else folder
 
 
 def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:

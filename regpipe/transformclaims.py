@@ -27,7 +27,7 @@ class Claim(NamedTuple):
 
 
 def check(path: Path) -> None:
-    """Raises ``ValueError`` for a file whose parts do not fit each other, ``InputError`` for what does not fit in memory."""
+    """Raises ``ValueError`` where parts do not fit each other, ``InputError`` where they do not fit into memory."""
     limits.require_size(path)
     suffix = path.suffix.lower()
     claims = _h5 if suffix in (".h5", ".hdf5") else _mat if suffix == ".mat" else _text

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weight file; give none, imagenet, medicalnet, a file or a bundle folder")
     try:
+        _require_uncompressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         raise InputError(
@@ -63,10 +65,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: holds no state dict (names and tensors); save it with torch.save(net.state_dict())")
+    if not all(map(_plain, state.values())):
+        raise InputError(
+            f"{path}: holds tensors that say more than they store; save it with torch.save(net.state_dict())"
+        )
     broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
     if broken is not None:
         raise InputError(f"{path}: '{broken}' holds NaN or infinite values; take another checkpoint, or train again")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _require_uncompressed(path: str | Path) -> None:
+    """Raises ``ValueError`` for an archive that unpacks to more than it is: torch writes none, and would unpack it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("its parts are compressed")
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are all stored: one without strides takes no room, and any when it is copied."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _reason(error: Exception) -> str:
