@@ -50,9 +50,8 @@ def compare(
         InputError: an unknown backbone or setting; a bundle that is not trusted (``regpipe.trust``); or a run failed.
     """
     out, settings = Path(out).absolute(), dict(settings or {})
-    bundles = {
-        name: _bundle(name, out / name, settings, trust) for name in backbones
-    }  # mistakes show before any training
+    # mistakes show before any training
+    bundles = {name: _bundle(name, out / name, settings, trust) for name in backbones}
     results: dict[str, dict[str, Any]] = {}
     for name, folder in bundles.items():
         results[name] = run_bundle(folder, overlays=overlays, settings=settings)

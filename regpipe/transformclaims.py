@@ -22,7 +22,7 @@ class Claim(NamedTuple):
     """One transform of a file."""
 
     kind: str  # as ITK writes it: AffineTransform_double_3_3
-    count: int  # of parameters
+    numbers: int  # of parameters
     fixed: list[float]
 
 
@@ -32,13 +32,12 @@ def check(path: Path) -> None:
     suffix = path.suffix.lower()
     claims = _h5 if suffix in (".h5", ".hdf5") else _mat if suffix == ".mat" else _text
     for claim in claims(path):
-        limits.require_room(path, [claim.count])
+        limits.require_room(path, [claim.numbers])
         axes = _axes(claim.kind)
         sides = [int(n) for n in claim.fixed[:axes]]
-        if axes and (len(sides) < axes or min(sides) < 0 or math.prod(sides) > claim.count):
-            raise ValueError(
-                f"its grid of {' x '.join(map(str, sides))} points and its {claim.count} numbers do not fit"
-            )
+        if axes and (len(sides) < axes or min(sides) < 0 or math.prod(sides) > claim.numbers):
+            grid = " x ".join(map(str, sides))
+            raise ValueError(f"its grid of {grid} points and its {claim.numbers} numbers do not fit")
 
 
 def _axes(kind: str) -> int:
@@ -84,7 +83,7 @@ def _text(path: Path) -> Iterator[Claim]:
             yield claim
             claim = Claim(value.strip(), 0, [])
         elif key == "Parameters":
-            claim = claim._replace(count=len(value.split()))
+            claim = claim._replace(numbers=len(value.split()))
         elif key == "FixedParameters":
             claim = claim._replace(fixed=[float(n) for n in value.split()[:MOST_FIXED]])
     yield claim

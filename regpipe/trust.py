@@ -1,4 +1,4 @@
-"""Whose configuration runs: MONAI's configurations can run any code, so regpipe runs its own, and others' only on demand.
+"""Whose configuration runs: MONAI's can run any code, so regpipe runs its own, and others' only where it is told to.
 
 A bundle is regpipe's own if the files that are run say what its template says (``regpipe.bundles``), whatever its
 weights and documentation; those hold data alone.

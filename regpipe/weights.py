@@ -14,7 +14,7 @@ Files are read with ``weights_only=True``, always: nothing in them can run.
 from __future__ import annotations
 
 import logging
-import pickle
+import pickle  # for the name of its error  # nosec B403
 import zipfile
 from pathlib import Path
 
@@ -66,9 +66,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: holds no state dict (names and tensors); save it with torch.save(net.state_dict())")
     if not all(map(_plain, state.values())):
-        raise InputError(
-            f"{path}: holds tensors that say more than they store; save it with torch.save(net.state_dict())"
-        )
+        raise InputError(f"{path}: its tensors say more than they store; save it with torch.save(net.state_dict())")
     broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
     if broken is not None:
         raise InputError(f"{path}: '{broken}' holds NaN or infinite values; take another checkpoint, or train again")
@@ -119,7 +117,7 @@ def _medicalnet(backbone: str) -> dict[str, Tensor]:
     try:
         from huggingface_hub import hf_hub_download
 
-        path = hf_hub_download(repo_id=repository, filename=name)
+        path = hf_hub_download(repo_id=repository, filename=name)  # read as data  # nosec B615
     except Exception as error:  # not installed, or no network: the remedy is the same file
         raise InputError(
             f"medicalnet weights cannot be had ({_reason(error)}): download {name} of {repository} elsewhere "
