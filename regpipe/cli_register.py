@@ -93,7 +93,11 @@ def register(
     ] = None,
     memory_gib: Annotated[
         float | None,
-        typer.Option(help="What this process may take; default: what is free. Where it is too little, see below."),
+        typer.Option(
+            "--memory-gib",
+            "--memory_gib",  # as a bundle spells it, and messages
+            help="What this process may take; default: what is free. Where it is too little, see below.",
+        ),
     ] = None,
     pairing: Annotated[
         str | None,
@@ -149,10 +153,10 @@ def _from_zero(
     dataset: Path, out: Path, steps: int | None, loss: dict[str, Any], finest: int | None, chosen: dict[str, Any]
 ) -> None:
     from regpipe.inference import register_from_zero
-    from regpipe.refine import ZERO_STEPS, refinement_loss
+    from regpipe.refine import ZERO_STEPS
 
     steps = ZERO_STEPS if steps is None else steps
-    register_from_zero(str(dataset), str(out), steps=steps, weights=refinement_loss(**loss), finest=finest, **chosen)
+    register_from_zero(str(dataset), str(out), steps=steps, finest=finest, **loss, **chosen)
 
 
 def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | None]) -> Path:
@@ -193,7 +197,9 @@ def _with_bundle(
         if not refine:
             raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
         told = ", ".join(f"{name}={value!r}" for name, value in loss.items())
-        chosen["refine_loss"] = f"$regpipe.refine.refinement_loss(structures=@structures, {told})"
+        chosen["refine_loss"] = (
+            f"$regpipe.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {told})"
+        )
 
     workflow = ConfigWorkflow(
         str(bundle / "configs" / "inference.yaml"),

@@ -95,8 +95,7 @@ def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
 def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Train and evaluate one bundle; returns its summary. Skipped where the same has been run already."""
     summary, record = bundle / "eval" / "summary.json", bundle / "eval" / "command.json"
-    about = {"overlays": [Path(o).read_text() for o in overlays], **settings, "files": _files(settings)}
-    asked = json.dumps(about, default=str, indent=1)
+    asked = _asked(overlays, settings)
     if not (summary.is_file() and record.is_file() and record.read_text() == asked):
         configs = [str(bundle / "configs" / "train.yaml"), *overlays]
         print(f"== {bundle.name}: training", flush=True)
@@ -108,6 +107,14 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
         _bundle_command(bundle, "evaluating", configs, kept)
         replace_file(record, asked.encode())
     return json.loads(summary.read_text())
+
+
+def _asked(overlays: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """What a run was asked for: overlays, settings, data. Of paths in the settings only their last part is told."""
+    told = {"overlays": [Path(o).read_text() for o in overlays]}
+    whole = json.dumps({**settings, "files": _files(settings)}, default=str)
+    shown = {name: boardpages.plain(value) for name, value in settings.items()}
+    return json.dumps({**told, **shown, "asked": hashlib.sha256(whole.encode()).hexdigest()}, indent=1)
 
 
 def _files(settings: Mapping[str, Any]) -> str:

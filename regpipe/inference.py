@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from regpipe import console, distributed, exports, images
+from regpipe import console, distributed, exports, images, memory
 from regpipe.casefiles import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
@@ -25,7 +26,7 @@ from regpipe.files import parse_json, replace_file
 from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
-from regpipe.refine import WINDOW, ZERO_STEPS, zero_refiner
+from regpipe.refine import ZERO_STEPS, zero_refiner
 
 
 class FolderRun:
@@ -65,7 +66,7 @@ class FolderRun:
             formats = [name.strip() for name in formats.split(",") if name.strip()]
         dim = 3 if load.grid is None else len(load.grid.shape)  # of a folder of any pairs each case says
         exports.check_formats([name for name in formats if name != DENSE], dim)
-        self.memory_gib = memory_gib
+        self.memory_gib, self._held = memory_gib, memory.held()
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
         self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
@@ -108,12 +109,16 @@ class FolderRun:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
                 if problem:
                     raise InputError(problem[case["case"]])
-                require_for_files(case["fixed_image"], case["moving_image"], memory_gib=self.memory_gib)
+                self._require_memory(case)
                 batch = collate_pairs([self.dataset[i]])
             except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
                 self._fail(case["case"], cause(error) or _told(case["case"], "loaded", error))
                 continue
             yield batch
+
+    def _require_memory(self, case: Case) -> None:
+        reusable = memory.held_since(self._held)
+        require_for_files(case["fixed_image"], case["moving_image"], memory_gib=self.memory_gib, reusable=reusable)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
@@ -125,6 +130,8 @@ class FolderRun:
             if (self.folder / name / "metrics.json").is_file():
                 console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
             clear(self.folder / name)
+            reduced = output["pred"].get("to_fit_memory")
+            spared = {"to_fit_memory": reduced} if reduced else {}
             row = save_case(
                 self.cases[name],
                 output["label"],
@@ -132,9 +139,9 @@ class FolderRun:
                 self.load,
                 self.folder / name,
                 formats=self.formats,
-                settings={**self._settings, "weights": self._weights},
+                settings={**self._settings, "weights": self._weights, **spared},
             )
-            row |= self.load.frames.found(self.cases[name])
+            row |= self.load.frames.found(self.cases[name]) | spared
             row["made_from"] = self._made_from(self.cases[name])
             replace_file(self.folder / name / "metrics.json", json.dumps(row, indent=1).encode())
         except InputError as problem:
@@ -191,12 +198,16 @@ class FolderRun:
     @idist.one_rank_only()
     def _summary(self) -> None:
         rows = [row for row in map(self._result, self.cases) if row is not None]
+        spared = Counter(", ".join(row.pop("to_fit_memory", [])) for row in rows)
         if rows:
             write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in rows])
         console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
         print(
             f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
         )
+        for how, count in sorted(spared.items()):
+            if how:
+                print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")
         if self.failures:
             print(f"{len(self.failures)} failed:")
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
@@ -207,10 +218,11 @@ def _told(case: str, done: str, error: BaseException) -> InputError:
     return InputError(f"{case}: cannot be {done} ({why})")
 
 
-def _stamps(path: str) -> list[Any]:
-    """Name, size and time of each file that a case's entry stands for."""
+def _stamps(path: str) -> str:
+    """A hash of the name, size and time of each file that a case's entry stands for; names can tell of a patient."""
     known = [file for file in images.files(path) if file.exists()]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 def register_from_zero(
@@ -218,10 +230,10 @@ def register_from_zero(
     output_dir: str,
     *,
     pairing: str = "all",
-    weights: Mapping[str, float],
+    similarity: str = "lncc",
+    smoothness: float = 1.0,
     landmark_channels: int | None = None,
     steps: int = ZERO_STEPS,
-    window: int = WINDOW,
     finest: int | None = None,
     affine: str = "affine",
     affine_from: str = "images",
@@ -231,20 +243,21 @@ def register_from_zero(
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
+    ``similarity``, ``smoothness``: see ``regpipe.refine.refinement_loss``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``regpipe.frames``;
     ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``.
 
     Raises:
-        InputError: no pair, loss weights that make no sense, an output folder that cannot be made.
+        InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
         SystemExit: as ``FolderRun.register``.
     """
     distributed.join(hours=168)
-    refiner = zero_refiner(weights, steps=steps, window=window, finest=finest)
+    refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest)
     settings: dict[str, Any] = {
         "network": "none",
         "refine": steps,
-        "refine_loss": dict(weights),
-        "refine_window": window,
+        "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
+        "refine_window": {f"{dim}D": loss.options.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
         "affine": affine,
         "affine_from": affine_from,

@@ -20,11 +20,14 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
-from regpipe import images, memory
+from regpipe import distributed, images, memory
 from regpipe.errors import InputError
 from regpipe.fields import resize_image
+from regpipe.loading import LoadPair
 from regpipe.memory import GIB
+from regpipe.metrics import shared_labels
 from regpipe.network import VELOCITY_STRIDE, SymmetricNet
+from regpipe.pairs import SIDES, Case
 from regpipe.refine import SMALLEST
 
 log = logging.getLogger(__name__)
@@ -47,11 +50,14 @@ class Step(NamedTuple):
 
 
 class FittingInferer(Inferer):
-    """An inferer of ``regpipe.engines`` that goes down the ladder, for each grid anew, until the prediction fits.
+    """An inferer of ``regpipe.engines`` that goes down the ladder, for each pair anew, until the prediction fits.
+
+    What it gives says as ``to_fit_memory`` which steps were taken, in words; none where all is as asked for.
 
     Args:
         inferer: what is asked for.
-        memory_gib: what the whole process may take; None: what the machine has free, a container's limit included.
+        memory_gib: what the whole process may take; None: its share of what the machine has free now, a container's
+            limit included, or less where there is less later.
     """
 
     def __init__(self, inferer: Inferer, *, memory_gib: float | None = None) -> None:
@@ -59,34 +65,48 @@ class FittingInferer(Inferer):
         if memory_gib is not None and not memory_gib > 0:
             raise InputError(f"--memory_gib {memory_gib}: give more than 0, or leave it out for what is free")
         self.inferer, self.memory_gib = inferer, memory_gib
-        self._taken: dict[tuple[int, ...], list[Step]] = {}
+        self._share, self._held = memory.share(memory_gib, distributed.device()), memory.held()
+        self._needs: dict[tuple[Any, ...], int] = {}  # grid and steps -> bytes
+        self._said: dict[tuple[int, ...], list[str]] = {}  # grid -> the steps that were told last
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
         shape = tuple(int(n) for n in inputs.shape[2:])
-        if shape not in self._taken:
-            try:
-                self._taken[shape] = self._steps(shape, network, inputs.device)
-            except InputError:
-                raise
-            except Exception as error:  # an inferer or network of which nothing can be predicted is no reason to stop
-                log.warning("what grid %s needs is not known (%s): done as asked", _grid(shape), _first_line(error))
-                self._taken[shape] = []
-        inferer, network = descended(self.inferer, network, self._taken[shape])
-        found: dict[str, Tensor] = inferer(inputs, network, *args, **kwargs)
-        return found
+        steps = self._steps(shape, network, inputs.device)
+        inferer, network = descended(self.inferer, network, steps)
+        return {**inferer(inputs, network, *args, **kwargs), "to_fit_memory": [step.told for step in steps]}
+
+    def _room(self, device: torch.device) -> int:
+        """This process's share, or what is free where that is less; what earlier pairs left behind is used again."""
+        left = memory.held_since(self._held) if device.type == "cpu" else 0
+        return min(self._share, memory.free(device) + left)
 
     def _steps(self, shape: tuple[int, ...], network: Any, device: torch.device) -> list[Step]:
-        """The rungs to take on a grid: from the first one on until it fits, without those that then are not needed.
+        """The rungs to take on a grid; none where what they need cannot be told."""
+        room = self._room(device)
+        if room > memory.LIBRARIES + PLENTY * math.prod(shape):
+            return []
+        try:
+            return self._fitting(shape, network, device, room)
+        except InputError:
+            raise
+        except Exception as error:  # an inferer or network of which nothing can be predicted is no reason to stop
+            if shape not in self._said:
+                log.warning("what grid %s needs is not known (%s): done as asked", _grid(shape), _first_line(error))
+                self._said[shape] = []
+            return []
+
+    def _fitting(self, shape: tuple[int, ...], network: Any, device: torch.device, room: int) -> list[Step]:
+        """From the first rung on until it fits, without those that then are not needed.
 
         Raises:
             InputError: not even all of them fit.
         """
-        room = memory.room(self.memory_gib, device)
-        if room > memory.LIBRARIES + PLENTY * math.prod(shape):
-            return []
 
         def needed(steps: Sequence[Step]) -> int:
-            return memory.inference(*descended(self.inferer, network, steps), shape, device=device)
+            key = (shape, *(step.told for step in steps))
+            if key not in self._needs:
+                self._needs[key] = memory.inference(*descended(self.inferer, network, steps), shape, device=device)
+            return self._needs[key]
 
         taken: list[Step] = []
         below = rungs(self.inferer, network, shape, device)
@@ -99,6 +119,10 @@ class FittingInferer(Inferer):
             without = [other for other in taken if other is not step]
             if needed(without) <= room:
                 taken = without
+        told = [step.told for step in taken]
+        if self._said.setdefault(shape, []) == told:
+            return taken
+        self._said[shape] = told
         for i, step in enumerate(taken):
             before, after = (needed(steps) / GIB for steps in (taken[:i], taken[: i + 1]))
             log.warning(
@@ -118,47 +142,86 @@ def require_memory(
     loss: nn.Module,
     shape: Sequence[int],
     *,
+    load: LoadPair | None = None,
+    cases: Sequence[Case] = (),
     batch_size: int = 1,
     memory_gib: float | None = None,
     amp: bool = False,
-) -> None:
-    """See to it that a training step on this grid fits, by the network's ``checkpointing`` where it would not.
+) -> list[str]:
+    """See to it that training on this grid fits: by the network's ``checkpointing``, then by no cache in memory.
 
-    That is the one rung that leaves every number as it is. ``memory_gib``: see ``FittingInferer``.
+    Neither changes a number. Returns which of them it took. ``load`` and ``cases``: how and what pairs are trained on
+    and validated; without them no cache is counted, and one structure only for a loss that takes those it finds.
+    ``memory_gib``: see ``FittingInferer``.
 
     Raises:
         InputError: it does not fit; see ``regpipe.memory`` for what is predicted.
     """
-    device = next(network.parameters()).device
-    room, weights = memory.room(memory_gib, device), sum(p.numel() for p in network.parameters())
-    passes = batch_size * getattr(inferer, "cascades", 1)
-    if room > memory.LIBRARIES + 16 * weights + PLENTY * math.prod(shape) * passes:
-        return
+    device, taken = next(network.parameters()).device, list[str]()
+    room, kept = memory.share(memory_gib, device), _cache_bytes(load, cases, shape)
+    needed = 0
+    if room <= _training_bound(inferer, network, shape, batch_size) + kept:
+        ids = _labels_of_one(cases, load) or (1,)
 
-    def need() -> int:
-        return memory.training(inferer, network, loss, shape, batch_size=batch_size, device=device, amp=amp)
+        def need() -> int:
+            told: dict[str, Any] = {"batch_size": batch_size, "label_ids": ids, "device": device, "amp": amp}
+            return memory.training(inferer, network, loss, shape, **told)
 
-    try:
-        needed = need()
-    except Exception as error:  # e.g. a loss that asks the data what it does: no reason to refuse a run
-        log.warning("what training on grid %s needs is not known (%s)", _grid(shape), _first_line(error))
-        return
+        try:
+            needed = need()
+        except Exception as error:  # e.g. a loss of one's own that asks for numbers: no reason to refuse a run
+            log.warning("what training on grid %s needs is not known (%s)", _grid(shape), _first_line(error))
     if needed > room and not getattr(network, "checkpointing", True):
         network.checkpointing = True  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
         before, needed = needed, need()
         told = "grid %s: training needs %.2f GiB, more than is free: --checkpointing true, %.2f GiB"
         log.warning(told, _grid(shape), before / GIB, needed / GIB)
+        taken.append("checkpointing")
     if needed > room:
         raise InputError(
             f"training on a grid of {_grid(shape)} needs {needed / GIB:.2f} GiB, {max(room, 0) / GIB:.2f} GiB are "
             f"free: {LESS_MEMORY}; or give more --memory_gib to try nevertheless"
         )
+    left = room - needed if device.type == "cpu" else memory.share(None)
+    if load is not None and kept > left:
+        told = "the cache would take %.2f GiB in the end, %.2f GiB are free beside training: --cache false"
+        log.warning(told + "; --cache_dir DIR keeps it on disk", kept / GIB, left / GIB)
+        load.cache = None
+        taken.append("no cache")
+    return taken
 
 
-def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = None) -> None:
-    """Raises ``InputError`` where there is no memory for writing what registering these two images gives."""
+def _training_bound(inferer: Inferer, network: nn.Module, shape: Sequence[int], batch_size: int) -> int:
+    """More than any training takes: what leaves that much need not be predicted."""
+    weights = sum(p.numel() for p in network.parameters())
+    return memory.LIBRARIES + 16 * weights + PLENTY * math.prod(shape) * batch_size * getattr(inferer, "cascades", 1)
+
+
+def _cache_bytes(load: LoadPair | None, cases: Sequence[Case], shape: Sequence[int]) -> int:
+    """What keeping every image of these pairs takes in memory at most; what is kept on disk takes none."""
+    if load is None or load.cache is None or load.store is not None:
+        return 0
+    count = len({case[f"{side}_image"] for case in cases for side in SIDES})
+    return memory.CACHED * math.prod(shape) * count
+
+
+def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, ...]:
+    """The structures that both images of the first labelled pair hold."""
+    labels = [[case[key] for side in SIDES if (key := f"{side}_label") in case] for case in cases]
+    both = next((files for files in labels if len(files) == 2), None)
+    if both is None:
+        return ()
+    channels = None if load is None else load.landmark_channels
+    return tuple(shared_labels(*(images.read_label(file, landmark_channels=channels)[0].array for file in both)))
+
+
+def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = None, reusable: int = 0) -> None:
+    """Raises ``InputError`` where there is no memory for writing what registering these two images gives.
+
+    ``reusable``: bytes that this process holds of earlier pairs.
+    """
     shape = max((images.header(path)[0] for path in (fixed, moving)), key=math.prod)
-    needed, room = memory.native(shape), memory.room(memory_gib)
+    needed, room = memory.native(shape), memory.room(memory_gib) + reusable
     if needed > room:
         raise InputError(
             f"{fixed}: writing files on {_grid(shape)} voxels needs {needed / GIB:.2f} GiB, {room / GIB:.2f} GiB are "

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from regpipe.fields import _places, warp_both
+from regpipe.losses import RegistrationLoss
 
 GIB = 2**30
 LIBRARIES = 20 << 20  # bytes: code and kernels that are loaded when they are first used
@@ -33,6 +34,7 @@ BACKWARD = 128 << 20  # bytes: what it keeps besides where gradients are made an
 CUDA_CONTEXT, CUDA_SLACK = 512 << 20, 1.15  # of the device; the caching allocator rounds up and splits
 NATIVE = 240  # bytes for each voxel of the native images, while a case's files are written
 NATIVE_BASE = 40 << 20
+CACHED = 12  # bytes for each voxel of the working grid: an image, its labels and its mask
 OF_CASE = 64  # bytes for each voxel of the working grid: images, labels, masks, fields, warped images
 DRY_STEPS = 8  # of refinement: two on each level, as many as Adam needs to hold all that it holds
 DRY_TILES = 2  # of a network on tiles: the others are like the second
@@ -48,6 +50,7 @@ class Follower(TorchDispatchMode):
         self.peak = 0
         self._live, self._small, self._small_peak = 0, 0, 0
         self._known: set[int] = set()
+        self._some: set[int] = set()  # storages that answer whether there is any
 
     @property
     def resident(self) -> int:
@@ -56,15 +59,25 @@ class Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else 1.0  # a mask that is not full, as after an affine stage
-        out = func(*args, **(kwargs or {}))
+            return self._answer(args[0])
+        mask = _mask_of(func, args)
+        if mask is not None and func is torch.ops.aten.index.Tensor:  # of how many is not known: all of them
+            out = args[0].new_empty(mask.numel(), *args[0].shape[mask.ndim :])
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage())
+        if func is torch.ops.aten.any.default:
+            self._some.add(out.untyped_storage()._cdata)
         beside = workspace(func, args, out)
         self.peak = max(self.peak, self._live + beside)
         self._small_peak = max(self._small_peak, self._small + (beside if beside < 2 * HEAP else 0))
         return out
+
+    def _answer(self, scalar: Tensor) -> bool | float:
+        """Masks are not full, as after an affine stage, and not empty; each structure is there in some pair."""
+        return scalar.untyped_storage()._cdata in self._some if scalar.dtype == torch.bool else 1.0
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._known:
@@ -74,6 +87,7 @@ class Follower(TorchDispatchMode):
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
+        self._some.discard(key)
         self._count(-size)
 
     def _count(self, size: int) -> None:
@@ -82,11 +96,14 @@ class Follower(TorchDispatchMode):
 
 
 def workspace(func: Any, args: Sequence[Any], out: Any) -> int:
-    """Bytes that torch's convolutions on the CPU take beside their result.
+    """Bytes that torch's convolutions, and choosing by a mask, take on the CPU beside their result.
 
     oneDNN reorders what it reads and writes to blocks of 16 channels; small batches go without it, through
     a matrix with a row for each weight of the kernel (the rule is ``use_mkldnn`` in ATen's Convolution.cpp).
     """
+    mask = _mask_of(func, args)
+    if mask is not None:
+        return 8 * mask.ndim * mask.numel()  # the places where it is true
     back = func is torch.ops.aten.convolution_backward.default
     if not back and func is not torch.ops.aten.convolution.default:
         return 0
@@ -103,6 +120,14 @@ def workspace(func: Any, args: Sequence[Any], out: Any) -> int:
 def _blocked(x: Tensor) -> int:
     channels = x.shape[1] if x.shape[1] < 4 else math.ceil(x.shape[1] / 16) * 16
     return x.numel() // x.shape[1] * channels * x.element_size()
+
+
+def _mask_of(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """The mask by which ``x[mask]`` chooses, or its gradient is put back; None for what is neither."""
+    if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default) or len(args[1]) > 1:
+        return None
+    mask: Tensor = args[1][0]
+    return mask if mask.dtype == torch.bool else None
 
 
 def dry_run(work: Callable[[], object]) -> Follower:
@@ -150,17 +175,25 @@ def training(
     shape: Sequence[int],
     *,
     batch_size: int = 1,
+    label_ids: Sequence[int] = (),
     device: str | torch.device = "cpu",
     amp: bool = False,
 ) -> int:
-    """Bytes that training takes, beyond what the process holds with the network made: gradients, Adam's, one step."""
+    """Bytes that training takes, beyond what the process holds with the network made: gradients, Adam's, one step.
+
+    ``label_ids``: the structures that a pair's labels share, for a loss that is not told which ones it shall see.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake, criterion = _fake(network), _fake(loss)
+        if isinstance(criterion, RegistrationLoss) and not criterion.options.label_ids:
+            criterion.options = criterion.options._replace(label_ids=tuple(label_ids))
 
         def work() -> object:
             fake.train()
             states = [torch.zeros_like(p) for p in fake.parameters() if p.requires_grad for _ in range(2)]
             batch = _batch(shape, batch_size)
+            if "known_field" in getattr(criterion, "weights", {}):
+                batch["displacement"] = torch.empty(batch_size, len(shape), *shape)
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 found = inferer(pair, fake)
@@ -225,6 +258,11 @@ def held() -> int:
         return 0
 
 
+def held_since(before: int) -> int:
+    """How much more that is than ``before``: freed by the tasks since then, kept by the C library, used again."""
+    return max(0, held() - before)
+
+
 def free(device: str | torch.device = "cpu") -> int:
     """Bytes that may still be taken: of the GPU, or of the machine and what a container or job is limited to."""
     device = torch.device(device)
@@ -240,6 +278,20 @@ def room(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
         return free(device)
     cuda = torch.device(device).type == "cuda"
     return int(memory_gib * GIB) - (torch.cuda.memory_allocated(device) if cuda else held())
+
+
+def share(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
+    """What each of the processes that ``torchrun`` starts on this machine may take, asked before any of them begins.
+
+    ``memory_gib`` is for one process; what is free is for all that use the device.
+    """
+    return room(memory_gib, device) // (1 if memory_gib is not None else _beside(torch.device(device)))
+
+
+def _beside(device: torch.device) -> int:
+    """How many processes of this job share the machine's memory, or a GPU's."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return math.ceil(here / torch.cuda.device_count()) if device.type == "cuda" else here
 
 
 def _machine(table: Mapping[str, int]) -> int:

@@ -101,7 +101,7 @@ def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Regi
 
 def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
     content = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-    numbers = {k: math.nan if v is None else float(v) for k, v in content.items() if k not in ("case", "made_from")}
+    numbers = {k: math.nan if v is None else float(v) for k, v in content.items() if isinstance(v, int | float | None)}
     row = with_gains(numbers)
     return Registered(str(content["case"]), path, row, judge(row, limits), _view(path / views.FOLDER))
 

@@ -23,7 +23,10 @@ SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
 SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
 SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
 STRUCTURES, BESIDE_STRUCTURES = 10.0, 0.3  # weight of those the network sees; the similarity's, then
-WINDOW = 5  # of LNCC, voxels
+# By dimension. LNCC's window in voxels: 5 x 5 pixels say less than 5 x 5 x 5 voxels. A factor on the regularity:
+# ``diffusion`` is a mean over 4 derivatives in 2D and over 9 in 3D, so that the same weight holds a slice more stiffly.
+WINDOW = {2: 7, 3: 5}
+REGULAR = {2: 0.7, 3: 1.0}
 ZERO_STEPS = 80
 FULL_RESOLUTION = 8_000_000  # voxels
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
@@ -31,6 +34,9 @@ REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
 # Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
 # the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
 FLAT = 1e-3
+
+
+Loss = RegistrationLoss | Mapping[int, RegistrationLoss]
 
 
 class Level(NamedTuple):
@@ -50,7 +56,7 @@ class Refiner:
     Without a velocity it starts from zero, through coarser grids. Deterministic: pairs do not touch each other.
 
     Args:
-        loss: what to minimise; terms that need labels or landmarks do not see them.
+        loss: what to minimise, or what for each dimension; terms that need labels or landmarks do not see them.
         steps: of Adam, over all levels together.
         rate: Adam's step in voxels of the velocity's grid.
         finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None:
@@ -60,13 +66,15 @@ class Refiner:
         InputError: no step, or a loss that needs supervision.
     """
 
-    def __init__(self, loss: RegistrationLoss, *, steps: int = 50, rate: float = 0.15, finest: int | None = 1) -> None:
+    def __init__(self, loss: Loss, *, steps: int = 50, rate: float = 0.15, finest: int | None = 1) -> None:
         if not isinstance(steps, int) or steps < 1:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
-        supervised = sorted({"dice", "anatomy", "landmarks", "known_field"} & set(loss.weights))
+        losses = dict(loss) if isinstance(loss, Mapping) else {dim: loss for dim in WINDOW}
+        terms = {name for of_dim in losses.values() for name in of_dim.weights}
+        supervised = sorted({"dice", "anatomy", "landmarks", "known_field"} & terms)
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
-        self.loss, self.steps, self.rate, self.finest = loss, steps, rate, finest
+        self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
 
     def __call__(
         self,
@@ -119,24 +127,26 @@ class Refiner:
     def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int, bar: Progress) -> Tensor:
         velocity = start.detach().clone().requires_grad_(True)
         optimizer = torch.optim.Adam([velocity], lr=self.rate, eps=FLAT)
-        points = velocity[0, 0].numel()
+        points, loss = velocity[0, 0].numel(), self.losses[velocity.shape[1]]
         for _ in range(steps):
             optimizer.zero_grad()
             result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
-            loss = points * self.loss(result._asdict(), target)
-            if not torch.isfinite(loss):  # torch's sampler, going backwards from a NaN, writes where it must not
-                raise InputError(f"refinement: {self.loss.terms} is not finite; look at these images, or leave it out")
-            loss.backward()
+            value = points * loss(result._asdict(), target)
+            if not torch.isfinite(value):  # torch's sampler, going backwards from a NaN, writes where it must not
+                raise InputError(f"refinement: {loss.terms} is not finite; look at these images, or leave it out")
+            value.backward()
             optimizer.step()
             bar.update(target["fixed_image"].numel())
         return velocity.detach()
 
 
-def refinement_loss(similarity: str, *, structures: int = 0, smoothness: float = 1.0) -> dict[str, float]:
+def refinement_loss(
+    similarity: str, *, structures: int = 0, smoothness: float = 1.0, spatial_dims: int = 3
+) -> dict[str, float]:
     """Loss weights for refinement by one similarity, of which the regularity suits the size.
 
     ``structures``: how many the network tells apart; where any, they are laid onto each other too. ``smoothness`` is a
-    factor on the regularity: below 1 follows the images further, at a higher SDlogJ.
+    factor on the regularity of ``spatial_dims``: below 1 follows the images further, at a higher SDlogJ.
 
     Raises:
         InputError: no such similarity, or the smoothness is not above 0.
@@ -147,11 +157,12 @@ def refinement_loss(similarity: str, *, structures: int = 0, smoothness: float =
         raise InputError(f"--smoothness {smoothness:g}: give more than 0, a number; 1 is the default")
     similar = SIMILARITY_WEIGHTS[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
     seen = {"predicted_dice": STRUCTURES} if structures else {}
-    regularity = {name: smoothness * weight for name, weight in REGULARITY_WEIGHTS.items()}
+    factor = smoothness * REGULAR[spatial_dims]
+    regularity = {name: factor * weight for name, weight in REGULARITY_WEIGHTS.items()}
     return {similarity: similar, **seen, **regularity}
 
 
-def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WINDOW) -> Refiner | None:
+def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WINDOW[3]) -> Refiner | None:
     """The refiner that a configuration asks for; None for 0 steps."""
     if not steps:
         return None
@@ -159,15 +170,16 @@ def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WIND
 
 
 def zero_refiner(
-    weights: Mapping[str, float] | None = None,
+    similarity: str = "lncc",
     *,
+    smoothness: float = 1.0,
     steps: int = ZERO_STEPS,
-    window: int = WINDOW,
     finest: int | None = None,
 ) -> Refiner:
-    """The refiner for pairs without any network; ``weights``: LNCC's where not given; ``finest``: see ``Refiner``."""
-    loss = RegistrationLoss(weights or refinement_loss("lncc"), window=window)
-    return Refiner(loss, steps=steps, finest=finest)
+    """The refiner for pairs of any dimension without any network, see ``refinement_loss``; ``finest``: ``Refiner``."""
+    chosen = {dim: refinement_loss(similarity, smoothness=smoothness, spatial_dims=dim) for dim in WINDOW}
+    losses = {dim: RegistrationLoss(weights, window=WINDOW[dim]) for dim, weights in chosen.items()}
+    return Refiner(losses, steps=steps, finest=finest)
 
 
 def shares(levels: Sequence[Level], steps: int) -> list[int]:

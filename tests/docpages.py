@@ -28,10 +28,10 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PIPED = re.compile(r"\s+(?:\||\d?>)\s?")
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 OTHER_PROGRAMS = ("cd", "cp", "git", "make", "pip", "mlflow", "sbatch", "source", "tensorboard", "antsApplyTransforms")
-OTHER_PROGRAMS += (".ci/run", ".venv/bin/python")
+DEVELOPERS = (".ci/run", ".venv/bin/python")
 # options that pages name alone and that are other programs' or a benchmark's
 OTHER_OPTIONS = ("--nnodes", "--nproc_per_node", "--requeue", "--bundle_root", "--profile", "--id", "--help")
-OTHER_OPTIONS += ("--tracking_uri", "--experiment_name", "--run_name", "--save_execute_config")  # MLflow's, of MONAI
+TRACKING_OPTIONS = ("--tracking_uri", "--experiment_name", "--run_name", "--save_execute_config")
 
 
 class Block(NamedTuple):
@@ -85,7 +85,7 @@ def check(command: Sequence[str]) -> None:
         check_regpipe(rest)
     elif program == "python":
         check_python(rest)
-    elif program not in OTHER_PROGRAMS:
+    elif program not in (*OTHER_PROGRAMS, *DEVELOPERS):
         raise ValueError(f"{program}: no program that pages use")
 
 
@@ -154,4 +154,4 @@ def known_options() -> set[str]:
     ids = {re.split("::|#", key.lstrip("+"))[0] for file in files for key in ConfigParser.load_config_file(str(file))}
     functions = (monai.bundle.ckpt_export, monai.bundle.verify_metadata, monai.bundle.run)
     ids |= {parameter for function in functions for parameter in inspect.signature(function).parameters}
-    return options | {f"--{identifier}" for identifier in ids} | set(OTHER_OPTIONS)
+    return options | {f"--{identifier}" for identifier in ids} | {*OTHER_OPTIONS, *TRACKING_OPTIONS}

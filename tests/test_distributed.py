@@ -18,6 +18,7 @@ import torch
 from conftest import as_if_in_its_own_process
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from monai.engines import SupervisedTrainer
 from processes import together
 
 from regpipe import distributed, runs
@@ -31,6 +32,7 @@ from regpipe.loading import LoadPair, collate_pairs
 from regpipe.losses import RegistrationLoss
 from regpipe.network import SymmetricNet
 from regpipe.pairs import list_pairs
+from regpipe.steps import TrainingStep, gradient_scaler
 
 GRID = Grid((32, 32), (1.0, 1.0))
 
@@ -59,7 +61,7 @@ def half_masked(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 def gradients(data: str, which: list[int], wrap: Callable, *, masked: bool, cascades: int) -> dict[str, torch.Tensor]:
     load, cases = LoadPair(GRID), list_pairs(data)
-    everything = (half_masked if masked else collate_pairs)([load(case) for case in cases[:2]])
+    everything = (half_masked if masked else collate_pairs)([load(case) for case in cases[:4]])
     batch = {key: value[which] if torch.is_tensor(value) else value for key, value in everything.items()}
     torch.manual_seed(0)
     net = SymmetricNet(2, "alexnet")
@@ -77,9 +79,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def accumulated(data: str, which: list[int], wrap: Callable) -> dict[str, torch.Tensor]:
+    """The gradient of the trainer's one step over these pairs, each a batch of its own."""
+    load, cases = LoadPair(GRID), list_pairs(data)
+    torch.manual_seed(0)
+    net = SymmetricNet(2, "alexnet")
+    trainer = SupervisedTrainer(
+        torch.device("cpu"),
+        1,
+        [collate_pairs([load(cases[i])]) for i in which],
+        wrap(net),
+        torch.optim.SGD(net.parameters(), lr=1.0),
+        RegistrationLoss(LOSSES, window=5),
+        inferer=RegistrationInferer(),
+        prepare_batch=prepare_batch,
+        iteration_update=TrainingStep(gradient_scaler(torch.device("cpu"), amp=False), accumulate=len(which)),
+        decollate=False,
+    )
+    trainer.run()
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
 def all_gradients(rank: int, data: str) -> dict[str, dict[str, torch.Tensor]]:
     distributed.join(hours=0.02)
-    return {name: gradients(data, [rank], distributed.parallel, **told) for name, told in SETTINGS.items()}
+    found = {name: gradients(data, [rank], distributed.parallel, **told) for name, told in SETTINGS.items()}
+    return {**found, "accumulated": accumulated(data, [rank, rank + 2], distributed.parallel)}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +123,18 @@ def test_two_processes_have_the_gradient_of_one_with_both_pairs(setting: str, da
             torch.testing.assert_close(gradient, both[name], rtol=0, atol=1e-5)
             torch.testing.assert_close(gradient, (first[name] + second[name]) / 2, rtol=0, atol=1e-8)  # round-off apart
     assert max(float((first[name] - g).abs().max()) for name, g in both.items()) > 1e-3  # one pair is not enough
+
+
+def test_two_processes_that_accumulate_two_batches_each_have_the_gradient_of_all_four(
+    data: Path, shared_gradients
+) -> None:
+    both = gradients(str(data), [0, 1, 2, 3], lambda net: net, **SETTINGS["plain"])
+    half = gradients(str(data), [0, 1], lambda net: net, **SETTINGS["plain"])
+    for found in shared_gradients:
+        assert found["accumulated"].keys() == both.keys()
+        for name, gradient in found["accumulated"].items():
+            torch.testing.assert_close(gradient, both[name], rtol=0, atol=1e-5)
+    assert max(float((half[name] - g).abs().max()) for name, g in both.items()) > 1e-3  # two pairs are not enough
 
 
 # what is gathered, and what is agreed on

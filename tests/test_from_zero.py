@@ -26,7 +26,7 @@ def test_a_failure_while_loading_is_its_own_case_s(
 
     monkeypatch.setattr(LoadPair, "__call__", broken)
     with pytest.raises(SystemExit):
-        register_from_zero(str(data), str(tmp_path / "out"), weights={"lncc": 1.0}, steps=2, affine="none")
+        register_from_zero(str(data), str(tmp_path / "out"), steps=2, affine="none")
     assert finished(tmp_path / "out") == {"case_000", "case_002"}
     assert "case_001: cannot be loaded (no memory left)" in capsys.readouterr().out
 
@@ -35,5 +35,5 @@ def test_a_file_that_is_no_result_is_not_taken_for_one(tmp_path: Path) -> None:
     data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=3)
     (tmp_path / "out" / "case_000").mkdir(parents=True)
     (tmp_path / "out" / "case_000" / "metrics.json").write_text("[half")
-    register_from_zero(str(data), str(tmp_path / "out"), weights={"lncc": 1.0}, steps=2, affine="none")
+    register_from_zero(str(data), str(tmp_path / "out"), steps=2, affine="none")
     assert len(read_rows(tmp_path / "out" / "metrics.csv")) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,6 @@ from regpipe.engines import RegistrationInferer, ZeroInferer
 from regpipe.errors import InputError, explain, out_of_memory
 from regpipe.images import Grid
 from regpipe.ladder import FittingInferer, HalfPrecision, Tiled
-from regpipe.losses import RegistrationLoss
 from regpipe.network import SymmetricNet
 from regpipe.refine import make_refiner, refinement_loss, zero_refiner
 
@@ -145,6 +146,7 @@ def test_the_rungs_are_taken_in_order_until_it_fits_and_each_is_said(
     assert len(caplog.records) == len(told)
     for record, words in zip(caplog.records, told, strict=True):
         assert record.levelno == logging.WARNING and words in record.message and "grid 96x80" in record.message
+    assert [words in step for words, step in zip(told, found["to_fit_memory"], strict=True)] == [True] * len(told)
     assert asked.refiner is not None and asked.refiner.finest == 1  # what was asked for is as it was
 
 
@@ -162,6 +164,57 @@ def test_where_nothing_fits_the_error_says_what_to_do(
     short(10)
     with pytest.raises(InputError, match="grid of 96x80 needs .* GiB at least, .* free: .*--memory_gib"):
         FittingInferer(asked)(smooth_pair(SHAPE), network)
+
+
+def test_memory_that_is_short_for_a_while_is_spared_for_that_while(
+    asked: RegistrationInferer,
+    network: SymmetricNet,
+    short: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(ladder, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(memory, "held", lambda: 7)
+    short(100)
+    fitting, pair, taken = FittingInferer(asked), smooth_pair(SHAPE), []
+    for free in (1000, 80, 80, 1000):
+        monkeypatch.setattr(memory, "free", lambda *_, free=free: free)
+        taken.append(fitting(pair, network)["to_fit_memory"])
+    assert taken == [[], ["refinement at images every 2 voxels"], ["refinement at images every 2 voxels"], []]
+    assert len(caplog.records) == 1  # not once a case
+    monkeypatch.setattr(memory, "held", lambda: 27)
+    monkeypatch.setattr(memory, "free", lambda *_: 80)  # and 20 that the cases before left behind
+    assert fitting(pair, network)["to_fit_memory"] == []
+
+
+def test_what_was_given_up_stands_in_the_cases_files_and_in_the_summary(
+    tmp_path: Path,
+    cohort: Path,
+    monai_bundle: Command,
+    short: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reusable: list[int] = []
+    monkeypatch.setattr("regpipe.inference.require_for_files", lambda *_, **told: reusable.append(told["reusable"]))
+    monkeypatch.setattr(memory, "held", itertools.count(0, 10).__next__)  # a process that keeps what it is given
+    monkeypatch.setattr(memory, "inference", lambda _, network, *__, **___: 20 if isinstance(network, Tiled) else 80)
+    monkeypatch.setattr(ladder, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(ladder, "TILES", (17,))
+    bundle = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)), backbone="plain")
+    for room, steps in ((50, ["the network on tiles of 17 voxels"]), (100, None)):
+        short(room)
+        out = tmp_path / str(room)
+        infer(monai_bundle, bundle, cohort, out, "--formats", "[itk]")
+        kept = json.loads((out / "case_000" / "metrics.json").read_text())
+        settings = json.loads((out / "case_000" / "transform.json").read_text())["settings"]
+        assert kept.get("to_fit_memory") == settings.get("to_fit_memory") == steps
+        told = "5 of them not as asked for, to fit into memory: the network on tiles of 17 voxels"
+        assert (told in capsys.readouterr().out) == (steps is not None)
+        assert len(read_rows(out / "metrics.csv")) == 5  # numbers only
+    assert len(reusable) == 10 and min(reusable) > 0
+    infer(monai_bundle, bundle, cohort, tmp_path / "50", "--formats", "[itk]")
+    assert "5 of 5 cases are finished already" in capsys.readouterr().out  # they are not done anew for that
 
 
 def test_from_zero_the_images_get_coarser_twice(
@@ -183,36 +236,9 @@ def test_files_that_do_not_fit_are_refused_by_the_images_name(monkeypatch: pytes
     image = str(cohort / "fixed_images" / "case_000.nii.gz")
     ladder.require_for_files(image, image)
     monkeypatch.setattr(memory, "free", lambda *_: 1000)
+    ladder.require_for_files(image, image, reusable=memory.native((32, 32)) - 1000)
     with pytest.raises(InputError, match="case_000.nii.gz: writing files on 32x32 voxels needs"):
         ladder.require_for_files(image, image)
-
-
-def test_training_that_does_not_fit_is_refused_with_what_helps(
-    tmp_path: Path, cohort: Path, monai_bundle: Command
-) -> None:
-    bundle = write_bundle("plain", tmp_path / "bundle")
-    with pytest.raises(Exception) as end:  # noqa: PT011  MONAI wraps it
-        train(monai_bundle, bundle, cohort, "--memory_gib", 0.01)
-    told = explain(end.value) or ""
-    assert "32x32 needs" in told and "--amp true" in told and "--checkpointing true" in told and "--grid_shape" in told
-    assert not list((bundle / "models").glob("*.pt"))
-
-
-def test_training_that_fits_with_checkpointing_takes_it_and_says_so(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, loss = SymmetricNet(2, "alexnet"), RegistrationLoss({"lncc": 1.0})
-    given = (RegistrationInferer(), network, loss, (512, 512))
-    plain = memory.training(*given)
-    network.checkpointing = True
-    spared = memory.training(*given)
-    assert spared < plain - 50 * 2**20
-    network.checkpointing = False
-    for room, taken in ((plain, False), ((plain + spared) // 2, True)):
-        monkeypatch.setattr(memory, "room", lambda *_, room=room: room)
-        ladder.require_memory(*given)
-        assert network.checkpointing is taken
-    assert "--checkpointing true" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------- out of memory

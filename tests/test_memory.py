@@ -90,6 +90,52 @@ def test_training_holds_gradients_and_adams_two_states_for_each_weight() -> None
     assert trained - part > 3 * 4 * (weights - few)
 
 
+def test_what_is_chosen_by_a_mask_and_what_there_is_any_of_count_as_if_all_were_there() -> None:
+    said: list[bool] = []
+
+    def work() -> torch.Tensor:
+        mask = torch.zeros(10, 10, 10) > 0  # 1000 bytes, beside zeros' 4000
+        said.extend([bool(mask.any()), bool(mask.all())])
+        return torch.zeros(10, 10, 10)[mask]  # 4000, 4000 more, and the 3 coordinates of 1000 places: 24000
+
+    with FakeTensorMode():
+        assert memory.dry_run(work).peak == 1000 + 4000 + 4000 + 24000
+    assert said == [True, False]
+
+
+SHAPE_2D = (256, 256)
+ALONE = {"mse": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "floats"),
+    [
+        # of each image 32 weights a voxel, and what their exponential and quotient keep, both ways
+        ({"mi": 1.0}, 2 * 32),
+        # of 12 structures: both images' and both warped, one-hot
+        ({**ALONE, "dice": 1.0}, 4 * 12),
+        ({**ALONE, "known_field": 1.0}, 2),
+    ],
+)
+def test_a_loss_that_asks_the_data_is_predicted_with_masks_labels_and_fields(
+    weights: dict[str, float], floats: int
+) -> None:
+    def needed(weights: dict[str, float]) -> int:
+        network, loss = SymmetricNet(2, "plain"), RegistrationLoss(weights)
+        return memory.training(RegistrationInferer(), network, loss, SHAPE_2D, label_ids=range(1, 13))
+
+    more = needed(weights) - needed(ALONE)
+    assert 4 * floats * 256 * 256 < more < 8 * 4 * floats * 256 * 256
+
+
+def test_structures_that_the_network_tells_apart_are_predicted() -> None:
+    def needed(weights: dict[str, float]) -> int:
+        network, loss = SymmetricNet(2, "plain", structures=12), RegistrationLoss(weights, label_ids=range(1, 13))
+        return memory.training(RegistrationInferer(), network, loss, SHAPE_2D)
+
+    assert needed({**ALONE, "anatomy": 1.0}) - needed(ALONE) > 4 * 4 * 12 * 256 * 256  # truth and logits of two images
+
+
 def test_a_containers_limit_counts_without_what_the_system_can_drop(tmp_path: Path) -> None:
     job = tmp_path / "cgroup" / "slurm" / "job_1"
     job.mkdir(parents=True)
@@ -104,6 +150,18 @@ def test_a_containers_limit_counts_without_what_the_system_can_drop(tmp_path: Pa
 def test_what_a_user_allows_is_for_the_whole_process() -> None:
     assert memory.room(None) == pytest.approx(memory.free(), rel=0.2)
     assert memory.room(100.0) == pytest.approx(100 * memory.GIB - memory.held(), rel=1e-3)
+
+
+def test_processes_on_one_machine_share_what_is_free_but_not_what_each_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda *_: 900)
+    assert memory.share(None) == 900
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert memory.share(None) == 300
+    assert memory.share(100.0) == pytest.approx(100 * memory.GIB - memory.held(), rel=1e-3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert memory._beside(torch.device("cuda")) == 2  # the first and the third process have one GPU
 
 
 def test_the_doctor_says_what_a_grid_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ CHOICES = {
     "affine": "centre",
     "affine_from": "images",
     "space": None,
+    "to_fit_memory": ["checkpointing"],
 }
 
 
