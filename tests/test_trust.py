@@ -81,7 +81,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a module": (lambda b: (b / "h5py.py").write_text("raise SystemExit"), "bundle: holds Python code, h5py"),
     "a package": (
-        lambda b: ((b / "scripts").mkdir(), (b / "scripts" / "__init__.py").touch()),
+        lambda b: shutil.copytree(Path(json.__file__).parent, b / "scripts"),
         "holds Python code, scripts",
     ),
 }
