@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     record.write(str(tmp_path / "bundle" / "models"), [case("a", "b"), case("b", "a")], CHOICES)
     found = record.read("bundle/models")
     prints = {"dataset": record.fingerprint(tmp_path / "data"), "training_images": [*map(record.fingerprint, "ab")]}
-    assert found == {**CHOICES, "dataset_dir": str(tmp_path / "data"), **prints, "to_fit_memory": []}
+    assert found == {**CHOICES, "dataset_dir": str(tmp_path / "data"), **prints}
     assert record.dataset_dir(found) == str(tmp_path / "data")
 
 
