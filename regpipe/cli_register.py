@@ -176,13 +176,13 @@ def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | No
 def _trusted(folder: Path, trust: bool) -> Path:
     """The bundle that ``folder`` is or holds, its configuration regpipe's own or trusted; its whole path."""
     from regpipe.compare import bundle_in
-    from regpipe.trust import require_trusted
+    from regpipe.foreign import require_own
 
     bundle = bundle_in(folder).absolute()
     config = bundle / "configs" / "inference.yaml"
     if not config.is_file():
         raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
-    require_trusted(bundle, [config.name], trust=trust)
+    require_own(bundle, [config.name], trust=trust)
     return bundle
 
 
@@ -201,15 +201,20 @@ def _with_bundle(
             f"$regpipe.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {told})"
         )
 
-    workflow = ConfigWorkflow(
-        str(bundle / "configs" / "inference.yaml"),
-        workflow_type="infer",
-        meta_file=str(bundle / "configs" / "metadata.json"),
-        logging_file=str(bundle / "configs" / "logging.conf"),
-        bundle_root=str(bundle),
-        dataset_dir=str(dataset.expanduser().absolute()),  # whole: a name that begins with $ would be run
-        output_dir=str(out.expanduser().absolute()),
-        **chosen,
-    )
+    configs = bundle / "configs"
+    try:
+        workflow = ConfigWorkflow(
+            str(configs / "inference.yaml"),
+            workflow_type="infer",
+            meta_file=str(configs / "metadata.json"),
+            logging_file=str(configs / "logging.conf"),
+            bundle_root=str(bundle),
+            dataset_dir=str(dataset.expanduser().absolute()),  # whole: a name that begins with $ would be run
+            output_dir=str(out.expanduser().absolute()),
+            **chosen,
+        )
+    except Exception as error:  # nothing is evaluated yet: YAML's, JSON's or logging's error for one of the files
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{configs}: not a bundle's configuration ({reason}); copy the bundle anew") from error
     workflow.initialize()
     workflow.run()

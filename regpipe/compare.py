@@ -10,6 +10,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 from regpipe import boardpages, comparepage, console, images
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import replace_file, require_file
+from regpipe.foreign import require_own
 from regpipe.metrics import HIGHER_IS_BETTER
 from regpipe.options import refuse_unknown_ids
 from regpipe.pairs import list_pairs
-from regpipe.trust import require_trusted
 
 BEST = "best"  # file with the best backbone's name
 
@@ -47,11 +48,18 @@ def compare(
         trust: run bundles that are in ``out`` already though their configuration is not regpipe's own.
 
     Raises:
-        InputError: an unknown backbone or setting; a bundle that is not trusted (``regpipe.trust``); or a run failed.
+        InputError: an unknown backbone or setting; a bundle that is not trusted (``regpipe.foreign``); or a run failed.
     """
     out, settings = Path(out).absolute(), dict(settings or {})
-    # mistakes show before any training
-    bundles = {name: _bundle(name, out / name, settings, trust) for name in backbones}
+    for overlay in overlays:
+        require_file(overlay)
+    with tempfile.TemporaryDirectory() as aside:  # mistakes show before anything is written
+        for name in backbones:
+            known = _bundle(name, out / name, Path(aside) / name)
+            require_own(known, ("train.yaml", "evaluate.yaml"), trust=trust)
+            # MONAI would take a misspelt setting for a new id
+            refuse_unknown_ids(settings, [str(known / "configs" / "train.yaml")])
+    bundles = {name: _bundle(name, out / name, out / name) for name in backbones}
     results: dict[str, dict[str, Any]] = {}
     for name, folder in bundles.items():
         results[name] = run_bundle(folder, overlays=overlays, settings=settings)
@@ -66,13 +74,9 @@ def compare(
     return page
 
 
-def _bundle(backbone: str, folder: Path, settings: Mapping[str, Any], trust: bool) -> Path:
-    """The backbone's bundle, written where there is none; MONAI would take a misspelt setting for a new id."""
-    if not (folder / "configs").is_dir():
-        write_bundle(backbone, folder)
-    require_trusted(folder, ("train.yaml", "evaluate.yaml"), trust=trust)
-    refuse_unknown_ids(settings, [str(folder / "configs" / "train.yaml")])
-    return folder
+def _bundle(backbone: str, folder: Path, new: Path) -> Path:
+    """The backbone's bundle in ``folder``; where there is none, one that is written to ``new``."""
+    return folder if (folder / "configs").is_dir() else write_bundle(backbone, new)
 
 
 def bundle_in(folder: Path) -> Path:

@@ -182,13 +182,22 @@ def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
     return SymmetricNet(dim, backbone, pretrained=trained_weights(ckpt_dir), structures=structures)
 
 
-def require_model(ckpt_dir: str) -> str:
-    """The path of the trained model.
+def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
+    """The path of the trained model, whose tensors are those of ``network`` where one is given.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is another network's.
     """
     path = Path(ckpt_dir) / "model.pt"
     if not path.is_file():
         raise InputError(f"{path}: no trained model; run training first, or give --ckpt_dir")
+    if network is not None:
+        plain = getattr(network, "module", network)  # without DDP's wrapper
+        held, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (read_state_dict(path), plain.state_dict()))
+        unlike = next((name for name in {**wanted, **held} if held.get(name) != wanted.get(name)), None)
+        if unlike is not None:
+            shapes = f"{held.get(unlike, 'missing')} where the bundle's network has {wanted.get(unlike, 'none')}"
+            raise InputError(
+                f"{path}: another network's weights ('{unlike}' is {shapes}); give the bundle its own model"
+            )
     return str(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Iterator
 from types import TracebackType
 
 from regpipe.console import complain
@@ -65,10 +66,25 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+MONAI_SAYS = (  # of a configuration
+    "Cannot locate class or function path",
+    "the referring item `",
+    "doesn't exist in the config file",
+)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it comes from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def explain(error: BaseException) -> str | None:
     """The line for a user, else None.
 
-    An ``InputError``'s message, memory that was not there, a lost process, or which file the system refused.
+    An ``InputError``'s message, memory that was not there, a lost process, what a configuration names and nobody has,
+    or which file the system refused.
     """
     known = cause(error)
     if known is not None:
@@ -77,6 +93,9 @@ def explain(error: BaseException) -> str | None:
         return f"out of memory: {REMEDIES}"
     if _lost(error):
         return ENDED_TOGETHER
+    misconfigured = next((text for text in map(str, _chain(error)) if any(said in text for said in MONAI_SAYS)), None)
+    if misconfigured is not None:
+        return f"configuration: {printable(misconfigured)[:300]}; mend the file that says so, or copy the bundle anew"
     chain: BaseException | None = error
     while chain is not None and not isinstance(chain, OSError):
         chain = chain.__cause__ or chain.__context__

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +22,10 @@ from scipy import ndimage
 
 from regpipe import dicom, limits, readers
 from regpipe.dicom import is_series
-from regpipe.errors import InputError, out_of_memory
+from regpipe.errors import InputError
 from regpipe.files import parse_json, replace_file, require_file
 from regpipe.homography import carry, is_affine
-from regpipe.readers import PICTURE, SUFFIXES, PathLike, Source, locate, squeezed, warn_once
+from regpipe.readers import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
 
 __all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, offered here too
 
@@ -140,14 +139,14 @@ def read_landmarks(path: PathLike) -> np.ndarray:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise InputError(f"{path}: cannot be read ({_one_line(cause)}); save it as CSV in UTF-8") from cause
+        raise InputError(f"{path}: cannot be read ({one_line(cause)}); save it as CSV in UTF-8") from cause
     if not rows or not {"x", "y"} <= rows[0].keys():
         raise InputError(f"{path}: needs the header x,y or x,y,z and a row per landmark (LPS mm)")
     axes = [a for a in "xyz" if a in rows[0]]
     try:
         points = np.array([[float((row[a] or "").strip() or "nan") for a in axes] for row in rows])
     except ValueError as cause:
-        raise InputError(f"{path}: {_one_line(cause)}; coordinates are numbers in LPS mm") from cause
+        raise InputError(f"{path}: {one_line(cause)}; coordinates are numbers in LPS mm") from cause
     if np.isinf(points).any():
         raise InputError(f"{path}: holds infinite coordinates; leave the cell empty where a landmark is not known")
     return points
@@ -180,7 +179,7 @@ def _open(path: PathLike, *, label: bool = False) -> Source:
     except InputError:
         raise
     except Exception as cause:  # four libraries, each with its own errors for a broken file
-        raise _unreadable(path, cause) from cause
+        raise unreadable(path, cause) from cause
     if source.dtype.kind not in "biuf":
         raise InputError(f"{path}: {source.dtype} voxels; save one real value per voxel")
     if frame is not None:
@@ -228,8 +227,7 @@ def _check_affine(affine: np.ndarray, path: PathLike) -> None:
     size = voxel_size(affine)
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-6 * np.prod(size):
         raise InputError(f"{path}: its affine is singular or not finite; mend its header")
-    if not 1e-9 < size.min() <= size.max() < 1e9:
-        raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in size)} mm; mend its header")
+    readers.require_voxel_size(path, size)
 
 
 def _voxels(source: Source, path: PathLike) -> np.ndarray:
@@ -238,18 +236,7 @@ def _voxels(source: Source, path: PathLike) -> np.ndarray:
     except InputError:
         raise
     except Exception as cause:  # as above: a truncated file shows only here
-        raise _unreadable(path, cause) from cause
-
-
-def _unreadable(path: PathLike, cause: Exception) -> InputError:
-    if out_of_memory(cause):
-        return InputError(f"{path}: what its header says does not fit into memory; mend it, or save it coarser")
-    return InputError(f"{path}: broken or truncated ({_one_line(cause)}); export it again")
-
-
-def _one_line(cause: Exception) -> str:
-    told = re.sub(r".*ITK ERROR: (\w+\(0x\w+\): )?", "", " ".join(str(cause).split()))
-    return (told or type(cause).__name__)[-160:]
+        raise unreadable(path, cause) from cause
 
 
 def _straightened(image: Image, path: PathLike, *, order: int) -> Image:
@@ -358,6 +345,6 @@ def load_grid(path: PathLike) -> Grid:
         data = parse_json(Path(path).read_bytes())
         grid = make_grid(data["shape"], data["spacing"])
     except (OSError, ValueError, KeyError, TypeError) as cause:
-        raise InputError(f"{path}: no working grid ({_one_line(cause)}); make it anew") from cause
+        raise InputError(f"{path}: no working grid ({one_line(cause)}); make it anew") from cause
     limits.require_room(path, grid.shape)
     return grid

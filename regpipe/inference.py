@@ -83,12 +83,12 @@ class FolderRun:
     def _result(self, name: str) -> dict[str, Any] | None:
         """The row of a finished case."""
         path = self.folder / name / "metrics.json"
-        if not path.is_file():
-            return None
         try:
+            if not path.is_file():
+                return None
             row = parse_json(path.read_bytes())
             return row if row.pop("made_from") == self._made_from(self.cases[name]) else None
-        except (ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
+        except (OSError, ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
             return None
 
     def _made_from(self, case: Case) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class Cut(NamedTuple):
 
 def natural(name: str) -> list[Any]:
     """Sort key under which frame_2 comes before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)  # texts, and between them numbers, of any length
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _files(folder: Path, suffixes: Sequence[str], problems: dict[str, str] | None = None) -> dict[str, str]:
@@ -131,7 +132,6 @@ def _files(folder: Path, suffixes: Sequence[str], problems: dict[str, str] | Non
     if not folder.is_dir():
         return {}
     found: dict[str, str] = {}
-    twice = set()
     for file in sorted(folder.iterdir(), key=lambda f: natural(f.name)):
         is_file = file.name.lower().endswith(tuple(suffixes)) and not file.is_dir()
         series = suffixes == SUFFIXES and file.name not in FOLDERS.values() and is_series(file)
@@ -141,13 +141,12 @@ def _files(folder: Path, suffixes: Sequence[str], problems: dict[str, str] | Non
             continue
         name = images.stem(file)
         if name != printable(name):
-            _report(problems, printable(name), f"{file}: its name is not printable; rename it")
+            _report(problems, name, f"{file}: its name is not printable; rename it")
             continue
         if name in found:
             _report(problems, name, f"{file}: {found[name]} has the same stem; keep one of them")
-            twice.add(name)
         found[name] = str(file)
-    return {name: path for name, path in found.items() if name not in twice}
+    return found
 
 
 def _subjects(root: Path, prefix: str, folder: Path, problems: dict[str, str] | None) -> dict[str, Case]:
@@ -195,7 +194,7 @@ def _groups(root: Path, names: Iterable[str]) -> dict[str, str]:
 def _report(problems: dict[str, str] | None, case: str, message: str) -> None:
     if problems is None:
         raise InputError(message)
-    problems.setdefault(case, printable(message))  # what is wrong first: the rest follows from it
+    problems[printable(case)] = printable(message)
 
 
 def _from_two_folders(root: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
@@ -205,7 +204,7 @@ def _from_two_folders(root: Path, cut: Cut, problems: dict[str, str] | None) -> 
             if name not in other:
                 file = one[name]["image"]
                 _report(problems, name, f"{file}: no partner in {where}_images; add it or remove this")
-    paired = [name for name in fixed if name in moving]
+    paired = [name for name in fixed if name in moving and name not in (problems or {})]
     kept = cut.draw(paired, _groups(root, paired))
     true = _files(root / "displacements", (".nii", ".nii.gz"))
     return [_case(n, fixed[n], moving[n]) | ({"displacement": true[n]} if n in true else {}) for n in kept]
@@ -216,9 +215,9 @@ def _from_one_folder(root: Path, cut: Cut, pairing: str, problems: dict[str, str
     if not inner.is_dir() and is_series(root):
         raise InputError(f"{root}: DICOM slices are one image; for pairs put each image's in a folder of its own")
     subjects = _subjects(root, "", inner if inner.is_dir() else root, problems)
-    names = list(subjects)
+    names = [name for name in subjects if name not in (problems or {})]
     if len(names) < 2:
-        raise InputError(f"{subjects[names[0]]['image']}: is the only image; a pair needs two")
+        raise InputError(f"{next(iter(subjects.values()))['image']}: is the only image of use; a pair needs two")
     if pairing == "first":
         frames = names[1:]
         if cut.split != "all":
@@ -226,7 +225,16 @@ def _from_one_folder(root: Path, cut: Cut, pairing: str, problems: dict[str, str
         pairs = [(names[0], n) for n in frames]
     else:
         pairs = list(itertools.permutations(cut.draw(names, _groups(root, names), 2), 2))
-    return [_case(f"{m}_to_{f}", subjects[f], subjects[m]) for f, m in pairs]
+    cases = [_case(f"{m}_to_{f}", subjects[f], subjects[m]) for f, m in pairs]
+    twice = _twice(cases)
+    if twice:  # a_to_b onto c, and a onto b_to_c
+        raise InputError(f"{root}: two pairs are named {twice}; rename images, so that no name holds _to_")
+    return cases
+
+
+def _twice(cases: Iterable[Case]) -> str | None:
+    """A name that several cases have."""
+    return next((name for name, n in collections.Counter(c["case"] for c in cases).items() if n > 1), None)
 
 
 def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
@@ -242,9 +250,9 @@ def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> lis
     cases = {c["case"]: c for c in training + validation}
     if not (cases or problems):
         raise InputError(f"{file}: has no case under training, validation or test; add some")
-    names = collections.Counter(c["case"] for c in training + validation)
-    if len(cases) < names.total():
-        raise InputError(f"{file}: has two cases named {max(names, key=names.__getitem__)}; give each its own 'case'")
+    twice = _twice(training + validation)
+    if twice:
+        raise InputError(f"{file}: has two cases named {twice}; give each its own 'case'")
     if validation and cut.split != "all":
         return training if cut.split == "training" else validation
     return [cases[n] for n in cut.draw(list(cases), {n: n for n in cases})]
@@ -264,7 +272,7 @@ def _entries(entries: Iterable[Mapping[str, str]], file: Path, problems: dict[st
 def _entry(entry: Mapping[str, str], file: Path) -> Case:
     """One dict of a datalist, its files absolute and there (MONAI lets a missing one pass)."""
     if not isinstance(entry, Mapping):
-        raise InputError(f"{file}: a case is a dict of paths, not {json.dumps(entry)[:120]}")
+        raise InputError(f"{file}: a case is a dict of paths, not {json.dumps(entry)[:120]}; see the layouts")
     case = {}
     keys = [f"{side}_{kind}" for side, kind in itertools.product(SIDES, KINDS)]
     wrong = [key for key in entry if key.startswith(SIDES) and key not in keys]
@@ -274,17 +282,17 @@ def _entry(entry: Mapping[str, str], file: Path) -> Case:
         key = f"{side}_{kind}"
         if key in entry:
             if not isinstance(entry[key], str):
-                raise InputError(f"{file}: {key} is a path, not {json.dumps(entry[key])[:120]}")
+                raise InputError(f"{file}: {key} is a path, not {json.dumps(entry[key])[:120]}; see the layouts")
             case[key] = str(file.parent / entry[key])
             if not _is_there(case[key]):
                 raise InputError(f"{case[key][-300:]}: no such file, but {file.name} lists it as {key}")
         elif kind == "image":
-            raise InputError(f"{file}: a case without {key}: {json.dumps(entry)[:120]}")
+            raise InputError(f"{file}: a case without {key}: {json.dumps(entry)[:120]}; add it")
     fixed, moving = (images.stem(case[f"{side}_image"]) for side in SIDES)
     name = fixed if fixed == moving else f"{moving}_to_{fixed}"
     given = entry.get("case", name)
     if not isinstance(given, str | int) or str(given) in ("", ".", "..") or {"/", "\\"} & {*printable(str(given))}:
-        raise InputError(f"{file}: {given!r} is no name for a case: its results go to a folder of that name")
+        raise InputError(f"{file}: {given!r} cannot name a case and the folder of its results; give another name")
     return {"case": str(given), **case}
 
 

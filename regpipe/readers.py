@@ -11,7 +11,7 @@ import gzip
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as Picture
 
 from regpipe import limits
-from regpipe.errors import InputError
+from regpipe.errors import InputError, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,25 @@ def locate(path: PathLike) -> tuple[Path, int | None]:
     if name and frame.isdecimal() and not path.exists():
         return path.with_name(name), int(frame)
     return path, None
+
+
+def unreadable(path: PathLike, cause: Exception) -> InputError:
+    """What is said of a file that a library cannot read."""
+    if out_of_memory(cause):
+        return InputError(f"{path}: what its header says does not fit into memory; mend it, or save it coarser")
+    return InputError(f"{path}: broken or truncated ({one_line(cause)}); export it again")
+
+
+def one_line(cause: Exception) -> str:
+    """An error's text without line breaks, and without where in ITK it arose; its end where it is long."""
+    told = re.sub(r".*ITK ERROR: (\w+\(0x\w+\): )?", "", " ".join(str(cause).split()))
+    return (told or type(cause).__name__)[-160:]
+
+
+def require_voxel_size(path: PathLike, sizes: Sequence[float] | np.ndarray) -> None:
+    """Raises ``InputError`` unless all are lengths in mm, from a picometre to a thousand kilometres."""
+    if not all(1e-9 < mm < 1e9 for mm in sizes):
+        raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in sizes)} mm; mend its header")
 
 
 def squeezed(shape: Iterable[int]) -> tuple[int, ...]:
@@ -122,7 +141,7 @@ def _require_bytes(path: Path, image: Any) -> None:
     """Refuse a header that promises more voxels than its file can hold, before memory is asked for them."""
     file = Path(image.file_map["image"].filename)
     unpacked = file.stat().st_size * (DEFLATE if file.name.lower().endswith(".gz") else 1)
-    if math.prod(image.shape) * image.get_data_dtype().itemsize > unpacked:
+    if image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize > unpacked:
         raise InputError(f"{path}: truncated: its header says {image.shape}, the file holds less; export it again")
 
 
@@ -134,8 +153,7 @@ def _require_spacing(path: Path, image: Any) -> None:
     with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
         stored = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
     spacing = stored[: min(len(squeezed(image.shape)), 3)]
-    if not (spacing if coded else np.abs(spacing)).min() > 0:  # of Analyze a negative one is a flip
-        raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in spacing)} mm; mend its header")
+    require_voxel_size(path, spacing if coded else np.abs(spacing))  # of Analyze a negative one is a flip
 
 
 def _say_which_form(path: Path, image: Any) -> None:
@@ -199,8 +217,7 @@ def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     shape = tuple(int(io.GetDimensions(i)) for i in range(io.GetNumberOfDimensions()))
     dim = min(len(shape), 3)
     spacing = [io.GetSpacing(i) for i in range(dim)]
-    if not min(spacing) > 0:
-        raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in spacing)} mm; mend its header")
+    require_voxel_size(path, spacing)
     affine = np.eye(dim + 1)
     for i in range(dim):
         affine[:dim, i] = np.array(io.GetDirection(i)[:dim]) * spacing[i]

@@ -82,7 +82,7 @@ def _case(path: Path, to: str) -> Move:
     except (OSError, ValueError, KeyError, TypeError) as cause:
         if isinstance(cause, InputError):
             raise
-        raise InputError(f"{path}: damaged ({type(cause).__name__}: {cause}); register again") from cause
+        raise InputError(f"{path}: damaged ({type(cause).__name__}: {str(cause)[:200]}); register again") from cause
     source = spaces["moving" if to == "fixed" else "fixed"]
     return Move(files[there], files[back], source, spaces[to])
 

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors, and
 import sys
 
 import fire
+import hypothesis
 import monai.bundle
 import nibabel as nib
 import numpy as np
@@ -35,6 +36,12 @@ QUICK = Path(__file__).parents[1] / "configs" / "quick.yaml"
 COMMANDS = ("run", "verify_metadata", "verify_net_in_out", "ckpt_export")
 
 Command = Callable[..., None]
+
+# The same examples every time, and no clock: a test fails for what it finds, not for where it runs. For a deeper
+# search: HYPOTHESIS_PROFILE=search pytest tests/test_properties.py
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=30, database=None)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @contextmanager

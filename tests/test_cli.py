@@ -12,7 +12,6 @@ from conftest import as_if_in_its_own_process, deforming_bundle
 from typer.testing import CliRunner
 
 from regpipe import cli, doctor, transforms
-from regpipe.bundles import write_bundle
 from regpipe.casemetrics import read_rows
 from regpipe.cohort import write_cohort
 from regpipe.images import Grid
@@ -177,59 +176,6 @@ def test_a_registration_done_anew_leaves_nothing_of_the_old_one(
 
 def test_register_without_arguments_wanted_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert regpipe(monkeypatch, "register") == 2
-
-
-def mistakes(root: Path, cohort: Path, bundle: Path) -> dict[str, tuple[list[object], str]]:
-    new, out = write_bundle("resnet18", root / "new"), root / "out"
-    one = cohort / "fixed_images" / "case_000.nii.gz"
-    with_bundle = ["--bundle", bundle, "-o", out]
-    return {
-        "no bundle": (["register", cohort, "--bundle", root / "none", "-o", out], "none/configs/inference.yaml"),
-        "untrained": (["register", cohort, "--bundle", new, "-o", out], "new/models/model.pt: no trained model"),
-        "no folder": (["register", root / "nowhere", *with_bundle], "nowhere: no such folder"),
-        "no file": (["register", one, root / "gone.nii", *with_bundle], "gone.nii: no such file"),
-        "three files": (["register", one, one, one, *with_bundle], "3 inputs: give one folder, or FIXED and MOVING"),
-        "steps": (["register", cohort, "--refine", 0, "-o", out], "at least one step"),
-        "smoothness": (["register", cohort, "--smoothness", 0, "-o", out], "more than 0"),
-        "similarity": (["register", cohort, "--similarity", "corr", "-o", out], "choose among lncc, mind"),
-        "no refinement": (["register", cohort, "--similarity", "mind", *with_bundle], "they go with --refine STEPS"),
-        "label": (["register", cohort, "--fixed-label", one, *with_bundle], "two files"),
-        "pairing": (
-            ["register", cohort / "fixed_images", "--pairing", "last", *with_bundle],
-            "'last' is not one of all",
-        ),
-        "output": (["register", cohort, "--bundle", bundle, "-o", one], "case_000.nii.gz: cannot be made"),
-        "kind": (["phantom", root / "p", "--kind", "ct"], "ct"),
-        "shape": (["phantom", root / "p", "--shape", "big"], "--shape"),
-        "pairs": (["phantom", root / "p", "--pairs", 0], "0 pairs"),
-        "occupied": (["phantom", bundle], "holds something else"),
-        "unwritable": (["phantom", "/dev/null/p"], "/dev/null"),
-        "set": (["compare", "-o", out, "--set", "max_epochs"], "--set wants ID=VALUE"),
-        "backbone": (["compare", "-o", out, "--backbones", "resnet"], "'resnet': choose one of resnet18"),
-        "overlay": (["compare", "-o", out, "--overlay", root / "o.yaml"], "o.yaml"),
-    }
-
-
-NAMES = [
-    *("no bundle", "untrained", "no folder", "no file", "three files", "label", "pairing", "output"),
-    *("kind", "shape", "pairs", "occupied", "unwritable", "set", "backbone", "overlay"),
-]
-
-
-@pytest.mark.parametrize("mistake", NAMES)
-def test_a_mistake_ends_in_one_line_and_status_1(
-    mistake: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    cohort: Path,
-    bundle: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    arguments, said = mistakes(tmp_path, cohort, bundle)[mistake]
-    assert regpipe(monkeypatch, *arguments) == 1
-    printed = capfd.readouterr().err
-    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and said in lines[0] and "Traceback" not in printed
 
 
 def test_phantoms_of_one_seed_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

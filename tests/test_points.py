@@ -201,7 +201,7 @@ def broken(folder: Path, kind: str) -> Path:
         ("headless.csv", "header x,y"),
         ("empty.csv", "header x,y"),
         ("mesh.ply", ".stl"),
-        ("missing.csv", "No such file"),
+        ("missing.csv", "no such file"),
     ],
 )
 def test_a_broken_file_is_told_in_one_line_that_names_it(tmp_path: Path, kind: str, told: str) -> None:

@@ -21,7 +21,7 @@ from regpipe.files import parse_json
 ALWAYS = ("logging.conf",)  # Python evaluates it
 
 
-def require_trusted(bundle: Path, configs: Sequence[str], *, trust: bool = False) -> None:
+def require_own(bundle: Path, configs: Sequence[str], *, trust: bool = False) -> None:
     """Check the files of a bundle that are going to be run.
 
     Args:
@@ -32,16 +32,16 @@ def require_trusted(bundle: Path, configs: Sequence[str], *, trust: bool = False
     Raises:
         InputError: one of them is not regpipe's own, its metadata holds code, or its folder Python modules.
     """
-    found = None if trust else foreign(bundle, configs)
+    found = None if trust else difference(bundle, configs)
     if found:
         raise InputError(f"{found}. It could run any code: give --trust if you know who wrote it, and that it is sound")
 
 
-def foreign(bundle: Path, configs: Sequence[str]) -> str | None:
+def difference(bundle: Path, configs: Sequence[str]) -> str | None:
     """What of a bundle is not regpipe's own, in a line; None where all is."""
     backbone = _backbone(bundle / "configs" / configs[0])
     for path in (bundle / "configs" / name for name in (*configs, *ALWAYS)):
-        line = _difference(path, rendered(f"configs/{path.name}", backbone)) if path.is_file() else None
+        line = _first_line(path, rendered(f"configs/{path.name}", backbone)) if path.is_file() else None
         if line is not None:
             return f"{path}: is not as this version of regpipe writes it, from line {line} on"
     metadata = bundle / "configs" / "metadata.json"
@@ -57,7 +57,7 @@ def _backbone(config: Path) -> str:
     return said[1] if said and said[1] in BACKBONES else next(iter(BACKBONES))
 
 
-def _difference(path: Path, own: str) -> int | None:
+def _first_line(path: Path, own: str) -> int | None:
     """The first line, from 1, in which a file is not ``own``; its line endings do not count."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     pairs = enumerate(itertools.zip_longest(lines, own.splitlines()), 1)

@@ -17,8 +17,8 @@ from regpipe.cohort import write_cohort
 from regpipe.compare import bundle_in, compare
 from regpipe.encoders import BACKBONES
 from regpipe.errors import InputError
+from regpipe.foreign import difference, require_own
 from regpipe.images import Grid
-from regpipe.trust import foreign, require_trusted
 
 CONFIGS = ("inference.yaml",)
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -43,9 +43,9 @@ def append(bundle: Path, name: str, text: str) -> None:
 def test_bundles_as_they_are_written_and_copied_are_trusted(tmp_path: Path) -> None:
     for backbone in BACKBONES:
         every = ("train.yaml", "evaluate.yaml", "inference.yaml", "multi_gpu.yaml")
-        assert foreign(write_bundle(backbone, tmp_path / backbone), every) is None
+        assert difference(write_bundle(backbone, tmp_path / backbone), every) is None
     for bundle in BUNDLES.iterdir():
-        assert foreign(bundle, CONFIGS) is None
+        assert difference(bundle, CONFIGS) is None
 
 
 def test_what_a_user_may_change_needs_no_trust(bundle: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_a_user_may_change_needs_no_trust(bundle: Path) -> None:
     metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "name": "mine, 5 % better", "version": "2.0"}))
     config = bundle / "configs" / "inference.yaml"
     config.write_bytes(config.read_bytes().replace(b"\n", b"\r\n"))  # as git may check it out
-    assert foreign(bundle, CONFIGS) is None
+    assert difference(bundle, CONFIGS) is None
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -92,8 +92,8 @@ def test_what_could_run_is_refused_by_name_and_run_when_it_is_trusted(bundle: Pa
     make, said = CHANGES[change]
     make(bundle)
     with pytest.raises(InputError, match=f"{said}.*--trust"):
-        require_trusted(bundle, CONFIGS)
-    require_trusted(bundle, CONFIGS, trust=True)
+        require_own(bundle, CONFIGS)
+    require_own(bundle, CONFIGS, trust=True)
 
 
 def test_register_runs_nothing_of_a_foreign_bundle_unless_it_is_told_to(
