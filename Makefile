@@ -25,8 +25,9 @@ demo: $(BIN)/regpipe
 	@echo "metrics     $(DEMO)/registered/metrics.csv"
 	@echo "dashboard   $(BIN)/regpipe dashboard $(DEMO)/comparison"
 
+# Files of tests side by side, each process on one thread.
 test: $(BIN)/regpipe
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(BIN)/regpipe
 	$(BIN)/python -m pytest -m slow
