@@ -38,15 +38,24 @@ def require_own(bundle: Path, configs: Sequence[str], *, trust: bool = False) ->
 
 
 def difference(bundle: Path, configs: Sequence[str]) -> str | None:
-    """What of a bundle is not regpipe's own, in a line; None where all is."""
+    """What of a bundle is not regpipe's own, in a line; None where all is.
+
+    Raises:
+        InputError: its metadata are no JSON.
+    """
     backbone = _backbone(bundle / "configs" / configs[0])
     for path in (bundle / "configs" / name for name in (*configs, *ALWAYS)):
         line = _first_line(path, rendered(f"configs/{path.name}", backbone)) if path.is_file() else None
         if line is not None:
             return f"{path}: is not as this version of regpipe writes it, from line {line} on"
     metadata = bundle / "configs" / "metadata.json"
-    if metadata.is_file() and _runs(parse_json(metadata.read_bytes())):
-        return f"{metadata}: holds an expression that MONAI would run"
+    if metadata.is_file():
+        try:
+            content = parse_json(metadata.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{metadata}: not a bundle's metadata ({error}); copy the bundle anew") from error
+        if _runs(content):
+            return f"{metadata}: holds an expression that MONAI would run"
     # MONAI puts the folder before the installed packages: a module there would be taken for one of theirs
     module = next(pkgutil.iter_modules([str(bundle)]), None)
     return None if module is None else f"{bundle}: holds Python code, {module.name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -33,8 +34,8 @@ def require_room(path: object, shape: Sequence[int], itemsize: int = 8) -> None:
 
     if needed > free():
         raise InputError(
-            f"{path}: says that it holds {' x '.join(str(n) for n in shape)} values, {needed / GIB:.3g} GiB, "
-            f"and {free() / GIB:.3g} GiB are free; mend its header, or take a machine with more memory"
+            f"{path}: says that it holds {' x '.join(str(n) for n in shape)} values; that does not fit into memory "
+            f"({needed / GIB:.3g} GiB); mend its header, or save it coarser"
         )
 
 
@@ -45,17 +46,29 @@ def require_size(path: str | Path) -> None:
 
 def check_nifti(path: Path) -> None:
     """Raises ``InputError`` where header extensions are said to be huge: nibabel reads them with the header."""
-    with nib.openers.ImageOpener(str(path)) as file:
-        head = file.read(nib.Nifti2Header.sizeof_hdr)
-        kind = next((k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(head)), None)
-        if kind is None:
-            return
-        header = kind(head[: kind.sizeof_hdr], check=False)
-        end = float(header["vox_offset"])
-        sizes = _extensions(file, kind.sizeof_hdr + 4, end, "big" if header.endianness == ">" else "little")
-        longest = end if not end <= LARGEST_EXTENSIONS else max(sizes, default=0)
+    try:
+        with nib.openers.ImageOpener(str(path)) as file:
+            longest = _longest(file)
+    except (OSError, EOFError, zlib.error):  # who reads it next says what is wrong
+        return
     if not longest <= LARGEST_EXTENSIONS:
         raise InputError(f"{path}: its header is said to have {longest:.3g} bytes; export it again")
+
+
+def _longest(file: Any) -> float:
+    """Bytes of the longest extension of a NIfTI header, or of all of them where that is too much; else 0."""
+    head = file.read(nib.Nifti2Header.sizeof_hdr)
+    kind = next((k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(head)), None)
+    if kind is None:
+        return 0
+    file.seek(kind.sizeof_hdr)
+    if file.read(4)[:1] in (b"", b"\0"):
+        return 0
+    header = kind(head[: kind.sizeof_hdr], check=False)
+    end = float(header["vox_offset"])
+    if not end <= LARGEST_EXTENSIONS:
+        return end
+    return max(_extensions(file, kind.sizeof_hdr + 4, end, "big" if header.endianness == ">" else "little"), default=0)
 
 
 def _extensions(file: Any, at: int, end: float, order: Any) -> Iterator[int]:

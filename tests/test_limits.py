@@ -93,7 +93,7 @@ def test_zeros_packed_small_are_refused_where_they_do_not_fit_and_read_where_the
     assert array.nbytes > 200 * bomb.stat().st_size
     monkeypatch.setattr(limits, "UNASKED", 10**6)
     monkeypatch.setattr("regpipe.memory.free", lambda: 8 * array.size - 1)
-    with pytest.raises(InputError, match=r"a.nii.gz: says that it holds 60 x 60 x 60 values, 0.0016\d GiB, and 0.0016"):
+    with pytest.raises(InputError, match=r"a.nii.gz: says that it holds 60 x 60 x 60 values; that .* \(0.0016\d GiB"):
         images.read_image(bomb)
     monkeypatch.setattr("regpipe.memory.free", lambda: 8 * array.size)
     assert images.read_image(bomb).array.sum() == 1
@@ -103,7 +103,7 @@ def test_a_sheared_grid_is_refused_for_what_it_becomes(tmp_path: Path) -> None:
     affine = np.eye(4)
     affine[0, 2], affine[2, 2] = 9e6, 1e6  # the third axis leans on the first: 1e8 voxels of 1 mm to cover it
     path = save(tmp_path / "a.nii", np.zeros((8, 4096, 12), np.uint8), affine)
-    with pytest.raises(InputError, match="a.nii: says that it holds .* x .* x .* GiB are free"):
+    with pytest.raises(InputError, match="a.nii: says that it holds .* x .* x .* does not fit into memory"):
         images.header(path)
 
 
@@ -173,7 +173,7 @@ def test_a_case_of_a_datalist_cannot_be_named_after_another_folder(tmp_path: Pat
     image = str(save(tmp_path / "a.nii", RNG.random((4, 4, 4))))
     entry = {"case": name, "fixed_image": image, "moving_image": image}
     (tmp_path / "list.json").write_text(json.dumps({"test": [entry]}))
-    with pytest.raises(InputError, match="list.json: .* is no name for a case"):
+    with pytest.raises(InputError, match="list.json: .* cannot name a case"):
         list_pairs(tmp_path / "list.json")
 
 
