@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slow lint bundles lock docs notebook clean
+.PHONY: demo test test-slow lint audit bundles lock docs notebook clean
 
 $(BIN)/regpipe: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,17 @@ lint: $(BIN)/regpipe
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet -c pyproject.toml -r regpipe
+
+# What is installed, against the known vulnerabilities (needs a network), and as a bill of materials: build/sbom.json.
+audit: $(BIN)/cyclonedx-py
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment $(BIN)/python --output-format JSON --output-file build/sbom.json
+	$(BIN)/pip-audit --requirement $(LOCK) --require-hashes --disable-pip
+
+$(BIN)/cyclonedx-py: | $(BIN)/regpipe
+	$(BIN)/python -m pip install --quiet -e ".[audit]"
+	@touch $@
 
 # The three bundles are written from regpipe/bundle; edit there.
 bundles: $(BIN)/regpipe

@@ -24,10 +24,15 @@ def write_bundle(backbone: str, folder: str | Path) -> Path:
         for source in sorted(path for path in template.rglob("*") if path.is_file()):
             target = folder / source.relative_to(template)
             target.parent.mkdir(parents=True, exist_ok=True)
-            text = source.read_text(encoding="utf-8")
-            target.write_text(text.replace(PLACEHOLDER, backbone), encoding="utf-8")
+            target.write_text(rendered(source.relative_to(template).as_posix(), backbone), encoding="utf-8")
     (folder / "models").mkdir(exist_ok=True)
     return folder
+
+
+def rendered(name: str, backbone: str) -> str:
+    """A file of the template, ``configs/train.yaml``, as it stands in the bundle of a backbone."""
+    text = (resources.files("regpipe") / "bundle" / name).read_text(encoding="utf-8")
+    return text.replace(PLACEHOLDER, backbone)
 
 
 def write_all(parent: str | Path) -> list[Path]:

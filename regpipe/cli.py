@@ -75,6 +75,7 @@ def compare(
     ] = "resnet18,vgg16,alexnet",
     overlay: Annotated[list[Path] | None, typer.Option(help="Configuration over train.yaml, see configs/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="An id of train.yaml: ID=VALUE.")] = None,
+    trust: cli_register.Trust = False,
 ) -> None:
     """Train and evaluate the backbones on equal terms; print one table with intervals.
 
@@ -89,7 +90,8 @@ def compare(
     if data is not None:
         settings["dataset_dir"] = str(data.absolute())
     overlays = [str(path.absolute()) for path in overlay or []]
-    print(run(out, backbones=[name.strip() for name in backbones.split(",")], overlays=overlays, settings=settings))
+    names = [name.strip() for name in backbones.split(",")]
+    print(run(out, backbones=names, overlays=overlays, settings=settings, trust=trust))
     print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: regpipe dashboard {out}")
 
 

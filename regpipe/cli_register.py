@@ -17,6 +17,11 @@ Inputs = Annotated[
     typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run a bundle whose configuration is not regpipe's own: it can run any code."),
+]
+
 
 def add(app: typer.Typer) -> None:
     """Give ``app`` the command."""
@@ -104,6 +109,7 @@ def register(
             autocompletion=completion.one_of(completion.PAIRINGS),
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
 
@@ -131,7 +137,7 @@ def register(
             _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
         else:
             loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
-            register_with_bundle(bundle, dataset, out, chosen | _refinement(refine, loss))
+            register_with_bundle(bundle, dataset, out, chosen | _refinement(refine, loss), trust=trust)
 
 
 def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
@@ -183,34 +189,45 @@ def _refinement(steps: int | None, loss: dict[str, Any] | None) -> dict[str, Any
     return told
 
 
-def register_with_bundle(bundle: Path, dataset: Path, out: Path, chosen: dict[str, Any]) -> None:
+def _trusted(folder: Path, trust: bool) -> Path:
+    """The bundle that ``folder`` is or holds, its configuration regpipe's own or trusted; its whole path."""
+    from regpipe.compare import bundle_in
+    from regpipe.foreign import require_own
+
+    bundle = bundle_in(folder).absolute()
+    config = bundle / "configs" / "inference.yaml"
+    if not config.is_file():
+        raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
+    require_own(bundle, [config.name], trust=trust)
+    return bundle
+
+
+def register_with_bundle(
+    bundle: Path, dataset: Path, out: Path, chosen: dict[str, Any], *, trust: bool = False
+) -> None:
     """Run a bundle's inference with some ids of its configuration given.
 
     Raises:
-        InputError: no bundle, and what its inference refuses.
+        InputError: no bundle, one with a configuration of its own that is not trusted, and what its inference refuses.
         SystemExit: as ``regpipe.inference.FolderRun.register``.
     """
     from monai.bundle import ConfigWorkflow
 
-    from regpipe.compare import bundle_in
-
-    bundle = bundle_in(bundle)
-    config = bundle / "configs" / "inference.yaml"
-    if not config.is_file():
-        raise InputError(f"{config}: no such file; give a bundle folder, one with configs/ and models/")
+    bundle = _trusted(bundle, trust)
+    configs = bundle / "configs"
     try:
         workflow = ConfigWorkflow(
-            str(config),
+            str(configs / "inference.yaml"),
             workflow_type="infer",
-            meta_file=str(bundle / "configs" / "metadata.json"),
-            logging_file=str(bundle / "configs" / "logging.conf"),
+            meta_file=str(configs / "metadata.json"),
+            logging_file=str(configs / "logging.conf"),
             bundle_root=str(bundle),
-            dataset_dir=str(dataset),
-            output_dir=str(out),
+            dataset_dir=str(dataset.expanduser().absolute()),  # whole: a name that begins with $ would be run
+            output_dir=str(out.expanduser().absolute()),
             **chosen,
         )
     except Exception as error:  # nothing is evaluated yet: YAML's, JSON's or logging's error for one of the files
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{config.parent}: not a bundle's configuration ({reason}); copy the bundle anew") from error
+        raise InputError(f"{configs}: not a bundle's configuration ({reason}); copy the bundle anew") from error
     workflow.initialize()
     workflow.run()

@@ -19,6 +19,7 @@ from regpipe import boardpages, comparepage, console, images
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
 from regpipe.files import replace_file, require_file
+from regpipe.foreign import require_own
 from regpipe.metrics import HIGHER_IS_BETTER
 from regpipe.options import refuse_unknown_ids
 from regpipe.pairs import list_pairs
@@ -32,6 +33,7 @@ def compare(
     backbones: Sequence[str],
     overlays: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> str:
     """Train and evaluate each backbone in ``out/<backbone>``; writes the table, returns it as Markdown.
 
@@ -43,17 +45,20 @@ def compare(
         backbones: which.
         overlays: configuration files that lie over the bundle's ``train.yaml``.
         settings: ids of ``train.yaml`` and their values, e.g. ``dataset_dir``, ``max_epochs``.
+        trust: run bundles that are in ``out`` already though their configuration is not regpipe's own.
 
     Raises:
-        InputError: an unknown backbone or setting; or a run failed.
+        InputError: an unknown backbone or setting; a bundle that is not trusted (``regpipe.foreign``); or a run failed.
     """
     out, settings = Path(out).absolute(), dict(settings or {})
     for overlay in overlays:
         require_file(overlay)
     with tempfile.TemporaryDirectory() as aside:  # mistakes show before anything is written
         for name in backbones:
-            known = _bundle(name, out / name, Path(aside) / name) / "configs" / "train.yaml"
-            refuse_unknown_ids(settings, [str(known)])  # MONAI would take a misspelt setting for a new id
+            known = _bundle(name, out / name, Path(aside) / name)
+            require_own(known, ("train.yaml", "evaluate.yaml"), trust=trust)
+            # MONAI would take a misspelt setting for a new id
+            refuse_unknown_ids(settings, [str(known / "configs" / "train.yaml")])
     bundles = {name: _bundle(name, out / name, out / name) for name in backbones}
     results: dict[str, dict[str, Any]] = {}
     for name, folder in bundles.items():
@@ -77,7 +82,7 @@ def _bundle(backbone: str, folder: Path, new: Path) -> Path:
 def bundle_in(folder: Path) -> Path:
     """``folder`` itself, or the best bundle of a comparison in it."""
     best = folder / BEST
-    return folder / best.read_text().strip() if best.is_file() else folder
+    return folder / Path(best.read_text().strip()).name if best.is_file() else folder
 
 
 def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -94,8 +99,7 @@ def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
 def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Train and evaluate one bundle; returns its summary. Skipped where the same has been run already."""
     summary, record = bundle / "eval" / "summary.json", bundle / "eval" / "command.json"
-    about = {"overlays": [Path(o).read_text() for o in overlays], **settings, "files": _files(settings)}
-    asked = json.dumps(about, default=str, indent=1)
+    asked = _asked(overlays, settings)
     if not (summary.is_file() and record.is_file() and record.read_text() == asked):
         configs = [str(bundle / "configs" / "train.yaml"), *overlays]
         print(f"== {bundle.name}: training", flush=True)
@@ -107,6 +111,14 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
         _bundle_command(bundle, "evaluating", configs, kept)
         replace_file(record, asked.encode())
     return json.loads(summary.read_text())
+
+
+def _asked(overlays: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """What a run was asked for: overlays, settings, data. Of paths in the settings only their last part is told."""
+    told = {"overlays": [Path(o).read_text() for o in overlays]}
+    whole = json.dumps({**settings, "files": _files(settings)}, default=str)
+    shown = {name: boardpages.plain(value) for name, value in settings.items()}
+    return json.dumps({**told, **shown, "asked": hashlib.sha256(whole.encode()).hexdigest()}, indent=1)
 
 
 def _files(settings: Mapping[str, Any]) -> str:

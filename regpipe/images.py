@@ -20,7 +20,7 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import inv_ornt_aff, io_orientation
 from scipy import ndimage
 
-from regpipe import dicom, readers
+from regpipe import dicom, limits, readers
 from regpipe.dicom import is_series
 from regpipe.errors import InputError
 from regpipe.files import parse_json, replace_file, require_file
@@ -193,6 +193,8 @@ def _open(path: PathLike, *, label: bool = False) -> Source:
         remedy = "save it as a 2-D image" if len(source.shape) > 2 else "leave it out"
         raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); {remedy}")
     _check_affine(source.affine, path)
+    limits.require_room(path, source.shape)
+    limits.require_room(path, _straight_grid(source.shape[: len(source.affine) - 1], source.affine)[0])
     return source
 
 
@@ -341,6 +343,8 @@ def load_grid(path: PathLike) -> Grid:
     """Read what ``save_grid`` wrote. Raises InputError for anything else."""
     try:
         data = parse_json(Path(path).read_bytes())
-        return make_grid(data["shape"], data["spacing"])
+        grid = make_grid(data["shape"], data["spacing"])
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise InputError(f"{path}: no working grid ({one_line(cause)}); make it anew") from cause
+    limits.require_room(path, grid.shape)
+    return grid

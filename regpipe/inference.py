@@ -268,10 +268,11 @@ def _told(case: str, done: str, error: BaseException) -> InputError:
     return InputError(f"{case}: cannot be {done} ({why})")
 
 
-def _stamps(path: str) -> list[Any]:
-    """Name, size and time of each file that a case's entry stands for."""
+def _stamps(path: str) -> str:
+    """A hash of the name, size and time of each file that a case's entry stands for; names can tell of a patient."""
     known = [file for file in images.files(path) if file.exists()]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 def register_from_zero(

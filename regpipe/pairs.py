@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe import images
+from regpipe import images, limits
 from regpipe.errors import InputError, printable
 from regpipe.files import absolute, parse_json
 from regpipe.images import SUFFIXES, Grid, PathLike, is_series
@@ -239,6 +239,7 @@ def _twice(cases: Iterable[Case]) -> str | None:
 
 def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
     try:
+        limits.require_size(file)
         data = parse_json(file.read_bytes())
         lists = [data.get("training", []), data.get("validation", data.get("test", []))]
         training, validation = (_entries(entries, file, problems) for entries in lists)

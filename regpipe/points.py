@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from regpipe import limits
 from regpipe.errors import InputError
 from regpipe.files import parse_json, replace_file, require_file
 
@@ -41,6 +42,7 @@ def read_points(path: str | Path) -> PointFile:
         InputError: missing, broken, or of another kind.
     """
     path = require_file(path)
+    limits.require_size(path)
     try:
         return READERS[_kind(path)](path.read_bytes())
     except InputError as problem:

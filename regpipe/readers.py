@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image as Picture
 
+from regpipe import limits
 from regpipe.errors import InputError, out_of_memory
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def plane(affine: np.ndarray, upright: np.ndarray) -> np.ndarray:
 
 def open_nifti(path: Path) -> Source:
     """NIfTI-1, NIfTI-2 and Analyze, placed by the sform, else the qform, else by the spacing alone."""
+    limits.check_nifti(path)
     image: Any = nib.load(path)
     shape = squeezed(image.shape)
     _require_bytes(path, image)
@@ -176,6 +178,7 @@ def open_itk(path: Path) -> Source:
     """MetaImage and NRRD: what ITK reads, turned from LPS."""
     import itk  # takes a second, and most cohorts are NIfTI
 
+    limits.check_data_file(path)
     _require_few_axes(path)
     io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if io is None:

@@ -1,9 +1,14 @@
-"""What a model was trained on, kept beside it: evaluating and inference need not be told again, nor be told wrong."""
+"""What a model was trained on, kept beside it: evaluating and inference need not be told again, nor be told wrong.
+
+Models are handed on, and folders are named after people: paths are kept as fingerprints, by which those who know a
+path can tell that it was the one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +42,10 @@ LATER |= {"to_fit_memory": []}  # nor do bundles of before it
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     """Keep the choices ``DATA`` and the images of the training pairs beside the model."""
-    root = str(absolute(data["dataset_dir"]))
-    about = {**{key: {**LATER, **data}[key] for key in DATA}, "dataset_dir": root}
-    text = json.dumps({**about, "training_images": _images(cases)}, indent=1)
+    root, known = absolute(data["dataset_dir"]), {**LATER, **data}
+    about = {**{key: known[key] for key in DATA}, "dataset_dir": _way(root, absolute(ckpt_dir))}
+    about |= {"dataset": fingerprint(root), "training_images": [fingerprint(path) for path in _images(cases)]}
+    text = json.dumps(about, indent=1)
     (Path(ckpt_dir) / manifest.NAME).unlink(missing_ok=True)  # of what was there before this training
     replace_file(Path(ckpt_dir) / NAME, text.encode())
 
@@ -65,6 +71,30 @@ def conclude(
     manifest.write(Path(ckpt_dir), "training", inputs=known, files=files, settings=settings, **about)
 
 
+def fingerprint(path: str | Path) -> str:
+    """16 digits that tell a path from others and not what it is."""
+    return hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def named(source: str) -> str:
+    """A source of weights (``regpipe.weights``): of a file or bundle its own name and the path's fingerprint."""
+    path = absolute(source)
+    return f"{path.name} {fingerprint(path)}" if path.exists() else str(source)
+
+
+def _way(root: Path, folder: Path) -> str | None:
+    """The way from ``folder`` to the data, where it tells no more than their own name; None where it tells more.
+
+    Of data in the folder beside ``folder``, as the built-in phantoms are, it may tell that one's name too.
+    """
+    try:
+        parts = Path(os.path.relpath(root, folder)).parts
+    except ValueError:  # another drive
+        return None
+    up = parts.count(os.pardir)
+    return Path(*parts).as_posix() if len(parts) - up <= 1 + (up == 1) else None
+
+
 def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
     """What ``write`` kept; defaults without training images where there is nothing and it is not ``required``.
 
@@ -82,7 +112,23 @@ def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
             raise KeyError(f"no {min({*DATA, 'training_images'} - known.keys())}")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: damaged ({error}); train again") from error
+    if known["dataset_dir"]:
+        known["dataset_dir"] = str(absolute(Path(ckpt_dir) / known["dataset_dir"]))
     return known
+
+
+def dataset_dir(record: dict[str, Any]) -> str:
+    """Where the data are that the model was trained on.
+
+    Raises:
+        InputError: that is not kept.
+    """
+    if not record["dataset_dir"]:
+        raise InputError(
+            f"{NAME} does not say where the data of the training are, to keep names of folders private: "
+            "give --dataset_dir; the held-out part of them is found"
+        )
+    return str(record["dataset_dir"])
 
 
 def stage_for_others(record: dict[str, Any]) -> str:
@@ -92,7 +138,9 @@ def stage_for_others(record: dict[str, Any]) -> str:
 
 def default_split(dataset_dir: str, record: dict[str, Any]) -> str:
     """``validation`` of the data that the model was trained on, ``all`` of any other."""
-    return "validation" if str(absolute(dataset_dir)) == record.get("dataset_dir") else "all"
+    root = absolute(dataset_dir)
+    known = str(root) == record.get("dataset_dir") or fingerprint(root) == record.get("dataset")
+    return "validation" if known else "all"
 
 
 def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> None:
@@ -104,7 +152,8 @@ def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> Non
         InputError: a case's moving image was trained on.
     """
     seen = set(record["training_images"])
-    leaks = [case["case"] for case in cases if case["moving_image"] in seen]
+    # records of earlier versions hold the paths
+    leaks = [c["case"] for c in cases if seen & {c["moving_image"], fingerprint(c["moving_image"])}]
     if leaks:
         raise InputError(
             f"{len(leaks)} of {len(cases)} pairs hold images that the model was trained on, e.g. {leaks[0]}: "

@@ -14,6 +14,7 @@ from typing import Any
 
 from monai.handlers import MLFlowHandler
 
+from regpipe.boardpages import plain
 from regpipe.boards import tag_terms
 from regpipe.losses import RegistrationLoss
 
@@ -42,7 +43,7 @@ def adapt(
     digest = hashlib.sha256(about.encode()).hexdigest()[:8]
     for handler in (h for h in handlers if isinstance(h, MLFlowHandler)):
         handler.run_name = handler.run_name or f"{settings['backbone']} {digest}"
-        handler.experiment_param = dict(settings)
+        handler.experiment_param = {name: plain(value) for name, value in settings.items()}
         handler.artifacts = tuple(_path(path) for path in handler.artifacts)
         handler.close_on_complete |= close
         if loss is not None:

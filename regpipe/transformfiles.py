@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe import itkbridge
+from regpipe import itkbridge, limits, transformclaims
 from regpipe.errors import InputError
 from regpipe.files import parse_json
 from regpipe.transforms import WRITABLE, read_displacement
@@ -91,11 +92,12 @@ def _space(content: dict[str, Any]) -> Space:
     shape = tuple(int(n) for n in content["shape"])
     if affine.shape != (len(shape) + 1,) * 2:
         raise ValueError(f"affine of shape {affine.shape} for an image of shape {shape}")
+    limits.require_room("its image", shape)
     return Space(shape, affine)
 
 
 def _checked(folder: Path, way: dict[str, Any]) -> Path:
-    path = folder / way["itk"]
+    path = folder / Path(way["itk"]).name  # of this folder and no other
     if not path.is_file():
         raise InputError(f"{path}: missing; copy the whole folder of the case, or register again")
     if hashlib.sha256(path.read_bytes()).hexdigest() != way["sha256"][way["itk"]]:
@@ -109,7 +111,6 @@ def read_transform(path: str | Path) -> Any:
     Raises:
         InputError: missing, broken, several transforms without an order, an unknown suffix.
     """
-    import h5py
     import itk
 
     path = Path(path)
@@ -121,10 +122,11 @@ def read_transform(path: str | Path) -> Any:
     if not name.endswith(ITK):
         raise InputError(f"{path}: no transform file; use one of {' '.join(ITK + WRITABLE)}")
     try:
-        if name.endswith(HDF5):
-            h5py.File(path).close()  # of a broken one ITK prints a page before it raises
+        transformclaims.check(path)  # opens HDF5, too: of a broken one ITK prints a page before it raises
         transforms = itk.transformread(str(path))
-    except (RuntimeError, OSError) as cause:
+    except InputError:
+        raise
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as cause:
         reason = str(cause).strip().splitlines()[-1].strip()[-120:]
         raise InputError(f"{path}: not a readable transform ({reason}); export it again") from cause
     if len(transforms) != 1:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image as Picture
 from scipy import ndimage
 
+from regpipe import limits
 from regpipe.errors import InputError
 from regpipe.fields import jacobian_determinant
 from regpipe.files import replace_file
@@ -122,8 +123,12 @@ def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
         InputError: missing or broken, or another kind of NIfTI.
     """
     try:
+        limits.check_nifti(Path(path))
         image = nib.Nifti1Image.from_filename(path)
+        limits.require_room(path, image.shape, 4)
         vectors = nifti_array(path, image).astype(np.float32)
+    except InputError:
+        raise
     except Exception as cause:  # nibabel's, gzip's and the system's errors for a broken file
         reason = " ".join(str(cause).split())
         raise InputError(f"{path}: not a readable NIfTI ({reason}); register again") from cause

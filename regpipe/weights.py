@@ -14,7 +14,7 @@ Files are read with ``weights_only=True``, always: nothing in them can run.
 from __future__ import annotations
 
 import logging
-import pickle
+import pickle  # for the name of its error  # nosec B403
 import zipfile
 from pathlib import Path
 
@@ -54,10 +54,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weight file; give none, imagenet, medicalnet, a file or a bundle folder")
-    if zipfile.is_zipfile(path):  # else of before torch 1.6, without checksums
-        check_sound(path)
     try:
+        _require_uncompressed(path)
+        if zipfile.is_zipfile(path):  # else of before torch 1.6, without checksums
+            check_sound(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         raise InputError(
             f"{path}: not a readable weight file ({_reason(error)}); save it with torch.save(net.state_dict())"
@@ -67,6 +70,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: holds no state dict (names and tensors); save it with torch.save(net.state_dict())")
+    if not all(map(_plain, state.values())):
+        raise InputError(f"{path}: its tensors say more than they store; save it with torch.save(net.state_dict())")
     broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
     if broken is not None:
         raise InputError(f"{path}: '{broken}' holds NaN or infinite values; take another checkpoint, or train again")
@@ -78,6 +83,21 @@ def check_sound(path: str | Path) -> None:
     why = damage(path)
     if why:
         raise InputError(f"{path}: damaged ({why}); copy it again from where it is whole, or train again")
+
+
+def _require_uncompressed(path: str | Path) -> None:
+    """Raises ``ValueError`` for an archive that unpacks to more than it is: torch writes none, and would unpack it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("its parts are compressed")
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are all stored: one without strides takes no room, and any when it is copied."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _reason(error: Exception) -> str:
@@ -109,7 +129,7 @@ def _medicalnet(backbone: str) -> dict[str, Tensor]:
     try:
         from huggingface_hub import hf_hub_download
 
-        path = hf_hub_download(repo_id=repository, filename=name)
+        path = hf_hub_download(repo_id=repository, filename=name)  # read as data  # nosec B615
     except Exception as error:  # not installed, or no network: the remedy is the same file
         raise InputError(
             f"medicalnet weights cannot be had ({_reason(error)}): download {name} of {repository} elsewhere "

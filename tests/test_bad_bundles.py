@@ -99,7 +99,7 @@ def test_a_damaged_bundle_is_refused_before_anything_is_written(
 ) -> None:
     change, said = BUNDLES[damage]
     change(shutil.copytree(bundle, tmp_path / "bundle"))
-    told = regpipe("register", cohort, "--bundle", tmp_path / "bundle", "-o", tmp_path / "out")
+    told = regpipe("register", cohort, "--bundle", tmp_path / "bundle", "-o", tmp_path / "out", "--trust")
     assert told.status == 1 and len(told.lines) == 1
     is_one_line(told.error, said)
     assert not (tmp_path / "out").exists()

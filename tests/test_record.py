@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,57 @@ def case(moving: str, fixed: str) -> dict[str, str]:
     return {"case": f"{moving}_to_{fixed}", "moving_image": moving, "fixed_image": fixed}
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    record.write(str(tmp_path), [case("a", "b"), case("b", "a")], CHOICES)
-    found = record.read(str(tmp_path))
-    assert found == {**CHOICES, "dataset_dir": str(Path("data").absolute()), "training_images": ["a", "b"]}
+def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    record.write(str(tmp_path / "bundle" / "models"), [case("a", "b"), case("b", "a")], CHOICES)
+    found = record.read("bundle/models")
+    prints = {"dataset": record.fingerprint(tmp_path / "data"), "training_images": [*map(record.fingerprint, "ab")]}
+    assert found == {**CHOICES, "dataset_dir": str(tmp_path / "data"), **prints}
+    assert record.dataset_dir(found) == str(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "data, kept",
+    [
+        ("data", "../../data"),  # the names of the data themselves, however far up
+        ("../data.json", "../../../data.json"),
+        ("study/data", None),  # and of no folder above them
+        ("bundle/eval/phantoms", "../eval/phantoms"),  # but beside the model
+        ("bundle/a/b/c", None),
+    ],
+)
+def test_no_folder_above_the_data_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, kept: str | None
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    record.write("bundle/models", [case(f"{data}/a", f"{data}/b")], {**CHOICES, "dataset_dir": data})
+    text = (tmp_path / "here" / "bundle" / "models" / record.NAME).read_text()
+    assert json.loads(text)["dataset_dir"] == kept and str(tmp_path) not in text and "study" not in text
+    found = record.read("bundle/models")
+    assert record.default_split(data, found) == "validation"
+    if kept is None:
+        with pytest.raises(InputError, match="does not say where the data .* --dataset_dir"):
+            record.dataset_dir(found)
+    else:
+        assert record.dataset_dir(found) == str((tmp_path / "here" / data).resolve())
+
+
+def test_data_that_were_moved_with_their_model_are_found_and_known(tmp_path: Path) -> None:
+    record.write(str(tmp_path / "old/models"), [case("a", "b")], {**CHOICES, "dataset_dir": tmp_path / "old/data"})
+    (tmp_path / "old").rename(tmp_path / "new")
+    found = record.read(str(tmp_path / "new/models"))
+    assert record.dataset_dir(found) == str(tmp_path / "new/data")
+    assert record.default_split(str(tmp_path / "new/data"), found) == "validation"
+
+
+def test_weights_are_named_without_their_folders_and_told_apart_by_them(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w.pt").touch()
+    one, other = (record.named(str(tmp_path / folder / "w.pt")) for folder in "ab")
+    assert one.startswith("w.pt ") and other.startswith("w.pt ") and one != other
+    assert record.named("imagenet") == "imagenet"
 
 
 def test_nothing_is_known_before_training_and_a_damaged_record_is_named(tmp_path: Path) -> None:
@@ -49,8 +98,9 @@ def test_other_data_are_evaluated_whole_and_the_training_data_in_their_held_out_
     assert record.default_split("other", found) == "all"
 
 
-def test_pairs_whose_moving_image_was_trained_on_are_refused() -> None:
-    known = {"training_images": ["a", "b"]}
+@pytest.mark.parametrize("kept", [str, record.fingerprint])  # as earlier versions kept them, and now
+def test_pairs_whose_moving_image_was_trained_on_are_refused(kept: Callable[[str], str]) -> None:
+    known = {"training_images": [kept("a"), kept("b")]}
     with pytest.raises(InputError, match="1 of 2 .* a_to_c"):
         record.refuse_training_images([case("a", "c"), case("c", "d")], known)
     record.refuse_training_images([case("c", "a")], known)  # a sequence's first frame

@@ -1,0 +1,108 @@
+"""What a file may claim before it is believed.
+
+A header of a few hundred bytes can say that 60000 x 60000 x 60000 voxels follow, a compressed file can hold gigabytes
+of zeros, and a header can name any other file as its voxels. Each is refused here, before memory is given for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import nibabel as nib
+
+from regpipe.errors import InputError
+
+GIB = 2**30
+UNASKED = GIB  # bytes that are read without asking what is free
+LARGEST_EXTENSIONS = 16 << 20  # bytes between a NIfTI's header and its voxels
+LARGEST_TEXT = 1 << 20  # bytes of a NRRD's or MetaImage's header
+# of NRRD and MetaImage: the line that names where the voxels are
+DATA_FILE = re.compile(rb"^[ \t]*(?:ElementDataFile|data ?file)[ \t]*[=:][ \t]*([^\n]*)", re.MULTILINE | re.IGNORECASE)
+
+
+def require_room(path: object, shape: Sequence[int], itemsize: int = 8) -> None:
+    """Raises ``InputError`` where more values are claimed than the free memory can hold; ``itemsize`` in bytes."""
+    needed = math.prod(int(n) for n in shape) * itemsize
+    if needed <= UNASKED:
+        return
+    from regpipe.memory import free  # torch: takes seconds, and most files are small
+
+    if needed > free():
+        raise InputError(
+            f"{path}: says that it holds {' x '.join(str(n) for n in shape)} values; that does not fit into memory "
+            f"({needed / GIB:.3g} GiB); mend its header, or save it coarser"
+        )
+
+
+def require_size(path: str | Path) -> None:
+    """Raises ``InputError`` where a file, read whole, is more than the free memory can hold."""
+    require_room(path, [Path(path).stat().st_size], 4)  # with what is made of it
+
+
+def check_nifti(path: Path) -> None:
+    """Raises ``InputError`` where header extensions are said to be huge: nibabel reads them with the header."""
+    try:
+        with nib.openers.ImageOpener(str(path)) as file:
+            longest = _longest(file)
+    except (OSError, EOFError, zlib.error):  # who reads it next says what is wrong
+        return
+    if not longest <= LARGEST_EXTENSIONS:
+        raise InputError(f"{path}: its header is said to have {longest:.3g} bytes; export it again")
+
+
+def _longest(file: Any) -> float:
+    """Bytes of the longest extension of a NIfTI header, or of all of them where that is too much; else 0."""
+    head = file.read(nib.Nifti2Header.sizeof_hdr)
+    kind = next((k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(head)), None)
+    if kind is None:
+        return 0
+    file.seek(kind.sizeof_hdr)
+    if file.read(4)[:1] in (b"", b"\0"):
+        return 0
+    header = kind(head[: kind.sizeof_hdr], check=False)
+    end = float(header["vox_offset"])
+    if not end <= LARGEST_EXTENSIONS:
+        return end
+    return max(_extensions(file, kind.sizeof_hdr + 4, end, "big" if header.endianness == ">" else "little"), default=0)
+
+
+def _extensions(file: Any, at: int, end: float, order: Any) -> Iterator[int]:
+    """The lengths that the extensions of a NIfTI header claim, up to the first that cannot be."""
+    while at + 8 <= end:
+        file.seek(at)
+        size = int.from_bytes(file.read(4), order, signed=True)
+        yield size
+        if size < 8:
+            return
+        at += size
+
+
+def check_data_file(path: Path) -> None:
+    """Raises ``InputError`` where a NRRD or MetaImage takes its voxels from outside its own folder.
+
+    ITK reads whatever the header names: ``ElementDataFile = /etc/passwd``.
+    """
+    with path.open("rb") as file:
+        head = file.read(LARGEST_TEXT + 1)
+    text = head.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    header, blank, _ = text.partition(b"\n\n") if text.startswith(b"NRRD") else (text, b"", b"")
+    found = DATA_FILE.search(header)
+    if found is None:
+        if len(head) > LARGEST_TEXT and not blank:
+            raise InputError(f"{path}: its header is longer than {LARGEST_TEXT} bytes; export it again")
+        return
+    named = found[1].strip()
+    names = text[found.end() :].splitlines() if named.upper().startswith(b"LIST") else [named]
+    for name in (name.decode("utf-8", "replace").strip() for name in names):
+        if _outside(name):
+            raise InputError(f"{path}: takes its voxels from another folder, {name}; put that file beside it")
+
+
+def _outside(name: str) -> bool:
+    kinds = (PurePosixPath(name), PureWindowsPath(name))
+    return any(kind.anchor or ".." in kind.parts for kind in kinds)

@@ -1,0 +1,136 @@
+"""Whose configuration runs: regpipe's own always, a changed or foreign one only with --trust."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import deforming_bundle
+from test_cli import regpipe
+
+from regpipe.bundles import rendered, write_bundle
+from regpipe.casemetrics import read_rows
+from regpipe.cohort import write_cohort
+from regpipe.compare import bundle_in, compare
+from regpipe.encoders import BACKBONES
+from regpipe.errors import InputError
+from regpipe.foreign import difference, require_own
+from regpipe.images import Grid
+
+CONFIGS = ("inference.yaml",)
+BUNDLES = Path(__file__).parents[1] / "bundles"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deforming_bundle(tmp_path_factory.mktemp("model") / "bundle", Grid((32, 32), (1.0, 1.0)))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, trained: Path) -> Path:
+    """To be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "bundle"))
+
+
+def append(bundle: Path, name: str, text: str) -> None:
+    with (bundle / name).open("a") as file:
+        file.write(text)
+
+
+def test_bundles_as_they_are_written_and_copied_are_trusted(tmp_path: Path) -> None:
+    for backbone in BACKBONES:
+        every = ("train.yaml", "evaluate.yaml", "inference.yaml", "multi_gpu.yaml")
+        assert difference(write_bundle(backbone, tmp_path / backbone), every) is None
+    for bundle in BUNDLES.iterdir():
+        assert difference(bundle, CONFIGS) is None
+
+
+def test_what_a_user_may_change_needs_no_trust(bundle: Path) -> None:
+    (bundle / "docs" / "README.md").write_text("my model")
+    (bundle / "configs" / "mine.yaml").write_text("a: $print()")  # not run unless it is named
+    append(bundle, "configs/train.yaml", "\n# not run by register")
+    metadata = bundle / "configs" / "metadata.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "name": "mine, 5 % better", "version": "2.0"}))
+    config = bundle / "configs" / "inference.yaml"
+    config.write_bytes(config.read_bytes().replace(b"\n", b"\r\n"))  # as git may check it out
+    assert difference(bundle, CONFIGS) is None
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a line more": (
+        lambda b: append(b, "configs/inference.yaml", "more: 1\n"),
+        r"inference.yaml: .* from line \d\d+ on",
+    ),
+    "logging": (lambda b: append(b, "configs/logging.conf", "[x]\n"), "logging.conf: is not as this version"),
+    "another backbone": (
+        lambda b: (b / "configs/inference.yaml").write_text(
+            rendered("configs/inference.yaml", "vgg16").replace("backbone: vgg16", "backbone: evil")
+        ),
+        "inference.yaml: is not as this version of regpipe writes it, from line",
+    ),
+    "metadata": (
+        lambda b: (b / "configs/metadata.json").write_text('{"a": [{"b": "$import antigravity"}]}'),
+        "metadata.json: holds an expression",
+    ),
+    "metadata's macro": (
+        lambda b: (b / "configs/metadata.json").write_text('{"a": "\\u0025other.yaml"}'),
+        "metadata.json: holds an expression",
+    ),
+    "a module": (lambda b: (b / "h5py.py").write_text("raise SystemExit"), "bundle: holds Python code, h5py"),
+    "a package": (
+        lambda b: shutil.copytree(Path(json.__file__).parent, b / "scripts"),
+        "holds Python code, scripts",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_could_run_is_refused_by_name_and_run_when_it_is_trusted(bundle: Path, change: str) -> None:
+    make, said = CHANGES[change]
+    make(bundle)
+    with pytest.raises(InputError, match=f"{said}.*--trust"):
+        require_own(bundle, CONFIGS)
+    require_own(bundle, CONFIGS, trust=True)
+
+
+def test_register_runs_nothing_of_a_foreign_bundle_unless_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark, data = tmp_path / "mark", write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=1)
+    append(bundle, "configs/inference.yaml", f"\nextra: $__import__('pathlib').Path('{mark}').touch()\n")
+    config = bundle / "configs" / "inference.yaml"
+    config.write_text(config.read_text().replace("initialize:\n", "initialize:\n- '@extra'\n"))
+    command = ["register", data, "--bundle", bundle, "-o", tmp_path / "out"]
+    assert regpipe(monkeypatch, *command) == 1
+    assert "inference.yaml: is not as this version of regpipe writes it, from line" in capsys.readouterr().err
+    assert not mark.exists() and not (tmp_path / "out").exists()
+    assert regpipe(monkeypatch, *command, "--trust") == 0
+    assert mark.exists() and len(read_rows(tmp_path / "out" / "metrics.csv")) == 1
+
+
+def test_names_of_folders_are_not_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "$open('mark', 'w')"
+    write_cohort(name, shape=(32, 32), n_pairs=1)
+    shutil.copytree(trained, "%bundle")
+    assert regpipe(monkeypatch, "register", name, "--bundle", "%bundle", "-o", "$open('mark', 'w').name") == 0
+    assert not (tmp_path / "mark").exists() and (tmp_path / "$open('mark', 'w').name" / "metrics.csv").is_file()
+
+
+def test_compare_runs_nothing_of_a_foreign_bundle_that_lies_in_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    append(write_bundle("alexnet", tmp_path / "alexnet"), "configs/evaluate.yaml", "\nmore: 1\n")
+    monkeypatch.setattr("regpipe.compare.run_bundle", lambda *_, **__: pytest.fail("was run"))
+    with pytest.raises(InputError, match="alexnet/configs/evaluate.yaml: is not as this version.*--trust"):
+        compare(tmp_path, backbones=["alexnet"])
+
+
+def test_the_best_of_a_comparison_lies_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "best").write_text("../../elsewhere\n")
+    assert bundle_in(tmp_path) == tmp_path / "elsewhere"
