@@ -85,6 +85,26 @@ def test_no_subject_is_in_both_training_and_validation(study: Path, tmp_path: Pa
         assert len(training) == 6 and len(validation) == 2  # ordered pairs of 3 and of 2
 
 
+def test_who_validates_is_drawn_among_subjects_that_have_a_pair(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    for subject in range(1, 9):
+        put(root, str(subject), "1", "T1w")
+    for subject in (1, 2):  # the others came once
+        put(root, str(subject), "2", "T1w")
+    for seed in range(4):
+        told = write_datalist(root, tmp_path / "d.json", seed=seed)
+        assert told["training"] == told["validation"] == 1
+
+
+def test_a_lone_pair_cannot_be_split(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    for subject, session in (("1", "1"), ("1", "2"), ("2", "1")):
+        put(root, subject, session, "T1w")
+    with pytest.raises(InputError, match="holdout=0.2 of 1: .* give --holdout 0"):
+        write_datalist(root, tmp_path / "d.json")
+    assert write_datalist(root, tmp_path / "d.json", holdout=0)["training"] == 1
+
+
 def test_subjects_are_paired_in_their_fixed_session(study: Path, tmp_path: Path) -> None:
     cases = written(study, tmp_path / "d.json", pairing="subjects", fixed_session="10", holdout=0)
     assert len(cases) == 4 * 3
@@ -134,7 +154,7 @@ def test_two_label_maps_of_an_image_want_a_choice(tmp_path: Path) -> None:
         ({"pairing": "friends"}, "--pairing friends: choose among sessions, subjects, modalities"),
         ({"pairing": "modalities"}, "--moving-suffix T2w goes with --pairing modalities"),
         ({"moving_suffix": "T2w"}, "--moving-suffix T2w goes with --pairing modalities"),
-        ({"holdout": 9}, "holdout=9 of 5: .* give --holdout 0"),
+        ({"holdout": 9}, "holdout=9 of 4: .* give --holdout 0"),
         ({"suffix": "T2w"}, "4 T2w images make no pair of sessions"),
     ],
 )
