@@ -120,8 +120,9 @@ def _of(file: Any) -> tuple[str, str]:
 
 
 def _on_own_grid(files: Iterable[Any], suffix: str) -> Iterator[Any]:
-    """Without what was resampled to a template: ``space-MNI152NLin6Asym``."""
-    return (file for file in files if file.get_entities().get("space", suffix) in (suffix, "orig"))
+    """Without templates, which are no subject's, and what was resampled to one: ``space-MNI152NLin6Asym``."""
+    known = ((file, file.get_entities()) for file in files)
+    return (file for file, of in known if "subject" in of and of.get("space", suffix) in (suffix, "orig"))
 
 
 def _chosen(images: Sequence[Any], labels: Sequence[Any]) -> tuple[str, str | None]:
@@ -129,11 +130,15 @@ def _chosen(images: Sequence[Any], labels: Sequence[Any]) -> tuple[str, str | No
     image = min(images, key=lambda file: natural(file.path))
     if len(images) > 1:
         log.warning("%s: is taken of %d images of this session", image.path, len(images))
-    run = image.get_entities().get("run")
-    fitting = [file.path for file in labels if file.get_entities().get("run", run) == run]
+    own = image.get_entities()
+    fitting = [file for file in labels if file.get_entities().get("run", own.get("run")) == own.get("run")]
     if len(fitting) > 1:
-        raise InputError(f"{image.path}: has {len(fitting)} label maps ({', '.join(fitting)}); give --label-desc")
-    return image.path, fitting[0] if fitting else None
+        alike = [file for file in fitting if file.get_entities().get("acquisition") == own.get("acquisition")]
+        fitting = alike or fitting
+    paths = [file.path for file in fitting]
+    if len(paths) > 1:
+        raise InputError(f"{image.path}: has {len(paths)} label maps ({', '.join(paths)}); give --label-desc")
+    return image.path, paths[0] if paths else None
 
 
 def _kept(split: str, subjects: Sequence[str], holdout: float, seed: int, *, least: int) -> list[str]:

@@ -146,6 +146,30 @@ def test_two_label_maps_of_an_image_want_a_choice(tmp_path: Path) -> None:
     assert case["fixed_label"].endswith("desc-tissue_dseg.nii.gz")
 
 
+def test_a_template_among_the_derivatives_belongs_to_no_subject(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    maps = describe(root / "derivatives" / "s", DatasetType="derivative", GeneratedBy=[{"Name": "s"}])
+    for session in ("1", "2"):
+        put(root, "1", session, "T1w")
+        put(maps, "1", session, "dseg")
+    save(maps / "tpl-MNI152" / "anat" / "tpl-MNI152_dseg.nii.gz", VOLUME.astype(np.uint8))
+    (case,) = written(root, tmp_path / "d.json", holdout=0)
+    assert case["fixed_label"].endswith("sub-1_ses-1_dseg.nii.gz")
+
+
+def test_of_several_label_maps_the_one_of_the_images_own_acquisition_is_taken(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    maps = describe(root / "derivatives" / "s", DatasetType="derivative", GeneratedBy=[{"Name": "s"}])
+    for session in ("1", "2"):
+        for acquisition in ("highres", "lowres"):
+            put(root, "1", session, f"acq-{acquisition}_T1w")
+            put(maps, "1", session, f"acq-{acquisition}_dseg")
+    (case,) = written(root, tmp_path / "d.json", holdout=0)
+    for side in ("fixed", "moving"):
+        image, label = (Path(case[f"{side}_{kind}"]).name for kind in ("image", "label"))
+        assert label == image.replace("T1w", "dseg")
+
+
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
