@@ -22,6 +22,7 @@ PAGE = "report.html"
 COPIES = "report"  # the folder of pictures beside a page that stands by itself
 TEMPLATES = Path(__file__).parent / "page"
 BINS = 20
+UNKNOWN = "could not be computed"
 KINDS = {".webp": "image/webp", ".png": "image/png"}
 
 
@@ -59,7 +60,7 @@ def write_report(
         cases=list(zip(cases, shown, strict=True)),
         problems=problems,
         counts={status: sum(case.verdict.status == status for case in cases) for status in ("fail", "warn", "pass")},
-        columns=[name for name in METRICS if any(not math.isnan(case.row.get(name, math.nan)) for case in cases)],
+        columns=[name for name in METRICS if any(_has(case, name) for case in cases)],
         limits=limits,
         made=_made([case.folder for case in cases]),
     )
@@ -142,6 +143,11 @@ def _data(file: Path) -> str:
     return f"data:{KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
+def _has(case: Registered, name: str) -> bool:
+    """Whether there is anything to say of a metric."""
+    return name in case.verdict.steps or not math.isnan(case.row.get(name, math.nan))
+
+
 def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[str, Threshold]) -> dict[str, Any]:
     """What the page's script is told of a case."""
     numbers = [
@@ -149,12 +155,12 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
             "title": METRICS[name].title,
             "unit": METRICS[name].unit,
             "before": _number(case.row.get(f"{name}_before", math.nan)),
-            "value": _number(case.row[name]),
+            "value": _number(case.row[name]) or UNKNOWN,
             "limits": said(name, limits[name]) if name in limits else "",
             "step": case.verdict.steps.get(name, ""),
         }
         for name in METRICS
-        if not math.isnan(case.row.get(name, math.nan))
+        if _has(case, name)
     ]
     view = case.view or {"planes": [], "layers": {}, "landmarks": []}
     return {
@@ -189,7 +195,7 @@ def _render(**content: Any) -> str:
     ]
     bar = {"stops": views.stops(), "largest": views.LARGEST, "fold": views.FOLD, "colours": views.COLOURS}
     return page.get_template(f"{PAGE}.j2").render(
-        **content, **own, charts=charts, metrics=METRICS, version=__version__, bar=bar, nan=math.nan
+        **content, **own, charts=charts, metrics=METRICS, version=__version__, bar=bar, nan=math.nan, unknown=UNKNOWN
     )
 
 
@@ -215,11 +221,13 @@ def chart(name: str, values: Sequence[float], limit: Threshold | None) -> dict[s
 
 
 def _number(value: float) -> str:
-    """Four digits that count, four places at most; nothing for NaN."""
+    """Four digits that count, four places at most, two digits below those; nothing for NaN."""
     if math.isnan(value):
         return ""
     if value == 0 or math.isinf(value) or abs(value) >= 1000:
         return f"{value:.0f}"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
     digits = 3 - math.floor(math.log10(abs(value)))
     return f"{value:.{min(digits, 4)}f}"
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from regpipe.cli import app
 from regpipe.errors import InputError
-from regpipe.qcpage import chart, read_cases, write_report
+from regpipe.qcpage import _number, chart, read_cases, write_report
 from regpipe.quality import THRESHOLDS, Threshold
 
 HOSTILE = "<script>alert(1)</script>&\"'"
@@ -103,6 +103,21 @@ def test_pictures_lie_beside_or_are_copied_or_are_inside(folder: Path, tmp_path:
     inside = Page(write_report(folder, THRESHOLDS, single_file=True)[0]).data[0]["pictures"]
     assert inside
     assert all(address.startswith(("data:image/png;base64,", "data:image/webp;base64,")) for address in inside.values())
+
+
+def test_a_metric_that_could_not_be_computed_is_said_in_the_table_and_beside_the_pictures(tmp_path: Path) -> None:
+    write_case(tmp_path / "a", "a", {"sdlogj": None, "dice_before": None, "dice": None})
+    path, (case,) = write_report(tmp_path, THRESHOLDS)
+    assert case.verdict.status == "warn"
+    (number,) = Page(path).data[0]["numbers"]
+    assert (number["title"], number["value"], number["step"]) == ("SDlogJ", "could not be computed", "warn")
+    (cell,) = re.findall(r'<td class="number warn" data-value="">(.*?)</td>', path.read_text())
+    assert cell.endswith("could not be computed")
+
+
+def test_small_numbers_keep_their_digits() -> None:
+    shown = [_number(value) for value in (0.0, 1e-9, -2.34e-5, 1e-4, 0.12345, 12.345, 1234.5, math.nan, math.inf)]
+    assert shown == ["0", "1.0e-09", "-2.3e-05", "0.0001", "0.1235", "12.35", "1234", "", "inf"]
 
 
 def test_one_case_is_a_folder_too(folder: Path) -> None:
