@@ -58,7 +58,7 @@ def write_datalist(
         desc: take derivatives' images with this ``desc`` instead of the raw ones.
         label_desc: which ``dseg``, where an image has several.
         fixed_session: whose images are fixed; None: each subject's first in natural order.
-        holdout: subjects to validate with: a fraction below 1, or a number; 0: none.
+        holdout: subjects to validate with, of those that have a pair: a fraction below 1, or a number; 0: none.
         seed: of which subjects these are.
 
     Raises:
@@ -70,15 +70,15 @@ def write_datalist(
         raise InputError("--moving-suffix T2w goes with --pairing modalities, and that needs it")
     layout = _layout(Path(root))
     fixed, moving = (_scans(layout, kind, desc, label_desc) for kind in (suffix, moving_suffix or suffix))
-    subjects = sorted({scan.subject for scan in fixed}, key=natural)
+    pairs = list(_pairs(pairing, fixed, moving, fixed_session))
+    if not pairs:
+        raise InputError(f"{root}: {len(fixed)} {suffix} images make no pair of {pairing}; give another --pairing")
+    subjects = sorted({scan.subject for pair in pairs for scan in pair}, key=natural)
     datalist = {}
     for split in ("training", "validation") if holdout else ("training",):
         kept = set(_kept(split, subjects, holdout, seed, least=2 if pairing == "subjects" else 1))
-        ours, theirs = ([scan for scan in scans if scan.subject in kept] for scans in (fixed, moving))
-        datalist[split] = [_case(*pair) for pair in _pairs(pairing, ours, theirs, fixed_session)]
+        datalist[split] = [_case(*pair) for pair in pairs if {scan.subject for scan in pair} <= kept]
     cases = [case for split in datalist.values() for case in split]
-    if not cases:
-        raise InputError(f"{root}: {len(fixed)} {suffix} images make no pair of {pairing}; give another --pairing")
     replace_file(out, json.dumps(datalist, indent=1).encode())
     labelled = sum({"fixed_label", "moving_label"} <= case.keys() for case in cases)
     return {"training": 0, "validation": 0, **{k: len(v) for k, v in datalist.items()}, "labels": labelled}
@@ -120,8 +120,9 @@ def _of(file: Any) -> tuple[str, str]:
 
 
 def _on_own_grid(files: Iterable[Any], suffix: str) -> Iterator[Any]:
-    """Without what was resampled to a template: ``space-MNI152NLin6Asym``."""
-    return (file for file in files if file.get_entities().get("space", suffix) in (suffix, "orig"))
+    """Without templates, which are no subject's, and what was resampled to one: ``space-MNI152NLin6Asym``."""
+    known = ((file, file.get_entities()) for file in files)
+    return (file for file, of in known if "subject" in of and of.get("space", suffix) in (suffix, "orig"))
 
 
 def _chosen(images: Sequence[Any], labels: Sequence[Any]) -> tuple[str, str | None]:
@@ -129,11 +130,15 @@ def _chosen(images: Sequence[Any], labels: Sequence[Any]) -> tuple[str, str | No
     image = min(images, key=lambda file: natural(file.path))
     if len(images) > 1:
         log.warning("%s: is taken of %d images of this session", image.path, len(images))
-    run = image.get_entities().get("run")
-    fitting = [file.path for file in labels if file.get_entities().get("run", run) == run]
+    own = image.get_entities()
+    fitting = [file for file in labels if file.get_entities().get("run", own.get("run")) == own.get("run")]
     if len(fitting) > 1:
-        raise InputError(f"{image.path}: has {len(fitting)} label maps ({', '.join(fitting)}); give --label-desc")
-    return image.path, fitting[0] if fitting else None
+        alike = [file for file in fitting if file.get_entities().get("acquisition") == own.get("acquisition")]
+        fitting = alike or fitting
+    paths = [file.path for file in fitting]
+    if len(paths) > 1:
+        raise InputError(f"{image.path}: has {len(paths)} label maps ({', '.join(paths)}); give --label-desc")
+    return image.path, paths[0] if paths else None
 
 
 def _kept(split: str, subjects: Sequence[str], holdout: float, seed: int, *, least: int) -> list[str]:

@@ -37,5 +37,6 @@ def report(
     page, cases = write_report(folder, chosen(thresholds, threshold or ()), out=out, single_file=single_file)
     counts = {kind: sum(case.verdict.status == kind for case in cases) for kind in ("fail", "warn", "pass")}
     told = ", ".join(f"{n} {kind}" for kind, n in counts.items())
-    console.tell(page=page, cases=len(cases), **counts)
+    verdicts = [{"case": case.name, "verdict": case.verdict.status} for case in cases]
+    console.tell(page=page, cases=verdicts, **counts)
     console.say(f"{page}: {len(cases)} case{'s' * (len(cases) != 1)} ({told}), {page.stat().st_size / 1e6:.1f} MB")

@@ -38,12 +38,14 @@ def figures(
     """Make the page and the figures of a comparison or a study again, from their CSVs alone; nothing is trained."""
     from regpipe import comparepage, studypage
 
-    pages = {"comparison.csv": comparepage.write_page, "study.csv": studypage.write_page}
-    found = {name: write for name, write in pages.items() if (folder / name).is_file()}
+    writers = {"comparison.csv": comparepage.write_page, "study.csv": studypage.write_page}
+    found = {name: write for name, write in writers.items() if (folder / name).is_file()}
     if not found:
-        raise InputError(f"{folder}: holds neither {' nor '.join(pages)}; regpipe compare and regpipe study write them")
+        wanted = " nor ".join(writers)
+        raise InputError(f"{folder}: holds neither {wanted}; regpipe compare and regpipe study write them")
+    pages = []
     for name, write in found.items():
         write(folder)
-        page = (folder / name).with_suffix(".md")
-        console.tell(page=page)
-        console.say(f"page: {page}; figures beside it, SVG and PNG")
+        pages.append((folder / name).with_suffix(".md"))
+        console.tell(pages=pages)
+        console.say(f"page: {pages[-1]}; figures beside it, SVG and PNG")

@@ -41,6 +41,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if getattr(value, "shape", None) == ():  # a number of numpy's
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has no NaN
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ PAGE = "report.html"
 COPIES = "report"  # the folder of pictures beside a page that stands by itself
 TEMPLATES = Path(__file__).parent / "page"
 BINS = 20
+VIEWED = ("planes", "layers", "landmarks")  # of a view, what the page needs
+UNKNOWN = "could not be computed"
 KINDS = {".webp": "image/webp", ".png": "image/png"}
 
 
@@ -60,7 +64,7 @@ def write_report(
         cases=list(zip(cases, shown, strict=True)),
         problems=problems,
         counts={status: sum(case.verdict.status == status for case in cases) for status in ("fail", "warn", "pass")},
-        columns=[name for name in METRICS if any(not math.isnan(case.row.get(name, math.nan)) for case in cases)],
+        columns=[name for name in METRICS if any(_has(case, name) for case in cases)],
         limits=limits,
         made=_made([case.folder for case in cases]),
     )
@@ -74,7 +78,7 @@ def write_report(
 
 
 def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Registered], list[str]]:
-    """The finished cases of a folder, the worst first, and what is wrong with the others.
+    """The finished cases of a folder, the worst first, and what is wrong: with others, or with what they were made from.
 
     Raises:
         InputError: no folder, or no finished case in it.
@@ -97,7 +101,7 @@ def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Regi
     if not cases:
         why = f" ({problems[0]})" if problems else ""
         raise InputError(f"{folder}: holds no finished registration{why}; give what regpipe register -o wrote")
-    return sorted(cases, key=lambda case: _worst_first(case.verdict)), problems
+    return sorted(cases, key=lambda case: _worst_first(case.verdict)), problems + _made_otherwise(cases)
 
 
 def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
@@ -111,13 +115,27 @@ def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
     return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings)
 
 
+def _made_otherwise(cases: Sequence[Registered]) -> list[str]:
+    """A line for each case that an earlier run left, with other weights or settings than most of them."""
+    made = {}
+    for case in cases:
+        content = json.loads((case.folder / "metrics.json").read_text(encoding="utf-8"))
+        origin = content.get("made_from") or {}
+        made[case.folder.name] = json.dumps([origin.get("weights"), origin.get("settings")], sort_keys=True)
+    (usual, count), *_ = Counter(made.values()).most_common(1)
+    why = f"was registered with other weights or settings than {count} other cases; register the folder again"
+    return [f"{name}: {why}" for name, origin in made.items() if origin != usual]
+
+
 def _view(folder: Path) -> dict[str, Any] | None:
     """What there is to scroll through; None for a case that was registered without, or is damaged."""
     try:
         view = json.loads((folder / views.NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return view if isinstance(view, dict) and view.get("format") == views.FORMAT else None
+    if not isinstance(view, dict) or view.get("format") != views.FORMAT:
+        return None
+    return view if set(VIEWED) <= view.keys() else None
 
 
 def _worst_first(verdict: Verdict) -> tuple[int, tuple[float, ...]]:
@@ -137,7 +155,7 @@ def _pictures(case: Registered, target: Path, *, copied: bool, inside: bool) -> 
     if inside:
         return {file.name: _data(file) for file in files}
     if copied:
-        place = target / COPIES / case.folder.resolve().name
+        place = target / COPIES / Path(os.path.abspath(case.folder)).name  # a link's own name
         place.mkdir(parents=True, exist_ok=True)
         files = [shutil.copyfile(file, place / file.name) for file in files]
     return {file.name: quote(file.relative_to(target).as_posix()) for file in files}
@@ -147,6 +165,11 @@ def _data(file: Path) -> str:
     return f"data:{KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
+def _has(case: Registered, name: str) -> bool:
+    """Whether there is anything to say of a metric."""
+    return name in case.verdict.steps or not math.isnan(case.row.get(name, math.nan))
+
+
 def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[str, Threshold]) -> dict[str, Any]:
     """What the page's script is told of a case."""
     numbers = [
@@ -154,12 +177,12 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
             "title": METRICS[name].title,
             "unit": METRICS[name].unit,
             "before": _number(case.row.get(f"{name}_before", math.nan)),
-            "value": _number(case.row[name]),
+            "value": _number(case.row[name]) or UNKNOWN,
             "limits": said(name, limits[name]) if name in limits else "",
             "step": case.verdict.steps.get(name, ""),
         }
         for name in METRICS
-        if not math.isnan(case.row.get(name, math.nan))
+        if _has(case, name)
     ]
     view = case.view or {"planes": [], "layers": {}, "landmarks": []}
     return {
@@ -168,7 +191,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
         "warnings": case.warnings,
         "numbers": numbers,
         "pictures": pictures,
-        **{key: view[key] for key in ("planes", "layers", "landmarks")},
+        **{key: view[key] for key in VIEWED},
     }
 
 
@@ -202,7 +225,15 @@ def _render(**content: Any) -> str:
     ]
     bar = {"stops": views.stops(), "largest": views.LARGEST, "fold": views.FOLD, "colours": views.COLOURS}
     return template().render(
-        **content, css=css, js=js, charts=charts, metrics=METRICS, version=__version__, bar=bar, nan=math.nan
+        **content,
+        css=css,
+        js=js,
+        charts=charts,
+        metrics=METRICS,
+        version=__version__,
+        bar=bar,
+        nan=math.nan,
+        unknown=UNKNOWN,
     )
 
 
@@ -228,11 +259,13 @@ def chart(name: str, values: Sequence[float], limit: Threshold | None) -> dict[s
 
 
 def _number(value: float) -> str:
-    """Four digits that count, four places at most; nothing for NaN."""
+    """Four digits that count, four places at most, two digits below those; nothing for NaN."""
     if math.isnan(value):
         return ""
     if value == 0 or math.isinf(value) or abs(value) >= 1000:
         return f"{value:.0f}"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
     digits = 3 - math.floor(math.log10(abs(value)))
     return f"{value:.{min(digits, 4)}f}"
 

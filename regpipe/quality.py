@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
 
     status: Status
     badness: tuple[float, ...]  # of each metric, 0 at warn and 1 at fail, the worst first: what cases are sorted by
-    steps: dict[str, Status]  # of each metric that has a threshold and a value
+    steps: dict[str, Status]  # of each metric that has a threshold, and a value or should have one
 
 
 METRICS = {
@@ -74,6 +74,8 @@ THRESHOLDS = {
     "affine_overlap": Threshold(0.5, 0.3, "the images show different places, or the alignment went wrong"),
 }
 
+ALWAYS = ("folds_percent", "ndv_percent", "sdlogj", "inverse_consistency")  # of any pair
+
 
 def thresholds(file: Path | None = None, given: Iterable[str] = ()) -> dict[str, Threshold]:
     """The defaults, changed by a YAML file and then by ``NAME=WARN,FAIL`` or ``NAME=off``.
@@ -105,6 +107,8 @@ def _of_file(file: Path | None) -> dict[str, Any]:
         raise InputError(
             f"{file}: cannot be read ({' '.join(str(cause).split())[:120]}); see docs/report.md"
         ) from cause
+    if content is None:  # comments alone
+        return {}
     if not isinstance(content, dict):
         raise InputError(f"{file}: wants a line per metric, e.g. tre: [3, 6]")
     return {str(name): value for name, value in content.items()}
@@ -117,7 +121,9 @@ def _change(chosen: dict[str, Threshold], name: str, value: Any, where: str, why
         chosen.pop(name, None)
         return
     try:
-        warn, fail = (math.nan if step in (None, "") else float(step) for step in value)
+        warn, fail = (math.nan if step is None else float(step) for step in value)
+        if not isinstance(value, list) or math.isinf(warn + fail) or math.isnan(warn) and math.isnan(fail):
+            raise ValueError(value)
     except (TypeError, ValueError) as cause:
         raise InputError(f"{where}{name}: wants two numbers, warn and fail, or off; e.g. tre: [3, 6]") from cause
     if (warn < fail) if METRICS[name].higher else (warn > fail):
@@ -139,14 +145,17 @@ def with_gains(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def judge(row: Mapping[str, float], limits: Mapping[str, Threshold]) -> Verdict:
-    """The verdict on a row of metrics; what it lacks, or has as NaN, is not judged."""
+    """The verdict on a row of metrics; what a case cannot have is not judged, what it should have and has not warns."""
     steps: dict[str, Status] = {}
     badness = []
     for name, limit in limits.items():
         value = row.get(name, math.nan)
         if not math.isnan(value):
             steps[name] = _step(value, limit, METRICS[name].higher)
-            badness.append(_badness(value, limit, steps[name]))
+            badness.append(_badness(value, limit, METRICS[name].higher))
+        elif _should_have(row, name):
+            steps[name] = "warn"
+            badness.append(0.5)  # between warn and fail
     order: tuple[Status, ...] = ("fail", "warn", "pass")
     return Verdict(next((s for s in order if s in steps.values()), "pass"), tuple(sorted(badness, reverse=True)), steps)
 
@@ -158,8 +167,14 @@ def _step(value: float, limit: Threshold, higher: bool) -> Status:
     return "warn" if sign * (value - limit.warn) > 0 else "pass"
 
 
-def _badness(value: float, limit: Threshold, step: Status) -> float:
-    """0 at warn, 1 at fail, and on at that rate; with one step only, on its side of it."""
+def _should_have(row: Mapping[str, float], name: str) -> bool:
+    before = row.get(f"{name.removesuffix('_gain')}_before", math.nan)
+    return not math.isnan(before) or (name in ALWAYS and name in row)
+
+
+def _badness(value: float, limit: Threshold, higher: bool) -> float:
+    """0 at warn, 1 at fail, and on at that rate; with one step only, in units of it, or of 1 where it is 0."""
     if abs(limit.fail - limit.warn) > 0:
         return (value - limit.warn) / (limit.fail - limit.warn)
-    return {"pass": -math.inf, "warn": 0.5, "fail": 1.0}[step]
+    begin, step = (0.0, limit.warn) if math.isnan(limit.fail) else (1.0, limit.fail)
+    return begin + (step - value if higher else value - step) / (abs(step) or 1)

@@ -85,6 +85,26 @@ def test_no_subject_is_in_both_training_and_validation(study: Path, tmp_path: Pa
         assert len(training) == 6 and len(validation) == 2  # ordered pairs of 3 and of 2
 
 
+def test_who_validates_is_drawn_among_subjects_that_have_a_pair(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    for subject in range(1, 9):
+        put(root, str(subject), "1", "T1w")
+    for subject in (1, 2):  # the others came once
+        put(root, str(subject), "2", "T1w")
+    for seed in range(4):
+        told = write_datalist(root, tmp_path / "d.json", seed=seed)
+        assert told["training"] == told["validation"] == 1
+
+
+def test_a_lone_pair_cannot_be_split(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    for subject, session in (("1", "1"), ("1", "2"), ("2", "1")):
+        put(root, subject, session, "T1w")
+    with pytest.raises(InputError, match="holdout=0.2 of 1: .* give --holdout 0"):
+        write_datalist(root, tmp_path / "d.json")
+    assert write_datalist(root, tmp_path / "d.json", holdout=0)["training"] == 1
+
+
 def test_subjects_are_paired_in_their_fixed_session(study: Path, tmp_path: Path) -> None:
     cases = written(study, tmp_path / "d.json", pairing="subjects", fixed_session="10", holdout=0)
     assert len(cases) == 4 * 3
@@ -126,6 +146,30 @@ def test_two_label_maps_of_an_image_want_a_choice(tmp_path: Path) -> None:
     assert case["fixed_label"].endswith("desc-tissue_dseg.nii.gz")
 
 
+def test_a_template_among_the_derivatives_belongs_to_no_subject(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    maps = describe(root / "derivatives" / "s", DatasetType="derivative", GeneratedBy=[{"Name": "s"}])
+    for session in ("1", "2"):
+        put(root, "1", session, "T1w")
+        put(maps, "1", session, "dseg")
+    save(maps / "tpl-MNI152" / "anat" / "tpl-MNI152_dseg.nii.gz", VOLUME.astype(np.uint8))
+    (case,) = written(root, tmp_path / "d.json", holdout=0)
+    assert case["fixed_label"].endswith("sub-1_ses-1_dseg.nii.gz")
+
+
+def test_of_several_label_maps_the_one_of_the_images_own_acquisition_is_taken(tmp_path: Path) -> None:
+    root = describe(tmp_path / "set")
+    maps = describe(root / "derivatives" / "s", DatasetType="derivative", GeneratedBy=[{"Name": "s"}])
+    for session in ("1", "2"):
+        for acquisition in ("highres", "lowres"):
+            put(root, "1", session, f"acq-{acquisition}_T1w")
+            put(maps, "1", session, f"acq-{acquisition}_dseg")
+    (case,) = written(root, tmp_path / "d.json", holdout=0)
+    for side in ("fixed", "moving"):
+        image, label = (Path(case[f"{side}_{kind}"]).name for kind in ("image", "label"))
+        assert label == image.replace("T1w", "dseg")
+
+
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
@@ -134,7 +178,7 @@ def test_two_label_maps_of_an_image_want_a_choice(tmp_path: Path) -> None:
         ({"pairing": "friends"}, "--pairing friends: choose among sessions, subjects, modalities"),
         ({"pairing": "modalities"}, "--moving-suffix T2w goes with --pairing modalities"),
         ({"moving_suffix": "T2w"}, "--moving-suffix T2w goes with --pairing modalities"),
-        ({"holdout": 9}, "holdout=9 of 5: .* give --holdout 0"),
+        ({"holdout": 9}, "holdout=9 of 4: .* give --holdout 0"),
         ({"suffix": "T2w"}, "4 T2w images make no pair of sessions"),
     ],
 )

@@ -17,9 +17,13 @@ import jsonschema
 import numpy as np
 import pytest
 from conftest import as_if_in_its_own_process, save
+from reported import write_case
+from test_bids import describe, put
+from test_comparepage import RESULTS
 
 from regpipe import cli, completion, console, versions
 from regpipe.cohort import write_cohort
+from regpipe.comparepage import write_csv
 
 DOCS = Path(__file__).parents[1] / "docs" / "commandline.md"
 
@@ -110,6 +114,37 @@ def test_memory_is_a_table_for_machines(monkeypatch, capfd) -> None:
     small, large, _ = found["tasks"]
     assert large["peak_gib"] - small["peak_gib"] == pytest.approx(2**20 - 2**-10)
     assert small["fits"] and not large["fits"]
+
+
+def test_a_report_is_told_as_its_cases_with_their_verdicts(monkeypatch, tmp_path, capfd) -> None:
+    for name, dice in (("a", 0.9), ("b", 0.3)):
+        write_case(tmp_path / name, name, {"dice": dice})
+    result = answer(monkeypatch, capfd, "--json", "report", tmp_path)["result"]
+    assert result["page"] == str(tmp_path / "report.html") and (result["fail"], result["pass"]) == (1, 1)
+    assert result["cases"] == [{"case": "b", "verdict": "fail"}, {"case": "a", "verdict": "pass"}]
+
+
+def test_figures_tell_every_page_that_was_made(monkeypatch, tmp_path, capfd) -> None:
+    write_csv(tmp_path, RESULTS)
+    (tmp_path / "study.csv").touch()
+    monkeypatch.setattr("regpipe.studypage.write_page", lambda folder: "")
+    result = answer(monkeypatch, capfd, "--json", "figures", tmp_path)["result"]
+    assert result["pages"] == [str(tmp_path / "comparison.md"), str(tmp_path / "study.md")]
+
+
+def test_a_datalist_is_told_with_its_counts(monkeypatch, tmp_path, capfd) -> None:
+    root = describe(tmp_path / "set")
+    for session in ("1", "2"):
+        put(root, "1", session, "T1w")
+    command = ("--json", "bids", root, "-o", tmp_path / "d.json", "--holdout", 0)
+    result = answer(monkeypatch, capfd, *command)["result"]
+    assert result == {"datalist": str(tmp_path / "d.json"), "training": 1, "validation": 0, "labels": 0}
+
+
+def test_numbers_of_numpy_are_numbers_for_machines() -> None:
+    with console.session(json=True):
+        console.tell(count=np.int64(3), share=np.float32(0.5), none=np.float64("nan"), sure=np.bool_(True))
+        assert console.told() == {"count": 3, "share": 0.5, "none": None, "sure": True}
 
 
 def test_what_other_processes_and_c_print_goes_to_stderr_too(capfd) -> None:

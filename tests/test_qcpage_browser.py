@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browsing import chromium
 from PIL import Image as Picture
 from reported import write_case
 
 from regpipe.qcpage import write_report
 from regpipe.quality import THRESHOLDS
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the report's browser tests need playwright")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WORST = "<script>alert(1)<script>"  # as a folder's name, which has no slash
 CASES = {"flat": (0.9, 2), "volume": (0.7, 3), WORST: (0.3, 2)}
 
@@ -59,13 +57,8 @@ NAMELESS = """() => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        installed = next(filter(None, map(shutil.which, BROWSERS)), None)
-        if installed is None and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip("no browser: install chromium, or run 'playwright install chromium'")
-        running = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

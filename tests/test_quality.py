@@ -48,6 +48,34 @@ def test_a_metric_with_one_step_only_warns() -> None:
     assert judge({"ncc_gain": 0.5}, limit).status == "pass"
 
 
+@pytest.mark.parametrize(
+    ("row", "unknown"),
+    [
+        ({"folds_percent": math.nan, "sdlogj": 0.1}, {"folds_percent"}),
+        ({"ndv_percent": math.nan, "sdlogj": math.nan}, {"ndv_percent", "sdlogj"}),
+        ({"dice_before": 0.5, "dice": math.nan}, {"dice", "dice_gain"}),
+        ({"hd95_before": 3.0, "hd95": math.nan}, {"hd95"}),
+        ({"ncc_before": 0.5, "ncc": math.nan}, {"ncc_gain"}),
+        ({"dice_before": math.nan, "dice": math.nan, "tre_before": math.nan, "tre": math.nan}, set()),  # no labels
+    ],
+)
+def test_what_should_have_a_value_and_has_none_does_not_pass(row: dict[str, float], unknown: set[str]) -> None:
+    verdict = judge(with_gains(row), THRESHOLDS)
+    assert {name for name, step in verdict.steps.items() if step == "warn"} == unknown
+    assert verdict.status == ("warn" if unknown else "pass")
+    assert not any(map(math.isnan, verdict.badness))  # they sort
+    off = {name: limit for name, limit in THRESHOLDS.items() if name not in unknown}
+    assert judge(with_gains(row), off).status == "pass"
+
+
+def test_beyond_a_single_step_further_is_worse() -> None:
+    limits = {"ncc_gain": THRESHOLDS["ncc_gain"], "tre": Threshold(math.nan, 7, "")}
+    rows = [{"ncc_gain": 0.2}, {"ncc_gain": 0.1}, {"ncc_gain": -0.01}, {"ncc_gain": -0.5}, {"tre": 8.0}, {"tre": 14.0}]
+    found = [judge(row, limits).badness[0] for row in rows]
+    assert found == sorted(found) and len(set(found)) == len(found)
+    assert found[3:] == pytest.approx([0.5, 1 + 1 / 7, 2.0])  # in units of the step; of 1 where that is 0
+
+
 def test_gains_are_after_minus_before() -> None:
     row = with_gains({"dice_before": 0.5, "dice": 0.75, "tre": 1.0})
     assert row["dice_gain"] == 0.25
@@ -70,6 +98,8 @@ def test_the_documentation_has_the_same_steps_and_reasons() -> None:
 
 def test_a_file_and_options_change_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
+    file.write_text("# all as it is\n")
+    assert thresholds(file) == THRESHOLDS
     file.write_text("tre: [3, 6]\nncc_gain: off\nsdlogj: [0.6, null]\n")
     found = thresholds(file, ["dice=0.6,0.4", "hd95=off", "tre=,7"])
     assert found["sdlogj"][0] == 0.6
@@ -88,6 +118,10 @@ def test_a_file_and_options_change_the_defaults(tmp_path: Path) -> None:
     [
         ("dize: [1, 2]", "no such metric"),
         ("tre: 3", "two numbers"),
+        ('tre: "36"', "two numbers"),
+        ("tre: {3: 6, 6: 3}", "two numbers"),
+        ("tre: [null, null]", "two numbers"),
+        ("tre: [3, .inf]", "two numbers"),
         ("tre: [3, many]", "two numbers"),
         ("tre: [6, 3]", "lower is better"),
         ("dice: [0.5, 0.8]", "higher is better"),
