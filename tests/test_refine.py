@@ -163,3 +163,11 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(InputError, match="SYMNet"):
         RegistrationInferer(midway=True, refiner=refiner(1))
     assert make_refiner(0, {"lncc": 1.0}, window=7) is None
+
+
+def test_a_loss_that_is_no_number_ends_refinement_in_a_line() -> None:
+    sound = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    broken = sound.clone()
+    broken[0, 0, 3, 3] = torch.nan
+    with pytest.raises(InputError, match="refinement: .*lncc.* is not finite; look at these images"):
+        zero_refiner(steps=2)(sound, broken)
