@@ -100,17 +100,21 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
-def require_file(path: str | Path, remedy: str = "give an existing file") -> Path:
+def require_file(path: str | Path) -> Path:
     """The path of a file that can be read to its end.
 
     Raises:
-        InputError: nothing there, or a folder, a pipe, a device: opening a pipe would wait for ever.
+        InputError: nothing there, not readable, or a folder, a pipe, a device: opening a pipe would wait for ever.
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file; {remedy}")
+        raise InputError(f"{path}: no such file; give an existing one")
     if not path.is_file():
-        raise InputError(f"{path}: is no file but a folder, a pipe or a device; {remedy}")
+        raise InputError(f"{path}: is no file but a folder, a pipe or a device; give a file")
+    try:
+        path.open("rb").close()
+    except OSError as cause:
+        raise InputError(f"{path}: {cause.strerror}; make it readable") from cause
     return path
 
 

@@ -17,7 +17,7 @@ from regpipe import pairs
 from regpipe.checks import check_pairs
 from regpipe.images import Grid, InputError
 from regpipe.loading import LoadPair
-from regpipe.pairs import list_pairs, working_grid
+from regpipe.pairs import list_pairs, natural, working_grid
 
 
 def test_files_of_one_stem_are_a_case_with_all_that_belongs_to_it(tmp_path: Path) -> None:
@@ -263,3 +263,8 @@ def test_one_pair_alone_is_worked_on_on_the_fixed_image_s_grid(
     assert np.prod(grid.shape) <= 2 * 1000 and "fixed.nii.gz: 24x22x10 voxels are more" in caplog.text
     extent = np.array(grid.shape) * grid.spacing
     assert (extent >= [6, 5.5, 10]).all() and max(grid.spacing) == 1.0  # the coarse axis is left as it is
+
+
+def test_numbers_in_names_are_ordered_by_value_however_long_they_are() -> None:
+    names = ["f", "f2", "f010", "f10_a", "f11", f"f1{'0' * 5000}"]
+    assert sorted(reversed(names), key=natural) == names

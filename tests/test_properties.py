@@ -101,8 +101,8 @@ def test_composing_whole_translations_is_associative_to_rounding(
 def test_composing_smooth_fields_is_associative_to_interpolation(shape: Shape, a: int, b: int, c: int) -> None:
     u, v, w = (wave(shape, seed, 1.0) for seed in (a, b, c))
     difference = compose(compose(u, v), w) - compose(u, compose(v, w))
-    # what is interpolated twice on one side: the second derivative of u(x + v(x)), with |u|, |v| <= 1 and waves of 2 pi
-    assert difference.abs().max() <= len(shape) * (2 * np.pi / (min(shape) - 1)) ** 2 * 1.5
+    # one side interpolates a field that the other composes: as above, with amplitudes of 1
+    assert difference.abs().max() <= 2 * len(shape) * (2 * np.pi / (min(shape) - 1)) ** 2 / 8 + 1e-4
 
 
 @given(SMALL, SEEDS, st.floats(0, 1e4), st.floats(-1e6, 1e6, width=32))

@@ -171,3 +171,11 @@ def test_slices_are_compared_in_wider_windows_and_held_less_stiffly_than_volumes
     assert in_2d.weights == pytest.approx({"lncc": 1.0, "diffusion": 0.28, "divergence": 0.07})
     assert in_3d.weights == pytest.approx({"lncc": 1.0, "diffusion": 0.4, "divergence": 0.1})
     assert refinement_loss("lncc", smoothness=2, spatial_dims=2)["diffusion"] == pytest.approx(0.56)
+
+
+def test_a_loss_that_is_no_number_ends_refinement_in_a_line() -> None:
+    sound = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    broken = sound.clone()
+    broken[0, 0, 3, 3] = torch.nan
+    with pytest.raises(InputError, match="refinement: .*lncc.* is not finite; look at these images"):
+        zero_refiner(steps=2)(sound, broken)
