@@ -150,7 +150,8 @@ def _pictures(case: Registered, target: Path, *, copied: bool, inside: bool) -> 
     files = [case.folder / "sheet.png"]  # where there is nothing to scroll through
     if case.view is not None:
         ends = case.view["layers"].values()
-        files = [case.folder / views.FOLDER / f"{plane['name']}_{end}" for plane in case.view["planes"] for end in ends]
+        names = [f"{plane['name']}_{end}" for plane in case.view["planes"] for end in ends]
+        files = [case.folder / views.FOLDER / Path(name).name for name in names]  # of this folder and no other
     files = [file for file in files if file.is_file()]
     if inside:
         return {file.name: _data(file) for file in files}
