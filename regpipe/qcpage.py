@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ PAGE = "report.html"
 COPIES = "report"  # the folder of pictures beside a page that stands by itself
 TEMPLATES = Path(__file__).parent / "page"
 BINS = 20
+VIEWED = ("planes", "layers", "landmarks")  # of a view, what the page needs
 UNKNOWN = "could not be computed"
 KINDS = {".webp": "image/webp", ".png": "image/png"}
 
@@ -74,7 +77,7 @@ def write_report(
 
 
 def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Registered], list[str]]:
-    """The finished cases of a folder, the worst first, and what is wrong with the others.
+    """The finished cases of a folder, the worst first, and what is wrong with them or with others.
 
     Raises:
         InputError: no folder, or no finished case in it.
@@ -97,7 +100,7 @@ def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Regi
     if not cases:
         why = f" ({problems[0]})" if problems else ""
         raise InputError(f"{folder}: holds no finished registration{why}; give what regpipe register -o wrote")
-    return sorted(cases, key=lambda case: _worst_first(case.verdict)), problems
+    return sorted(cases, key=lambda case: _worst_first(case.verdict)), problems + _made_otherwise(cases)
 
 
 def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
@@ -107,13 +110,27 @@ def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
     return Registered(str(content["case"]), path, row, judge(row, limits), _view(path / views.FOLDER))
 
 
+def _made_otherwise(cases: Sequence[Registered]) -> list[str]:
+    """A line for each case that an earlier run left, with other weights or settings than most of them."""
+    made = {}
+    for case in cases:
+        content = json.loads((case.folder / "metrics.json").read_text(encoding="utf-8"))
+        origin = content.get("made_from") or {}
+        made[case.folder.name] = json.dumps([origin.get("weights"), origin.get("settings")], sort_keys=True)
+    (usual, count), *_ = Counter(made.values()).most_common(1)
+    why = f"was registered with other weights or settings than {count} other cases; register the folder again"
+    return [f"{name}: {why}" for name, origin in made.items() if origin != usual]
+
+
 def _view(folder: Path) -> dict[str, Any] | None:
     """What there is to scroll through; None for a case that was registered without, or is damaged."""
     try:
         view = json.loads((folder / views.NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return view if isinstance(view, dict) and view.get("format") == views.FORMAT else None
+    if not isinstance(view, dict) or view.get("format") != views.FORMAT:
+        return None
+    return view if set(VIEWED) <= view.keys() else None
 
 
 def _worst_first(verdict: Verdict) -> tuple[int, tuple[float, ...]]:
@@ -133,7 +150,7 @@ def _pictures(case: Registered, target: Path, *, copied: bool, inside: bool) -> 
     if inside:
         return {file.name: _data(file) for file in files}
     if copied:
-        place = target / COPIES / case.folder.resolve().name
+        place = target / COPIES / Path(os.path.abspath(case.folder)).name  # a link's own name
         place.mkdir(parents=True, exist_ok=True)
         files = [shutil.copyfile(file, place / file.name) for file in files]
     return {file.name: quote(file.relative_to(target).as_posix()) for file in files}
@@ -168,7 +185,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
         "status": case.verdict.status,
         "numbers": numbers,
         "pictures": pictures,
-        **{key: view[key] for key in ("planes", "layers", "landmarks")},
+        **{key: view[key] for key in VIEWED},
     }
 
 

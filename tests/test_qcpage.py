@@ -19,6 +19,7 @@ from regpipe.cli import app
 from regpipe.errors import InputError
 from regpipe.qcpage import _number, chart, read_cases, write_report
 from regpipe.quality import THRESHOLDS, Threshold
+from regpipe.views import FORMAT
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 
@@ -131,7 +132,7 @@ def test_one_case_is_a_folder_too(folder: Path) -> None:
 def test_what_is_unfinished_damaged_or_without_pictures_is_said_and_the_others_shown(folder: Path) -> None:
     (folder / "a" / "metrics.json").unlink()
     (folder / "b" / "metrics.json").write_text('{"dice"')
-    (folder / "c" / "view" / "view.json").write_text("{}")
+    (folder / "c" / "view" / "view.json").write_text(json.dumps({"format": FORMAT, "planes": [{}]}))  # cut off
     (folder / "notes").mkdir()
     cases, problems = read_cases(folder, THRESHOLDS)
     assert [case.name for case in cases] == ["c"]
@@ -149,6 +150,28 @@ def test_settings_that_differ_between_cases_are_said_to(folder: Path) -> None:
     (folder / "a" / "transform.json").write_text(json.dumps({**about, "settings": {"refine": 80}}))
     text = write_report(folder, THRESHOLDS)[0].read_text()
     assert "<dt>refine</dt><dd>differs between cases</dd>" in text
+
+
+def test_cases_of_an_earlier_run_are_named(folder: Path) -> None:
+    made = {"weights": "0f", "settings": {"refine": 50}}
+    for name, other in (("a", {}), ("b", {}), ("c", {"settings": {"refine": 0}})):
+        file = folder / name / "metrics.json"
+        files = {"fixed_image": [name, 1, 2]}  # each case's own
+        file.write_text(json.dumps({**json.loads(file.read_text()), "made_from": {**files, **made, **other}}))
+    cases, (problem,) = read_cases(folder, THRESHOLDS)
+    assert len(cases) == 3
+    assert problem == "c: was registered with other weights or settings than 2 other cases; register the folder again"
+    assert problem in write_report(folder, THRESHOLDS)[0].read_text()
+
+
+def test_copies_of_linked_cases_have_a_folder_each(folder: Path, tmp_path: Path) -> None:
+    picked = tmp_path / "picked"
+    picked.mkdir()
+    for run in ("first", "second"):
+        write_case(tmp_path / run / "case", run, {"dice": 0.9})
+        (picked / run).symlink_to(tmp_path / run / "case")
+    one, two = (set(case["pictures"].values()) for case in Page(write_report(picked, THRESHOLDS, out=tmp_path)[0]).data)
+    assert one and two and not one & two
 
 
 def test_a_folder_without_registrations_is_said_in_a_line(tmp_path: Path) -> None:
