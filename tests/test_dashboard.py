@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
 import time
 import urllib.request
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from browsing import chromium
 from ignite.engine import Engine
 from matplotlib.figure import Figure
 from torch import nn
@@ -76,14 +76,9 @@ def wait_until_read(address: str) -> None:
 @pytest.fixture(scope="module")
 def page(logs: Path) -> Iterator[Any]:
     """The dashboard in a browser; ``page.problems`` is what it complained of, or asked of others."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as tool:
-        if found is None and not Path(tool.chromium.executable_path).is_file():
-            pytest.skip("no browser: playwright install chromium")
+    with chromium() as browser:
         address = dashboard.start(logs, port=0)
         wait_until_read(address)
-        browser = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1500, "height": 1100})
         page.set_default_timeout(SECONDS)
         page.problems = []
@@ -92,7 +87,6 @@ def page(logs: Path) -> Iterator[Any]:
         page.on("request", lambda r: None if r.url.startswith(ours) else page.problems.append(r.url))
         page.goto(address)
         yield page
-        browser.close()
 
 
 def show(page: Any, tab: str) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import io
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsing import chromium
 from PIL import Image as Picture
 from reported import write_case
 
 from regpipe.qcpage import write_report
 from regpipe.quality import THRESHOLDS
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the report's browser tests need playwright")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WORST = "<script>alert(1)<script>"  # as a folder's name, which has no slash
 CASES = {"flat": (0.9, 2), "volume": (0.7, 3), WORST: (0.3, 2)}
 
@@ -59,13 +58,8 @@ NAMELESS = """() => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        installed = next(filter(None, map(shutil.which, BROWSERS)), None)
-        if installed is None and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip("no browser: install chromium, or run 'playwright install chromium'")
-        running = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +282,42 @@ def test_the_table_sorts_filters_and_steps(opened: Opened) -> None:
     page.locator("input[name=status][value='']").check()
     page.get_by_label("Name contains").fill("FLA")
     assert names.all_inner_texts() == ["flat"]
+
+
+@volume
+def test_the_skip_link_leads_to_the_pictures_of_the_case_that_is_shown(opened: Opened) -> None:
+    opened.page.locator(".skip").focus()
+    opened.page.keyboard.press("Enter")
+    opened.until("location.hash === '#viewer'")
+    opened.page.wait_for_timeout(100)
+    assert opened.page.locator("#case-name").inner_text() == "volume"
+    opened.page.go_back()
+    opened.until("location.hash.startsWith('#case-')")
+    assert opened.page.locator("#case-name").inner_text() == "volume"
+
+
+@volume
+def test_paper_has_the_case_and_no_controls(opened: Opened) -> None:
+    controls = ("form", ".steps", "#planes input", ".skip")
+    assert all(opened.page.locator(what).first.is_visible() for what in controls)
+    opened.page.emulate_media(media="print")
+    assert not any(each.is_visible() for what in controls for each in opened.page.locator(what).all())
+    assert opened.page.locator("#cases").is_visible() and opened.page.locator("canvas").first.is_visible()
+
+
+def test_a_thousand_cases_open_at_once_with_the_pictures_of_one(browser: Any, tmp_path: Path) -> None:
+    write_case(tmp_path / "one", "one", {"dice": 0.9, "folds_percent": 0.0})
+    for i in range(1, 1000):
+        (tmp_path / f"case_{i:04d}").symlink_to(tmp_path / "one")
+    path, _ = write_report(tmp_path, THRESHOLDS)
+    began = time.monotonic()
+    opened = Opened(browser, path)
+    seconds = time.monotonic() - began
+    assert opened.page.locator("#cases tbody tr").count() == 1000
+    assert len({url.split("/view/")[0] for url in opened.asked if "/view/" in url}) == 1
+    assert seconds < 10  # 1 s of an idle core
+    assert opened.complaints == []
+    opened.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
