@@ -27,7 +27,18 @@ NOT_RUN = re.compile(r"not run in CI: \S+")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PIPED = re.compile(r"\s+(?:\||\d?>)\s?")
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-OTHER_PROGRAMS = ("cd", "cp", "git", "make", "pip", "mlflow", "sbatch", "source", "tensorboard", "antsApplyTransforms")
+OTHER_PROGRAMS = (
+    "cd",
+    "cp",
+    "git",
+    "mkdir",
+    "pip",
+    "mlflow",
+    "sbatch",
+    "source",
+    "tensorboard",
+    "antsApplyTransforms",
+)
 DEVELOPERS = (".ci/run", ".venv/bin/python")
 # options that pages name alone and that are other programs' or a benchmark's
 OTHER_OPTIONS = ("--nnodes", "--nproc_per_node", "--requeue", "--bundle_root", "--profile", "--id", "--help")
@@ -83,8 +94,10 @@ def check(command: Sequence[str]) -> None:
         check(rest)
     elif program == "regpipe":
         check_regpipe(rest)
-    elif program == "python":
+    elif program in ("python", "python3"):
         check_python(rest)
+    elif program == "make":
+        check_make(rest)
     elif program not in (*OTHER_PROGRAMS, *DEVELOPERS):
         raise ValueError(f"{program}: no program that pages use")
 
@@ -112,6 +125,13 @@ def check_python(arguments: Sequence[str]) -> None:
         check_bundle(arguments[2:])
     elif arguments[0] != "-m" and not (ROOT / arguments[0]).is_file():
         raise ValueError(f"{arguments[0]}: no such script")
+
+
+def check_make(targets: Sequence[str]) -> None:
+    """Targets of the Makefile."""
+    known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    if not targets or not set(targets) <= set(known):
+        raise ValueError(f"make {' '.join(targets)}: no such target")
 
 
 def check_bundle(arguments: Sequence[str]) -> None:

@@ -55,6 +55,7 @@ UNKNOWN = {
     "configuration": "python -m monai.bundle run training --config_file configs/trian.yaml",
     "option of MONAI's": "python -m monai.bundle verify_metadata --metafile configs/metadata.json",
     "script": "python tests/benchmarks/none.py",
+    "target": "make demonstration",
     "behind torchrun": "torchrun --nproc_per_node=2 --no-python regpipe registre a b -o c",
     "module behind torchrun": "torchrun -m monai.bundle run trainin --config_file configs/train.yaml",
 }
@@ -65,6 +66,12 @@ def test_a_mistake_in_a_page_would_be_found(mistake: str) -> None:
     (command,) = docpages.commands(UNKNOWN[mistake])
     with pytest.raises(Exception, match=r"no such|No such|no option|no program|not in|Missing parameter"):
         docpages.check(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=docpages.name)
+def test_no_command_hides_in_an_indented_block(page: Path) -> None:
+    outside = docpages.FENCE.sub("", page.read_text(encoding="utf-8"))
+    assert re.findall(r"^(?: {4}|\t)\s*(?:regpipe|python3?|make|torchrun|pip) .*", outside, re.MULTILINE) == []
 
 
 def anchors(page: Path) -> set[str]:
