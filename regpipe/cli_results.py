@@ -41,9 +41,8 @@ def figures(
     writers = {"comparison.csv": comparepage.write_page, "study.csv": studypage.write_page}
     found = {name: write for name, write in writers.items() if (folder / name).is_file()}
     if not found:
-        raise InputError(
-            f"{folder}: holds neither {' nor '.join(writers)}; regpipe compare and regpipe study write them"
-        )
+        wanted = " nor ".join(writers)
+        raise InputError(f"{folder}: holds neither {wanted}; regpipe compare and regpipe study write them")
     pages = []
     for name, write in found.items():
         write(folder)
