@@ -78,7 +78,7 @@ def write_report(
 
 
 def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Registered], list[str]]:
-    """The finished cases of a folder, the worst first, and what is wrong, with others or with what these came from.
+    """The finished cases of a folder, the worst first, and what is wrong with them or with others.
 
     Raises:
         InputError: no folder, or no finished case in it.

@@ -95,7 +95,7 @@ def check(command: Sequence[str]) -> None:
         check(rest)
     elif program == "regpipe":
         check_regpipe(rest)
-    elif program == "python":
+    elif program in ("python", "python3"):
         check_python(rest)
     elif program == "make":
         check_make(rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,42 @@ def test_the_table_sorts_filters_and_steps(opened: Opened) -> None:
     page.locator("input[name=status][value='']").check()
     page.get_by_label("Name contains").fill("FLA")
     assert names.all_inner_texts() == ["flat"]
+
+
+@volume
+def test_the_skip_link_leads_to_the_pictures_of_the_case_that_is_shown(opened: Opened) -> None:
+    opened.page.locator(".skip").focus()
+    opened.page.keyboard.press("Enter")
+    opened.until("location.hash === '#viewer'")
+    opened.page.wait_for_timeout(100)
+    assert opened.page.locator("#case-name").inner_text() == "volume"
+    opened.page.go_back()
+    opened.until("location.hash.startsWith('#case-')")
+    assert opened.page.locator("#case-name").inner_text() == "volume"
+
+
+@volume
+def test_paper_has_the_case_and_no_controls(opened: Opened) -> None:
+    controls = ("form", ".steps", "#planes input", ".skip")
+    assert all(opened.page.locator(what).first.is_visible() for what in controls)
+    opened.page.emulate_media(media="print")
+    assert not any(each.is_visible() for what in controls for each in opened.page.locator(what).all())
+    assert opened.page.locator("#cases").is_visible() and opened.page.locator("canvas").first.is_visible()
+
+
+def test_a_thousand_cases_open_at_once_with_the_pictures_of_one(browser: Any, tmp_path: Path) -> None:
+    write_case(tmp_path / "one", "one", {"dice": 0.9, "folds_percent": 0.0})
+    for i in range(1, 1000):
+        (tmp_path / f"case_{i:04d}").symlink_to(tmp_path / "one")
+    path, _ = write_report(tmp_path, THRESHOLDS)
+    began = time.monotonic()
+    opened = Opened(browser, path)
+    seconds = time.monotonic() - began
+    assert opened.page.locator("#cases tbody tr").count() == 1000
+    assert len({url.split("/view/")[0] for url in opened.asked if "/view/" in url}) == 1
+    assert seconds < 10  # 1 s of an idle core
+    assert opened.complaints == []
+    opened.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

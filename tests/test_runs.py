@@ -25,7 +25,6 @@ from regpipe.errors import InputError, cause
 from regpipe.pairs import list_pairs
 
 SETTINGS = {
-    "learning_rate": 0.003,
     "holdout": 2,
     "pairs_per_epoch": 2,  # of 3: the order and the choice are drawn each epoch
     "learning_rate": 0.005,

@@ -17,11 +17,9 @@ const column = (row, i) => row.children[i].dataset.value ?? row.children[i].text
 function compare(a, b, i, sign) {
   const [x, y] = [column(a, i), column(b, i)];
   if ((x === "") !== (y === "")) return x === "" ? 1 : -1; // what has no value comes last either way
-  const numbers = isNumber(x) && isNumber(y);
+  const numbers = [x, y].every((text) => text !== "" && !Number.isNaN(Number(text)));
   return sign * (numbers ? x - y : x.localeCompare(y, undefined, { numeric: true }));
 }
-
-const isNumber = (text) => text !== "" && !Number.isNaN(Number(text));
 
 function sortBy(head) {
   const ascending = head.getAttribute("aria-sort") !== "ascending";
@@ -34,10 +32,8 @@ function sortBy(head) {
 function filter() {
   const form = byId("filter");
   const [status, name] = [form.elements.status.value, form.elements.name.value.toLowerCase()];
-  for (const row of rows) {
-    const fits = row.querySelector("a").textContent.toLowerCase().includes(name);
-    row.hidden = !fits || (status !== "" && row.dataset.status !== status);
-  }
+  for (const row of rows)
+    row.hidden = !row.querySelector("a").textContent.toLowerCase().includes(name) || !["", row.dataset.status].includes(status);
   byId("shown").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} cases`;
 }
 
@@ -49,11 +45,9 @@ function choose(index) {
   state.pictures.clear();
   const { name, status, landmarks, warnings } = state.case;
   for (const row of rows) row.removeAttribute("aria-current");
-  const row = rowOf(index);
-  row.setAttribute("aria-current", "true");
+  rowOf(index).setAttribute("aria-current", "true");
   byId("case-name").textContent = name;
-  byId("case-status").textContent = status;
-  byId("case-status").className = `mark ${status}`;
+  Object.assign(byId("case-status"), { textContent: status, className: `mark ${status}` });
   byId("warnings").replaceChildren(...warnings.map((line) => element("li", { textContent: line })));
   byId("warnings").hidden = warnings.length === 0;
   fill("#numbers tbody", state.case.numbers.map((n) => [n.unit ? `${n.title}, ${n.unit}` : n.title, n.before, n.value, n.limits, n.step]));
@@ -105,9 +99,8 @@ function build() {
     listen(view);
     return view;
   });
-  const missing = byId("missing");
-  missing.hidden = planes.length > 0;
-  missing.textContent = "This case has no pictures to scroll through: register it again. ";
+  const textContent = "This case has no pictures to scroll through: register it again. ";
+  Object.assign(byId("missing"), { hidden: planes.length > 0, textContent });
   if (planes.length === 0 && pictures["sheet.png"])
     holder.append(element("img", { src: pictures["sheet.png"], alt: "Contact sheet of this case", style: "max-width: 100%" }));
   byId("sizes").hidden = planes.length < 2;
@@ -124,9 +117,8 @@ function listen(view) {
   canvas.addEventListener("keydown", (event) => {
     const at = Number(controls.elements.divider.value);
     const actions = { ArrowUp: () => scroll(1), ArrowDown: () => scroll(-1), ArrowLeft: () => divide(at - 2), ArrowRight: () => divide(at + 2) };
-    if (!actions[event.key]) return;
-    event.preventDefault();
-    actions[event.key]();
+    if (actions[event.key]) event.preventDefault();
+    actions[event.key]?.();
   });
   canvas.addEventListener("wheel", (event) => {
     if (document.activeElement !== canvas || view.slices.length < 2) return;
@@ -162,8 +154,8 @@ function picture(plane, layer) {
 }
 
 function complain(name) {
-  byId("missing").hidden = false;
-  byId("missing").textContent = `A picture is missing: ${name}. Copy the whole folder, or register the case again.`;
+  const textContent = `A picture is missing: ${name}. Copy the whole folder, or register the case again.`;
+  Object.assign(byId("missing"), { hidden: false, textContent });
 }
 
 function paint(pen, view, layer, smooth = true) {
@@ -273,12 +265,11 @@ function arrows(pen, view, width, height) {
 function arrow(pen, from, to) {
   const angle = Math.atan2(to[1] - from[1], to[0] - from[0]);
   const head = Math.min(7 * devicePixelRatio, Math.hypot(to[0] - from[0], to[1] - from[1]));
+  const ends = [2.6, -2.6].map((turn) => [to[0] + head * Math.cos(angle + turn), to[1] + head * Math.sin(angle + turn)]);
   pen.beginPath();
-  pen.moveTo(...from);
-  pen.lineTo(...to);
-  for (const turn of [2.6, -2.6]) {
+  for (const end of [from, ...ends]) {
     pen.moveTo(...to);
-    pen.lineTo(to[0] + head * Math.cos(angle + turn), to[1] + head * Math.sin(angle + turn));
+    pen.lineTo(...end);
   }
   pen.stroke();
 }
@@ -296,11 +287,8 @@ function update() {
     const box = controls.elements[what === "outline" ? "outlines" : "landmarks"];
     part.hidden = what === "grid" || what === "jacobian" ? mode() !== what : !compared || !has(what) || !box.checked;
   }
-  const units = { divider: " %", squares: "", seconds: " s" };
-  for (const [name, unit] of Object.entries(units)) {
-    const input = controls.elements[name];
-    input.nextElementSibling.textContent = input.value + unit;
-  }
+  for (const [name, unit] of Object.entries({ divider: " %", squares: "", seconds: " s" }))
+    controls.elements[name].nextElementSibling.textContent = controls.elements[name].value + unit;
   if (mode() !== "flicker") play(false);
   const one = controls.elements.plane.value;
   for (const view of state.planes) view.figure.hidden = state.planes.length > 1 && one !== "" && one !== view.name;
@@ -333,31 +321,29 @@ function play(on) {
 
 // -------------------------------------------------------------------------------------------- start
 
-const visible = () => rows.filter((row) => !row.hidden);
-
 function step(by) {
-  const shown = visible();
+  const shown = rows.filter((row) => !row.hidden);
   const next = shown[shown.indexOf(rowOf(state.index)) + by];
   if (next) location.hash = next.querySelector("a").hash;
 }
 
-function follow() {
-  const index = Number((location.hash.match(/^#case-(\d+)$/) || [])[1] ?? 0);
-  if (!byId(`data-${index}`)) return;
+// The case that the address names; on opening the first one, if it names none. The skip link names none either.
+function follow(event) {
+  const named = location.hash.match(/^#case-(\d+)$/);
+  const index = Number(named?.[1] ?? 0);
+  if ((event && !named) || !byId(`data-${index}`)) return;
   choose(index);
-  if (location.hash) byId("case-name").focus({ preventScroll: true });
+  if (named) byId("case-name").focus({ preventScroll: true });
 }
 
 for (const head of document.querySelectorAll("#cases thead th")) head.querySelector("button").addEventListener("click", () => sortBy(head));
 byId("filter").addEventListener("input", filter);
-byId("filter").addEventListener("submit", (event) => event.preventDefault());
-controls.addEventListener("submit", (event) => event.preventDefault());
+for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
 controls.addEventListener("input", (event) => { update(); if (event.target.name === "seconds") play(true); });
 byId("play").addEventListener("click", () => play(byId("play").getAttribute("aria-pressed") !== "true"));
 byId("previous").addEventListener("click", () => step(-1));
 byId("next").addEventListener("click", () => step(1));
 addEventListener("hashchange", follow);
-addEventListener("resize", fit);
-addEventListener("beforeprint", fit);
+for (const moment of ["resize", "beforeprint"]) addEventListener(moment, fit);
 filter();
 follow();
