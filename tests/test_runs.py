@@ -27,7 +27,7 @@ from regpipe.pairs import list_pairs
 SETTINGS = {
     "holdout": 2,
     "pairs_per_epoch": 2,  # of 3: the order and the choice are drawn each epoch
-    "learning_rate": 0.005,
+    "learning_rate": 0.02,  # so that eight steps move a label by a voxel
     "validate#handlers#0#cases": 0,  # pictures take time and draw nothing
 }
 
@@ -203,7 +203,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(bundle, cohor
     message = refusal(
         bundle, cohort, 2, learning_rate=0.1, seed=3, lncc_window=5, key_metric="ncc", grid_shape=[48, 32]
     )
-    assert "learning_rate: 0.005 -> 0.1" in message and "seed: 0 -> 3" in message and "--resume False" in message
+    assert "learning_rate: 0.02 -> 0.1" in message and "seed: 0 -> 3" in message and "--resume False" in message
     assert "lncc_window: 7 -> 5" in message and "key_metric: auto -> ncc" in message  # other loss, other best
     assert "backbone" not in message
     assert "grid: 32x32 -> 48x32" in message and (bundle / "models" / "working_grid.json").read_bytes() == grid
