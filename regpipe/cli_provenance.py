@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regpipe import console
+from regpipe.cli_register import Trust
 from regpipe.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def rerun(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep what comes out here; default: nowhere.")] = None,
     data: Data = None,
     bundle: Annotated[Path | None, typer.Option(help="The one that the cases were registered with.")] = None,
+    trust: Trust = False,
     tolerance: Annotated[
         float, typer.Option(min=0, help="mm that a displacement may be off; default: it is the same to the bit.")
     ] = 0.0,
@@ -63,8 +65,8 @@ def rerun(
 
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: is not empty; what lies there might be taken for what comes out: give another --out")
-    found = run(manifest, out, data=data, bundle=bundle)
-    console.tell(cases=[again._asdict() for again in found])
+    found = run(manifest, out, data=data, bundle=bundle, trust=trust)
+    console.tell(folder=out, cases=[again._asdict() for again in found])
     for again in found:
         console.say(_told(again))
     if not all(_near(again, tolerance) for again in found):

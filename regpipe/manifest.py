@@ -22,7 +22,7 @@ from typing import Any
 
 from regpipe import images
 from regpipe.errors import InputError
-from regpipe.files import replace_file, sha256
+from regpipe.files import parse_json, replace_file, sha256
 from regpipe.pairs import Case
 from regpipe.versions import versions
 
@@ -73,12 +73,16 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: missing; register or train again with this version")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         if content["format"] != FORMAT:
             raise InputError(f"{path}: is of format {content['format']!r}, not {FORMAT!r}; update regpipe")
         for key, kind in (("inputs", list), ("files", dict), ("settings", dict), ("versions", dict)):
             if not isinstance(content[key], kind):
                 raise TypeError(key)
+        told = [source[key] for source in content["inputs"] for key in ("role", "file", "sha256")]
+        told += [*content["files"], *content["files"].values()]
+        if content["kind"] not in KINDS or not all(isinstance(text, str) for text in told):
+            raise TypeError("a name or hash")
     except (ValueError, KeyError, TypeError) as cause:
         if isinstance(cause, InputError):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe import manifest
+from regpipe.cli_register import register_with_bundle
 from regpipe.errors import InputError
+from regpipe.inference import register_from_zero
 from regpipe.transforms import read_displacement
 from regpipe.verify import Sources, manifests, metrics_of, model_problem
 
 NEAR = ("*", "*/*", "*/*/*", "*/*/*/*")  # where inputs are looked for beside the results: so deep and no deeper
 FIELDS = ("displacement.nii.gz", "1Warp.nii.gz")  # what says how far off it is; the latter is without the affine part
-ZERO = ("affine", "affine_from", "affine_metric", "finest", "formats", "landmark_channels")
-BUNDLE = (*ZERO[:3], "formats", "landmark_channels", "refine", "refine_loss", "refine_window", "repair")
+BOTH = ("affine", "affine_from", "affine_metric", "formats", "landmark_channels", "refine")
+ZERO = (*BOTH, "finest", "similarity", "smoothness")  # settings that the command is given again
+BUNDLE = (*BOTH, "refine_loss", "refine_window", "repair")
 
 
 class Again(NamedTuple):
@@ -31,7 +35,14 @@ class Again(NamedTuple):
     off: tuple[float, float] | None  # mean and largest distance of the displacements in mm; None: there are none
 
 
-def rerun(given: Path, out: Path | None = None, *, data: Path | None = None, bundle: Path | None = None) -> list[Again]:
+def rerun(
+    given: Path,
+    out: Path | None = None,
+    *,
+    data: Path | None = None,
+    bundle: Path | None = None,
+    trust: bool = False,
+) -> list[Again]:
     """Register again what the manifests in ``given`` tell of.
 
     Args:
@@ -39,10 +50,11 @@ def rerun(given: Path, out: Path | None = None, *, data: Path | None = None, bun
         out: where to; None: nowhere, only the comparison is wanted.
         data: below it the inputs are found, by name and hash; None: near ``given``.
         bundle: with the network, where there was one.
+        trust: run it though its configuration is not regpipe's own.
 
     Raises:
         InputError: no manifest of a registration; an input or the model is not there, or is another; the cases were
-            registered with different settings.
+            registered with different settings, or with some that regpipe never wrote.
         SystemExit: a case cannot be registered any more.
     """
     files = [given] if given.is_file() else manifests(given)[0]
@@ -64,7 +76,14 @@ def rerun(given: Path, out: Path | None = None, *, data: Path | None = None, bun
         if target.resolve() in {path.resolve() for folder in old for path in (folder, folder.parent)}:
             raise InputError(f"{target}: holds the results to compare with; give another --out")
         listed.write_text(json.dumps({"test": entries}))
-        _register(first["settings"], listed, target, bundle)
+        try:
+            chosen = _chosen(first["settings"], BUNDLE if bundle else ZERO)
+        except KeyError as missing:
+            raise InputError(f"{given}: its settings lack {missing}; register again with this version") from missing
+        if bundle is not None:
+            register_with_bundle(bundle, listed, target, chosen, trust=trust)
+        else:
+            register_from_zero(str(listed), str(target), steps=chosen.pop("refine"), **chosen)
         return [_compared(folder, content, target / content["case"]) for folder, content in old.items()]
 
 
@@ -91,18 +110,12 @@ def _check_model(bundle: Path | None, used: Sequence[Mapping[str, str]]) -> None
         raise InputError(f"{bundle}: {problem}; give the bundle that the cases were registered with")
 
 
-def _register(settings: Mapping[str, Any], listed: Path, out: Path, bundle: Path | None) -> None:
-    """The same command with the same settings."""
-    if bundle is not None:
-        from regpipe.cli_register import register_with_bundle
-
-        register_with_bundle(bundle, listed, out, {name: settings[name] for name in BUNDLE})
-        return
-    from regpipe.inference import register_from_zero
-
-    chosen = {name: settings[name] for name in ZERO}
-    optimised = {"steps": settings["refine"], **{name: settings[name] for name in ("similarity", "smoothness")}}
-    register_from_zero(str(listed), str(out), **optimised, **chosen)
+def _chosen(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Settings of a manifest, to be given to the command again: values only, for MONAI runs what begins with $ or @."""
+    chosen = {name: settings[name] for name in names}
+    if re.search(r"[$@%]", json.dumps(chosen)):
+        raise InputError("the manifest's settings hold an expression: it is not regpipe's, and is not run")
+    return chosen
 
 
 def _compared(before: Path, old: Mapping[str, Any], after: Path) -> Again:

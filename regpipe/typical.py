@@ -23,7 +23,7 @@ from regpipe import images
 from regpipe.console import Progress
 from regpipe.distributed import gathered
 from regpipe.fields import Registration
-from regpipe.files import replace_file
+from regpipe.files import parse_json, replace_file
 from regpipe.images import Image
 from regpipe.likeness import DARK, information
 from regpipe.metrics import ncc, sdlogj
@@ -118,7 +118,7 @@ def _some(values: torch.Tensor) -> np.ndarray:
 def read(ckpt_dir: str | Path) -> dict[str, Any]:
     """What is known of a model's images and registrations; empty where nothing is."""
     try:
-        found = json.loads((Path(ckpt_dir) / NAME).read_text(encoding="utf-8"))
+        found = parse_json((Path(ckpt_dir) / NAME).read_bytes())
         return found if found["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):  # a model of before there was any, or no file of ours
         return {}

@@ -6,7 +6,6 @@ somebody wrote anew with the file is believed, for it is not signed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from regpipe import images, manifest
 from regpipe.console import Progress
 from regpipe.errors import InputError
-from regpipe.files import sha256
+from regpipe.files import parse_json, sha256
 
 MODELS = "models"  # of a bundle: the folder with its weights
 
@@ -167,7 +166,7 @@ def _of_model(folder: Path, used: Sequence[Mapping[str, str]], bundle: Path) -> 
 def metrics_of(folder: Path) -> dict[str, Any] | None:
     """The numbers of a case without what says of which files it was made; None where they are not there."""
     try:
-        row = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        row = parse_json((folder / "metrics.json").read_bytes())
         return {key: value for key, value in row.items() if key != "made_from"}
     except (OSError, ValueError, AttributeError):
         return None

@@ -18,11 +18,10 @@ from conftest import Command, deforming_bundle, infer
 from regpipe import InputError, manifest, rerun
 from regpipe.images import Grid
 from regpipe.inference import register_from_zero
-from regpipe.refine import refinement_loss
 from regpipe.transforms import read_displacement, write_displacement
 from regpipe.verify import verify
 
-FEW = {"weights": refinement_loss("lncc"), "steps": 4, "affine": "none"}
+FEW = {"steps": 4, "affine": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +215,36 @@ def test_cases_of_different_settings_and_trainings_are_refused_in_a_line(out: Pa
         rerun.rerun(trained, data=data)
     with pytest.raises(InputError, match="leave out --bundle"):
         rerun.rerun(out / "case_001", data=data, bundle=trained)
+
+
+@pytest.mark.parametrize("planted", ["$__import__('os').system('touch owned')", "@refine", "%other.yaml::x"])
+def test_an_expression_in_a_manifest_is_refused_and_not_run(
+    planted: str, tmp_path: Path, data: Path, monai_bundle: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundle = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)))
+    infer(monai_bundle, bundle, data, tmp_path / "out", "--formats", "[itk]")
+    for case in ("case_000", "case_001"):
+        told = content(tmp_path / "out" / case)
+        told["settings"]["refine_loss"] = {"lncc": planted}
+        (tmp_path / "out" / case / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="hold an expression"):
+        rerun.rerun(tmp_path / "out", data=data, bundle=bundle)
+    assert not (tmp_path / "owned").exists()
+
+
+HALF = {"inputs": [{"role": "fixed_image", "file": 3, "sha256": "0"}], "files": {}, "settings": {}, "versions": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "[]", "null", '"x"', json.dumps({"format": manifest.FORMAT, "kind": "registration", **HALF})],
+    ids=["deep", "list", "null", "text", "numbers for names"],
+)
+def test_what_is_no_manifest_is_a_line_and_no_traceback(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    (problem,) = verify(tmp_path).problems.values()
+    assert "manifest.json: damaged" in problem and "\n" not in problem
 
 
 def test_the_hash_of_a_series_is_that_of_all_its_files_in_order(tmp_path: Path) -> None:
