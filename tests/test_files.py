@@ -60,11 +60,8 @@ def test_what_a_killed_process_left_aside_is_swept_and_nothing_else(tmp_path) ->
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-STATE: dict[str, Any] = {
-    "weight": torch.randn(6, 4, generator=torch.Generator().manual_seed(0)),
-    "steps": [1, 2],
-    "of": {"name": "x"},
-}
+WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+STATE: dict[str, Any] = {"weight": WEIGHT, "steps": [1, 2], "of": {"name": "x"}}
 
 
 def test_each_turned_bit_of_a_saved_state_is_noticed_or_changes_nothing(tmp_path) -> None:
