@@ -85,14 +85,14 @@ def named(source: str) -> str:
 def _way(root: Path, folder: Path) -> str | None:
     """The way from ``folder`` to the data, where it tells no more than their own name; None where it tells more.
 
-    Of data in the folder beside ``folder``, as the built-in phantoms are, it may tell that one's name too.
+    Data in the folder that holds ``folder``, as a bundle its built-in phantoms, are handed on with it: the whole way.
     """
     try:
         parts = Path(os.path.relpath(root, folder)).parts
     except ValueError:  # another drive
         return None
     up = parts.count(os.pardir)
-    return Path(*parts).as_posix() if len(parts) - up <= 1 + (up == 1) else None
+    return Path(*parts).as_posix() if up <= 1 or len(parts) - up <= 1 else None
 
 
 def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:

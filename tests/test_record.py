@@ -46,8 +46,8 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("data", "../../data"),  # the names of the data themselves, however far up
         ("../data.json", "../../../data.json"),
         ("study/data", None),  # and of no folder above them
-        ("bundle/eval/phantoms", "../eval/phantoms"),  # but beside the model
-        ("bundle/a/b/c", None),
+        ("bundle/data", "../data"),  # but in the folder that holds the model
+        ("bundle/eval/phantoms/ultrasound_2d", "../eval/phantoms/ultrasound_2d"),  # which is handed on with them
     ],
 )
 def test_no_folder_above_the_data_is_named(
