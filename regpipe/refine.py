@@ -132,7 +132,9 @@ class Refiner:
             optimizer.zero_grad()
             result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
             total = points * loss(result._asdict(), target)
-            if not torch.isfinite(total):  # torch's sampler, going backwards from a NaN, writes where it must not
+            if not math.isfinite(
+                loss.terms["loss"]
+            ):  # torch's sampler, going backwards from a NaN, writes where it must not
                 raise InputError(f"refinement: {loss.terms} is not finite; look at these images, or leave it out")
             total.backward()
             optimizer.step()

@@ -291,7 +291,8 @@ def test_metrics_over_uneven_shares_are_those_of_one_process(trained, data: Path
 def test_one_process_writes_and_what_it_writes_knows_nothing_of_the_others(trained) -> None:
     bundle, (first, second) = trained
     assert sorted(path.name for path in (bundle / "models").iterdir()) == [
-        *("checkpoint_3.pt", "checkpoint_4.pt", "curves.txt", "model.pt", "training.json", "working_grid.json")
+        *("checkpoint_3.pt", "checkpoint_4.pt", "curves.txt", "manifest.json", "model.pt", "training.json"),
+        *("typical.json", "working_grid.json"),
     ]
     curves = [path.name.split(".") for path in (bundle / "eval" / "tensorboard").iterdir()]
     assert curves and all(str(first["pid"]) in name and str(second["pid"]) not in name for name in curves)

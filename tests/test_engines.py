@@ -119,7 +119,7 @@ def test_a_trained_folder_gives_its_grid_and_weights_and_an_empty_one_says_so(tm
         require_model(folder)
     grid = make_grid((20, 24, 8), (1.0, 1.5, 3.0))
     save_grid(tmp_path / "working_grid.json", grid)
-    (tmp_path / "model.pt").touch()
+    torch.save({}, tmp_path / "model.pt")
     assert trained_grid(folder) == grid
     assert trained_weights(folder) == require_model(folder) == str(tmp_path / "model.pt")
 
