@@ -38,6 +38,7 @@ class Registered(NamedTuple):
     verdict: Verdict
     view: dict[str, Any] | None  # see ``regpipe.views``
     warnings: list[str]  # see ``regpipe.trust``
+    origin: str  # the weights and settings it was made from, as JSON
 
 
 def write_report(
@@ -112,19 +113,16 @@ def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
     verdict = judge(row, limits)
     if warnings and verdict.status == "pass":
         verdict = verdict._replace(status="warn")
-    return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings)
+    made = content.get("made_from") or {}  # of another tool's row, or an older version's: unknown
+    origin = json.dumps([made.get("weights"), made.get("settings")], sort_keys=True)
+    return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings, origin)
 
 
 def _made_otherwise(cases: Sequence[Registered]) -> list[str]:
     """A line for each case that an earlier run left, with other weights or settings than most of them."""
-    made = {}
-    for case in cases:
-        content = json.loads((case.folder / "metrics.json").read_text(encoding="utf-8"))
-        origin = content.get("made_from") or {}
-        made[case.folder.name] = json.dumps([origin.get("weights"), origin.get("settings")], sort_keys=True)
-    (usual, count), *_ = Counter(made.values()).most_common(1)
+    (usual, count), *_ = Counter(case.origin for case in cases).most_common(1)
     why = f"was registered with other weights or settings than {count} other cases; register the folder again"
-    return [f"{name}: {why}" for name, origin in made.items() if origin != usual]
+    return [f"{case.folder.name}: {why}" for case in cases if case.origin != usual]
 
 
 def _view(folder: Path) -> dict[str, Any] | None:
