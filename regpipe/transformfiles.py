@@ -6,7 +6,6 @@ takes a point of the fixed image to its moving point, and by that pulls the movi
 
 from __future__ import annotations
 
-import hashlib
 import io
 import struct
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 
 from regpipe import itkbridge, limits, transformclaims
 from regpipe.errors import InputError
-from regpipe.files import parse_json
+from regpipe.files import parse_json, sha256
 from regpipe.transforms import WRITABLE, read_displacement
 
 CASE = "transform.json"
@@ -100,7 +99,7 @@ def _checked(folder: Path, way: dict[str, Any]) -> Path:
     path = folder / Path(way["itk"]).name  # of this folder and no other
     if not path.is_file():
         raise InputError(f"{path}: missing; copy the whole folder of the case, or register again")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != way["sha256"][way["itk"]]:
+    if sha256([path]) != way["sha256"][way["itk"]]:
         raise InputError(f"{path}: is not the file that {CASE} knows: damaged or exchanged; register again")
     return path
 
