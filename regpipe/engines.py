@@ -160,8 +160,8 @@ def trained_grid(ckpt_dir: str) -> Grid:
 
 def trained_structures(ckpt_dir: str) -> int:
     """How many structures the model in ``ckpt_dir`` tells apart; 0 before training."""
-    model = trained_weights(ckpt_dir)
-    head = None if model == "none" else read_state_dict(model).get("anatomy.classes.weight")
+    path = Path(ckpt_dir) / "model.pt"
+    head = read_state_dict(path, old=False).get("anatomy.classes.weight") if path.is_file() else None
     return 0 if head is None else len(head) - 1
 
 
@@ -176,9 +176,9 @@ def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
     Raises:
         InputError: there is no model.
     """
-    require_model(ckpt_dir)
+    path = _model(ckpt_dir)
     dim, structures = len(trained_grid(ckpt_dir).shape), trained_structures(ckpt_dir)
-    return SymmetricNet(dim, backbone, pretrained=trained_weights(ckpt_dir), structures=structures)
+    return SymmetricNet(dim, backbone, pretrained=str(path), structures=structures)
 
 
 def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
@@ -187,17 +187,22 @@ def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
     Raises:
         InputError: there is none, it is damaged, or it is another network's.
     """
+    path = _model(ckpt_dir)
+    if network is None:
+        check_sound(path)
+        return str(path)
+    plain = getattr(network, "module", network)  # without DDP's wrapper
+    states = read_state_dict(path, old=False), plain.state_dict()
+    held, wanted = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in states)
+    unlike = next((name for name in {**wanted, **held} if held.get(name) != wanted.get(name)), None)
+    if unlike is not None:
+        shapes = f"{held.get(unlike, 'missing')} where the bundle's network has {wanted.get(unlike, 'none')}"
+        raise InputError(f"{path}: another network's weights ('{unlike}' is {shapes}); give the bundle its own model")
+    return str(path)
+
+
+def _model(ckpt_dir: str) -> Path:
     path = Path(ckpt_dir) / "model.pt"
     if not path.is_file():
         raise InputError(f"{path}: no trained model; run training first, or give --ckpt_dir")
-    check_sound(path)
-    if network is not None:
-        plain = getattr(network, "module", network)  # without DDP's wrapper
-        held, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (read_state_dict(path), plain.state_dict()))
-        unlike = next((name for name in {**wanted, **held} if held.get(name) != wanted.get(name)), None)
-        if unlike is not None:
-            shapes = f"{held.get(unlike, 'missing')} where the bundle's network has {wanted.get(unlike, 'none')}"
-            raise InputError(
-                f"{path}: another network's weights ('{unlike}' is {shapes}); give the bundle its own model"
-            )
-    return str(path)
+    return path

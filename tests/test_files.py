@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from regpipe import checkpoints, files
+from regpipe import checkpoints, files, weights
 from regpipe.engines import require_model, trained_structures, trained_weights
 from regpipe.errors import InputError, explain
 from regpipe.weights import read_state_dict
@@ -108,6 +108,17 @@ def test_a_damaged_model_is_refused_wherever_it_is_asked_for(tmp_path, ask) -> N
     (tmp_path / "model.pt").write_bytes(b"half")
     with pytest.raises(InputError, match=r"model\.pt: damaged \(File is not a zip file\)"):
         ask(str(tmp_path))
+
+
+def test_a_model_that_is_read_is_looked_through_once(tmp_path, monkeypatch) -> None:
+    network = torch.nn.Linear(4, 6)
+    files.save_tensors(tmp_path / "model.pt", network.state_dict())
+    looks: list[Path] = []
+    monkeypatch.setattr(weights, "damage", lambda path: looks.append(Path(path)))
+    for ask in (trained_structures, require_model, lambda folder: require_model(folder, network)):
+        ask(str(tmp_path))
+        assert looks == [tmp_path / "model.pt"]
+        looks.clear()
 
 
 def test_damaged_weights_to_transfer_are_refused_and_those_of_old_torch_taken(tmp_path) -> None:
