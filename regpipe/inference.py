@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -132,26 +132,7 @@ class FolderRun:
         output: Any = engine.state.output
         name = output["label"]["case"][0]
         try:
-            if (self.folder / name / "metrics.json").is_file():
-                console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
-            clear(self.folder / name)
-            reduced = output["pred"].get("to_fit_memory")
-            spared = {"to_fit_memory": reduced} if reduced else {}
-            row = save_case(
-                self.cases[name],
-                output["label"],
-                output["pred"],
-                self.load,
-                self.folder / name,
-                formats=self.formats,
-                settings={**self._settings, "weights": self._weights, **spared},
-                typical=self._typical,
-            )
-            row |= spared
-            row["made_from"] = self._made_from(self.cases[name])
-            self._finish(name, json.dumps(row, indent=1).encode(), engine)
-            if row["warnings"]:
-                console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
+            self._write(name, output["label"], output["pred"])
         except InputError as problem:
             self._give_up(name, problem)
         except OSError as problem:
@@ -167,19 +148,32 @@ class FolderRun:
         finally:  # not kept while the next case is registered
             engine.state.output = engine.state.batch = None
 
-    def _give_up(self, name: str, problem: InputError) -> None:
-        self._clean(name)
-        self._fail(name, problem)
+    def _write(self, name: str, batch: Mapping[str, Any], prediction: Mapping[str, Any]) -> None:
+        """Everything that a case gives, in place of what an earlier run left."""
+        case, folder = self.cases[name], self.folder / name
+        if (folder / "metrics.json").is_file():
+            console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
+        clear(folder)
+        reduced = prediction.get("to_fit_memory")
+        spared = {"to_fit_memory": reduced} if reduced else {}
+        row = save_case(
+            case,
+            batch,
+            prediction,
+            self.load,
+            folder,
+            formats=self.formats,
+            settings={**self._settings, "weights": self._weights, **spared},
+            typical=self._typical,
+        )
+        row |= {**spared, "made_from": self._made_from(case)}
+        self._finish(name, json.dumps(row, indent=1).encode(), prediction)
+        if row["warnings"]:
+            console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
 
-    def _clean(self, name: str) -> None:
-        """Leave nothing of a case that could not be written whole."""
-        with contextlib.suppress(OSError):
-            clear(self.folder / name)
-            (self.folder / name).rmdir()
-
-    def _finish(self, name: str, metrics: bytes, engine: Engine) -> None:
+    def _finish(self, name: str, metrics: bytes, prediction: Mapping[str, Any]) -> None:
         """Write the manifest, and last what says that the case is finished."""
-        folder, pred = self.folder / name, cast(Any, engine.state.output)["pred"]
+        folder = self.folder / name
         manifest.write(
             folder,
             "registration",
@@ -189,11 +183,21 @@ class FolderRun:
             settings=self._settings,
             files=manifest.hashes(folder, WRITTEN) | {"metrics.json": hashlib.sha256(metrics).hexdigest()},
             seed=manifest.SEED,
-            machine=manifest.machine(pred["displacement"].device),
-            given_up=pred.get("to_fit_memory") or [],
+            machine=manifest.machine(prediction["displacement"].device),
+            given_up=prediction.get("to_fit_memory") or [],
             seconds=round(time.monotonic() - self._began, 2),
         )
         replace_file(folder / "metrics.json", metrics)
+
+    def _give_up(self, name: str, problem: InputError) -> None:
+        self._clean(name)
+        self._fail(name, problem)
+
+    def _clean(self, name: str) -> None:
+        """Leave nothing of a case that could not be written whole."""
+        with contextlib.suppress(OSError):
+            clear(self.folder / name)
+            (self.folder / name).rmdir()
 
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)
@@ -304,7 +308,8 @@ def register_from_zero(
     """
     distributed.join(hours=168)
     refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest)
-    settings: dict[str, Any] = {
+    alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
+    settings = {
         "network": "none",
         "refine": steps,
         "similarity": similarity,
@@ -312,19 +317,11 @@ def register_from_zero(
         "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
         "refine_window": {f"{dim}D": loss.options.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
-        "affine": affine,
-        "affine_from": affine_from,
-        "affine_metric": affine_metric,
+        **alignment,
+        "grid": "of each fixed image",
+        "landmark_channels": landmark_channels,
     }
-    settings |= {"grid": "of each fixed image", "landmark_channels": landmark_channels}
-    load = LoadPair(
-        None,
-        landmark_channels=landmark_channels,
-        cache=False,
-        affine=affine,
-        affine_from=affine_from,
-        affine_metric=affine_metric,
-    )
+    load = LoadPair(None, landmark_channels=landmark_channels, cache=False, **alignment)
     folder = FolderRun(
         dataset_dir,
         load=load,
@@ -334,18 +331,16 @@ def register_from_zero(
         settings=settings,
         memory_gib=memory_gib,
     )
-    folder.register(
-        SupervisedEvaluator(
-            device=distributed.device(),
-            val_data_loader=folder,
-            network=torch.nn.Identity(),
-            inferer=FittingInferer(ZeroInferer(refiner, repair=True), memory_gib=memory_gib),
-            prepare_batch=prepare_batch,
-            val_handlers=[folder],
-            decollate=False,
-        ),
-        strict=strict,
+    evaluator = SupervisedEvaluator(
+        device=distributed.device(),
+        val_data_loader=folder,
+        network=torch.nn.Identity(),
+        inferer=FittingInferer(ZeroInferer(refiner, repair=True), memory_gib=memory_gib),
+        prepare_batch=prepare_batch,
+        val_handlers=[folder],
+        decollate=False,
     )
+    folder.register(evaluator, strict=strict)
 
 
 def _number(value: Any) -> Any:
