@@ -115,16 +115,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_options(cohort: Path, bundle: Path, root: Path) -> dict[str, tuple[list[object], str]]:
     """name -> command and what its line must have."""
-    out, one = root / "out", cohort / "fixed_images" / "case_000.nii.gz"
-    new, link, empty, single = write_bundle("resnet18", root / "new"), root / "loop", root / "empty", root / "single"
-    link.symlink_to(link)
-    empty.mkdir()
-    put(single / "one.nii", badinput.RAW)
-    put(root / "a.nii", b"")
-
-    def register(*words: object) -> list[object]:
-        return ["register", *words, "-o", out]
-
+    new, one = write_bundle("resnet18", root / "new"), cohort / "fixed_images" / "case_000.nii.gz"
     options: dict[str, tuple[list[object], str]] = {
         "steps": (["--refine", 0], "at least one step"),
         "smoothness": (["--smoothness", 0], "--smoothness 0: give more than 0"),
@@ -138,18 +129,39 @@ def of_options(cohort: Path, bundle: Path, root: Path) -> dict[str, tuple[list[o
         "no bundle": (["--bundle", root / "none"], "none/configs/inference.yaml"),
         "untrained": (["--bundle", new], "new/models/model.pt: no trained model"),
     }
+    register = {
+        name: (["register", cohort, *words, "-o", root / "out"], said) for name, (words, said) in options.items()
+    }
+    register["output"] = (["register", cohort, "-o", one], "case_000.nii.gz: cannot be made")
+    return {**register, **of_places(cohort, root), **of_commands(bundle, one, root)}
+
+
+def of_places(cohort: Path, root: Path) -> dict[str, tuple[list[object], str]]:
+    """Of what is given to be registered."""
+    images, link, empty, single = cohort / "fixed_images", root / "loop", root / "empty", root / "single"
+    link.symlink_to(link)
+    empty.mkdir()
+    put(single / "one.nii", badinput.RAW)
+    one = images / "case_000.nii.gz"
+    places: dict[str, tuple[list[object], str]] = {
+        "pairing": ([images, "--pairing", "last"], "'last' is not one of all"),
+        "no folder": ([root / "nowhere"], "nowhere: no such folder"),
+        "loop of links": ([link], "loop: no such folder"),
+        "user of ~": (["~nobody at all/data"], "~nobody at all/data: no such folder"),
+        "empty folder": ([empty], "empty: holds no image"),
+        "one image": ([single], "one.nii: is the only image"),
+        "one file": ([one], "case_000.nii.gz: is one image; give FIXED and MOVING"),
+        "no file": ([one, root / "gone.nii"], "gone.nii: no such file"),
+        "three files": ([one, one, one], "3 inputs: give one folder, or FIXED and MOVING"),
+    }
+    return {name: (["register", *words, "-o", root / "out"], said) for name, (words, said) in places.items()}
+
+
+def of_commands(bundle: Path, one: Path, root: Path) -> dict[str, tuple[list[object], str]]:
+    """Of other commands than ``register``."""
+    out = root / "out"
+    put(root / "a.nii", b"")
     return {
-        **{name: (register(cohort, *words), said) for name, (words, said) in options.items()},
-        "pairing": (register(cohort / "fixed_images", "--pairing", "last"), "'last' is not one of all"),
-        "output": (["register", cohort, "-o", one], "case_000.nii.gz: cannot be made"),
-        "no folder": (register(root / "nowhere"), "nowhere: no such folder"),
-        "loop of links": (register(link), "loop: no such folder"),
-        "user of ~": (register("~nobody at all/data"), "~nobody at all/data: no such folder"),
-        "empty folder": (register(empty), "empty: holds no image"),
-        "one image": (register(single), "one.nii: is the only image"),
-        "one file": (register(one), "case_000.nii.gz: is one image; give FIXED and MOVING"),
-        "no file": (register(one, root / "gone.nii"), "gone.nii: no such file"),
-        "three files": (register(one, one, one), "3 inputs: give one folder, or FIXED and MOVING"),
         "kind": (["phantom", root / "p", "--kind", "ct"], "ct"),
         "shape": (["phantom", root / "p", "--shape", "big"], "--shape"),
         "pairs": (["phantom", root / "p", "--pairs", 0], "0 pairs"),
