@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import chromium
-from PIL import Image as Picture
+from browsing import Opened, chromium
 from reported import write_case
 
 from regpipe.qcpage import write_report
@@ -70,62 +68,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_case(root / name, name, metrics, dim=dim)
     write_report(root, THRESHOLDS)
     return root
-
-
-class Opened:
-    """A page, what it asked for and what it complained of."""
-
-    def __init__(self, browser: Any, path: Path, case: str = "", **options: Any) -> None:
-        self.context = browser.new_context(viewport={"width": 1300, "height": 900}, **options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(5000)  # ms
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
-        self.page.goto(path.as_uri())
-        if case:
-            self.page.get_by_role("link", name=case, exact=True).click()
-        self.loaded()
-
-    def until(self, expression: str) -> None:
-        """Waits until it is true; the page's policy forbids Playwright's own way."""
-        for _ in range(100):
-            if self.page.evaluate(expression):
-                return
-            self.page.wait_for_timeout(50)
-        raise TimeoutError(expression)
-
-    def loaded(self) -> None:
-        self.until("[...state.pictures.values()].every((image) => image.complete)")
-        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-    def bare(self) -> None:
-        """Without what is drawn and written over the images."""
-        self.page.evaluate(
-            "document.querySelectorAll('.stage span').forEach((e) => { e.style.visibility = 'hidden'; })"
-        )
-        for box in ("label outlines", "landmarks"):
-            self.page.get_by_label(box).uncheck()
-
-    def grey(self, plane: int = 0) -> np.ndarray:
-        """What is seen of a plane, (H, W)."""
-        self.loaded()
-        shot = self.page.locator("canvas").nth(plane).screenshot()
-        return np.asarray(Picture.open(io.BytesIO(shot)).convert("L")).astype(float)
-
-    def pixels(self, colour: tuple[int, int, int]) -> int:
-        """How many pixels of the first plane are close to a colour."""
-        self.loaded()
-        shot = np.asarray(Picture.open(io.BytesIO(self.page.locator("canvas").first.screenshot())).convert("RGB"))
-        return int((np.abs(shot.astype(int) - colour).max(axis=-1) < 40).sum())
-
-    def slide(self, label: str, value: float) -> None:
-        self.page.get_by_label(label).evaluate(
-            "(e, v) => { e.value = v; e.dispatchEvent(new Event('input', { bubbles: true })); }", value
-        )
 
 
 @pytest.fixture
