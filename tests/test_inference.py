@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import itk
 import nibabel as nib
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from conftest import Command, deforming_bundle, infer, save
 from nibabel.affines import apply_affine
 from PIL import Image as Picture
 from scipy import ndimage
+from test_transforms import itk_resampled
 
 from regpipe import inference
 from regpipe.apply import apply
@@ -54,28 +54,6 @@ def finished(out: Path) -> set[str]:
 
 def smooth(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 2).astype(np.float32)
-
-
-def itk_resampled(moving: Path, fixed: Path, field: Path, dim: int, *, nearest: bool = False) -> np.ndarray:
-    """What ITK makes of the moving file and the displacement file."""
-    vectors, kind = itk.imread(str(field), itk.Vector[itk.F, dim]), itk.Vector[itk.D, dim]
-    image = itk.Image[kind, dim].New()  # ITK's Python transforms with double fields only
-    image.CopyInformation(vectors)
-    image.SetRegions(vectors.GetLargestPossibleRegion())
-    image.Allocate(True)
-    itk.PyBuffer[itk.Image[kind, dim]].GetArrayViewFromImage(image)[...] = itk.array_from_image(vectors)
-    transform = itk.DisplacementFieldTransform[itk.D, dim].New()
-    transform.SetDisplacementField(image)
-    source = itk.imread(str(moving), itk.F)
-    sampler = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
-    resampled = itk.resample_image_filter(
-        source,
-        transform=transform,
-        interpolator=sampler[type(source), itk.D].New(),
-        use_reference_image=True,
-        reference_image=itk.imread(str(fixed), itk.F),
-    )
-    return itk.array_from_image(resampled).T
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import itk
@@ -100,15 +101,18 @@ def itk_points(path, points: np.ndarray) -> np.ndarray:
     return np.array([list(transform.TransformPoint(p.tolist())) for p in points])
 
 
-def itk_resampled(moving: str, fixed: str, field: str, dim: int, *, nearest: bool) -> np.ndarray:
-    source = itk.imread(moving, itk.F)
+def itk_resampled(
+    moving: str | Path, fixed: str | Path, field: str | Path, dim: int, *, nearest: bool = False
+) -> np.ndarray:
+    """What ITK makes of the moving file and the displacement file."""
+    source = itk.imread(str(moving), itk.F)
     kind = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
     resampled = itk.resample_image_filter(
         source,
         transform=itk_transform(field, dim),
         interpolator=kind[type(source), itk.D].New(),
         use_reference_image=True,
-        reference_image=itk.imread(fixed, itk.F),
+        reference_image=itk.imread(str(fixed), itk.F),
     )
     return itk.array_from_image(resampled).T
 
@@ -154,7 +158,7 @@ def test_itk_resamples_images_alike_up_to_the_rim(dim, tmp_path):
     pair = oblique_pair(dim)
     d = native(pair, curved_displacement(pair))
     fixed, moving, field = written(tmp_path, pair, d)
-    theirs = itk_resampled(moving, fixed, field, dim, nearest=False)
+    theirs = itk_resampled(moving, fixed, field, dim)
     ours = transforms.resample_through(pair.moving, d, pair.fixed.affine, order=1)
     assert ours.shape == pair.fixed.array.shape and ours.dtype == np.float32
     filled = (ours != 0) & (theirs != 0)
