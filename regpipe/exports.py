@@ -26,7 +26,7 @@ from nibabel.affines import apply_affine
 
 from regpipe import frames, images
 from regpipe.errors import InputError
-from regpipe.files import replace_file, sha256
+from regpipe.files import parse_json, replace_file, sha256
 from regpipe.images import Image, PathLike, voxel_size
 from regpipe.itkbridge import affine_mat, affine_part, composite_h5, field_part, lps_matrix
 from regpipe.transforms import map_points, write_displacement
@@ -186,6 +186,12 @@ def write_transforms(
     }
     text = json.dumps(content, indent=1, default=np.ndarray.tolist)
     replace_file(folder / "transform.json", f"{text}\n".encode())
+
+
+def image_hashes(folder: Path) -> dict[str, str]:
+    """Role in a case -> SHA-256 of both images, as ``write_transforms`` told it of ``folder``."""
+    content = parse_json((folder / "transform.json").read_bytes())
+    return {f"{side}_image": content[side]["sha256"] for side in ("fixed", "moving")}
 
 
 def _write_way(

@@ -178,7 +178,7 @@ class FolderRun:
             folder,
             "registration",
             case=name,
-            inputs=manifest.inputs_of(self.cases[name]),
+            inputs=manifest.inputs_of(self.cases[name], exports.image_hashes(folder)),
             model=self._model,
             settings=self._settings,
             files=manifest.hashes(folder, WRITTEN) | {"metrics.json": hashlib.sha256(metrics).hexdigest()},

@@ -90,10 +90,10 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def inputs_of(case: Case) -> list[dict[str, str]]:
-    """Role, name and hash of each file of a case."""
+def inputs_of(case: Case, known: Mapping[str, str]) -> list[dict[str, str]]:
+    """Role, name and hash of each file of a case; ``known``: role -> SHA-256, of those that are hashed already."""
     return [
-        {"role": role, "file": Path(path).name, "sha256": sha256(images.files(path))}
+        {"role": role, "file": Path(path).name, "sha256": known.get(role) or sha256(images.files(path))}
         for role, path in case.items()
         if role != "case"
     ]

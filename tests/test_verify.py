@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import Command, deforming_bundle, infer
 
-from regpipe import InputError, manifest, rerun
+from regpipe import InputError, exports, manifest, rerun
+from regpipe.files import sha256
 from regpipe.images import Grid
 from regpipe.inference import register_from_zero
 from regpipe.transforms import read_displacement, write_displacement
@@ -51,6 +52,24 @@ def out(tmp_path: Path, done: Path) -> Path:
 
 def content(case: Path) -> dict[str, Any]:
     return json.loads((case / "manifest.json").read_text())
+
+
+def test_each_input_of_a_case_is_read_for_hashing_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("case_001.*"))
+    hashed: list[Path] = []
+
+    def noted(paths: Iterable[Path]) -> str:
+        hashed.extend(paths)
+        return sha256(paths)
+
+    for module in (exports, manifest):
+        monkeypatch.setattr(module, "sha256", noted)
+    register_from_zero(str(mine), str(tmp_path / "out"), **FEW)  # type: ignore[arg-type]
+    inputs = sorted(path for path in hashed if path.is_relative_to(mine))
+    roles = {source["role"] for source in content(tmp_path / "out" / "case_000")["inputs"]}
+    assert len(inputs) == len(roles) and inputs == sorted(set(inputs))
 
 
 def test_a_manifest_names_every_input_and_every_file_of_the_result_by_its_hash(done: Path, data: Path) -> None:
