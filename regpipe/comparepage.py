@@ -54,6 +54,8 @@ def read_csv(out: Path) -> Results:
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             for line in csv.DictReader(stream):
+                if line["backbone"] not in figures.MARKERS:
+                    raise ValueError(f"backbone {line['backbone']!r} is none of {', '.join(figures.MARKERS)}")
                 result = results.setdefault(line["backbone"], {"metrics": {}})
                 if line["metric"] in COUNTS:
                     result[line["metric"]] = float(line["mean"])

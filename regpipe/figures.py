@@ -7,6 +7,7 @@ say too. Sizes are inches: a page of two columns is 7.2 wide.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,19 +108,20 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[s
 
 
 def cost(points: Sequence[Point], *, ylabel: str) -> Figure:
-    """Accuracy with its interval against each cost: up and to the left is better."""
+    """Accuracy with its interval against each cost, where that is known: up and to the left is better."""
     transfers = [name for name in COLOURS if any(point.transfer == name for point in points)]
     with rc_context(STYLE):
         figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
         row = _panels(figure, len(points[0].costs), columns=3)
         for axes, label in zip(row, points[0].costs, strict=True):
             values = [point.costs[label] for point in points]
+            most = max(filter(math.isfinite, values), default=1)
             for point, value in zip(points, values, strict=True):
                 turn = transfers.index(point.transfer) - (len(transfers) - 1) / 2
-                aside = 0.02 * max(values) * turn if values.count(value) > 1 else 0  # intervals of one cost
+                aside = 0.02 * most * turn if values.count(value) > 1 else 0  # intervals of one cost
                 _upright(axes, [value + aside], [point.value], _look(point, transfers))
             axes.set(xlabel=label)
-            axes.set_xlim(0, 1.08 * max(values))
+            axes.set_xlim(0, 1.08 * most)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid()
         row[0].set_ylabel(ylabel)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -89,6 +90,24 @@ def test_another_file_of_that_name_is_refused(tmp_path: Path, text: str) -> None
     (tmp_path / "comparison.csv").write_text(text)
     with pytest.raises(InputError, match="comparison.csv: not as regpipe compare writes it"):
         write_page(tmp_path)
+
+
+def test_a_backbone_that_is_none_of_ours_is_named_with_those_that_are(out: Path) -> None:
+    (out / "comparison.csv").write_text((out / "comparison.csv").read_text().replace("alexnet", "mynet"))
+    with pytest.raises(InputError, match=r"comparison\.csv: .*'mynet'.* resnet18, vgg16, alexnet"):
+        write_page(out)
+
+
+def test_a_cost_that_is_not_known_is_not_drawn_and_the_others_are(tmp_path: Path) -> None:
+    unknown = {"seconds_per_pair": [math.nan] * 3}
+    write_csv(tmp_path, {name: {**of, **unknown} for name, of in RESULTS.items()})
+    results = read_csv(tmp_path)
+    write_csv(tmp_path, {**results, "alexnet": {**results["alexnet"], "flops": None}})
+    assert "| nan |" in write_page(tmp_path).splitlines()[-1] and (tmp_path / "comparison_cost.svg").is_file()
+    figure: Any = drawings(tmp_path)["cost"]
+    drawn = [np.isfinite([c.lines[0].get_xdata()[0] for c in axes.containers]).tolist() for axes in figure.axes]
+    assert drawn == [[True, True], [True, False], [False, False]]  # parameters, GFLOP, seconds
+    assert figure.axes[1].get_xlim() == pytest.approx((0, 1.08 * 5.6))
 
 
 def test_a_folder_without_results_is_told_what_writes_them(tmp_path: Path) -> None:
