@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS
 import argparse
 import collections
 import csv
+import functools
 import itertools
 import random
 import signal
@@ -187,11 +188,20 @@ class Trained:
         return f"{steps} steps, the best in epoch {best}, {len(self.curves)} values in TensorBoard"
 
 
-def sound(bundle: Path) -> None:
-    """No saved state or model is ever half of one."""
-    for path in (*saved_states(bundle / "models"), bundle / "models" / "model.pt"):
-        if path.exists() and (damage(path) or not load(path)):
-            raise Failed(f"{path.name} is damaged")
+class Bundle:
+    """What is seen of a bundle after each kill of its training, and at the end."""
+
+    def __init__(self, bundle: Path, reference: Trained) -> None:
+        self.bundle, self.reference = bundle, reference
+
+    def look(self) -> None:
+        """No saved state or model is ever half of one."""
+        for path in (*saved_states(self.bundle / "models"), self.bundle / "models" / "model.pt"):
+            if path.exists() and (damage(path) or not load(path)):
+                raise Failed(f"{path.name} is damaged")
+
+    def end(self) -> None:
+        Trained(self.bundle).compare(self.reference)
 
 
 def visible(out: Path) -> dict[str, bytes]:
@@ -229,23 +239,18 @@ class Folder:
 # ------------------------------------------------------------------------------------------- the kills
 
 
-def disturb(
-    what: str,
-    command: Command,
-    *,
-    rng: random.Random,
-    limits: tuple[float, int],
-    most: int,
-    aside: Path,
-    look: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """Kill the command at up to ``most`` random moments, one start after another; then let it end.
+class Plan(NamedTuple):
+    """What is killed, and how."""
 
-    Args:
-        what: for the table.
-        limits: seconds and operations on files of the undisturbed run; a moment is drawn from these.
-        look: called after each kill.
-    """
+    what: str  # for the table
+    limits: tuple[float, int]  # seconds and operations on files of the undisturbed run: a moment is drawn from these
+    rng: random.Random
+    aside: Path
+
+
+def disturb(plan: Plan, command: Command, most: int, look: Callable[[], None]) -> list[dict[str, Any]]:
+    """Kill the command at up to ``most`` random moments, one start after another, and look; then let it end."""
+    what, limits, rng, aside = plan
     rows: list[dict[str, Any]] = []
     while len(rows) < most:
         by_clock = rng.random() < 0.5
@@ -264,63 +269,58 @@ def disturb(
     return rows
 
 
+def killed(
+    plan: Plan, command: Callable[[str], Command], seen: Callable[[Path], Bundle | Folder], kills: int
+) -> list[dict[str, Any]]:
+    """Disturb runs until there were so many kills, and see that each ends as the undisturbed one did.
+
+    Args:
+        command: makes the one that writes to a new folder of that name.
+        seen: looks at that folder.
+    """
+    rows, number = list[dict[str, Any]](), itertools.count()
+    while len(rows) < kills:
+        disturbed = command(f"{plan.what}_{next(number)}")
+        eyes = seen(disturbed.folder)
+        rows += disturb(plan, disturbed, min(10, kills - len(rows)), eyes.look)
+        eyes.end()
+        print(f"{plan.what}: {len(rows)} kills, and the same as undisturbed", flush=True)
+    return rows
+
+
+def of_bundle(bundle: Path, folder: Path, config: str, *run: str, **told: object) -> Command:
+    """A run of the bundle's own configuration, which writes to ``folder``."""
+    told = {"config_file": bundle / "configs" / config, "bundle_root": bundle, **told}
+    told["logging_file"] = bundle / "configs" / "logging.conf"
+    words = [word for key, value in told.items() for word in (f"--{key}", str(value))]
+    return Command(["run", *run, *words], folder)
+
+
 def training(root: Path, kills: int, rng: random.Random, epochs: int) -> list[dict[str, Any]]:
     data = write_cohort(root / "data", shape=(32, 32), n_pairs=8)
+    told: dict[str, Any] = {"holdout": 2, "pairs_per_epoch": 4, "max_epochs": epochs, "learning_rate": 0.005}
+    told["key_metric"] = "ncc"  # gets better from epoch to epoch, so that the best model changes
 
     def command(name: str) -> Command:
         bundle = write_bundle("alexnet", root / name)
-        told: dict[str, Any] = {
-            "config_file": bundle / "configs/train.yaml",
-            "bundle_root": bundle,
-            "dataset_dir": data,
-        }
-        told |= {"holdout": 2, "pairs_per_epoch": 4, "max_epochs": epochs, "learning_rate": 0.005}
-        told["key_metric"] = "ncc"  # gets better from epoch to epoch, so that the best model changes
-        told |= {"logging_file": bundle / "configs/logging.conf"}
-        words = [word for key, value in told.items() for word in (f"--{key}", str(value))]
-        return Command(["run", "training", *words], bundle)
+        return of_bundle(bundle, bundle, "train.yaml", "training", dataset_dir=data, **told)
 
     limits = undisturbed(command("trained"), root)
-    reference, rows = Trained(root / "trained"), list[dict[str, Any]]()
-    print(f"training: {limits[0]:.1f} s, {limits[1]} operations on files, {reference.finished()}", flush=True)
-    number = itertools.count()
-    while len(rows) < kills:
-        disturbed, most = command(f"trained_{next(number)}"), min(10, kills - len(rows))
-        rows += disturb(
-            "training",
-            disturbed,
-            rng=rng,
-            limits=limits,
-            most=most,
-            aside=root,
-            look=lambda bundle=disturbed.folder: sound(bundle),  # type: ignore[misc]
-        )
-        Trained(disturbed.folder).compare(reference)
-        print(f"training: {len(rows)} kills, and the same to the bit", flush=True)
-    return rows
+    whole = Trained(root / "trained")
+    print(f"training: {limits[0]:.1f} s, {limits[1]} operations on files, {whole.finished()}", flush=True)
+    return killed(Plan("training", limits, rng, root), command, functools.partial(Bundle, reference=whole), kills)
 
 
 def inference(root: Path, kills: int, rng: random.Random, cases: int) -> list[dict[str, Any]]:
     data, bundle = write_cohort(root / "new", shape=(32, 32), n_pairs=cases, seed=1), root / "trained"
 
     def command(name: str) -> Command:
-        told = {"config_file": bundle / "configs/inference.yaml", "bundle_root": bundle, "dataset_dir": data}
-        told |= {"output_dir": root / name, "logging_file": bundle / "configs/logging.conf"}
-        return Command(
-            ["run", *(word for key, value in told.items() for word in (f"--{key}", str(value)))], root / name
-        )
+        return of_bundle(bundle, root / name, "inference.yaml", dataset_dir=data, output_dir=root / name)
 
     limits = undisturbed(command("registered"), root)
-    reference, rows = visible(root / "registered"), list[dict[str, Any]]()
-    print(f"inference: {limits[0]:.1f} s, {limits[1]} operations on files, {len(reference)} files", flush=True)
-    number = itertools.count()
-    while len(rows) < kills:
-        disturbed, most = command(f"registered_{next(number)}"), min(10, kills - len(rows))
-        folder = Folder(disturbed.folder, reference)
-        rows += disturb("inference", disturbed, rng=rng, limits=limits, most=most, aside=root, look=folder.look)
-        folder.end()
-        print(f"inference: {len(rows)} kills, and the same to the byte, each case once", flush=True)
-    return rows
+    whole = visible(root / "registered")
+    print(f"inference: {limits[0]:.1f} s, {limits[1]} operations on files, {len(whole)} files", flush=True)
+    return killed(Plan("inference", limits, rng, root), command, functools.partial(Folder, reference=whole), kills)
 
 
 def main() -> None:
