@@ -18,6 +18,7 @@ import collections
 import csv
 import functools
 import itertools
+import json
 import random
 import signal
 import sys
@@ -39,6 +40,7 @@ import regpipe.boardpages
 import regpipe.evaluation
 import regpipe.inference
 import regpipe.tracking  # noqa: F401
+from regpipe import manifest
 from regpipe.bundles import write_bundle
 from regpipe.checkpoints import saved_states
 from regpipe.cohort import write_cohort
@@ -68,8 +70,8 @@ class Command(NamedTuple):
 class Operations:
     """Counts what a process does to the files of a folder, and kills it at one of these operations."""
 
-    def __init__(self, folder: Path, fatal: int | None, tally: Path) -> None:
-        self.folder, self.fatal, self.tally, self.count = str(folder), fatal, tally, 0
+    def __init__(self, folder: Path, fatal: int | None) -> None:
+        self.folder, self.fatal, self.count = str(folder), fatal, 0
         self._fsync = os.fsync
         os.fsync = self._half  # type: ignore[assignment]
         sys.addaudithook(self._heard)
@@ -91,9 +93,6 @@ class Operations:
         self.count += 1
         if self.count == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def tell(self) -> None:
-        self.tally.write_text(str(self.count))
 
 
 def run(command: Command, moment: Moment, aside: Path) -> int:
@@ -118,7 +117,7 @@ def _child(command: Command, moment: Moment, aside: Path) -> None:
     log = os.open(aside / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    status, operations = 1, Operations(command.folder, moment.operation, aside / "operations")
+    status, operations = 1, Operations(command.folder, moment.operation)
     try:
         fire.Fire({"run": monai.bundle.run}, command=list(command.words), name="monai.bundle")
         status = 0
@@ -127,7 +126,7 @@ def _child(command: Command, moment: Moment, aside: Path) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        operations.tell()
+        (aside / "operations").write_text(str(operations.count))
         sys.stdout.flush()
         os._exit(status)
 
@@ -188,11 +187,11 @@ class Trained:
         return f"{steps} steps, the best in epoch {best}, {len(self.curves)} values in TensorBoard"
 
 
-class Bundle:
+class Bundle(NamedTuple):
     """What is seen of a bundle after each kill of its training, and at the end."""
 
-    def __init__(self, bundle: Path, reference: Trained) -> None:
-        self.bundle, self.reference = bundle, reference
+    bundle: Path
+    reference: Trained
 
     def look(self) -> None:
         """No saved state or model is ever half of one."""
@@ -207,7 +206,15 @@ class Bundle:
 def visible(out: Path) -> dict[str, bytes]:
     """Contents of the results, by path; what lies aside of one has a name that begins with a dot."""
     found = (path for path in out.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {str(path.relative_to(out)): path.read_bytes() for path in found}
+    return {str(path.relative_to(out)): content(path) for path in found}
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes; of a manifest without when it was written and what that took."""
+    if path.name != manifest.NAME:
+        return path.read_bytes()
+    told = manifest.read(path)
+    return json.dumps({key: told[key] for key in told if key not in ("finished", "seconds")}).encode()
 
 
 class Folder:
@@ -219,8 +226,8 @@ class Folder:
 
     def look(self) -> None:
         """Each file is that of the undisturbed run, and no finished case was done again."""
-        for name, content in visible(self.out).items():
-            if name != "metrics.csv" and content != self.reference[name]:
+        for name, seen in visible(self.out).items():
+            if name != "metrics.csv" and seen != self.reference[name]:
                 raise Failed(f"{name} is not that of the undisturbed run")
         now = {path: path.stat().st_mtime_ns for path in self.out.glob("*/metrics.json")}
         if any(now.get(path) != stamp for path, stamp in self.finished.items()):
@@ -231,9 +238,8 @@ class Folder:
         self.look()
         if visible(self.out) != self.reference:
             raise Failed("the results are not those of the undisturbed run")
-        left = [path for path in self.out.rglob(".*")]
-        if left:
-            raise Failed(f"{left[0]} was left behind")
+        for left in self.out.rglob(".*"):
+            raise Failed(f"{left} was left behind")
 
 
 # ------------------------------------------------------------------------------------------- the kills
@@ -272,12 +278,7 @@ def disturb(plan: Plan, command: Command, most: int, look: Callable[[], None]) -
 def killed(
     plan: Plan, command: Callable[[str], Command], seen: Callable[[Path], Bundle | Folder], kills: int
 ) -> list[dict[str, Any]]:
-    """Disturb runs until there were so many kills, and see that each ends as the undisturbed one did.
-
-    Args:
-        command: makes the one that writes to a new folder of that name.
-        seen: looks at that folder.
-    """
+    """Disturb the command of one new folder after another; what is ``seen`` of each ends as the undisturbed run."""
     rows, number = list[dict[str, Any]](), itertools.count()
     while len(rows) < kills:
         disturbed = command(f"{plan.what}_{next(number)}")
