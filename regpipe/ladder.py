@@ -122,19 +122,12 @@ class FittingInferer(Inferer):
             if needed(without) <= room:
                 taken = without
         told = [step.told for step in taken]
-        if self._said.setdefault(shape, []) == told:
-            return taken
-        self._said[shape] = told
-        for i, step in enumerate(taken):
-            before, after = (needed(steps) / GIB for steps in (taken[:i], taken[: i + 1]))
-            log.warning(
-                "grid %s: %.2f GiB needed, %.2f GiB more than is free: %s, %.2f GiB",
-                _grid(shape),
-                before,
-                before - room / GIB,
-                step.told,
-                after,
-            )
+        if self._said.setdefault(shape, []) != told:
+            self._said[shape] = told
+            needs = [needed(taken[:i]) / GIB for i in range(len(taken) + 1)]
+            for step, before, after in zip(taken, needs[:-1], needs[1:], strict=True):
+                words = "grid %s: %.2f GiB needed, %.2f GiB more than is free: %s, %.2f GiB"
+                log.warning(words, _grid(shape), before, before - room / GIB, step.told, after)
         return taken
 
 
