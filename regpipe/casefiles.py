@@ -63,12 +63,7 @@ def save_case(
     folder.mkdir(parents=True, exist_ok=True)
     registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
     fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
-    fields = _array(registration.displacement), _array(registration.inverse)
-    frames, matrix = (_array(batch["fixed_affine"]), _array(batch["moving_affine"])), None
-    if "moving_bend" in batch:
-        bend = _array(batch["moving_bend"])
-        matrix = frames[1] @ bend @ np.linalg.inv(frames[0])
-        fields, frames = homography.bent(*fields, frames, bend)
+    fields, frames, matrix = _placed(batch, registration)
     forward = transforms.native_displacement(fields[0], *frames, fixed)
     if DENSE in formats:
         backward = transforms.native_displacement(fields[1], *frames[::-1], moving)
@@ -89,10 +84,7 @@ def save_case(
     images, labels, native = _save_warped(case, fixed, moving, forward, whole, folder, load)
     whole_case = Shown(fixed.affine, images, labels, forward, determinant, alignment)
     views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
-    shown = case_pictures(batch, prediction)
-    for name in ("checkerboard", "overlay"):
-        report.save_png(folder / f"{name}.png", shown[name])
-    report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
+    _save_pictures(folder, case_pictures(batch, prediction))
     spacing = load.grid_of(case).spacing
     measured = measure(registration, batch, spacing) | native | load.frames.found(case)
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
@@ -103,8 +95,26 @@ def save_case(
     return {"case": case["case"], **row, "warnings": distrust}
 
 
+def _placed(
+    batch: Mapping[str, Any], registration: Registration
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], np.ndarray | None]:
+    """Both displacements, both frames, and the homography (RAS mm) where that is what lies between the frames."""
+    fields = _array(registration.displacement), _array(registration.inverse)
+    frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
+    if "moving_bend" not in batch:
+        return fields, frames, None
+    bend = _array(batch["moving_bend"])
+    return *homography.bent(*fields, frames, bend), frames[1] @ bend @ np.linalg.inv(frames[0])
+
+
 def _array(tensor: Any) -> np.ndarray:
     return tensor[0].cpu().numpy()
+
+
+def _save_pictures(folder: Path, shown: Mapping[str, np.ndarray]) -> None:
+    for name in ("checkerboard", "overlay"):
+        report.save_png(folder / f"{name}.png", shown[name])
+    report.save_png(folder / "sheet.png", report.contact_sheet(shown.values(), [report.TITLES[name] for name in shown]))
 
 
 def _save_warped(
