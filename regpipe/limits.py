@@ -28,6 +28,10 @@ LONG = tuple(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # types whose l
 SHORT = tuple(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 UNKNOWN = (b"??", b"  ", b"--", b"\0\0")  # what some scanners write for a type
 ENDLESS, PIXELS, END = 0xFFFFFFFF, (0x7FE0, 0x10), (0xFFFE, 0xE0DD)  # ends with a delimiter; a sequence's
+LONGEST_LINE = 500  # bytes of one in a NRRD's header
+BLANK = re.compile(rb"\n\r?\n")
+IN_TEXT = re.compile(rb"[ \t]*encoding[ \t]*:[ \t]*(ascii|txt|text)", re.IGNORECASE)
+NO_NUMBER = re.compile(rb"[^\s,]{%d}" % LONGEST_LINE)
 # of NRRD and MetaImage: the line that names where the voxels are
 DATA_FILE = re.compile(rb"^[ \t]*(?:ElementDataFile|data ?file)[ \t]*[=:][ \t]*([^\n]*)", re.MULTILINE | re.IGNORECASE)
 
@@ -155,6 +159,27 @@ def check_data_file(path: Path) -> None:
     for name in (name.decode("utf-8", "replace").strip() for name in names):
         if _outside(name):
             raise InputError(f"{path}: takes its voxels from another folder, {name}; put that file beside it")
+
+
+def check_nrrd(path: Path) -> None:
+    """Raises ``InputError`` where a line of a NRRD's header, or a number in its text, is longer than ITK has room for.
+
+    Its messages go into 1024 bytes, and it writes beyond them. Lines that are notes are not told in messages.
+    """
+    with path.open("rb") as file:
+        if not file.read(4) == b"NRRD":
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            blank = BLANK.search(data)
+            lines = data[: blank.end() if blank else LARGEST_TEXT].split(b"\n")
+            long = any(len(line) > LONGEST_LINE and not (b":=" in line or line[:1] == b"#") for line in lines)
+            if long or (blank is None and len(data) > LARGEST_TEXT):
+                raise InputError(f"{path}: its header has lines of more than {LONGEST_LINE} bytes; export it again")
+            in_text = next((line for line in lines if IN_TEXT.match(line)), None)
+            if in_text and any(DATA_FILE.match(line) for line in lines):
+                raise InputError(f"{path}: its voxels are text in another file; save them with it, or raw")
+            if in_text and NO_NUMBER.search(data, blank.end() if blank else 0):
+                raise InputError(f"{path}: holds text where numbers should be; export it again")
 
 
 def _outside(name: str) -> bool:

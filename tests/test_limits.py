@@ -375,3 +375,33 @@ def test_what_pydicom_is_tested_with_passes_where_gdcm_reads_it() -> None:
                 limits.check_dicom(path)
                 read += 1
     assert read > 20 or not folder.is_dir()
+
+
+# --- NRRD: ITK writes what it complains of into 1024 bytes ---
+
+SMALL = "NRRD0004\ntype: uint8\ndimension: 2\nsizes: 3 2\nencoding: {}\n{}\n"
+NINES = "9" * 2000
+OVERLONG = {
+    "an unknown field": SMALL.format("raw", f"{NINES}: 3\n") + "123456",
+    "a number": SMALL.format("raw", f"spacings: 1 {NINES}\n") + "123456",
+    "a number before a lone return": SMALL.format("raw", f"spacings: 1 {NINES[:400]}\r{NINES}\n") + "123456",
+    "a name": SMALL.format("raw", f"data file: {NINES}\n"),
+    "a voxel": SMALL.format("ascii", "") + f"1 2 3 4 5 {NINES}",
+    "no end of the header": SMALL.format("raw", f"{NINES}: 3")[:-1],
+    "voxels in another file": SMALL.format("ASCII", "data file: a.txt\n"),
+}
+
+
+@pytest.mark.parametrize("what", OVERLONG)
+def test_a_nrrd_that_would_overrun_itk_is_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "a.nrrd").write_bytes(OVERLONG[what].encode())
+    with pytest.raises(InputError, match=r"a\.nrrd: .*(export it again|save them with it, or raw)"):
+        images.read_image(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("note", ["# " + NINES + "\n", NINES + ":=" + NINES + "\n", ""])
+@pytest.mark.parametrize(("encoding", "data"), [("raw", "123456"), ("text", "1 2 3\n4 5 6\n")])
+def test_a_nrrd_with_long_notes_is_read(tmp_path: Path, note: str, encoding: str, data: str) -> None:
+    (tmp_path / "a.nrrd").write_bytes((SMALL.format(encoding, note) + data).encode())
+    array = images.read_image(tmp_path / "a.nrrd").array
+    assert (array - array[0, 0]).T.tolist() == [[0, 1, 2], [3, 4, 5]]
