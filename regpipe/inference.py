@@ -269,8 +269,11 @@ class FolderRun:
 
 
 def _told(case: str, done: str, error: BaseException) -> InputError:
-    why = f"out of memory: {REMEDIES}" if out_of_memory(error) else root(error)
-    return InputError(f"{case}: cannot be {done} ({why})")
+    if out_of_memory(error):
+        return InputError(f"{case}: cannot be {done} (out of memory: {REMEDIES})")
+    return InputError(
+        f"{case}: cannot be {done} ({root(error)}); leave it out, or report it with what regpipe doctor says"
+    )
 
 
 def _stamps(path: str) -> str:
