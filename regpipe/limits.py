@@ -167,7 +167,7 @@ def check_nrrd(path: Path) -> None:
     Its messages go into 1024 bytes, and it writes beyond them. Lines that are notes are not told in messages.
     """
     with path.open("rb") as file:
-        if not file.read(4) == b"NRRD":
+        if file.read(4) != b"NRRD":
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             blank = BLANK.search(data)
