@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from regpipe import limits
 from regpipe.errors import InputError
 from regpipe.readers import PathLike, Source, is_plane, itk_geometry, plane, squeezed, warn_once
 
@@ -99,6 +100,8 @@ def open_series(folder: Path) -> Source:
 def _one_series(folder: Path) -> list[Path]:
     import itk
 
+    for file in parts(folder):
+        limits.check_dicom(file)
     names = itk.GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(True)  # tells apart what some scanners give one UID: other sizes, thicknesses, sequences
     names.SetDirectory(str(folder))
@@ -155,6 +158,7 @@ def _check_positions(folder: Path, slices: Sequence[_Slice], normal: np.ndarray)
 def _header(path: Path) -> Any:
     import itk
 
+    limits.check_dicom(path)
     io = itk.GDCMImageIO.New()
     if not io.CanReadFile(str(path)):
         raise InputError(f"{path}: not DICOM, or cut off; export it again")

@@ -31,6 +31,7 @@ __all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, 
 
 
 LARGEST = 2**31 - 1  # of label ids, which are int32
+FLAT = 0.01  # of a box's volume: what axes at an angle of less than half a degree to each other leave
 GREATEST = 1e30  # value of a voxel; sums of them are float32, too
 
 
@@ -225,7 +226,7 @@ def _one_frame(source: Source, file: Path, frame: int) -> Source:
 
 def _check_affine(affine: np.ndarray, path: PathLike) -> None:
     size = voxel_size(affine)
-    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-6 * np.prod(size):
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > FLAT * np.prod(size):
         raise InputError(f"{path}: its affine is singular or not finite; mend its header")
     readers.require_voxel_size(path, size)
 

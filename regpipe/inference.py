@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -29,6 +30,8 @@ from regpipe.ladder import FittingInferer, require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
 from regpipe.refine import ZERO_STEPS, zero_refiner
+
+log = logging.getLogger(__name__)
 
 
 class FolderRun:
@@ -141,9 +144,8 @@ class FolderRun:
                 raise
             # a folder that may not be written, or a file where the case's folder should be
             self._give_up(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
-        except (RuntimeError, MemoryError) as problem:
-            if not out_of_memory(problem):
-                raise
+        except Exception as problem:  # whatever it is, the other cases are done
+            log.debug("%s", name, exc_info=True)
             self._give_up(name, _told(name, "written", problem))
         finally:  # not kept while the next case is registered
             engine.state.output = engine.state.batch = None
@@ -238,9 +240,12 @@ class FolderRun:
         self._current = ""
         try:
             evaluator.run()
-        except (RuntimeError, MemoryError, InputError) as error:
+        except OSError:  # a full disk: nor can any other case be written
+            raise
+        except Exception as error:
             if not self._current:
                 raise  # not a case's fault
+            log.debug("%s", self._current, exc_info=True)
             self._fail(self._current, _told(self._current, "registered", error))
 
     @idist.one_rank_only()
@@ -268,8 +273,11 @@ class FolderRun:
 
 
 def _told(case: str, done: str, error: BaseException) -> InputError:
-    why = f"out of memory: {REMEDIES}" if out_of_memory(error) else root(error)
-    return InputError(f"{case}: cannot be {done} ({why})")
+    if out_of_memory(error):
+        return InputError(f"{case}: cannot be {done} (out of memory: {REMEDIES})")
+    return InputError(
+        f"{case}: cannot be {done} ({root(error)}); leave it out, or report it with what regpipe doctor says"
+    )
 
 
 def _stamps(path: str) -> str:

@@ -179,6 +179,7 @@ def open_itk(path: Path) -> Source:
     import itk  # takes a second, and most cohorts are NIfTI
 
     limits.check_data_file(path)
+    limits.check_nrrd(path)
     _require_few_axes(path)
     io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if io is None:

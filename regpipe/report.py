@@ -263,7 +263,7 @@ def contact_sheet(
 
 def _captioned(picture: Picture, title: str, height: int) -> Image.Image:
     image = Image.fromarray(picture)
-    image = image.resize((round(image.width * height / image.height), height), Image.Resampling.LANCZOS)
+    image = image.resize((max(round(image.width * height / image.height), 1), height), Image.Resampling.LANCZOS)
     font = ImageFont.load_default(size=15)
     band = 24  # pixels
     width = max(image.width, round(font.getlength(title)) + 2 * GAP)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import regpipe
 from regpipe import images
-from regpipe.files import save_tensors
+from regpipe.files import damage, save_tensors
 
 FORMAT = 1  # of what is kept: a change of how it is made needs another
 
@@ -44,6 +44,9 @@ class Store:
         key = {"version": [regpipe.__version__, FORMAT], "files": [_stamps(file) for file in files], **about}
         path = self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.pt"
         try:
+            why = damage(path)  # torch looks at no checksum
+            if why:
+                raise ValueError(why)
             return torch.load(path, mmap=True, weights_only=True)
         except FileNotFoundError:
             pass

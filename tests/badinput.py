@@ -145,6 +145,7 @@ FILES: dict[str, tuple[str, Content, str]] = {
     "negative voxel size of a MetaImage": ("moving_images/*.mha", mha(spacing="-1 1"), "voxel size -1 x 1 mm"),
     "no voxel size of a MetaImage": ("moving_images/*.mha", mha(spacing="0 1"), "voxel size 0 x 1 mm"),
     "singular affine": (PLAIN, nifti(blob(), srow_x=0, srow_y=0, srow_z=0, sform_code=1), "singular"),
+    "axes all but parallel": (PLAIN, nifti(blob(), srow_x=[[1, 50000, 0, 0]], sform_code=1), "singular"),
     "affine NaN": (PLAIN, nifti(blob(), srow_x=[[np.nan, 0, 0, 0]], sform_code=1), "not finite"),
     "quaternion too long": (PLAIN, nifti(blob(), quatern_b=5, qform_code=1, sform_code=0), "truncated"),
     "axis of one voxel": (PLAIN, nifti(blob()[:, :1, None] * np.ones(24, np.float32)), "one voxel thick"),

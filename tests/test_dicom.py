@@ -204,11 +204,16 @@ def test_what_is_wrong_with_a_series_is_said_in_a_line(tmp_path: Path, caplog: p
     (tmp_path / "none").mkdir()
     expect(tmp_path / "none", "folder without DICOM")
     (tmp_path / "none" / "x").write_bytes(b"\0" * 128 + b"DICM and no more")
-    expect(tmp_path / "none", "none of its DICOM files holds a readable image")
+    expect(tmp_path / "none", "none/x: not DICOM, or cut off")
     (tmp_path / "cut.dcm").write_bytes(series("cut")[0].read_bytes()[:300])
     expect(tmp_path / "cut.dcm", "cut.dcm: not DICOM, or cut off")
     last = sorted(f.name for f in (tmp_path / "cut").iterdir())[0]
     (tmp_path / "cut" / "x").write_bytes((tmp_path / "cut" / last).read_bytes()[:300])
+    expect(tmp_path / "cut", "cut/x: not DICOM, or cut off")  # left out, a slice at the end would not be missed
+    write_dicom(tmp_path / "cut" / "x", counts()[:, :, 0])
+    record = pydicom.dcmread(tmp_path / "cut" / "x")
+    del record.PixelData, record.Rows
+    record.save_as(tmp_path / "cut" / "x")
     with caplog.at_level(logging.WARNING):
         assert read_image(tmp_path / "cut").array.shape == (9, 8, 7)
     assert "cut: 1 DICOM files hold no readable image and are left out: x" in caplog.text

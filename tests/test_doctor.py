@@ -47,6 +47,11 @@ def test_operations_hold_on_the_cpu_and_backbones_are_symmetric() -> None:
     assert "gradients" in checkup.operations("cpu") and "symmetric" in checkup.backbones()
 
 
+def test_training_and_the_affine_stage_do_here_what_they_should() -> None:
+    assert "after 30 steps" in checkup.training()
+    assert "a translation by 5 mm is found" in checkup.affine_stage()
+
+
 def half_of_it(velocity: torch.Tensor) -> torch.Tensor:
     return velocity / 2
 

@@ -299,6 +299,21 @@ def test_a_case_that_may_not_be_written_leaves_nothing_and_the_others_are_done(
     assert contents(tmp_path) == registered
 
 
+def test_a_case_that_fails_as_nobody_foresaw_leaves_nothing_and_the_others_are_done(
+    tmp_path, model, data, registered, monai_bundle, monkeypatch, capsys
+) -> None:
+    unforeseen = ValueError("height and width must be > 0")
+    monkeypatch.setattr(files.os, "replace", at_call(FILES + 5, os.replace, unforeseen))
+    with pytest.raises(SystemExit) as end:
+        infer(monai_bundle, model, data, tmp_path)
+    assert end.value.code == 1
+    assert "case_001: cannot be written (height and width must be > 0)" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"case_000", "case_002", "metrics.csv"}
+    monkeypatch.undo()
+    infer(monai_bundle, model, data, tmp_path)
+    assert contents(tmp_path) == registered
+
+
 def test_what_a_kill_left_aside_in_a_case_is_gone_when_it_is_done(
     tmp_path, model, data, registered, monai_bundle
 ) -> None:

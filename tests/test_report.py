@@ -206,6 +206,11 @@ def test_a_contact_sheet_holds_every_picture_below_its_title():
     assert sheet[: red[0]].min() < 100  # ink above the first
 
 
+def test_a_contact_sheet_of_a_picture_two_pixels_wide_is_made() -> None:
+    thin = np.zeros((3000, 2, 3), np.uint8)
+    assert report.contact_sheet([thin], ["thin"]).ndim == 3
+
+
 def test_a_contact_sheet_needs_pictures_and_a_title_for_each():
     with pytest.raises(ValueError, match="no picture"):
         report.contact_sheet([], [])

@@ -81,7 +81,10 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path, caplog) -> None:
 
     assert get(1.0) == 1.0 and get(2.0) == 1.0
     (file,) = store.folder.iterdir()
-    for damage in (b"", b"not a tensor", file.read_bytes()[:-200]):
+    sound = file.read_bytes()
+    turned = sound.replace(np.float64(1.0).tobytes(), np.float64(1.5).tobytes())
+    assert turned != sound
+    for damage in (b"", b"not a tensor", sound[:-200], turned):
         file.write_bytes(damage)
         with caplog.at_level(logging.WARNING):
             assert get(3.0) == 3.0

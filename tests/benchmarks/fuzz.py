@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import faulthandler
+import gzip
 import hashlib
 import io
 import json
@@ -27,8 +28,13 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import torch
 from PIL import Image as Picture
+from pydicom import uid
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID
 
 from regpipe import record
 from regpipe.errors import InputError, printable
@@ -60,6 +66,15 @@ SIGNS = (
     b"../../a",
 )
 NESTS = (b"[" * 20000, b"{", b"}", b"]", b"null", b"true", b"\\ud800", b"x" * 300)
+TAGS = (  # of DICOM: rows, bits, samples, frames, pixels, an end, a sequence
+    b"\x28\x00\x10\x00US\x02\x00\xff\xff",
+    b"\x28\x00\x00\x01US\x02\x00\x10\x00",
+    b"\x28\x00\x02\x00US\x02\x00\x03\x00",
+    b"\x28\x00\x08\x00IS\x06\x00999999",
+    b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff",
+    b"\xfe\xff\x0d\xe0\x00\x00\x00\x00",
+    b"\x08\x00\x15\x11SQ\x00\x00\xff\xff\xff\xff",
+)
 ODD: tuple[bytes, ...] = NUMBERS + SIGNS + NESTS
 
 
@@ -87,6 +102,30 @@ def _picture(form: str) -> bytes:
     data = io.BytesIO()
     Picture.fromarray((np.arange(90).reshape(9, 10) % 7).astype(np.uint8)).save(data, format=form)
     return data.getvalue()
+
+
+def _nrrd(encoding: str, data: bytes) -> bytes:
+    head = f"NRRD0004\ntype: uint8\ndimension: 3\nspace: left-posterior-superior\nsizes: 9 5 2\nencoding: {encoding}\n"
+    return f"{head}space directions: (1,0,0) (0,2,0) (0,0,3)\nspace origin: (1,-2,3)\n\n".encode() + data
+
+
+def _dicom(place: float, syntax: UID = uid.ExplicitVRLittleEndian) -> bytes:
+    """One slice of 9 x 10 pixels at ``place`` mm along the stack."""
+    meta = FileMetaDataset()
+    data = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = UID(f"1.2.3.{place:.0f}")
+    data.SOPClassUID, data.SeriesInstanceUID = uid.CTImageStorage, UID("1.2.3")
+    data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, place], [1, 0, 0, 0, 1, 0]
+    data.PixelSpacing, data.Rows, data.Columns = [1, 2], 9, 10
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
+    data.RescaleSlope, data.RescaleIntercept = 2, -1
+    data.PixelData = encapsulate([_picture("jpeg")]) if syntax == uid.JPEGBaseline8Bit else bytes(range(90))
+    data["PixelData"].VR = "OB"
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, data, enforce_file_format=True)
+    return file.getvalue()
 
 
 def _mesh_vtk(*, binary: bool) -> bytes:
@@ -140,6 +179,13 @@ def kinds() -> dict[str, Kind]:
     volumes = (_nifti((4, 5, 6), "u1"), _nifti((4, 5), "f4"), _nifti((3, 4, 2, 1), "i2"))
     head = b"ObjectType = Image\nNDims = 2\nDimSize = 9 10\nElementType = MET_UCHAR\nElementSpacing = 1 2\n"
     mha = head + b"ElementDataFile = LOCAL\n" + bytes(i % 7 for i in range(90))
+    pair = volumes[1][:108] + bytes(4) + volumes[1][112:344] + b"ni1\0" + bytes(4)  # voxels from byte 0 on
+    grey, ascii_ = bytes(i % 7 for i in range(90)), " ".join(str(i % 7) for i in range(90)).encode()
+    nrrds = (_nrrd("raw", grey), _nrrd("ascii", ascii_), _nrrd("gzip", gzip.compress(grey, mtime=0)))
+    detached = _nrrd("raw", b"").replace(b"encoding", b"data file: voxels.raw\nencoding")
+    apart = head + b"ElementDataFile = voxels.raw\n"
+    slices = tuple(_dicom(0, syntax) for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian))
+    slices += (_dicom(0, uid.JPEGBaseline8Bit),)
     return {
         "datalist": Kind("list.json", (json.dumps(datalist).encode(),), (b"test", b"moving_mask", b"p.csv"), _list_all),
         "groups": Kind(
@@ -162,6 +208,13 @@ def kinds() -> dict[str, Kind]:
         "grid": Kind("grid.json", (b'{"shape": [64, 64], "spacing": [1.0, 2]}',), (b"[]",), load_grid),
         "case": Kind("transform.json", (json.dumps(case).encode(),), (b"shape", b"affine"), find),
         "nifti": Kind("v.nii", volumes, (b"n+1\x00", b"\x00\x00\x80\x3f"), _read_both),
+        "nifti.gz": Kind("v.nii.gz", (gzip.compress(volumes[0], mtime=0),), (b"\x1f\x8b\x08",), _read_both),
+        "nifti pair": Kind("h.hdr", (pair,), (b"ni1\x00", b"\x00\x00\x80\x3f"), _read_both),
+        "nrrd": Kind("v.nrrd", nrrds, (b"sizes: ", b"type: double\n", b"raw", b"data file: ", b"kinds: "), _read_both),
+        "nhdr": Kind("v.nhdr", (detached,), (b"LIST\n", b"voxels.raw", b"v%d.raw 1 2 1", b"skip: -1\n"), _read_both),
+        "mhd": Kind("v.mhd", (apart,), (b"LIST\n", b"voxels.raw", b"HeaderSize = -1\n", b"%d.raw 1 2 1"), _read_both),
+        "dicom": Kind("v.dcm", slices, TAGS, _read_both),
+        "series": Kind("series/b.dcm", (_dicom(3),), TAGS, _read_folder),
         "metaimage": Kind("v.mha", (mha,), (b"DimSize = ", b"MET_FLOAT", b"LOCAL", b"TransformMatrix = "), _read_both),
         "png": Kind("v.png", (_picture("png"),), (b"IDAT", b"IHDR"), _read_both),
         "tiff": Kind("v.tif", (_picture("tiff"),), (b"\x01\x01\x03\x00",), _read_both),
@@ -172,10 +225,19 @@ def _list_groups(path: Path) -> None:
     list_pairs(path.parent, split="training")
 
 
+def _read_folder(path: Path) -> None:
+    """A slice among sound ones: the whole series."""
+    read_image(path.parent)
+
+
 def prepare(folder: Path) -> Path:
     """The files that the whole ones name: images, landmarks, a transform of which only the hash is looked at."""
-    for name in ("models", "set"):
+    for name in ("models", "set", "series"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, place in (("a", 0), ("c", 6)):
+        (folder / "series" / f"{name}.dcm").write_bytes(_dicom(place))
+    (folder / "h.img").write_bytes(_nifti((4, 5), "f4")[352:])
+    (folder / "voxels.raw").write_bytes(bytes(i % 7 for i in range(90)))
     (folder / "t.h5").write_bytes(TRANSFORM)
     for name in "abcdef":
         (folder / "set" / f"{name}.nii").write_bytes(_nifti((4, 5), "u1"))
