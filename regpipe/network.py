@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from monai.networks.nets import UNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -71,7 +72,7 @@ class SymmetricNet(nn.Module):
         if transfer not in ("encoder", "network"):
             raise InputError(f"transfer is '{transfer}': choose encoder or network")
         self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze)
-        self.detail = _Detail(spatial_dims, width // 4, width // 2, full=structures > 0)
+        self.detail = _Detail(spatial_dims, width // 2)
         channels = {VELOCITY_STRIDE: width // 2}
         for stride, count in zip(self.encoder.strides, self.encoder.channels, strict=True):
             channels[stride] = channels.get(stride, 0) + count
@@ -79,18 +80,22 @@ class SymmetricNet(nn.Module):
         widths = [width // 2 if stride == VELOCITY_STRIDE else width for stride in self.strides]
         seen = [channels[stride] for stride in self.strides]
         self.pyramid = _Pyramid(spatial_dims, seen, widths)
-        self.anatomy = _Anatomy(spatial_dims, widths[-1], width // 4, structures + 1) if structures else None
+        self.anatomy = _Anatomy(spatial_dims, width // 2, structures + 1) if structures else None
         extra = structures + 1 if structures else 0
         self.levels = nn.ModuleList(_Level(spatial_dims, count + extra, count, correlation) for count in widths)
         if transfer == "network":
             lay_in_decoder(self, pretrained, backbone)
 
     def forward(self, pair: Tensor) -> Tensor:
-        pair = resize_image(pair, self.inner_shape(pair.shape[2:]))
-        batches = together(pair.chunk(2, 1), SMALL_IMAGE)
-        seen = (self._part(self._see, images) for images in batches)
+        inner = self.inner_shape(pair.shape[2:])
+        images = resize_image(pair, inner)
+        seen = [self._part(self._see, both) for both in together(images.chunk(2, 1), SMALL_IMAGE)]
         maps = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
-        logits = None if self.anatomy is None else maps.pop()
+        logits = None if self.anatomy is None else self._structures(self.anatomy, pair)
+        if logits is not None:
+            tissue = logits.softmax(1)
+            maps = [torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps]
+            logits = resize_image(logits, inner)
         velocity: Tensor | None = None
         for level in self.levels:
             velocity = self._part(level, maps.pop(0), velocity)  # a map is let go of when its level has warped it
@@ -103,20 +108,20 @@ class SymmetricNet(nn.Module):
         return checkpoint(compute, *given, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
     def _see(self, images: Tensor) -> list[Tensor]:
-        """(N, 1, *inner) -> what each level sees of them, coarse to fine; then the logits of the structures, if any."""
-        texture, edges = self.detail(images)
-        finest = {VELOCITY_STRIDE: [texture]}
+        """(N, 1, *inner) -> what each level sees of them, coarse to fine."""
+        finest = {VELOCITY_STRIDE: [self.detail(images)]}
         lateral = dict(zip(self.strides, self.pyramid.lateral, strict=True))
         beside = {}
         for stride, feature in zip(self.encoder.strides, self.encoder.features(images), strict=True):
             beside[stride] = lateral[stride](*finest.pop(stride, []), feature)
         beside |= {stride: lateral[stride](*parts) for stride, parts in finest.items()}
-        maps = self.pyramid([beside.pop(stride) for stride in self.strides])
-        if self.anatomy is None:
-            return maps
-        logits = self.anatomy(maps[-1], edges)
-        tissue = logits.softmax(1)
-        return [*(torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps), logits]
+        return self.pyramid([beside.pop(stride) for stride in self.strides])
+
+    def _structures(self, anatomy: nn.Module, pair: Tensor) -> Tensor:
+        """(B, 2, *spatial) -> logits (2B, K + 1, *grid), fixed's first, on a grid that a U-Net can halve four times."""
+        # 16 k points; of 16 an axis one would be left at the bottom, and instance norm refuses a single one
+        images = resize_image(pair, [max(n - 1, 32) for n in self.inner_shape(pair.shape[2:])])
+        return torch.cat([self._part(anatomy, both) for both in together(images.chunk(2, 1), SMALL_IMAGE)])
 
     def inner_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The grid that images of ``shape`` are looked at on."""
@@ -127,39 +132,34 @@ class SymmetricNet(nn.Module):
 
 
 class _Detail(nn.Module):
-    """A cheap, untransferred view of the full-resolution image: ``(texture, edges)``.
+    """A cheap, untransferred view of the full-resolution image: the cells that ``fold`` makes of it, at stride 2."""
 
-    Texture at stride 2, of the cells that ``fold`` makes of the voxels. Or, where ``full`` asks for them, of edges at
-    stride 1, which cost as much as half a backbone and are None else.
-    """
-
-    def __init__(self, spatial_dims: int, narrow: int, wide: int, *, full: bool) -> None:
+    def __init__(self, spatial_dims: int, width: int) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
-        self.edges = nn.Sequential(conv(1, narrow, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)) if full else None
-        first = conv(narrow, wide, 3, stride=2, padding=1) if full else conv(2**spatial_dims, wide, 3, padding=1)
-        rest = (nn.LeakyReLU(0.2, inplace=True), conv(wide, wide, 3, padding=1), nn.LeakyReLU(0.2, inplace=True))
-        self.texture = nn.Sequential(first, *rest)
+        first, then = conv(2**spatial_dims, width, 3, padding=1), conv(width, width, 3, padding=1)
+        rectify = functools.partial(nn.LeakyReLU, 0.2, inplace=True)
+        self.texture = nn.Sequential(first, rectify(), then, rectify())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        edges = None if self.edges is None else self.edges(images)
-        return self.texture(fold(images) if edges is None else edges), edges
+    def forward(self, images: Tensor) -> Tensor:
+        return self.texture(fold(images))
 
 
 class _Anatomy(nn.Module):
-    """The finest map, seen with the edges of the full-resolution image -> logits of the structures there."""
+    """Images -> logits of the structures in them, by a residual U-Net (MONAI's; Kerfoot et al. 2018) of its own.
 
-    def __init__(self, spatial_dims: int, width: int, narrow: int, classes: int) -> None:
+    It costs less than the full-resolution features that a head on the encoder would need, and sees more
+    (docs/results/accuracy.md, prostate).
+    """
+
+    def __init__(self, spatial_dims: int, width: int, classes: int) -> None:
         super().__init__()
-        conv = CONV[spatial_dims]
-        self.merge = nn.Sequential(
-            conv(width + narrow, width, 3, padding=1), nn.LeakyReLU(0.2, inplace=True), nn.GroupNorm(4, width)
-        )
-        self.classes = conv(width, classes, 1)
+        channels = [width << i for i in range(5)]
+        self.net = UNet(spatial_dims, 1, classes, channels, strides=(2, 2, 2, 2), num_res_units=2)
+        self.classes = CONV[spatial_dims](classes, classes, 1)
 
-    def forward(self, features: Tensor, edges: Tensor) -> Tensor:
-        joined = torch.cat([resize_image(features, edges.shape[2:]), edges], 1)
-        return self.classes(self.merge(joined))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classes(self.net(images))
 
 
 def fold(x: Tensor) -> Tensor:

@@ -116,8 +116,9 @@ def test_large_images_are_looked_at_one_by_one_with_the_same_velocity_and_gradie
     monkeypatch.setattr(network, "SMALL_LEVEL", 0)
     large = found()
     assert batches == [4, 2, 2]
-    for one, other in zip(small, large, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+    most = max(float(x.abs().max()) for x in small[1:])
+    for one, other in zip(small, large, strict=True):  # a bias before a norm has no gradient but rounding
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * max(float(one.abs().max()), 1e-2 * most))
     assert torch.equal(net(pair.flip(1))[:, :dims], -net(pair)[:, :dims])
 
 
