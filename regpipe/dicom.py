@@ -62,7 +62,8 @@ def open_dicom(path: Path) -> Source:
         warn_once(f"{path}: is in colour; its luminance is used")
 
     def voxels(frame: int | None) -> np.ndarray:
-        array = itk.array_from_image(itk.imread(str(path), itk.F)).T.reshape(shape)  # GDCM rescales
+        image = itk.imread(str(path), itk.F, imageio=itk.GDCMImageIO.New())  # rescales
+        array = itk.array_from_image(image).T.reshape(shape)
         return array if frame is None else array[:, :, 0, frame]
 
     return Source(shape, affine, np.dtype("f4"), voxels)

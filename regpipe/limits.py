@@ -7,6 +7,7 @@ of zeros, and a header can name any other file as its voxels. Each is refused he
 from __future__ import annotations
 
 import math
+import mmap
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,10 @@ GIB = 2**30
 UNASKED = GIB  # bytes that are read without asking what is free
 LARGEST_EXTENSIONS = 16 << 20  # bytes between a NIfTI's header and its voxels
 LARGEST_TEXT = 1 << 20  # bytes of a NRRD's or MetaImage's header
-# of NRRD and MetaImage: the line that names where the voxels are
-DATA_FILE = re.compile(rb"^[ \t]*(?:ElementDataFile|data ?file)[ \t]*[=:][ \t]*([^\n]*)", re.MULTILINE | re.IGNORECASE)
+# the line that names where the voxels are: of NRRD; and of MetaImage, which ITK finds in places where no line begins
+NRRD_DATA = re.compile(rb"^[ \t]*data ?file[ \t]*[=:][ \t]*([^\n]*)", re.MULTILINE | re.IGNORECASE)
+META_DATA = re.compile(rb"ElementDataFile(?:[ \t]*[=:][ \t]*([^\0-\x08\n-\x1f]+)(?:\r?\n|\Z))?")
+NUMBERED = re.compile(r"%0?\d{0,2}d")  # of one file for each slice
 
 
 def require_room(path: object, shape: Sequence[int], itemsize: int = 8) -> None:
@@ -87,20 +90,41 @@ def check_data_file(path: Path) -> None:
 
     ITK reads whatever the header names: ``ElementDataFile = /etc/passwd``.
     """
-    with path.open("rb") as file:
-        head = file.read(LARGEST_TEXT + 1)
-    text = head.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    header, blank, _ = text.partition(b"\n\n") if text.startswith(b"NRRD") else (text, b"", b"")
-    found = DATA_FILE.search(header)
-    if found is None:
-        if len(head) > LARGEST_TEXT and not blank:
-            raise InputError(f"{path}: its header is longer than {LARGEST_TEXT} bytes; export it again")
+    if not path.stat().st_size:
         return
-    named = found[1].strip()
-    names = text[found.end() :].splitlines() if named.upper().startswith(b"LIST") else [named]
-    for name in (name.decode("utf-8", "replace").strip() for name in names):
-        if _outside(name):
-            raise InputError(f"{path}: takes its voxels from another folder, {name}; put that file beside it")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name in (*_of_nrrd(path, data[: LARGEST_TEXT + 1]), *_of_meta(path, data)):
+            if _outside(name):
+                raise InputError(f"{path}: takes its voxels from another folder, {name}; put that file beside it")
+            if "%" in NUMBERED.sub("", name):  # ITK hands it to printf
+                raise InputError(f"{path}: takes its voxels from {name}; name each file, or number them by %d")
+
+
+def _of_nrrd(path: Path, head: bytes) -> Iterator[str]:
+    """The files that a NRRD header names."""
+    if not head.startswith(b"NRRD"):
+        return
+    text = head.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    header, blank, _ = text.partition(b"\n\n")
+    found = None
+    for found in NRRD_DATA.finditer(header):
+        yield from _named(found[1], text[found.end() :])
+    if found is None and len(head) > LARGEST_TEXT and not blank:
+        raise InputError(f"{path}: its header is longer than {LARGEST_TEXT} bytes; export it again")
+
+
+def _of_meta(path: Path, data: mmap.mmap) -> Iterator[str]:
+    """The files that a MetaImage names wherever its header might end: ITK's idea of a line is not everybody's."""
+    for found in META_DATA.finditer(data):
+        if found[1] is None:
+            raise InputError(f"{path}: does not say in a line of its own where its voxels are; export it again")
+        yield from _named(found[1], data[found.end() : found.end() + LARGEST_TEXT])
+
+
+def _named(named: bytes, after: bytes) -> Iterator[str]:
+    """The file that is named, or of a list all of them."""
+    names = after.splitlines() if named.strip().upper().startswith(b"LIST") else [named]
+    return (name.decode("utf-8", "replace").strip() for name in names)
 
 
 def _outside(name: str) -> bool:

@@ -180,8 +180,10 @@ def open_itk(path: Path) -> Source:
 
     limits.check_data_file(path)
     _require_few_axes(path)
-    io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-    if io is None:
+    # not whatever can read it: HDF5 under this name may take its voxels from anywhere
+    kind = itk.MetaImageIO if path.suffix.lower() in (".mha", ".mhd") else itk.NrrdImageIO
+    io = kind.New()
+    if not io.CanReadFile(str(path)):
         raise InputError(f"{path}: ITK does not recognise its header; export it again")
     io.SetFileName(str(path))
     io.ReadImageInformation()
@@ -194,7 +196,7 @@ def open_itk(path: Path) -> Source:
 
     def voxels(frame: int | None) -> np.ndarray:
         # ITK's Python has no int8 or int64 images: read as double, exact for every label.
-        array = itk.array_from_image(itk.imread(str(path), itk.D)).T.reshape(shape)
+        array = itk.array_from_image(itk.imread(str(path), itk.D, imageio=kind.New())).T.reshape(shape)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, np.dtype("f8"), voxels)

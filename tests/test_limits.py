@@ -139,6 +139,45 @@ def test_voxels_in_another_folder_are_not_fetched(tmp_path: Path, name: str, vox
         images.read_image(tmp_path / name)
 
 
+# before or instead of the line that names the voxels: what ITK steps over, and a search by lines would not
+CONCEALED = (
+    "{}",
+    "\x0b{}",
+    "\x0c{}",
+    "Comment = a\rElementDataFile = LOCAL\r{}",
+    "Comment\nElementDataFile = LOCAL\n{}",
+)
+CONCEALED += ("Offset =\nElementDataFile = LOCAL\n{}", "Comment : ElementDataFile = LOCAL\n{}")
+
+
+@pytest.mark.parametrize("before", CONCEALED)
+@pytest.mark.parametrize("key", ["ElementDataFile =", "ElementDataFile\n=", "ElementDataFile\0=", "ElementDataFile:"])
+def test_voxels_in_another_folder_are_not_fetched_however_the_header_says_so(
+    tmp_path: Path, before: str, key: str
+) -> None:
+    (tmp_path / "secret.raw").write_bytes(bytes(range(16)))
+    (tmp_path / "data").mkdir()
+    header = META + "DimSize = 2 2 2\n" + before.format(f"{key} {tmp_path / 'secret.raw'}\n")
+    (tmp_path / "data" / "a.mha").write_bytes(header.encode())
+    with pytest.raises(InputError, match=r"a.mha: (takes its voxels from another|does not say in a line)"):
+        images.read_image(tmp_path / "data" / "a.mha")
+
+
+@pytest.mark.parametrize("name", ["a.mhd", "c.nhdr"])
+def test_a_name_that_would_end_the_process_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(DETACHED[name].format("%s%n 1 1 1"))
+    with pytest.raises(InputError, match=f"{name}: takes its voxels from %s%n"):
+        images.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_another_format_under_a_known_name_is_not_read_by_its_own_rules(tmp_path: Path, name: str) -> None:
+    itk.imwrite(itk.image_from_array(RNG.integers(0, 9, (4, 4, 4)).astype(np.uint8)), str(tmp_path / "a.h5"))
+    (tmp_path / "a.h5").rename(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: ITK does not recognise its header"):
+        images.read_image(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["a.mhd", "c.nhdr"])
 def test_voxels_beside_their_header_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(DETACHED[name].format("a.raw"))
