@@ -140,7 +140,7 @@ def test_voxels_in_another_folder_are_not_fetched(tmp_path: Path, name: str, vox
 
 
 # before or instead of the line that names the voxels: what ITK steps over, and a search by lines would not
-CONCEALED = (
+CONCEALED: tuple[str, ...] = (
     "{}",
     "\x0b{}",
     "\x0c{}",
