@@ -25,7 +25,10 @@ LARGEST_TEXT = 1 << 20  # bytes of a NRRD's or MetaImage's header
 # the line that names where the voxels are: of NRRD; and of MetaImage, which ITK finds in places where no line begins
 NRRD_DATA = re.compile(rb"^[ \t]*data ?file[ \t]*[=:][ \t]*([^\n]*)", re.MULTILINE | re.IGNORECASE)
 META_DATA = re.compile(rb"ElementDataFile(?:[ \t]*[=:][ \t]*([^\0-\x08\n-\x1f]+)(?:\r?\n|\Z))?")
-NUMBERED = re.compile(r"%0?\d{0,2}d")  # of one file for each slice
+# one file for each slice: name, first, last, step; and of NRRD the axes of one
+NUMBERED = re.compile(r"[^%]*%0?\d{0,2}d[^%\s]*(\s+-?\d+\s+-?\d+(\s+-?0*[1-9]\d*(\s+\d+)?)?)?")
+MOST_AXES = 5  # of NRRD and MetaImage: for more than 10 or 12 ITK writes beyond the ends of its arrays
+LONGEST_FIELD = 500  # bytes of a line of NRRD's; of 1000 it writes beyond the end of its message
 
 
 def require_room(path: object, shape: Sequence[int], itemsize: int = 8) -> None:
@@ -85,19 +88,27 @@ def _extensions(file: Any, at: int, end: float, order: Any) -> Iterator[int]:
         at += size
 
 
-def check_data_file(path: Path) -> None:
-    """Raises ``InputError`` where a NRRD or MetaImage takes its voxels from outside its own folder.
+def check_header(path: Path) -> None:
+    """Raises ``InputError`` where a NRRD or MetaImage takes its voxels from outside its own folder, or would end ITK.
 
     ITK reads whatever the header names: ``ElementDataFile = /etc/passwd``.
     """
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _require_few_axes(path, data[: LARGEST_TEXT + 1])
         for name in (*_of_nrrd(path, data[: LARGEST_TEXT + 1]), *_of_meta(path, data)):
             if _outside(name):
                 raise InputError(f"{path}: takes its voxels from another folder, {name}; put that file beside it")
-            if "%" in NUMBERED.sub("", name):  # ITK hands it to printf
+            if "%" in name and not NUMBERED.fullmatch(name):  # ITK hands it to printf, and divides by the step
                 raise InputError(f"{path}: takes its voxels from {name}; name each file, or number them by %d")
+
+
+def _require_few_axes(path: Path, head: bytes) -> None:
+    for said in re.finditer(rb"(?:NDims\s*[=:]|^dimension:)([^\r\n]*)", head, re.MULTILINE | re.IGNORECASE):
+        if not re.fullmatch(rb"\s*[1-%d]\s*" % MOST_AXES, said[1]):
+            told = said[0].decode("ascii", "replace")[:20]
+            raise InputError(f"{path}: {told}; an image has at most {MOST_AXES} axes: mend its header")
 
 
 def _of_nrrd(path: Path, head: bytes) -> Iterator[str]:
@@ -106,6 +117,9 @@ def _of_nrrd(path: Path, head: bytes) -> Iterator[str]:
         return
     text = head.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     header, blank, _ = text.partition(b"\n\n")
+    fields = (line for line in header.split(b"\n") if not line.startswith((b"#", b"content:")) and b":=" not in line)
+    if any(len(line) > LONGEST_FIELD for line in fields):
+        raise InputError(f"{path}: a line of its header is longer than {LONGEST_FIELD} bytes; export it again")
     found = None
     for found in NRRD_DATA.finditer(header):
         yield from _named(found[1], text[found.end() :])

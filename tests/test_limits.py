@@ -164,10 +164,34 @@ def test_voxels_in_another_folder_are_not_fetched_however_the_header_says_so(
 
 
 @pytest.mark.parametrize("name", ["a.mhd", "c.nhdr"])
-def test_a_name_that_would_end_the_process_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(DETACHED[name].format("%s%n 1 1 1"))
-    with pytest.raises(InputError, match=f"{name}: takes its voxels from %s%n"):
+@pytest.mark.parametrize("voxels", ["%s%n 1 1 1", "a%d 1 9 0", "a%d%d 1 1 1"])
+def test_a_name_that_would_end_the_process_is_refused(tmp_path: Path, name: str, voxels: str) -> None:
+    (tmp_path / name).write_text(DETACHED[name].format(voxels))
+    with pytest.raises(InputError, match=f"{name}: takes its voxels from {voxels}"):
         images.read_image(tmp_path / name)
+
+
+def test_slices_in_numbered_files_are_read(tmp_path: Path) -> None:
+    slices = RNG.integers(0, 1000, (2, 4)).astype("<i2")
+    for i, values in enumerate(slices):
+        (tmp_path / f"s{i + 1:02d}.raw").write_bytes(values.tobytes())
+    for name in ("a.mhd", "c.nhdr"):
+        (tmp_path / name).write_text(DETACHED[name].format("s%02d.raw 1 2 1"))
+        np.testing.assert_array_equal(images.read_image(tmp_path / name).array.ravel("F"), slices.ravel())
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("units: " + 2000 * "a", "a line of its header is longer than 500 bytes"),
+        ("Dimension: 16", "an image has at most 5 axes"),
+    ],
+)
+def test_a_nrrd_that_would_end_the_process_is_refused(tmp_path: Path, field: str, said: str) -> None:
+    head = NRRD.replace("dimension: 3", field) if "imension" in field else NRRD + field + "\n"
+    (tmp_path / "a.nrrd").write_bytes(f"{head}sizes: 2 2 2\nkey:={4000 * 'b'}\n\n".encode() + bytes(range(16)))
+    with pytest.raises(InputError, match=f"a.nrrd: .*{said}"):
+        images.read_image(tmp_path / "a.nrrd")
 
 
 @pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
