@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ CAPTIONS = {
     "accuracy": "Means with 95 % intervals over cases; dotted: before registration",
     "cost": "Accuracy against parameters, GFLOP and seconds a pair",
 }
+
+MARKUP = re.compile(r"[<>&|`$\[\]\\]")  # in a name: it would act in the page, or in a figure
 
 Results = dict[str, dict[str, Any]]  # backbone -> what its summary.json says
 
@@ -54,6 +57,8 @@ def read_csv(out: Path) -> Results:
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             for line in csv.DictReader(stream):
+                if MARKUP.search(line["backbone"]):
+                    raise ValueError(line["backbone"])
                 result = results.setdefault(line["backbone"], {"metrics": {}})
                 if line["metric"] in COUNTS:
                     result[line["metric"]] = float(line["mean"])

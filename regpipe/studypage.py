@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from regpipe import figures
+from regpipe.comparepage import MARKUP
 from regpipe.errors import InputError
 from regpipe.evaluation import interval
 from regpipe.files import replace_file
@@ -65,7 +66,21 @@ def _read(path: Path, columns: Sequence[str]) -> list[Row]:
         absent = [name for name in columns if name not in (lines.fieldnames or ())]
         if absent:
             raise InputError(f"{path}: has no column {', '.join(absent)}; take the file as regpipe study writes it")
-        return [{name: v if name in WORDS else _number(v) for name, v in line.items()} for line in lines]
+        try:
+            return [
+                {name: _word(line[name]) if name in WORDS else _number(line[name]) for name in columns}
+                for line in lines
+            ]
+        except (ValueError, TypeError, AttributeError) as cause:
+            raise InputError(
+                f"{path}: line {lines.line_num}: {cause}; take the file as regpipe study writes it"
+            ) from cause
+
+
+def _word(text: str) -> str:
+    if MARKUP.search(text):
+        raise ValueError(f"{text!r} is no name")
+    return text
 
 
 def _number(text: str) -> int | float:
