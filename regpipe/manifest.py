@@ -30,6 +30,7 @@ NAME = "manifest.json"
 FORMAT = "regpipe manifest 1"
 KINDS = ("registration", "training")
 SEED = 0  # of a registration: elastix draws its samples from it, nothing else is random
+CONFIG = "inference.yaml"
 BESIDE = ("model.pt", "working_grid.json", "training.json", "typical.json")  # what makes up a trained model
 
 
@@ -111,6 +112,12 @@ def model_files(folder: Path) -> list[dict[str, str]]:
     """Name and hash of each file that makes up the model in ``folder``."""
     found = (folder / name for name in BESIDE)
     return [{"file": path.name, "sha256": sha256([path])} for path in found if path.is_file()]
+
+
+def bundle_files(models: Path) -> list[dict[str, str]]:
+    """The same, and of the configuration that registers with them: who trusts a foreign one gets what it says."""
+    config = models.parent / "configs" / CONFIG
+    return model_files(models) + ([{"file": CONFIG, "sha256": sha256([config])}] if config.is_file() else [])
 
 
 def hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:

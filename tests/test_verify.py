@@ -259,6 +259,23 @@ def registered(tmp_path_factory: pytest.TempPathFactory, data: Path, monai_bundl
     return root
 
 
+def test_a_changed_configuration_of_the_bundle_is_named(registered: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(registered / "bundle", tmp_path / "bundle")
+    assert verify(registered / "out", bundle=bundle).problems == {}
+    with (bundle / "configs" / "inference.yaml").open("a") as file:
+        file.write("# a line more\n")
+    problems = verify(registered / "out", bundle=bundle).problems
+    assert len(problems) == 2 and all("has another inference.yaml" in problem for problem in problems.values())
+
+
+def test_a_case_that_was_taken_away_or_copied_is_named(out: Path) -> None:
+    shutil.move(out / "case_001", out / "case_002")
+    assert [problem.partition(",")[0] for problem in verify(out).problems.values()] == [f"{out / 'case_001'}: missing"]
+    shutil.copytree(out / "case_000", out / "case_001")
+    (problem,) = verify(out).problems.values()
+    assert problem.startswith(f"{out / 'case_001' / 'manifest.json'}: is of case_000, as {out / 'case_000'}")
+
+
 def test_settings_that_were_edited_are_named(out: Path) -> None:
     told = content(out / "case_001")
     told["settings"]["smoothness"] = 0.5
