@@ -80,13 +80,16 @@ def save_tensors(path: str | Path, state: Any) -> None:
 def damage(path: str | Path) -> str | None:
     """What is wrong with an archive of ``torch.save``'s; None where each part of it has the checksum it was given.
 
-    ``torch.load`` does not look at the checksums: of a file with some bits turned over it gives other weights.
+    ``torch.load`` does not look at the checksums: of a file with some bits turned over it gives other weights. Nor
+    does it ask how much an archive unpacks to; torch packs none.
 
     Raises:
         OSError: the file cannot be read.
     """
     try:
         with Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            if sum(part.file_size for part in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                return "its parts are compressed"
             bad = archive.testzip()
     except (FileNotFoundError, PermissionError):
         raise

@@ -55,7 +55,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such weight file; give none, imagenet, medicalnet, a file or a bundle folder")
     try:
-        _require_uncompressed(path)
         if zipfile.is_zipfile(path):  # else of before torch 1.6, without checksums
             check_sound(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -83,14 +82,6 @@ def check_sound(path: str | Path) -> None:
     why = damage(path)
     if why:
         raise InputError(f"{path}: damaged ({why}); copy it again from where it is whole, or train again")
-
-
-def _require_uncompressed(path: str | Path) -> None:
-    """Raises ``ValueError`` for an archive that unpacks to more than it is: torch writes none, and would unpack it."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > Path(path).stat().st_size:
-                raise ValueError("its parts are compressed")
 
 
 def _plain(tensor: Tensor) -> bool:

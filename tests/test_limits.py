@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import RNG, save
 
-from regpipe import images, limits, transformclaims
+from regpipe import checkpoints, images, limits, transformclaims
 from regpipe.errors import InputError
 from regpipe.files import replace_file
 from regpipe.memory import free
@@ -357,3 +357,6 @@ def test_weights_that_unpack_or_expand_to_more_than_they_store_are_refused(tmp_p
     for name, why in (("packed", "its parts are compressed"), ("wide", "more than they store"), ("meta", "more than")):
         with pytest.raises(InputError, match=f"{name}.pt: .*{why}"):
             read_state_dict(tmp_path / f"{name}.pt")
+    (tmp_path / "packed.pt").rename(tmp_path / "checkpoint_1.pt")
+    with pytest.raises(InputError, match="checkpoint_1.pt: damaged .its parts are compressed"):
+        checkpoints.newest(tmp_path)
