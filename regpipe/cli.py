@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -182,6 +183,7 @@ def _sides(shape: str) -> list[int]:
 def main() -> None:
     """Entry point: what a user can mend ends in one line on stderr and exit status 1."""
     warnings.filterwarnings("ignore", module="monai")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # what it starts shall not import a torch.py that lies about here
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = [name for name in EVERYWHERE if name in sys.argv[1:end]]
     arguments = [*asked, *(word for i, word in enumerate(sys.argv) if i > 0 and not (i < end and word in EVERYWHERE))]

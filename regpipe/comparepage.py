@@ -24,6 +24,7 @@ CAPTIONS = {
     "cost": "Accuracy against parameters, GFLOP and seconds a pair",
 }
 
+
 Results = dict[str, dict[str, Any]]  # backbone -> what its summary.json says
 
 

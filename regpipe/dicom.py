@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe import limits
+from regpipe import headers
 from regpipe.errors import InputError
 from regpipe.readers import PathLike, Source, is_plane, itk_geometry, plane, squeezed, warn_once
 
@@ -63,7 +63,8 @@ def open_dicom(path: Path) -> Source:
         warn_once(f"{path}: is in colour; its luminance is used")
 
     def voxels(frame: int | None) -> np.ndarray:
-        array = itk.array_from_image(itk.imread(str(path), itk.F)).T.reshape(shape)  # GDCM rescales
+        image = itk.imread(str(path), itk.F, imageio=itk.GDCMImageIO.New())  # rescales
+        array = itk.array_from_image(image).T.reshape(shape)
         return array if frame is None else array[:, :, 0, frame]
 
     return Source(shape, affine, np.dtype("f4"), voxels)
@@ -101,7 +102,7 @@ def _one_series(folder: Path) -> list[Path]:
     import itk
 
     for file in parts(folder):
-        limits.check_dicom(file)
+        headers.check_dicom(file)
     names = itk.GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(True)  # tells apart what some scanners give one UID: other sizes, thicknesses, sequences
     names.SetDirectory(str(folder))
@@ -158,7 +159,7 @@ def _check_positions(folder: Path, slices: Sequence[_Slice], normal: np.ndarray)
 def _header(path: Path) -> Any:
     import itk
 
-    limits.check_dicom(path)
+    headers.check_dicom(path)
     io = itk.GDCMImageIO.New()
     if not io.CanReadFile(str(path)):
         raise InputError(f"{path}: not DICOM, or cut off; export it again")

@@ -7,9 +7,10 @@ weights and documentation; those hold data alone.
 from __future__ import annotations
 
 import itertools
-import pkgutil
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,18 @@ def difference(bundle: Path, configs: Sequence[str]) -> str | None:
         if _runs(content):
             return f"{metadata}: holds an expression that MONAI would run"
     # MONAI puts the folder before the installed packages: a module there would be taken for one of theirs
-    module = next(pkgutil.iter_modules([str(bundle)]), None)
-    return None if module is None else f"{bundle}: holds Python code, {module.name}"
+    module = next(_modules(bundle), None)
+    return None if module is None else f"{bundle}: holds Python code, {module}"
+
+
+def _modules(bundle: Path) -> Iterator[str]:
+    """What Python could import from a bundle; a folder in it needs no ``__init__.py`` to be a package."""
+    seen = set()
+    for folder, inner, names in os.walk(bundle, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        new = (name for name in inner if name.isidentifier() and os.path.realpath(Path(folder, name)) not in seen)
+        inner[:] = sorted(new)
+        yield from (name for name in sorted(names) if name.endswith(tuple(all_suffixes())))
 
 
 def _backbone(config: Path) -> str:
@@ -68,8 +79,8 @@ def _backbone(config: Path) -> str:
 
 def _first_line(path: Path, own: str) -> int | None:
     """The first line, from 1, in which a file is not ``own``; its line endings do not count."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    pairs = enumerate(itertools.zip_longest(lines, own.splitlines()), 1)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # nor more kinds of line ends than these
+    pairs = enumerate(itertools.zip_longest(lines, own.split("\n")), 1)
     return next((i for i, (one, other) in pairs if one != other), None)
 
 

@@ -77,7 +77,7 @@ class FolderRun:
         self._settings = {**(settings or {}), "formats": sorted(formats)}
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
-        self._model = manifest.model_files(Path(model).parent) if Path(model).is_file() else []
+        self._model = manifest.bundle_files(Path(model).parent) if Path(model).is_file() else []
         self._weights = sha256([Path(model)]) if self._model else ""
         self._typical = typical.read(Path(model).parent) if self._model else {}
         self._mine = list(self.cases)

@@ -30,6 +30,7 @@ NAME = "manifest.json"
 FORMAT = "regpipe manifest 1"
 KINDS = ("registration", "training")
 SEED = 0  # of a registration: elastix draws its samples from it, nothing else is random
+CONFIG = "inference.yaml"
 BESIDE = ("model.pt", "working_grid.json", "training.json", "typical.json")  # what makes up a trained model
 
 
@@ -55,7 +56,7 @@ def write(
         "kind": kind,
         **about,
         "settings": settings,
-        "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "configuration": _digest(settings),
         "versions": versions(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "inputs": inputs,
@@ -64,11 +65,15 @@ def write(
     replace_file(folder / NAME, f"{json.dumps(content, indent=1)}\n".encode())
 
 
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def read(path: Path) -> dict[str, Any]:
     """What ``write`` wrote.
 
     Raises:
-        InputError: missing, damaged, of another format.
+        InputError: missing, damaged, of another format, its settings edited.
     """
     if not path.is_file():
         raise InputError(f"{path}: missing; register or train again with this version")
@@ -80,9 +85,13 @@ def read(path: Path) -> dict[str, Any]:
             if not isinstance(content[key], kind):
                 raise TypeError(key)
         told = [source[key] for source in content["inputs"] for key in ("role", "file", "sha256")]
-        told += [*content["files"], *content["files"].values()]
+        told += [*content["files"], *content["files"].values(), content["configuration"]]
+        if content["kind"] == "registration":
+            told += [content["case"], *(source[key] for source in content["model"] for key in ("file", "sha256"))]
         if content["kind"] not in KINDS or not all(isinstance(text, str) for text in told):
             raise TypeError("a name or hash")
+        if content["configuration"] != _digest(content["settings"]):
+            raise InputError(f"{path}: its settings were edited; register or train again")
     except (ValueError, KeyError, TypeError) as cause:
         if isinstance(cause, InputError):
             raise
@@ -103,6 +112,12 @@ def model_files(folder: Path) -> list[dict[str, str]]:
     """Name and hash of each file that makes up the model in ``folder``."""
     found = (folder / name for name in BESIDE)
     return [{"file": path.name, "sha256": sha256([path])} for path in found if path.is_file()]
+
+
+def bundle_files(models: Path) -> list[dict[str, str]]:
+    """The same, and of the configuration that registers with them: who trusts a foreign one gets what it says."""
+    config = models.parent / "configs" / CONFIG
+    return model_files(models) + ([{"file": CONFIG, "sha256": sha256([config])}] if config.is_file() else [])
 
 
 def hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:

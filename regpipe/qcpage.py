@@ -17,7 +17,7 @@ import numpy as np
 
 from regpipe import __version__, views
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import parse_json, replace_file
 from regpipe.quality import METRICS, Threshold, Verdict, judge, said, with_gains
 
 PAGE = "report.html"
@@ -97,7 +97,7 @@ def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Regi
             continue
         try:
             cases.append(_read(path, limits))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as cause:
             problems.append(f"{path.name}: its metrics.json is damaged ({type(cause).__name__}); register it again")
     if not cases:
         why = f" ({problems[0]})" if problems else ""
@@ -106,14 +106,15 @@ def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Regi
 
 
 def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
-    content = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    content = parse_json((path / "metrics.json").read_bytes())
     warnings = [str(line) for line in content.get("warnings", [])]
     numbers = {k: math.nan if v is None else float(v) for k, v in content.items() if isinstance(v, int | float | None)}
     row = with_gains(numbers)
     verdict = judge(row, limits)
     if warnings and verdict.status == "pass":
         verdict = verdict._replace(status="warn")
-    made = content.get("made_from") or {}  # of another tool's row, or an older version's: unknown
+    made = content.get("made_from")
+    made = made if isinstance(made, dict) else {}  # of another tool's row, or an older version's: unknown
     origin = json.dumps([made.get("weights"), made.get("settings")], sort_keys=True)
     return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings, origin)
 
@@ -128,12 +129,12 @@ def _made_otherwise(cases: Sequence[Registered]) -> list[str]:
 def _view(folder: Path) -> dict[str, Any] | None:
     """What there is to scroll through; None for a case that was registered without, or is damaged."""
     try:
-        view = json.loads((folder / views.NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        view: dict[str, Any] = parse_json((folder / views.NAME).read_bytes())
+        named = [plane["name"] for plane in view["planes"]] + [*view["layers"].values()]
+        sound = view["format"] == views.FORMAT and set(VIEWED) <= view.keys() and all(isinstance(n, str) for n in named)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(view, dict) or view.get("format") != views.FORMAT:
-        return None
-    return view if set(VIEWED) <= view.keys() else None
+    return view if sound else None
 
 
 def _worst_first(verdict: Verdict) -> tuple[int, tuple[float, ...]]:
@@ -176,7 +177,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
             "title": METRICS[name].title,
             "unit": METRICS[name].unit,
             "before": _number(case.row.get(f"{name}_before", math.nan)),
-            "value": _number(case.row[name]) or UNKNOWN,
+            "value": _number(case.row.get(name, math.nan)) or UNKNOWN,
             "limits": said(name, limits[name]) if name in limits else "",
             "step": case.verdict.steps.get(name, ""),
         }

@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image as Picture
 
-from regpipe import limits
+from regpipe import headers, limits
 from regpipe.errors import InputError, out_of_memory
 
 log = logging.getLogger(__name__)
@@ -178,11 +178,11 @@ def open_itk(path: Path) -> Source:
     """MetaImage and NRRD: what ITK reads, turned from LPS."""
     import itk  # takes a second, and most cohorts are NIfTI
 
-    limits.check_data_file(path)
-    limits.check_nrrd(path)
-    _require_few_axes(path)
-    io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-    if io is None:
+    headers.check_header(path)
+    # not whatever can read it: HDF5 under this name may take its voxels from anywhere
+    kind = itk.MetaImageIO if path.suffix.lower() in (".mha", ".mhd") else itk.NrrdImageIO
+    io = kind.New()
+    if not io.CanReadFile(str(path)):
         raise InputError(f"{path}: ITK does not recognise its header; export it again")
     io.SetFileName(str(path))
     io.ReadImageInformation()
@@ -195,18 +195,10 @@ def open_itk(path: Path) -> Source:
 
     def voxels(frame: int | None) -> np.ndarray:
         # ITK's Python has no int8 or int64 images: read as double, exact for every label.
-        array = itk.array_from_image(itk.imread(str(path), itk.D)).T.reshape(shape)
+        array = itk.array_from_image(itk.imread(str(path), itk.D, imageio=kind.New())).T.reshape(shape)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, np.dtype("f8"), voxels)
-
-
-def _require_few_axes(path: Path) -> None:
-    """Refuse a MetaImage of more axes than ITK's arrays hold: it would write beyond their end."""
-    with path.open("rb") as file:
-        said = re.search(rb"NDims\s*=\s*([^\r\n]*)", file.read(65536))
-    if said and said[1].strip() not in (b"1", b"2", b"3", b"4", b"5"):
-        raise InputError(f"{path}: NDims = {said[1].decode(errors='replace')[:20]}; mend its header")
 
 
 def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:

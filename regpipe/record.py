@@ -38,6 +38,8 @@ DATA = (
 # what older records do not say
 LATER: dict[str, Any] = {"mask_rims": False, "cascades": 1, "affine": "centre", "affine_from": "images", "space": None}
 LATER |= {"to_fit_memory": []}  # nor do bundles of before it
+KINDS: dict[str, Any] = {"dataset_dir": str | None, "landmark_channels": int | None, "cascades": int}
+KINDS |= {"space": dict | None, "training_images": list}  # what else may be in them would end in the middle of a run
 
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
@@ -110,6 +112,9 @@ def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
         known = LATER | parse_json(path.read_bytes())
         if not {*DATA, "training_images"} <= known.keys():
             raise KeyError(f"no {min({*DATA, 'training_images'} - known.keys())}")
+        wrong = next((key for key, kind in KINDS.items() if not isinstance(known[key], kind)), None)
+        if wrong:
+            raise TypeError(wrong)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: damaged ({error}); train again") from error
     if known["dataset_dir"]:

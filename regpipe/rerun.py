@@ -105,17 +105,27 @@ def _entry(content: Mapping[str, Any], sources: Sources) -> dict[str, str]:
 def _check_model(bundle: Path | None, used: Sequence[Mapping[str, str]]) -> None:
     if bundle is None:
         raise InputError("these cases were registered with a network; give it with --bundle")
-    problem = model_problem(used, bundle)
+    # another version's configuration may well come to the same
+    problem = model_problem([item for item in used if item["file"] != manifest.CONFIG], bundle)
     if problem:
         raise InputError(f"{bundle}: {problem}; give the bundle that the cases were registered with")
 
 
 def _chosen(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Settings of a manifest, to be given to the command again: values only, for MONAI runs what begins with $ or @."""
+    """Settings of a manifest, to be given to the command again: numbers and words, which MONAI does not run."""
     chosen = {name: settings[name] for name in names}
-    if re.search(r"[$@%]", json.dumps(chosen)):
+    if not _is_value(chosen):
         raise InputError("the manifest's settings hold an expression: it is not regpipe's, and is not run")
     return chosen
+
+
+def _is_value(value: Any) -> bool:
+    """Whether JSON says nothing but numbers and plain words, under plain names."""
+    if isinstance(value, dict):
+        return all(re.fullmatch("[a-z][a-z0-9_]*", name) for name in value) and all(map(_is_value, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_value, value))
+    return not isinstance(value, str) or re.fullmatch("[a-z0-9]*", value) is not None
 
 
 def _compared(before: Path, old: Mapping[str, Any], after: Path) -> Again:
@@ -124,7 +134,7 @@ def _compared(before: Path, old: Mapping[str, Any], after: Path) -> Again:
     different = [name for name in names if old["files"].get(name) != new["files"].get(name)]
     if "metrics.json" in different and metrics_of(before) == metrics_of(after):
         different.remove("metrics.json")  # it also says when its images were written
-    conditions = {key: [old[key], new[key]] for key in ("machine", "given_up") if old[key] != new[key]}
+    conditions = {key: [old.get(key), new[key]] for key in ("machine", "given_up") if old.get(key) != new[key]}
     packages = old["versions"].keys() | new["versions"].keys()
     versions = {name: [old["versions"].get(name), new["versions"].get(name)] for name in sorted(packages)}
     conditions |= {name: pair for name, pair in versions.items() if pair[0] != pair[1]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from regpipe.evaluation import interval
 from regpipe.files import replace_file
 from regpipe.studyeffects import CELL, COSTS, DRAWS, KIND, LEVEL, Effect
 from regpipe.studyrun import METRICS
+
+MARKUP = re.compile(r"[<>&|`$\[\]\\]")  # in a name: it would act in the page, or in a figure
 
 Row = dict[str, Any]  # a line of ``study.csv``
 Panels = dict[str, dict[str, dict[int, figures.Interval]]]  # as ``figures.curves`` takes them
@@ -65,7 +68,21 @@ def _read(path: Path, columns: Sequence[str]) -> list[Row]:
         absent = [name for name in columns if name not in (lines.fieldnames or ())]
         if absent:
             raise InputError(f"{path}: has no column {', '.join(absent)}; take the file as regpipe study writes it")
-        return [{name: v if name in WORDS else _number(v) for name, v in line.items()} for line in lines]
+        try:
+            return [
+                {name: _word(line[name]) if name in WORDS else _number(line[name]) for name in columns}
+                for line in lines
+            ]
+        except (ValueError, TypeError, AttributeError) as cause:
+            raise InputError(
+                f"{path}: line {lines.line_num}: {cause}; take the file as regpipe study writes it"
+            ) from cause
+
+
+def _word(text: str) -> str:
+    if MARKUP.search(text):
+        raise ValueError(f"{text!r} is no name")
+    return text
 
 
 def _number(text: str) -> int | float:

@@ -78,7 +78,7 @@ def _case(path: Path, to: str) -> Move:
         if "itk" not in content[there]:
             raise InputError(f"{path}: its case was written without the format itk; register again with it")
         files = {way: _checked(path.parent, content[way]) for way in (there, back)}
-    except (OSError, ValueError, KeyError, TypeError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as cause:
         if isinstance(cause, InputError):
             raise
         raise InputError(f"{path}: damaged ({type(cause).__name__}: {str(cause)[:200]}); register again") from cause

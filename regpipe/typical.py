@@ -22,6 +22,7 @@ from ignite.engine import Engine, Events
 from regpipe import images
 from regpipe.console import Progress
 from regpipe.distributed import gathered
+from regpipe.errors import InputError
 from regpipe.fields import Registration
 from regpipe.files import parse_json, replace_file
 from regpipe.images import Image
@@ -35,6 +36,7 @@ FEWEST, MOST = 5, 100  # images, or pairs: of fewer nothing is kept, more are no
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 THUMBNAIL = {2: 16, 3: 12}  # blocks along each axis
 VOXELS = 200_000  # that are enough for a histogram
+ASKED = ("ncc", "mi", "covered", "moved", "sdlogj")  # of a pair's numbers, those that have a usual range
 FAR = 0.995  # of all displacements, those below
 
 
@@ -116,12 +118,38 @@ def _some(values: torch.Tensor) -> np.ndarray:
 
 
 def read(ckpt_dir: str | Path) -> dict[str, Any]:
-    """What is known of a model's images and registrations; empty where nothing is."""
-    try:
-        found = parse_json((Path(ckpt_dir) / NAME).read_bytes())
-        return found if found["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):  # a model of before there was any, or no file of ours
+    """What is known of a model's images and registrations; empty where nothing was kept.
+
+    Raises:
+        InputError: damaged, or of another version; taken for nothing it would silence the warnings.
+    """
+    path = Path(ckpt_dir) / NAME
+    if not path.is_file():
         return {}
+    try:
+        found = parse_json(path.read_bytes())
+        if found["format"] != FORMAT or not found["images"].keys() <= set(SIDES):
+            raise ValueError("of another version of regpipe")
+        for known in found["images"].values():
+            _check(known, ("spacing", "extent", "brightness", "texture", "content"))
+            if np.shape(known["thumbnail"]) != (THUMBNAIL[len(known["spacing"][0])],) * len(known["spacing"][0]):
+                raise ValueError("thumbnail")
+        if found["pairs"]:
+            _check(found["pairs"], ASKED)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        why = f"damaged ({type(cause).__name__}: {str(cause)[:100]})"
+        raise InputError(f"{path}: {why}; copy it again, or delete it: then unusual images are not told") from cause
+    return dict(found)
+
+
+def _check(known: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises one of many errors unless each is a lowest and a highest value, of some number of things."""
+    if not known["count"] >= 1:
+        raise ValueError("count")
+    for name in names:
+        low, high = np.array(known[name], float)
+        if (low > high).any():
+            raise ValueError(name)
 
 
 def write_images(ckpt_dir: str | Path, cases: Sequence[Case]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from regpipe import images, manifest
+from regpipe.casemetrics import read_rows
 from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.files import parse_json, sha256
@@ -74,7 +75,7 @@ def verify(folder: Path, *, data: Path | None = None, bundle: Path | None = None
     """
     found, problems = manifests(folder)
     sources = None if data is None else Sources(data)
-    files = 0
+    files, named = 0, dict[str, Path]()
     for path in Progress(found, what="checking", unit="results"):
         try:
             content = manifest.read(path)
@@ -83,6 +84,8 @@ def verify(folder: Path, *, data: Path | None = None, bundle: Path | None = None
             continue
         files += len(content["files"])
         problems |= _of_files(path.parent, content["files"])
+        if content["kind"] == "registration" and named.setdefault(content["case"], path) != path:
+            problems[str(path)] = f"{path}: is of {content['case']}, as {named[content['case']]} is; remove one of them"
         if sources is not None:
             problems |= _of_inputs(path.parent, content["inputs"], sources)
         if bundle is not None and content["kind"] == "registration":
@@ -102,10 +105,21 @@ def manifests(folder: Path) -> tuple[list[Path], dict[str, str]]:
     places = [folder, *below, *(path / MODELS for path in below)]
     found = [path / manifest.NAME for path in places if (path / manifest.NAME).is_file()]
     bare = (path for path in places if path / manifest.NAME not in found)
-    problems = dict(line for path in bare for line in _without(path))
+    problems = dict(line for path in bare for line in _without(path)) | _gone(folder)
     if not found and not problems:
         raise InputError(f"{folder}: holds no result; give what regpipe register -o wrote, or a trained bundle")
     return found, problems
+
+
+def _gone(folder: Path) -> dict[str, str]:
+    """The cases of which only the table is left."""
+    table = folder / "metrics.csv"
+    try:
+        names = [row["case"] for row in read_rows(table)] if table.is_file() else []
+    except (OSError, ValueError, KeyError) as cause:
+        return {str(table): f"{table}: damaged ({type(cause).__name__}); the command that registered makes it again"}
+    gone = (folder / name for name in names if not (folder / name).is_dir())
+    return {str(path): f"{path}: missing, and {table.name} tells of it; register it again" for path in gone}
 
 
 def _without(place: Path) -> Iterator[tuple[str, str]]:
@@ -153,7 +167,7 @@ def model_problem(used: Iterable[Mapping[str, str]], bundle: Path) -> str:
     folder = bundle_in(bundle) / MODELS
     if not (folder / "model.pt").is_file():
         raise InputError(f"{folder / 'model.pt'}: missing; --bundle wants a trained bundle")
-    here = {item["file"]: item["sha256"] for item in manifest.model_files(folder)}
+    here = {item["file"]: item["sha256"] for item in manifest.bundle_files(folder)}
     other = [item["file"] for item in used if here.get(item["file"]) != item["sha256"]]
     return f"has another {', '.join(other)}" if other else ""
 

@@ -85,7 +85,27 @@ def test_the_figures_show_the_numbers_with_their_units(out: Path) -> None:
     assert shown == [(0.25, 0.7), (0.5, 0.8)]
 
 
-@pytest.mark.parametrize("text", ["", "backbone,metric,mean\n", "backbone,metric,mean,low,high\nvgg16,dice,x,0,1\n"])
+LINES = "backbone,metric,mean,low,high\n{0},dice,0.5,0.4,0.6\n{0},seconds_per_pair,1,1,1\n" + "".join(
+    f"{{0}},{cost},1,,\n" for cost in ("parameters", "flops", "peak_memory_bytes", "training_seconds")
+)
+
+
+def test_the_lines_of_the_next_test_are_sound_with_a_name(tmp_path: Path) -> None:
+    (tmp_path / "comparison.csv").write_text(LINES.format("vgg16"))
+    assert "vgg16" in write_page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "backbone,metric,mean\n",
+        "backbone,metric,mean,low,high\nvgg16,dice,x,0,1\n",
+        LINES.format("<img src=x onerror=alert(1)>"),
+        LINES.format("[a](javascript:alert(1))"),
+        LINES.format("$x^{$"),
+    ],
+)
 def test_another_file_of_that_name_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.csv").write_text(text)
     with pytest.raises(InputError, match="comparison.csv: not as regpipe compare writes it"):

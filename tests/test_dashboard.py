@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import socket
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,3 +154,15 @@ def test_ctrl_c_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().out.splitlines() == [
         *("TensorBoard on http://127.0.0.1:7007/#custom_scalars (Ctrl-C ends it)", "", "ended")
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:1", 200), ("localhost", 200), ("a.example", 403), ("", 403), ("localhost.a.example", 403)],
+)
+def test_who_asks_for_another_machine_gets_no_answer(logs: Path, host: str, status: int) -> None:
+    address = dashboard.start(logs, port=0)  # of a site that lets its name lead to 127.0.0.1, a browser sends that name
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc)
+    connection.request("GET", "/data/runs", headers={"Host": host})
+    assert connection.getresponse().status == status
+    connection.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from regpipe.cohort import write_cohort
 from regpipe.compare import bundle_in, compare
 from regpipe.encoders import BACKBONES
 from regpipe.errors import InputError
+from regpipe.files import replace_file
 from regpipe.foreign import difference, require_own
 from regpipe.images import Grid
 
@@ -79,10 +82,20 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: (b / "configs/metadata.json").write_text('{"a": "\\u0025other.yaml"}'),
         "metadata.json: holds an expression",
     ),
-    "a module": (lambda b: (b / "h5py.py").write_text("raise SystemExit"), "bundle: holds Python code, h5py"),
+    "a module": (lambda b: (b / "h5py.py").write_text("raise SystemExit"), "bundle: holds Python code, h5py.py"),
+    "a module of a package without __init__": (
+        lambda b: replace_file(b / "models" / "hooks" / "extra.py", b""),
+        "bundle: holds Python code, extra.py",
+    ),
+    "lines that end otherwise": (
+        lambda b: (b / "configs/logging.conf").write_text(
+            (b / "configs/logging.conf").read_text().replace("\n", "\x0b", 1)
+        ),
+        "logging.conf: is not as this version",
+    ),
     "a package": (
         lambda b: shutil.copytree(Path(json.__file__).parent, b / "scripts"),
-        "holds Python code, scripts",
+        "holds Python code, __init__.py",
     ),
 }
 
@@ -94,6 +107,12 @@ def test_what_could_run_is_refused_by_name_and_run_when_it_is_trusted(bundle: Pa
     with pytest.raises(InputError, match=f"{said}.*--trust"):
         require_own(bundle, CONFIGS)
     require_own(bundle, CONFIGS, trust=True)
+
+
+def test_links_that_lead_back_are_gone_round(bundle: Path) -> None:
+    for name in ("a", "b", "c"):
+        (bundle / "models" / name).symlink_to(bundle)
+    assert difference(bundle, CONFIGS) is None
 
 
 def test_register_runs_nothing_of_a_foreign_bundle_unless_it_is_told_to(
@@ -109,6 +128,19 @@ def test_register_runs_nothing_of_a_foreign_bundle_unless_it_is_told_to(
     assert not mark.exists() and not (tmp_path / "out").exists()
     assert regpipe(monkeypatch, *command, "--trust") == 0
     assert mark.exists() and len(read_rows(tmp_path / "out" / "metrics.csv")) == 1
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks into the current folder")
+def test_what_regpipe_starts_imports_nothing_from_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "planted.py").touch()
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # brought back, and empty: not asked for
+    monkeypatch.delenv("PYTHONSAFEPATH")
+    command = [sys.executable, "-c", "import planted"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert regpipe(monkeypatch, "phantom", tmp_path / "data", "--pairs", 1, "--shape", "16,16") == 0
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
 
 
 def test_names_of_folders_are_not_run(

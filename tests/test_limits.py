@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import json
 import os
-import resource
 import struct
 import tracemalloc
 import zipfile
@@ -19,16 +16,11 @@ import h5py
 import itk
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 import torch
 from conftest import RNG, save
-from pydicom import uid
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.uid import UID
 
-from regpipe import images, limits, transformclaims
+from regpipe import checkpoints, images, limits, transformclaims
 from regpipe.errors import InputError
 from regpipe.files import replace_file
 from regpipe.memory import free
@@ -128,38 +120,6 @@ def test_a_displacement_and_a_working_grid_are_not_believed_either(tmp_path: Pat
 
 
 # ---------------------------------------------------------------------------------- other files
-
-DETACHED = {
-    "a.mhd": META + "DimSize = 2 2 2\nElementDataFile = {}\n",
-    "b.mha": META + "DimSize = 2 2 2\nElementDataFile = {}\n",
-    "c.nhdr": NRRD + "sizes: 2 2 2\ndata file: {}\n",
-    "d.nrrd": NRRD.replace("\n", "\r\n") + "sizes: 2 2 2\r\ndatafile: {}\r\n\r\n",
-    "e.mhd": META + "DimSize = 2 2 2\nElementDataFile = LIST\na.raw\n{}\n",
-    "f.nhdr": NRRD + "sizes: 2 2 2\ndata file: LIST\na.raw\n{}\n",
-}
-
-
-@pytest.mark.parametrize("name", DETACHED)
-@pytest.mark.parametrize("voxels", ["/etc/passwd", "../secret.raw", "sub/../../secret.raw", r"C:\secret.raw"])
-def test_voxels_in_another_folder_are_not_fetched(tmp_path: Path, name: str, voxels: str) -> None:
-    (tmp_path / name).write_bytes(DETACHED[name].format(voxels).encode())
-    with pytest.raises(InputError, match=f"{name}: takes its voxels from another folder"):
-        images.read_image(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.mhd", "c.nhdr"])
-def test_voxels_beside_their_header_are_read(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(DETACHED[name].format("a.raw"))
-    array = RNG.integers(0, 1000, 8).astype("<i2")
-    (tmp_path / "a.raw").write_bytes(array.tobytes())
-    np.testing.assert_array_equal(images.read_image(tmp_path / name).array.ravel("F"), array)
-
-
-def test_a_header_too_long_to_be_looked_through_is_refused(tmp_path: Path) -> None:
-    hidden = NRRD + "# nothing\n" * 120_000 + "sizes: 2 2 2\ndata file: /etc/passwd\n"
-    (tmp_path / "a.nhdr").write_text(hidden)
-    with pytest.raises(InputError, match="a.nhdr: its header is longer"):
-        images.read_image(tmp_path / "a.nhdr")
 
 
 def test_a_case_takes_its_transforms_from_its_own_folder(tmp_path: Path) -> None:
@@ -302,106 +262,6 @@ def test_weights_that_unpack_or_expand_to_more_than_they_store_are_refused(tmp_p
     for name, why in (("packed", "its parts are compressed"), ("wide", "more than they store"), ("meta", "more than")):
         with pytest.raises(InputError, match=f"{name}.pt: .*{why}"):
             read_state_dict(tmp_path / f"{name}.pt")
-
-
-# --- DICOM: GDCM takes gigabytes for a few bytes that claim them ---
-
-
-def dicom(syntax: UID = uid.ExplicitVRLittleEndian, *, packed: bool = False, endless: bool = True) -> bytes:
-    """A slice with a sequence in a sequence, of given or open length; its pixels as they are or in pieces."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, uid.CTImageStorage
-    meta.MediaStorageSOPInstanceUID = UID("1.2.3")
-    data = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    inner, outer = Dataset(), Dataset()
-    inner.CodeValue, inner.is_undefined_length_sequence_item = "7", endless
-    outer.PurposeOfReferenceCodeSequence = [inner]
-    data.SourceImageSequence = [outer, outer]
-    for part, name in ((data, "SourceImageSequence"), (outer, "PurposeOfReferenceCodeSequence")):
-        part[name].is_undefined_length = endless
-    data.Rows, data.Columns = 2, 3
-    data.PixelData = encapsulate([bytes(6)]) if packed else bytes(6)
-    data["PixelData"].VR, data["PixelData"].is_undefined_length = "OB", packed
-    file = io.BytesIO()
-    pydicom.dcmwrite(file, data, enforce_file_format=True)
-    return file.getvalue()
-
-
-DICOMS = {
-    "explicit": dicom(),
-    "of given lengths": dicom(endless=False),
-    "implicit": dicom(uid.ImplicitVRLittleEndian),
-    "big endian": dicom(uid.ExplicitVRBigEndian),
-    "in pieces": dicom(uid.JPEGBaseline8Bit, packed=True),
-    "packed as a whole": dicom(uid.DeflatedExplicitVRLittleEndian),
-}
-
-
-@pytest.mark.parametrize("name", DICOMS)
-def test_a_sound_dicom_passes_and_one_cut_off_does_not(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "a.dcm"
-    path.write_bytes(DICOMS[name])
-    limits.check_dicom(path)
-    if name == "packed as a whole":
-        return
-    path.write_bytes(DICOMS[name][: -3 if name != "in pieces" else -11])  # the end of pieces is no loss
-    with pytest.raises(InputError, match=r"a\.dcm: not DICOM, or cut off \(its element \(\w{4},\w{4}\) is longer"):
-        limits.check_dicom(path)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"\x08\x00\x00\x01SH\x02\x00", b"\x08\x00\x00\x01SH\xff\xff"),  # within two sequences
-        (b"\x08\x00\x00\x01SH\x02\x00", b"\x08\x00\x00\x01OB\x00\x00\xfe\xff\xff\xff"),
-        (b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00\x01S"),  # no type: GDCM would try it without types
-    ],
-)
-def test_a_dicom_that_claims_gigabytes_is_refused_and_they_are_not_asked_for(tmp_path: Path, old, new) -> None:
-    assert old in DICOMS["explicit"]
-    (tmp_path / "a.dcm").write_bytes(DICOMS["explicit"].replace(old, new))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for path in (tmp_path / "a.dcm", tmp_path):  # a file; a series
-        with pytest.raises(InputError, match=r"a\.dcm: not DICOM, or cut off"):
-            images.read_image(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500e3  # kilobytes
-
-
-def test_what_pydicom_is_tested_with_passes_where_gdcm_reads_it() -> None:
-    folder, read = Path(pydicom.__file__).parent / "data" / "test_files", 0
-    for path in sorted(folder.glob("*.dcm")):
-        with contextlib.suppress(RuntimeError):  # GDCM's, for what it cannot read
-            if itk.GDCMImageIO.New().CanReadFile(str(path)):
-                limits.check_dicom(path)
-                read += 1
-    assert read > 20 or not folder.is_dir()
-
-
-# --- NRRD: ITK writes what it complains of into 1024 bytes ---
-
-SMALL = "NRRD0004\ntype: uint8\ndimension: 2\nsizes: 3 2\nencoding: {}\n{}\n"
-NINES = "9" * 2000
-OVERLONG = {
-    "an unknown field": SMALL.format("raw", f"{NINES}: 3\n") + "123456",
-    "a number": SMALL.format("raw", f"spacings: 1 {NINES}\n") + "123456",
-    "a number before a lone return": SMALL.format("raw", f"spacings: 1 {NINES[:400]}\r{NINES}\n") + "123456",
-    "a name": SMALL.format("raw", f"data file: {NINES}\n"),
-    "a voxel": SMALL.format("ascii", "") + f"1 2 3 4 5 {NINES}",
-    "no end of the header": SMALL.format("raw", f"{NINES}: 3")[:-1],
-    "voxels in another file": SMALL.format("ASCII", "data file: a.txt\n"),
-}
-
-
-@pytest.mark.parametrize("what", OVERLONG)
-def test_a_nrrd_that_would_overrun_itk_is_refused(tmp_path: Path, what: str) -> None:
-    (tmp_path / "a.nrrd").write_bytes(OVERLONG[what].encode())
-    with pytest.raises(InputError, match=r"a\.nrrd: .*(export it again|save them with it, or raw)"):
-        images.read_image(tmp_path / "a.nrrd")
-
-
-@pytest.mark.parametrize("note", ["# " + NINES + "\n", NINES + ":=" + NINES + "\n", ""])
-@pytest.mark.parametrize(("encoding", "data"), [("raw", "123456"), ("text", "1 2 3\n4 5 6\n")])
-def test_a_nrrd_with_long_notes_is_read(tmp_path: Path, note: str, encoding: str, data: str) -> None:
-    (tmp_path / "a.nrrd").write_bytes((SMALL.format(encoding, note) + data).encode())
-    array = images.read_image(tmp_path / "a.nrrd").array
-    assert (array - array[0, 0]).T.tolist() == [[0, 1, 2], [3, 4, 5]]
+    (tmp_path / "packed.pt").rename(tmp_path / "checkpoint_1.pt")
+    with pytest.raises(InputError, match="checkpoint_1.pt: damaged .its parts are compressed"):
+        checkpoints.newest(tmp_path)

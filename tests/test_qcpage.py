@@ -129,6 +129,37 @@ def test_one_case_is_a_folder_too(folder: Path) -> None:
     assert all((folder / "c" / address).is_file() for address in pictures.values())
 
 
+VIEW = {"format": FORMAT, "planes": [{"name": "x"}], "layers": {"fixed": "fixed.webp"}, "landmarks": []}
+WRONG: tuple[dict[str, Any], ...] = (
+    {"planes": True},
+    {"planes": [1]},
+    {"planes": [{}]},
+    {"planes": [{"name": {}}]},
+    {"layers": 1},
+    {"layers": {"a": []}},
+)
+
+
+@pytest.mark.parametrize(
+    "text", [*(json.dumps({**VIEW, **wrong}) for wrong in WRONG), "[" * 100_000], ids=lambda t: t[-40:]
+)
+def test_a_view_that_is_none_of_ours_is_as_none(text: str, folder: Path) -> None:
+    (folder / "a" / "view" / "view.json").write_text(text)
+    cases, _ = read_cases(folder, THRESHOLDS)
+    assert {case.name for case in cases if case.view is None} == {"a"}
+    write_report(folder, THRESHOLDS)
+
+
+@pytest.mark.parametrize("value", [10**400, "much", {}, [1]])
+@pytest.mark.parametrize("name", ["tre", "made_from", "dice"])
+def test_a_number_that_is_none_spoils_its_own_case_at_most(name: str, value: Any, folder: Path) -> None:
+    file = folder / "a" / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    cases, problems = read_cases(folder, THRESHOLDS)
+    assert {"b", "c"} <= {case.name for case in cases} and len(cases) + len(problems) >= 3
+    write_report(folder, THRESHOLDS)
+
+
 def test_what_is_unfinished_damaged_or_without_pictures_is_said_and_the_others_shown(folder: Path) -> None:
     (folder / "a" / "metrics.json").unlink()
     (folder / "b" / "metrics.json").write_text('{"dice"')

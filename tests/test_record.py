@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Command, evaluate, two_folders
@@ -88,6 +89,14 @@ def test_nothing_is_known_before_training_and_a_damaged_record_is_named(tmp_path
     assert record.read(str(tmp_path))["training_images"] == []
     (tmp_path / record.NAME).write_text("{")
     with pytest.raises(InputError, match=record.NAME):
+        record.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("planted", [{"cascades": "2"}, {"landmark_channels": []}, {"dataset_dir": {}}, {"space": 1}])
+def test_a_record_that_says_what_cannot_be_is_damaged(planted: dict[str, Any], tmp_path: Path) -> None:
+    record.write(str(tmp_path), [case("a", "b")], CHOICES)
+    (tmp_path / record.NAME).write_text(json.dumps(json.loads((tmp_path / record.NAME).read_text()) | planted))
+    with pytest.raises(InputError, match=rf"training.json: damaged \({min(planted)}\)"):
         record.read(str(tmp_path))
 
 

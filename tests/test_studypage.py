@@ -169,6 +169,12 @@ def test_a_file_that_is_no_studys_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="study.csv: missing"):
         write_page(tmp_path)
     written(tmp_path)
+    lines = (tmp_path / "study.csv").read_text()
+    for name, planted in (("alexnet", "<img src=x>"), ("alexnet", "[a](javascript:b)"), ("\n2,", "\n../../x,")):
+        (tmp_path / "study.csv").write_text(lines.replace(name, planted, 1))
+        with pytest.raises(InputError, match=r"study.csv: line 2: .*; take the file as regpipe study writes it"):
+            write_page(tmp_path)
+    (tmp_path / "study.csv").write_text(lines)
     (tmp_path / "effects.csv").write_text("dims,effect\n2,dice\n")
     with pytest.raises(InputError, match="effects.csv: has no column backbone, transfer"):
         write_page(tmp_path)

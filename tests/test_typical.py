@@ -15,6 +15,7 @@ from ignite.engine import Engine
 from scipy import ndimage
 
 from regpipe import typical
+from regpipe.errors import InputError
 from regpipe.fields import Registration, register
 from regpipe.images import Image
 from regpipe.typical import TypicalPairs, look, numbers
@@ -131,11 +132,16 @@ def pairs(folder: Path, n: int) -> list[dict[str, str]]:
     return found
 
 
+RANGES = {name: [[0.0, 0.0], [1.0, 1.0]] for name in ("spacing", "extent", "brightness", "texture", "content")}
+SIDE: dict[str, Any] = {"count": 5, "thumbnail": [[0.0] * 16] * 16, **RANGES}
+PAIR: dict[str, Any] = {"count": 5, **{name: [[0.0], [1.0]] for name in typical.ASKED}}
+
+
 def test_ranges_of_the_training_images_are_kept_of_each_side_and_pairs_stay(tmp_path: Path) -> None:
-    (tmp_path / typical.NAME).write_text(json.dumps({"format": typical.FORMAT, "pairs": {"count": 7}, "images": {}}))
+    (tmp_path / typical.NAME).write_text(json.dumps({"format": typical.FORMAT, "pairs": PAIR, "images": {}}))
     typical.write_images(tmp_path, pairs(tmp_path, 6))
     found = typical.read(tmp_path)
-    assert found["pairs"] == {"count": 7} and found["images"]["fixed"]["count"] == 6
+    assert found["pairs"] == PAIR and found["images"]["fixed"]["count"] == 6
     assert found["images"]["fixed"]["spacing"] == [[1, 1, 2], [1, 1, 7]]
     assert found["images"]["moving"]["extent"] == [[24, 30, 20], [24, 30, 20]]
     low, high = (edge[0] for edge in found["images"]["fixed"]["content"])
@@ -149,10 +155,30 @@ def test_of_few_images_nothing_is_kept_for_their_mean_would_show_them(tmp_path: 
     assert typical.read(tmp_path)["images"] == {} and len((tmp_path / typical.NAME).read_text()) < 100
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": "another"}', "{"])
-def test_what_is_no_record_of_ours_is_as_none(text: str, tmp_path: Path) -> None:
+DAMAGED: dict[str, dict[str, Any]] = {
+    "no side's name": {"images": {"left": SIDE}},
+    "no ranges": {"images": {"fixed": {}}},
+    "a list": {"images": []},
+    "small thumbnail": {"images": {"fixed": {**SIDE, "thumbnail": [[0.0] * 3]}}},
+    "one value for two": {"images": {"fixed": {**SIDE, "content": [[0.5]]}}},
+    "texts": {"images": {"fixed": {**SIDE, "texture": [["a"], ["b"]]}}},
+    "none counted": {"pairs": {**PAIR, "count": 0}},
+    "the wrong way round": {"pairs": {**PAIR, "ncc": [[1.0], [0.0]]}},
+}
+UNREAD = {name: json.dumps({"format": typical.FORMAT, "images": {}, "pairs": {}, **d}) for name, d in DAMAGED.items()}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "another"}', "{", *UNREAD.values()])
+def test_a_damaged_record_is_named_and_not_taken_for_none_which_would_silence_the_warnings(
+    text: str, tmp_path: Path
+) -> None:
+    assert typical.read(tmp_path) == {}
+    sound = {"format": typical.FORMAT, "images": {"fixed": SIDE}, "pairs": PAIR}
+    (tmp_path / typical.NAME).write_text(json.dumps(sound))
+    assert typical.read(tmp_path) == sound
     (tmp_path / typical.NAME).write_text(text)
-    assert typical.read(tmp_path) == {} == typical.read(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="typical.json: damaged .*delete it"):
+        typical.read(tmp_path)
 
 
 def test_validation_is_kept_where_it_is_the_best_so_far(tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_each_input_of_a_case_is_read_for_hashing_once(
     assert len(inputs) == len(roles) and inputs == sorted(set(inputs))
 
 
+def rewrite(case: Path, told: dict[str, Any]) -> None:
+    """A manifest as somebody writes it who knows how."""
+    told["configuration"] = hashlib.sha256(json.dumps(told["settings"], sort_keys=True).encode()).hexdigest()
+    (case / "manifest.json").write_text(json.dumps(told))
+
+
 def test_a_manifest_names_every_input_and_every_file_of_the_result_by_its_hash(done: Path, data: Path) -> None:
     told = content(done / "case_001")
     files = {path.relative_to(done / "case_001").as_posix(): path for path in (done / "case_001").rglob("*.*")}
@@ -227,7 +233,7 @@ def test_images_are_found_beside_the_results_and_changed_ones_are_refused(data: 
 def test_cases_of_different_settings_and_trainings_are_refused_in_a_line(out: Path, trained: Path, data: Path) -> None:
     told = content(out / "case_000")
     told["settings"]["refine"] = 5
-    (out / "case_000" / "manifest.json").write_text(json.dumps(told))
+    rewrite(out / "case_000", told)
     with pytest.raises(InputError, match="different settings; give them one at a time"):
         rerun.rerun(out, data=data)
     with pytest.raises(InputError, match="a training is repeated by its own command"):
@@ -236,29 +242,84 @@ def test_cases_of_different_settings_and_trainings_are_refused_in_a_line(out: Pa
         rerun.rerun(out / "case_001", data=data, bundle=trained)
 
 
-@pytest.mark.parametrize("planted", ["$__import__('os').system('touch owned')", "@refine", "%other.yaml::x"])
-def test_an_expression_in_a_manifest_is_refused_and_not_run(
-    planted: str, tmp_path: Path, data: Path, monai_bundle: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    bundle = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)))
-    infer(monai_bundle, bundle, data, tmp_path / "out", "--formats", "[itk]")
-    for case in ("case_000", "case_001"):
-        told = content(tmp_path / "out" / case)
-        told["settings"]["refine_loss"] = {"lncc": planted}
-        (tmp_path / "out" / case / "manifest.json").write_text(json.dumps(told))
-    with pytest.raises(InputError, match="hold an expression"):
-        rerun.rerun(tmp_path / "out", data=data, bundle=bundle)
-    assert not (tmp_path / "owned").exists()
+RUNS = {"_target_": "pathlib.Path.touch", "self": {"_target_": "pathlib.Path", "_args_": ["owned"]}}
 
 
-HALF = {"inputs": [{"role": "fixed_image", "file": 3, "sha256": "0"}], "files": {}, "settings": {}, "versions": {}}
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"refine_loss": {"lncc": "$__import__('os').system('touch owned')"}},
+        {"refine_loss": {"lncc": "@refine"}},
+        {"affine": "%other.yaml::x"},
+        {"refine_loss": RUNS},
+        {"refine": {"_target_": "os.system", "command": "touch owned"}},
+        {"formats": [{"_target_": "os.system", "command": "touch owned"}]},
+        {"refine_window": {"_mode_": "debug", "a": {"_TARGET_": "os.abort"}}},
+    ],
+    ids=str,
+)
+def test_what_monai_would_run_is_refused_in_a_manifest(planted: dict[str, Any], registered: Path, data: Path) -> None:
+    before = (registered / "out" / "case_000" / "manifest.json").read_text()
+    told = json.loads(before)
+    told["settings"] |= planted
+    try:
+        rewrite(registered / "out" / "case_000", told)
+        with pytest.raises(InputError, match="hold an expression"):
+            rerun.rerun(registered / "out" / "case_000", data=data, bundle=registered / "bundle")
+    finally:
+        (registered / "out" / "case_000" / "manifest.json").write_text(before)
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory, data: Path, monai_bundle: Command) -> Path:
+    """A bundle, and what was registered with it."""
+    root = tmp_path_factory.mktemp("by a network")
+    infer(monai_bundle, deforming_bundle(root / "bundle", Grid((32, 32), (1.0, 1.0))), data, root / "out")
+    return root
+
+
+def test_a_changed_configuration_of_the_bundle_is_named(registered: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(registered / "bundle", tmp_path / "bundle")
+    assert verify(registered / "out", bundle=bundle).problems == {}
+    with (bundle / "configs" / "inference.yaml").open("a") as file:
+        file.write("# a line more\n")
+    problems = verify(registered / "out", bundle=bundle).problems
+    assert len(problems) == 2 and all("has another inference.yaml" in problem for problem in problems.values())
+
+
+def test_a_case_that_was_taken_away_or_copied_is_named(out: Path) -> None:
+    shutil.move(out / "case_001", out / "case_002")
+    assert [problem.partition(",")[0] for problem in verify(out).problems.values()] == [f"{out / 'case_001'}: missing"]
+    shutil.copytree(out / "case_000", out / "case_001")
+    (problem,) = verify(out).problems.values()
+    assert problem.startswith(f"{out / 'case_001' / 'manifest.json'}: is of case_000, as {out / 'case_000'}")
+
+
+def test_settings_that_were_edited_are_named(out: Path) -> None:
+    told = content(out / "case_001")
+    told["settings"]["smoothness"] = 0.5
+    (out / "case_001" / "manifest.json").write_text(json.dumps(told))
+    assert list(verify(out).problems) == [str(out / "case_001" / "manifest.json")]
+    assert "settings were edited" in next(iter(verify(out).problems.values()))
+
+
+EMPTY = {"settings": {}, "versions": {}, "configuration": hashlib.sha256(b"{}").hexdigest()}
+HALF = {"inputs": [{"role": "fixed_image", "file": 3, "sha256": "0"}], "files": {}, **EMPTY}
+NAMELESS = {"inputs": [], "files": {}, "model": [], **EMPTY}
 
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, "[]", "null", '"x"', json.dumps({"format": manifest.FORMAT, "kind": "registration", **HALF})],
-    ids=["deep", "list", "null", "text", "numbers for names"],
+    [
+        "[" * 100_000,
+        "[]",
+        "null",
+        '"x"',
+        json.dumps({"format": manifest.FORMAT, "kind": "registration", **HALF, "case": "a", "model": []}),
+        json.dumps({"format": manifest.FORMAT, "kind": "registration", **NAMELESS}),
+        json.dumps({"format": manifest.FORMAT, "kind": "registration", **NAMELESS, "case": "a", "model": [{}]}),
+    ],
+    ids=["deep", "list", "null", "text", "numbers for names", "no case", "no name of a model's file"],
 )
 def test_what_is_no_manifest_is_a_line_and_no_traceback(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
