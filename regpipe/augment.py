@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regpipe.errors import InputError
 from regpipe.fields import identity_grid, warp
 from regpipe.pairs import SIDES
 
@@ -17,25 +18,33 @@ class RandomAffine:
 
     The map's linear part is the identity plus normal noise of standard deviation ``amount``, its centre is the grid's
     centre, and its translation is normal with ``amount`` times the grid's size. The images continue beyond the rim.
-    Drawn from torch's generator, so that a resumed run draws the same. A true displacement no longer holds
-    and is left out.
+    With ``mirror`` both images of a pair are mirrored, alike, along each of these axes half of the time. Drawn from
+    torch's generator, so that a resumed run draws the same. A true displacement no longer holds and is left out.
 
     Args:
         load: case -> item, ``regpipe.LoadPair``.
-        amount: 0 leaves everything as it is; 0.05 is 3 degrees, 5 % of size and 2 voxels of 40, say.
+        amount: 0 leaves every place as it is; 0.05 is 3 degrees, 5 % of size and 2 voxels of 40, say.
+        mirror: axes of the working grid along which the mirrored anatomy could be a patient's, too.
+
+    Raises:
+        InputError: an axis is mirrored that the images do not have.
     """
 
-    def __init__(self, load: Callable[[Mapping[str, str]], dict[str, Any]], *, amount: float) -> None:
-        self.load, self.amount = load, amount
+    def __init__(
+        self, load: Callable[[Mapping[str, str]], dict[str, Any]], *, amount: float, mirror: Sequence[int] = ()
+    ) -> None:
+        self.load, self.amount, self.mirror = load, amount, list(mirror)
 
     def __call__(self, case: Mapping[str, str]) -> dict[str, Any]:
         item = self.load(case)
-        if not self.amount:
+        if not self.amount and not self.mirror:
             return item
+        signs = self._signs(item["fixed_image"].ndim - 1)
         moved = {key: value for key, value in item.items() if key != "displacement"}
         for side in SIDES:
             shape = item[f"{side}_image"].shape[1:]
             matrix, shift = draw_affine(shape, self.amount)
+            matrix = matrix * signs
             u = affine_displacement(matrix, shift, shape)
             for kind, mode in (("image", "bilinear"), ("label", "nearest"), ("mask", "nearest")):
                 if f"{side}_{kind}" in item:
@@ -43,6 +52,15 @@ class RandomAffine:
             # the image is pulled: what stood at p is seen where x + u(x) = p
             moved[f"{side}_landmarks"] = move_points(item[f"{side}_landmarks"], matrix, shift, shape)
         return moved
+
+    def _signs(self, dim: int) -> Tensor:
+        """(D,): -1 for an axis to be mirrored, else 1."""
+        if not set(self.mirror) <= set(range(dim)):
+            raise InputError(f"--mirror {self.mirror}: the images have the axes 0 to {dim - 1}")
+        signs = torch.ones(dim)
+        if self.mirror:
+            signs[self.mirror] = torch.randint(0, 2, (len(self.mirror),)) * 2.0 - 1
+        return signs
 
 
 def draw_affine(shape: torch.Size, amount: float) -> tuple[Tensor, Tensor]:

@@ -285,11 +285,15 @@ def _follow(scheduler: LambdaLR) -> None:
 
 
 def check_supervision(
-    cases: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None, augment: float
+    cases: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None, moved: Any
 ) -> None:
-    """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs."""
-    if weights.get("known_field") and augment:
-        raise InputError("loss term known_field: a true displacement no longer holds with --augment; give one of them")
+    """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs.
+
+    ``moved``: something true where the images are moved at random.
+    """
+    if weights.get("known_field") and moved:
+        why = "a true displacement no longer holds with --augment or --mirror"
+        raise InputError(f"loss term known_field: {why}; give one of them")
     kinds = needed(weights, landmark_channels=landmark_channels)
     needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}
     if weights.get("known_field"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regpipe.augment import RandomAffine, affine_displacement, draw_affine, move_points
+from regpipe.errors import InputError
 from regpipe.fields import identity_grid, warp
 
 
@@ -49,6 +50,30 @@ def test_no_amount_changes_nothing_and_the_same_seed_the_same() -> None:
         torch.manual_seed(3)
         twice.append(RandomAffine(lambda case: dict(before), amount=0.1)({})["fixed_image"])
     assert torch.equal(*twice)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((12, 10), 0), ((8, 9, 10), 2)])
+def test_both_sides_are_mirrored_alike_or_not_at_all(shape: tuple[int, ...], axis: int) -> None:
+    torch.manual_seed(0)
+    before, seen = item(shape), set()
+    for _ in range(20):
+        after = RandomAffine(lambda case: dict(before), amount=0.0, mirror=[axis])({})
+        mirrored = not torch.equal(after["fixed_landmarks"], before["fixed_landmarks"])
+        for side in ("fixed", "moving"):
+            image, label = before[f"{side}_image"], before[f"{side}_label"]
+            expected = (image.flip(1 + axis), label.flip(1 + axis)) if mirrored else (image, label)
+            torch.testing.assert_close(after[f"{side}_image"], expected[0], atol=1e-5, rtol=0)
+            assert torch.equal(after[f"{side}_label"], expected[1])
+            points = before[f"{side}_landmarks"].clone()
+            points[:, axis] = shape[axis] - 1 - points[:, axis] if mirrored else points[:, axis]
+            torch.testing.assert_close(after[f"{side}_landmarks"], points)
+        seen.add(mirrored)
+    assert seen == {True, False}
+
+
+def test_an_axis_that_the_images_do_not_have_is_not_mirrored() -> None:
+    with pytest.raises(InputError, match="--mirror .2.: the images have the axes 0 to 1"):
+        RandomAffine(lambda case: item((8, 8)), amount=0.0, mirror=[2])({})
 
 
 def test_missing_landmarks_stay_missing() -> None:
