@@ -28,6 +28,7 @@ from regpipe.refine import make_refiner, refinement_loss, zero_refiner
 COLUMNS = ("task", "backbone", "grid", "predicted_gib", "measured_gib", "ratio")
 BACKBONES = ("resnet18", "alexnet", "vgg16")
 SMALL, MIDDLE, LARGE = "64,64,64", "96,112,96", "160,192,224"
+STRUCTURES = 12  # that the network of a task of this name tells apart
 QUICK = [("inference", "resnet18", SMALL)]
 ALL = [
     *(("inference", backbone, grid) for grid in (SMALL, MIDDLE) for backbone in BACKBONES),
@@ -35,6 +36,7 @@ ALL = [
     *(("refinement", "resnet18", grid) for grid in (SMALL, MIDDLE)),
     *(("from_zero", "", grid) for grid in (SMALL, MIDDLE, "128,128,128")),
     *(("training", backbone, grid) for grid in ("48,48,48", SMALL) for backbone in BACKBONES),
+    *(("structures", "resnet18", grid) for grid in ("48,48,48", SMALL)),
     *(("files", "", grid) for grid in (MIDDLE, "144,144,144")),
 ]
 
@@ -44,9 +46,10 @@ def one(task: str, backbone: str, shape: Sequence[int]) -> tuple[int, int]:
     torch.manual_seed(0)
     if task == "files":
         return _files(shape)
-    network = SymmetricNet(3, backbone) if backbone else torch.nn.Identity()
-    if task == "training":
-        return _training(network, shape)
+    structures = STRUCTURES if task == "structures" else 0
+    network = SymmetricNet(3, backbone, structures=structures) if backbone else torch.nn.Identity()
+    if task in ("training", "structures"):
+        return _training(network, shape, structures)
     inferers = {
         "inference": RegistrationInferer(repair=True),
         "refinement": RegistrationInferer(refiner=make_refiner(8, refinement_loss("lncc")), repair=True),
@@ -61,11 +64,10 @@ def one(task: str, backbone: str, shape: Sequence[int]) -> tuple[int, int]:
     return predicted, peak_memory()
 
 
-def _training(network: torch.nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-    loss, inferer = (
-        RegistrationLoss({"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1}, window=7),
-        RegistrationInferer(),
-    )
+def _training(network: torch.nn.Module, shape: Sequence[int], structures: int) -> tuple[int, int]:
+    weights = {"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1} | ({"anatomy": 1.0, "dice": 1.0} if structures else {})
+    loss = RegistrationLoss(weights, window=7, label_ids=range(1, structures + 1))
+    inferer = RegistrationInferer()
     predicted = memory.held() + memory.training(inferer, network, loss, shape)
     optimizer = torch.optim.AdamW(network.parameters(), 5e-4)
     for _ in range(2):
@@ -98,7 +100,7 @@ def _batch(shape: Sequence[int]) -> dict[str, torch.Tensor]:
     images = torch.nn.functional.interpolate(torch.rand(2, 1, *coarse), size=tuple(shape), mode="trilinear")
     masks = torch.ones(2, 1, *shape)
     masks[:, :, :2] = 0
-    labels = torch.zeros(2, 1, *shape, dtype=torch.int32)
+    labels = (images * (STRUCTURES + 1)).int()
     sides = {"fixed": slice(0, 1), "moving": slice(1, 2)}
     kinds = {"image": images, "mask": masks, "label": labels}
     return {f"{side}_{kind}": x[part] for side, part in sides.items() for kind, x in kinds.items()}
