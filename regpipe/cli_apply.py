@@ -102,6 +102,6 @@ def compose(
     file = run(transforms, out, reference=reference)
     if manifest is not None:
         used = {"transform": transforms, **({"reference": [reference]} if reference else {})}
-        manifests.of_files(manifest, "composition", used, [file], {"order": [path.name for path in transforms]})
+        manifests.of_files(manifest, "composition", used, [file], {})
     console.tell(file=file)
     print(file)

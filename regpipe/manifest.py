@@ -85,10 +85,14 @@ def check_beside(path: Path, out: Path) -> None:
 def of_files(
     path: Path, kind: str, inputs: Mapping[str, Iterable[Path]], written: Iterable[Path], settings: Mapping[str, Any]
 ) -> None:
-    """Write the manifest of single files, see ``check_beside``; ``inputs``: role -> files; of a case its transform.json."""
-    told = {
-        role: [str(p / TRANSFORM if (p / TRANSFORM).is_file() else p) for p in paths] for role, paths in inputs.items()
-    }
+    """Write the manifest of single files, see ``check_beside``.
+
+    Args:
+        inputs: role -> files and cases' folders, of which the transform.json is taken.
+        written: what came out.
+    """
+    cases = {p: p / TRANSFORM for paths in inputs.values() for p in paths if (p / TRANSFORM).is_file()}
+    told = {role: [str(cases.get(p, p)) for p in paths] for role, paths in inputs.items()}
     known = [item for role, paths in told.items() for item in sources(role, paths)]
     root = absolute(path.parent)
     files = {absolute(file).relative_to(root).as_posix(): sha256([file]) for file in written}
@@ -157,14 +161,14 @@ def inputs_of(case: Case, known: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def sources(role: str, paths: Iterable[str]) -> list[dict[str, str]]:
-    """Role, name and hash of each file, in the order of the paths and each once; a series is one."""
-    shown = Progress(sorted(set(paths)), what="hashing", unit="files")
+    """Role, name and hash of each file, in the order of the paths; a series is one."""
+    shown = Progress(list(paths), what="hashing", unit="files")
     return [{"role": role, "file": Path(path).name, "sha256": sha256(images.files(path))} for path in shown]
 
 
 def paths_of(cases: Iterable[Case]) -> list[str]:
-    """All files of the cases."""
-    return [path for case in cases for role, path in case.items() if role != "case"]
+    """All files of the cases, each once."""
+    return sorted({path for case in cases for role, path in case.items() if role != "case"})
 
 
 def model_files(folder: str | Path) -> list[dict[str, str]]:
