@@ -81,7 +81,8 @@ def _conclude(out: Path, backbones: Sequence[str], overlays: Sequence[str], sett
     """Write the manifest: the table and page, and those of the trainings and evaluations that they were made of."""
     parts = ("models/manifest.json", "eval/manifest.json", "eval/summary.json")
     files = manifest.hashes(out, (*WRITTEN, *(f"{name}/{part}" for name in backbones for part in parts)))
-    chosen = {name: boardpages.plain(value) for name, value in settings.items() if name != "dataset_dir"}
+    # no paths: what was read from them is in the trainings' own manifests
+    chosen = {k: v for k, v in settings.items() if k != "dataset_dir" and boardpages.plain(v) == v}
     asked = {"backbones": [*backbones], "overlays": [sha256([Path(overlay)]) for overlay in overlays], **chosen}
     manifest.write(out, "comparison", inputs=[], files=files, settings=asked)
 

@@ -47,10 +47,10 @@ def train(old: Path, content: Mapping[str, Any], chosen: Settings, target: Path,
     Raises:
         InputError: other data; weights to begin with, or a network, that no manifest holds.
     """
-    network, begun = (content["settings"].get(name) for name in ("network", "pretrained"))
-    if network != "SymmetricNet" or begun not in ANYWHERE:
-        what = f"a {network}" if network != "SymmetricNet" else f"from {begun}"
-        raise InputError(f"{old}: was trained {what}, which it does not hold; give the training's own command again")
+    _require_ours(old, content)
+    begun = content["settings"].get("pretrained")
+    if begun not in ANYWHERE:
+        raise InputError(f"{old}: began from {begun}, which it does not hold; give the training's own command again")
     epochs, budget = chosen.pop("epochs"), chosen.pop("budget_seconds")
     if budget is not None:
         chosen["max_epochs"] = epochs
@@ -83,6 +83,7 @@ def evaluate(
     Raises:
         InputError: other data or another model.
     """
+    _require_ours(old, content)
     bundle = (bundle_in(bundle) if bundle else old.parent.parent).absolute()
     problem = model_problem(content["model"], bundle)
     if problem:
@@ -98,6 +99,12 @@ def evaluate(
     if "summary.json" in different and _numbers(old.parent) == _numbers(target):
         different.remove("summary.json")
     return len(before), different, _numbers_off(old.parent, target) if different else (0.0, 0.0)
+
+
+def _require_ours(old: Path, content: Mapping[str, Any]) -> None:
+    network = content["settings"].get("network")
+    if network != "SymmetricNet":
+        raise InputError(f"{old}: is of a {network}, which an overlay brought; give its own command again")
 
 
 def _same_data(

@@ -185,8 +185,9 @@ def _around(path: Path) -> Path | None:
 
 
 def _of_model(folder: Path, used: Sequence[Mapping[str, str]], bundle: Path) -> dict[str, str]:
-    problem = model_problem(used, bundle) if used else "there was no network; leave out --bundle"
-    return {f"{folder}: model": f"{folder}: {bundle} {problem}"} if problem else {}
+    problem = model_problem(used, bundle) if used else "is not asked for, there was no network"
+    mend = "bring the old one back, or make the result again" if used else "leave out --bundle"
+    return {f"{folder}: model": f"{folder}: {bundle} {problem}; {mend}"} if problem else {}
 
 
 def metrics_of(folder: Path) -> dict[str, Any] | None:

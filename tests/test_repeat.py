@@ -163,8 +163,8 @@ def test_after_a_budget_as_many_epochs_are_trained_and_how_far_the_weights_are_o
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"network": "VoxelMorph"}, "was trained a VoxelMorph, which it does not hold"),
-        ({"pretrained": "a.pt 0123456789abcdef"}, "was trained from a.pt"),
+        ({"network": "VoxelMorph"}, "is of a VoxelMorph, which an overlay brought"),
+        ({"pretrained": "a.pt 0123456789abcdef"}, "began from a.pt 0123456789abcdef, which it does not hold"),
         ({"learning_rate": "$__import__('os').abort()"}, "hold an expression"),
         ({"loss_weights": RUNS}, "hold an expression"),
         ({"max_epochs": {"_target_": "os.abort"}}, "hold an expression"),
