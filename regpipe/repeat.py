@@ -84,7 +84,7 @@ def evaluate(
         InputError: other data or another model.
     """
     _require_ours(old, content)
-    bundle = (bundle_in(bundle) if bundle else old.parent.parent).absolute()
+    bundle = (bundle_in(bundle) if bundle else old.absolute().parent.parent).absolute()
     problem = model_problem(content["model"], bundle)
     if problem:
         raise InputError(f"{bundle}: {problem}; give the --bundle that was evaluated")
@@ -114,7 +114,10 @@ def _same_data(
     wrong = [name for name in NUMBERS if not isinstance(chosen[name], int | float)]
     if wrong:
         raise InputError(f"the manifest's {wrong[0]} is no number: it is not regpipe's, and is not run")
-    root = record.dataset_dir(record.read(str(models), required=True)) if data is None else str(data.absolute())
+    known = record.read(str(models), required=True)["dataset_dir"] if data is None else str(data.absolute())
+    if not known:
+        raise InputError(f"{models / record.NAME}: does not say where the data are; give them with --data")
+    root = str(known)
     split = {name: chosen[name] for name in SPLIT}
     now = [
         source
@@ -153,9 +156,10 @@ def _different(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]
 
 def _weights_off(before: Path, after: Path) -> tuple[float, float] | None:
     """Mean and largest difference of a weight; None where they cannot be set against each other."""
-    if not (before / "model.pt").is_file():
+    try:
+        one, other = (read_state_dict(folder / "model.pt") for folder in (before, after))
+    except InputError:  # the one of then is gone, or damaged
         return None
-    one, other = (read_state_dict(folder / "model.pt") for folder in (before, after))
     if {name: w.shape for name, w in one.items()} != {name: w.shape for name, w in other.items()}:
         return None
     apart = torch.cat([(one[name].double() - other[name].double()).abs().flatten() for name in one])

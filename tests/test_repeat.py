@@ -126,7 +126,9 @@ def test_an_evaluation_comes_out_again_where_the_data_have_moved(judged: Path, c
     assert verify(tmp_path / "new", data=moved, bundle=judged).problems == {}
 
 
-def test_a_number_that_does_not_come_out_again_is_said_by_how_much(bundle: Path, cohort: Path) -> None:
+def test_a_number_that_does_not_come_out_again_is_said_by_how_much(
+    bundle: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = bundle / "eval" / "metrics.csv"
     head, first, *rest = table.read_text().split("\n")
     values = first.split(",")
@@ -134,7 +136,8 @@ def test_a_number_that_does_not_come_out_again_is_said_by_how_much(bundle: Path,
     values[place] = repr(float(values[place]) + 0.25)
     table.write_text("\n".join([head, ",".join(values), *rest]))
     renewed(bundle / "eval")
-    (again,) = rerun(bundle / "eval", data=cohort)
+    monkeypatch.chdir(bundle / "eval")
+    (again,) = rerun(Path("manifest.json"), data=cohort)
     numbers = 2 * (len(values) - 1)  # of two held-out pairs
     assert again.different == ["metrics.csv"] and again.off == pytest.approx((0.25 / numbers, 0.25))
 
@@ -196,13 +199,17 @@ def test_other_data_other_weights_and_what_cannot_be_repeated_are_a_line(
         rerun(bundle, data=cohort)
     with pytest.raises(InputError, match="leave out --bundle"):
         rerun(bundle / "models", data=cohort, bundle=judged)
+    told = json.loads((bundle / "models" / "training.json").read_text())
+    (bundle / "models" / "training.json").write_text(json.dumps({**told, "dataset_dir": None}))
+    with pytest.raises(InputError, match=r"training\.json: does not say where the data are; give them with --data"):
+        rerun(bundle / "models")
     old = content(bundle / "models")
     del old["settings"]["loss_weights"]
     rewrite(bundle / "models", old)
     with pytest.raises(InputError, match="does not say 'loss_weights'; an older version's"):
         rerun(bundle / "models", data=cohort)
     (bundle / "models" / "working_grid.json").write_text("{}")
-    with pytest.raises(InputError, match=r"has another working_grid\.json"):
+    with pytest.raises(InputError, match=r"has another working_grid\.json, training\.json"):
         rerun(bundle / "eval", data=cohort)
 
 
