@@ -10,6 +10,10 @@ import typer
 from regpipe import completion, console
 
 Reference = Annotated[Path | None, typer.Option(help="Image whose grid the result gets.")]
+Manifest = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json", help="Write hashes of what goes in and comes out: docs/provenance.md."),
+]
 
 
 def add(app: typer.Typer) -> None:
@@ -50,16 +54,25 @@ def apply(
             autocompletion=completion.one_of(completion.INTERPOLATIONS),
         ),
     ] = "auto",
+    manifest: Manifest = None,
 ) -> None:
     """Carry images, labels, points and meshes through a registration, each image resampled once.
 
     With a case, points go where the moved image shows them. A transform file alone maps points as it says, for most
     files from the fixed image to the moving one, and pulls images onto the grid of --reference.
     """
+    from regpipe import manifest as manifests
     from regpipe.apply import apply as run
 
+    if manifest is not None:
+        manifests.check_beside(manifest, out)
     problems: dict[str, str] = {}
-    run(transform, inputs, out, to=to, reference=reference, interpolation=interpolation, problems=problems)
+    written = run(transform, inputs, out, to=to, reference=reference, interpolation=interpolation, problems=problems)
+    if manifest is not None and written:
+        used = {"transform": [transform], "input": [path for path in inputs if str(path) not in problems]}
+        used |= {"reference": [reference]} if reference else {}
+        settings = {"to": to, "interpolation": interpolation}
+        manifests.of_files(manifest, "application", used, written, settings)
     console.tell(problems=problems)
     for problem in problems.values():
         console.complain("error", problem)
@@ -78,10 +91,17 @@ def compose(
         Path, typer.Option("--out", "-o", help=".h5: a chain, nothing resampled; .nii.gz: a displacement, LPS mm.")
     ],
     reference: Reference = None,
+    manifest: Manifest = None,
 ) -> None:
     """Chain transforms into one file; of a case folder, its way to the fixed image is taken."""
+    from regpipe import manifest as manifests
     from regpipe.apply import compose as run
 
+    if manifest is not None:
+        manifests.check_beside(manifest, out)
     file = run(transforms, out, reference=reference)
+    if manifest is not None:
+        used = {"transform": transforms, **({"reference": [reference]} if reference else {})}
+        manifests.of_files(manifest, "composition", used, [file], {})
     console.tell(file=file)
     print(file)

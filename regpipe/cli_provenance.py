@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from regpipe.rerun import Again
 
 Data = Annotated[
-    Path | None, typer.Option(help="Folder below which the images lie; they are found by name and content.")
+    Path | None, typer.Option(help="Folder below which the images lie; of a training or evaluation the data set.")
 ]
 
 
@@ -26,7 +26,9 @@ def add(app: typer.Typer) -> None:
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="What register wrote, one case; a trained bundle or a comparison.")],
+    folder: Annotated[
+        Path, typer.Argument(help="What register wrote, one case; a bundle, comparison or study; a manifest.")
+    ],
     data: Data = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Whose weights they are to be: the one that the cases were registered with.")
@@ -48,18 +50,23 @@ def verify(
 
 
 def rerun(
-    manifest: Annotated[Path, typer.Argument(help="manifest.json of a case, its folder, or a folder of cases.")],
+    manifest: Annotated[
+        Path, typer.Argument(help="manifest.json of a case, a training or an evaluation; its folder, or one of cases.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep what comes out here; default: nowhere.")] = None,
     data: Data = None,
-    bundle: Annotated[Path | None, typer.Option(help="The one that the cases were registered with.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="The one that the cases were registered, or evaluated, with.")
+    ] = None,
     trust: Trust = False,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="mm that a displacement may be off; default: it is the same to the bit.")
+        float,
+        typer.Option(min=0, help="That a displacement (mm), weight or number may be off; default: same to the bit."),
     ] = 0.0,
 ) -> None:
-    """Register again with the same settings and compare: the same to the bit, or how many mm off and what differs.
+    """Register, train or evaluate again with the same settings and compare: the same to the bit, or how far off.
 
-    Without --data the images are looked for near the results.
+    Without --data the images are looked for near the results; of a training or evaluation where they were.
     """
     from regpipe.rerun import rerun as run
 
@@ -82,9 +89,8 @@ def _told(again: Again) -> str:
     among = f" ({changed})" if changed else ""
     if not again.different:
         return f"{again.case}: the same to the bit, {again.files} files{among}"
-    off = (
-        "no displacement to compare"
-        if again.off is None
-        else "displacement off by {:.2g} mm, at most {:.2g}".format(*again.off)
-    )
+    unit = " mm" if again.of == "displacement" else ""
+    off = f"no {again.of} to compare"
+    if again.off is not None:
+        off = f"{again.of} off by {again.off[0]:.2g}{unit}, at most {again.off[1]:.2g}"
     return f"{again.case}: {len(again.different)} of {again.files} files differ, {off}{among}"

@@ -36,16 +36,17 @@ def figures(
     folder: Annotated[Path, typer.Argument(help="Folder with comparison.csv, or with study.csv and effects.csv.")],
 ) -> None:
     """Make the page and the figures of a comparison or a study again, from their CSVs alone; nothing is trained."""
-    from regpipe import comparepage, studypage
+    from regpipe import comparepage, manifest, studypage
 
-    writers = {"comparison.csv": comparepage.write_page, "study.csv": studypage.write_page}
-    found = {name: write for name, write in writers.items() if (folder / name).is_file()}
+    writers = {"comparison.csv": comparepage, "study.csv": studypage}
+    found = {name: page for name, page in writers.items() if (folder / name).is_file()}
     if not found:
         wanted = " nor ".join(writers)
         raise InputError(f"{folder}: holds neither {wanted}; regpipe compare and regpipe study write them")
     pages = []
-    for name, write in found.items():
-        write(folder)
+    for name, page in found.items():
+        page.write_page(folder)
+        manifest.renew(folder, page.PAGE)
         pages.append((folder / name).with_suffix(".md"))
         console.tell(pages=pages)
         console.say(f"page: {pages[-1]}; figures beside it, SVG and PNG")

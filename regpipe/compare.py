@@ -15,16 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regpipe import boardpages, comparepage, console, images
+from regpipe import boardpages, comparepage, console, images, manifest
 from regpipe.bundles import write_bundle
 from regpipe.errors import InputError
-from regpipe.files import replace_file, require_file
+from regpipe.files import replace_file, require_file, sha256
 from regpipe.foreign import require_own
 from regpipe.metrics import HIGHER_IS_BETTER
 from regpipe.options import refuse_unknown_ids
 from regpipe.pairs import list_pairs
 
 BEST = "best"  # file with the best backbone's name
+WRITTEN = (BEST, comparepage.NAME, *comparepage.PAGE)
 
 
 def compare(
@@ -66,12 +67,24 @@ def compare(
         took = [result["training_seconds"] or 0 for result in results.values()]
         left = sum(took) / len(took) * (len(bundles) - len(results)) / 60
         print(f"== {name}: done, {len(results)} of {len(bundles)}; about {left:.0f} min of training left", flush=True)
+    manifest.forget(out)  # of a comparison that was here before
     comparepage.write_csv(out, results)
     page = comparepage.write_page(out)
     boardpages.log_comparison(out / "comparison", page, comparepage.drawings(out))
     replace_file(out / BEST, best_of(results).encode())
+    _conclude(out, backbones, overlays, settings)
     console.tell(folder=out, best=best_of(results), table=out / "comparison.csv", backbones=results)
     return page
+
+
+def _conclude(out: Path, backbones: Sequence[str], overlays: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Write the manifest: the table and page, and those of the trainings and evaluations that they were made of."""
+    parts = ("models/manifest.json", "eval/manifest.json", "eval/summary.json")
+    files = manifest.hashes(out, (*WRITTEN, *(f"{name}/{part}" for name in backbones for part in parts)))
+    # no paths: what was read from them is in the trainings' own manifests
+    chosen = {k: v for k, v in settings.items() if k != "dataset_dir" and boardpages.plain(v) == v}
+    asked = {"backbones": [*backbones], "overlays": [sha256([Path(overlay)]) for overlay in overlays], **chosen}
+    manifest.write(out, "comparison", inputs=[], files=files, settings=asked)
 
 
 def _bundle(backbone: str, folder: Path, new: Path) -> Path:

@@ -16,6 +16,7 @@ from regpipe.evaluation import SHOWN, interval, table
 from regpipe.files import replace_file
 
 NAME = "comparison.csv"
+PAGE = ("comparison.md", "comparison_*.svg", "comparison_*.png")  # made of it alone
 COSTS = ("seconds/pair", "parameters M", "GFLOP", "peak memory GiB", "training min")
 COUNTS = ("parameters", "flops", "peak_memory_bytes", "training_seconds")  # a number each, without an interval
 DRAWN = ("dice", "hd95", "tre", "ncc", "sdlogj")  # what the first figure has panels of

@@ -15,7 +15,7 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from regpipe import cost
+from regpipe import cost, manifest
 from regpipe.boardpages import COSTS, log_evaluation
 from regpipe.casemetrics import write_csv
 from regpipe.console import Progress
@@ -85,6 +85,7 @@ class EvaluationReport:
 
     def __call__(self, engine: Engine) -> None:
         self.bar.close()
+        manifest.forget(self.folder)  # of an evaluation that was here before; the bundle writes the new one
         rows = engine.state.metric_details["cases"]  # type: ignore[attr-defined]
         write_csv(self.folder / "metrics.csv", rows)
         metrics = summarise(rows)

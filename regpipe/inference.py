@@ -79,7 +79,7 @@ class FolderRun:
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
         self._model = manifest.bundle_files(Path(model).parent) if Path(model).is_file() else []
         self._weights = sha256([Path(model)]) if self._model else ""
-        self._typical = typical.read(Path(model).parent) if self._model else {}
+        self._typical = typical.read(Path(model).parent, dim) if self._model else {}
         self._mine = list(self.cases)
         # rank 0's list: on that of one that begins later, what others have finished by then would be missing
         left = distributed.of_first([case["case"] for case in self._todo()])

@@ -1,4 +1,7 @@
-"""What a result was made of, with what, when and on what: ``manifest.json``, beside a registered case and a model.
+"""What a result was made of, with what, when and on what: ``manifest.json``, beside what was made.
+
+That is a registered case, a model, an evaluation, a comparison or a study; of what ``regpipe apply`` and ``compose``
+write, a file that one asks for.
 
     inputs    role, file's name and SHA-256 of each image, label map, mask, landmark file (a series: of all files)
     model     the same of the model's files; empty without a network
@@ -21,21 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from regpipe import images
+from regpipe.console import Progress
 from regpipe.errors import InputError
-from regpipe.files import parse_json, replace_file, sha256
+from regpipe.files import absolute, parse_json, replace_file, sha256
 from regpipe.pairs import Case
 from regpipe.versions import versions
 
 NAME = "manifest.json"
+TRANSFORM = "transform.json"  # of a case: it holds the hashes of its transform files
 FORMAT = "regpipe manifest 1"
-KINDS = ("registration", "training")
+KINDS = ("registration", "training", "evaluation", "comparison", "study", "application", "composition")
 SEED = 0  # of a registration: elastix draws its samples from it, nothing else is random
 CONFIG = "inference.yaml"
 BESIDE = ("model.pt", "working_grid.json", "training.json", "typical.json")  # what makes up a trained model
+TABLES = ("metrics.csv", "summary.json")  # and an evaluation
 
 
 def write(
-    folder: Path,
+    path: Path,
     kind: str,
     *,
     inputs: Sequence[Mapping[str, str]],
@@ -43,9 +49,10 @@ def write(
     settings: Mapping[str, Any],
     **about: Any,
 ) -> None:
-    """Write the manifest of what lies in ``folder``; see the top.
+    """Write the manifest of what lies in a folder; see the top.
 
     Args:
+        path: the folder; or the file itself, where it has another name than ``NAME``.
         kind: of ``KINDS``.
         inputs: see ``inputs_of``.
         files: name, or path within the folder, -> SHA-256.
@@ -62,7 +69,50 @@ def write(
         "inputs": inputs,
         "files": files,
     }
-    replace_file(folder / NAME, f"{json.dumps(content, indent=1)}\n".encode())
+    replace_file(path / NAME if path.is_dir() else path, _text(content))
+
+
+def check_beside(path: Path, out: Path) -> None:
+    """Raises ``InputError`` unless a manifest can be written to the file ``path`` of what comes to lie at ``out``."""
+    if path.suffix.lower() != ".json" or path.is_dir():
+        raise InputError(f"{path}: no name for a manifest; give one that ends in .json")
+    if not absolute(out).is_relative_to(absolute(path.parent)):
+        raise InputError(f"{path}: a manifest names files beside or below it; {out} is elsewhere: give one there")
+    if path.exists():
+        read(path)  # nothing else is written over
+
+
+def of_files(
+    path: Path, kind: str, inputs: Mapping[str, Iterable[Path]], written: Iterable[Path], settings: Mapping[str, Any]
+) -> None:
+    """Write the manifest of single files, see ``check_beside``.
+
+    Args:
+        inputs: role -> files and cases' folders, of which the transform.json is taken.
+        written: what came out.
+    """
+    cases = {p: p / TRANSFORM for paths in inputs.values() for p in paths if (p / TRANSFORM).is_file()}
+    told = {role: [str(cases.get(p, p)) for p in paths] for role, paths in inputs.items()}
+    known = [item for role, paths in told.items() for item in sources(role, paths)]
+    root = absolute(path.parent)
+    files = {absolute(file).relative_to(root).as_posix(): sha256([file]) for file in written}
+    write(path, kind, inputs=known, files=files, settings=settings)
+
+
+def forget(folder: Path) -> None:
+    """Remove a manifest, before what it tells of is written anew."""
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def renew(folder: Path, patterns: Iterable[str]) -> None:
+    """Take in anew the hashes of files that were made again from others of the same result; no manifest: nothing."""
+    if (folder / NAME).is_file():
+        content = read(folder / NAME)
+        replace_file(folder / NAME, _text({**content, "files": content["files"] | hashes(folder, patterns)}))
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(content, indent=1)}\n".encode()
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
@@ -87,7 +137,9 @@ def read(path: Path) -> dict[str, Any]:
         told = [source[key] for source in content["inputs"] for key in ("role", "file", "sha256")]
         told += [*content["files"], *content["files"].values(), content["configuration"]]
         if content["kind"] == "registration":
-            told += [content["case"], *(source[key] for source in content["model"] for key in ("file", "sha256"))]
+            told.append(content["case"])
+        if content["kind"] in ("registration", "evaluation"):
+            told += [source[key] for source in content["model"] for key in ("file", "sha256")]
         if content["kind"] not in KINDS or not all(isinstance(text, str) for text in told):
             raise TypeError("a name or hash")
         if content["configuration"] != _digest(content["settings"]):
@@ -108,9 +160,20 @@ def inputs_of(case: Case, known: Mapping[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def model_files(folder: Path) -> list[dict[str, str]]:
+def sources(role: str, paths: Iterable[str]) -> list[dict[str, str]]:
+    """Role, name and hash of each file, in the order of the paths; a series is one."""
+    shown = Progress(list(paths), what="hashing", unit="files")
+    return [{"role": role, "file": Path(path).name, "sha256": sha256(images.files(path))} for path in shown]
+
+
+def paths_of(cases: Iterable[Case]) -> list[str]:
+    """All files of the cases, each once."""
+    return sorted({path for case in cases for role, path in case.items() if role != "case"})
+
+
+def model_files(folder: str | Path) -> list[dict[str, str]]:
     """Name and hash of each file that makes up the model in ``folder``."""
-    found = (folder / name for name in BESIDE)
+    found = (Path(folder) / name for name in BESIDE)
     return [{"file": path.name, "sha256": sha256([path])} for path in found if path.is_file()]
 
 

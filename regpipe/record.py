@@ -16,9 +16,8 @@ from typing import Any
 import ignite.distributed as idist
 
 from regpipe import images, manifest
-from regpipe.console import Progress
 from regpipe.errors import InputError
-from regpipe.files import absolute, parse_json, replace_file, sha256
+from regpipe.files import absolute, parse_json, replace_file
 from regpipe.pairs import Case
 
 NAME = "training.json"
@@ -48,29 +47,37 @@ def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     about = {**{key: known[key] for key in DATA}, "dataset_dir": _way(root, absolute(ckpt_dir))}
     about |= {"dataset": fingerprint(root), "training_images": [fingerprint(path) for path in _images(cases)]}
     text = json.dumps(about, indent=1)
-    (Path(ckpt_dir) / manifest.NAME).unlink(missing_ok=True)  # of what was there before this training
+    manifest.forget(Path(ckpt_dir))  # of what was there before this training
     replace_file(Path(ckpt_dir) / NAME, text.encode())
 
 
 @idist.one_rank_only(with_barrier=True)
 def conclude(
-    ckpt_dir: str, cases: Sequence[Case], settings: Mapping[str, Any], *, device: Any, seed: int, seconds: float
+    folder: str,
+    kind: str,
+    pairs: Mapping[str, Sequence[Case]],
+    settings: Mapping[str, Any],
+    *,
+    device: Any,
+    seconds: float,
+    **about: Any,
 ) -> None:
-    """Write the manifest of a training that has ended: see ``regpipe.manifest``.
+    """Write the manifest of a training or an evaluation that has ended: see ``regpipe.manifest``.
 
     Args:
-        cases: the training pairs, of which all files are hashed.
+        folder: of the model, or of the tables.
+        kind: ``training`` or ``evaluation``.
+        pairs: role -> cases, of which all files are hashed.
         settings: the choices of the run.
         seconds: what it took.
+        about: what else to keep: seed, and of an evaluation the model's files.
     """
-    paths = sorted({path for case in cases for role, path in case.items() if role != "case"})
-    known = [
-        {"role": "training", "file": Path(path).name, "sha256": sha256(images.files(path))}
-        for path in Progress(paths, what="hashing", unit="files")
-    ]
-    about = {"seed": seed, "machine": manifest.machine(device), "seconds": round(seconds, 2)}
-    files = {item["file"]: item["sha256"] for item in manifest.model_files(Path(ckpt_dir))}
-    manifest.write(Path(ckpt_dir), "training", inputs=known, files=files, settings=settings, **about)
+    known = [item for role, cases in pairs.items() for item in manifest.sources(role, manifest.paths_of(cases))]
+    processes = idist.get_world_size()
+    machine = manifest.machine(device) | ({"processes": processes} if processes > 1 else {})
+    files = manifest.hashes(Path(folder), manifest.BESIDE if kind == "training" else manifest.TABLES)
+    about |= {"machine": machine, "seconds": round(seconds, 2)}
+    manifest.write(Path(folder), kind, inputs=known, files=files, settings=settings, **about)
 
 
 def fingerprint(path: str | Path) -> str:

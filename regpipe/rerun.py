@@ -1,4 +1,7 @@
-"""Make registered cases again from their manifests, and say whether the same comes out: to the bit, or how far off."""
+"""Make results again from their manifests, and say whether the same comes out: to the bit, or how far off.
+
+Registered cases here; a training and an evaluation in ``regpipe.repeat``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from regpipe.cli_register import register_with_bundle
 from regpipe.errors import InputError
 from regpipe.inference import register_from_zero
 from regpipe.transforms import read_displacement
-from regpipe.verify import Sources, manifests, metrics_of, model_problem
+from regpipe.verify import MODELS, Sources, manifests, metrics_of, model_problem
 
 NEAR = ("*", "*/*", "*/*/*", "*/*/*/*")  # where inputs are looked for beside the results: so deep and no deeper
 FIELDS = ("displacement.nii.gz", "1Warp.nii.gz")  # what says how far off it is; the latter is without the affine part
@@ -26,13 +29,14 @@ BUNDLE = (*BOTH, "refine_loss", "refine_window", "repair")
 
 
 class Again(NamedTuple):
-    """How a case that was made again compares with what it was."""
+    """How what was made again compares with what it was."""
 
-    case: str
+    case: str  # or ``training``, ``evaluation``
     files: int
-    different: list[str]  # files that are not the same to the bit; of metrics.json the numbers count
+    different: list[str]  # files that are not the same to the bit; of metrics.json and summary.json the numbers count
     conditions: dict[str, list[Any]]  # version, machine ... -> [then, now], where they differ
-    off: tuple[float, float] | None  # mean and largest distance of the displacements in mm; None: there are none
+    off: tuple[float, float] | None  # mean and largest difference, see ``of``; None: there is nothing to compare
+    of: str = "displacement"  # in mm; or ``weight``, ``number``
 
 
 def rerun(
@@ -43,24 +47,31 @@ def rerun(
     bundle: Path | None = None,
     trust: bool = False,
 ) -> list[Again]:
-    """Register again what the manifests in ``given`` tell of.
+    """Register, train or evaluate again what the manifests in ``given`` tell of.
 
     Args:
-        given: a manifest, a case's folder or a folder of cases.
+        given: a manifest, or a folder with manifests of registered cases, or with a single one.
         out: where to; None: nowhere, only the comparison is wanted.
-        data: below it the inputs are found, by name and hash; None: near ``given``.
+        data: below it the inputs are found, by name and hash; None: near ``given``. Of a training or an evaluation the
+            data set itself; None: where the model's record knows it.
         bundle: with the network, where there was one.
         trust: run it though its configuration is not regpipe's own.
 
     Raises:
-        InputError: no manifest of a registration; an input or the model is not there, or is another; the cases were
-            registered with different settings, or with some that regpipe never wrote.
+        InputError: no such manifest; an input or the model is not there, or is another; the cases were registered
+            with different settings, or with some that regpipe never wrote.
         SystemExit: a case cannot be registered any more.
     """
-    files = [given] if given.is_file() else manifests(given)[0]
-    old = {path.parent: manifest.read(path) for path in files}
-    if any(content["kind"] != "registration" for content in old.values()) or not old:
-        raise InputError(f"{given}: not of a registration; a training is repeated by its own command")
+    old = {path.parent: manifest.read(path) for path in manifests(given)[0]}
+    kinds = {content["kind"] for content in old.values()}
+    if len(old) == 1 and kinds <= {"training", "evaluation"}:
+        return [_repeated(given if given.is_file() else next(iter(old)) / manifest.NAME, out, data, bundle)]
+    if kinds != {"registration"}:
+        told = f"holds manifests of: {', '.join(sorted(kinds)) or 'nothing'}"
+        raise InputError(
+            f"{given}: {told}; give the manifest.json of one training or evaluation, or registered cases. "
+            "What else there is, its own command makes again"
+        )
     first = next(iter(old.values()))
     if any((other["settings"], other["model"]) != (first["settings"], first["model"]) for other in old.values()):
         raise InputError(f"{given}: its cases were registered with different settings; give them one at a time")
@@ -85,6 +96,29 @@ def rerun(
         else:
             register_from_zero(str(listed), str(target), steps=chosen.pop("refine"), **chosen)
         return [_compared(folder, content, target / content["case"]) for folder, content in old.items()]
+
+
+def _repeated(old: Path, out: Path | None, data: Path | None, bundle: Path | None) -> Again:
+    """A training or an evaluation once more."""
+    from regpipe import repeat
+
+    content = manifest.read(old)
+    trained = content["kind"] == "training"
+    if trained and bundle is not None:
+        raise InputError(f"{old}: is of a training; leave out --bundle")
+    try:
+        chosen = _chosen(content["settings"], repeat.TRAINING if trained else repeat.EVALUATION)
+    except KeyError as missing:
+        raise InputError(f"{old}: does not say {missing}; an older version's, make the result again") from missing
+    with tempfile.TemporaryDirectory() as aside:
+        target = out or Path(aside) / "again"
+        if trained:
+            found = repeat.train(old, content, chosen, target, data)
+        else:
+            found = repeat.evaluate(old, content, chosen, target, data, bundle)
+        new = manifest.read((target / MODELS if trained else target) / manifest.NAME)
+    files, different, off = found
+    return Again(content["kind"], files, different, _conditions(content, new), off, "weight" if trained else "number")
 
 
 def _entry(content: Mapping[str, Any], sources: Sources) -> dict[str, str]:
@@ -125,7 +159,7 @@ def _is_value(value: Any) -> bool:
         return all(re.fullmatch("[a-z][a-z0-9_]*", name) for name in value) and all(map(_is_value, value.values()))
     if isinstance(value, list):
         return all(map(_is_value, value))
-    return not isinstance(value, str) or re.fullmatch("[a-z0-9]*", value) is not None
+    return not isinstance(value, str) or re.fullmatch("([a-z0-9]+(_[a-z0-9]+)*)?", value) is not None
 
 
 def _compared(before: Path, old: Mapping[str, Any], after: Path) -> Again:
@@ -134,11 +168,16 @@ def _compared(before: Path, old: Mapping[str, Any], after: Path) -> Again:
     different = [name for name in names if old["files"].get(name) != new["files"].get(name)]
     if "metrics.json" in different and metrics_of(before) == metrics_of(after):
         different.remove("metrics.json")  # it also says when its images were written
-    conditions = {key: [old.get(key), new[key]] for key in ("machine", "given_up") if old.get(key) != new[key]}
+    off = _off(before, after) if different else (0.0, 0.0)
+    return Again(old["case"], len(names), different, _conditions(old, new), off)
+
+
+def _conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Under what each was made, where that differs."""
+    found = {key: [old.get(key), new.get(key)] for key in ("machine", "given_up") if old.get(key) != new.get(key)}
     packages = old["versions"].keys() | new["versions"].keys()
     versions = {name: [old["versions"].get(name), new["versions"].get(name)] for name in sorted(packages)}
-    conditions |= {name: pair for name, pair in versions.items() if pair[0] != pair[1]}
-    return Again(old["case"], len(names), different, conditions, _off(before, after) if different else (0.0, 0.0))
+    return found | {name: pair for name, pair in versions.items() if pair[0] != pair[1]}
 
 
 def _off(before: Path, after: Path) -> tuple[float, float] | None:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from monai.bundle import ConfigParser
 
-from regpipe import images, record, studyeffects, studypage
+from regpipe import images, manifest, record, studyeffects, studypage
 from regpipe.bundles import write_bundle
 from regpipe.encoders import BACKBONES, MAX_STRIDE
 from regpipe.errors import InputError
-from regpipe.files import replace_file
+from regpipe.files import replace_file, sha256
 from regpipe.images import Grid
 from regpipe.pairs import Case, list_pairs, working_grid
 from regpipe.runs import require
@@ -34,6 +35,7 @@ TRANSFERS = ("scratch", "frozen", "finetuned")
 SIZES = ("5", "20", "100", "all")
 SEEDS = ("0", "1", "2")
 AXES = {"backbone": tuple(BACKBONES), "transfer": TRANSFERS, "subjects": SIZES, "seed": SEEDS}
+WRITTEN = ("study.csv", "effects.csv", *studypage.PAGE, "[23]d/*.json", "[23]d/runs/*.json", "[23]d/pretrained/*.*")
 MOST_PAIRS = 5000  # in a datalist: more than a run sees, and a list of all pairs is slow to read
 
 
@@ -79,9 +81,10 @@ def study(
     configs = [train, *(str(path) for path in overlays)]
     dims = _dimension(ConfigParser.load_config_files(configs))
     folder = out / f"{dims}d"
-    data = _data_of(data, dims, out)
+    subjects, data = data, _data_of(data, dims, out)
     held_out, training, grid = _split(data, configs)
     _refuse_other(folder / "study.json", overlays, data, held_out)
+    manifest.forget(out)  # of what was here before
     cells = _cells(axes, len(_subjects(training)))
     pretrainings = _pretrainings(cells, configs, pretraining, folder)
     settings = {"grid_shape": [*grid.shape], "grid_spacing": [*grid.spacing], "max_val_pairs": len(held_out)}
@@ -95,7 +98,23 @@ def study(
         print("\nstopped: the finished runs are kept, the same command goes on", flush=True)
         raise SystemExit(130) from None
     studyeffects.write_effects(out)
-    return studypage.write_page(out)
+    page = studypage.write_page(out)
+    texts = {"overlays": overlays, "pretraining": [pretraining] if pretraining else []}
+    chosen = {name: [sha256([Path(path)]) for path in paths] for name, paths in texts.items()}
+    _conclude(out, subjects, {"dimension": dims, **chosen, **axes})
+    return page
+
+
+def _conclude(out: Path, subjects: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write the manifest: the subjects, every finished run, tables and page."""
+    manifest.write(
+        out,
+        "study",
+        inputs=manifest.sources("study", manifest.paths_of(list_pairs(subjects, pairing="first"))),
+        files=manifest.hashes(out, WRITTEN),
+        settings=settings,
+        machine=manifest.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    )
 
 
 # ------------------------------------------------------------------------------ what is to be run

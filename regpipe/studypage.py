@@ -18,6 +18,7 @@ from regpipe.files import replace_file
 from regpipe.studyeffects import CELL, COSTS, DRAWS, KIND, LEVEL, Effect
 from regpipe.studyrun import METRICS
 
+PAGE = ("study.md", "*_[23]d.svg", "*_[23]d.png")  # what is made of the CSVs alone
 MARKUP = re.compile(r"[<>&|`$\[\]\\]")  # in a name: it would act in the page, or in a figure
 
 Row = dict[str, Any]  # a line of ``study.csv``

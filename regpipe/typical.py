@@ -117,11 +117,12 @@ def _some(values: torch.Tensor) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ the record
 
 
-def read(ckpt_dir: str | Path) -> dict[str, Any]:
+def read(ckpt_dir: str | Path, dim: int | None = None) -> dict[str, Any]:
     """What is known of a model's images and registrations; empty where nothing was kept.
 
     Raises:
-        InputError: damaged, or of another version; taken for nothing it would silence the warnings.
+        InputError: damaged, of another version, or of images of another
+            dimension than ``dim``; taken for nothing it would silence the warnings.
     """
     path = Path(ckpt_dir) / NAME
     if not path.is_file():
@@ -131,24 +132,29 @@ def read(ckpt_dir: str | Path) -> dict[str, Any]:
         if found["format"] != FORMAT or not found["images"].keys() <= set(SIDES):
             raise ValueError("of another version of regpipe")
         for known in found["images"].values():
-            _check(known, ("spacing", "extent", "brightness", "texture", "content"))
-            if np.shape(known["thumbnail"]) != (THUMBNAIL[len(known["spacing"][0])],) * len(known["spacing"][0]):
+            axes = len(known["spacing"][0])
+            if dim not in (None, axes):
+                raise ValueError(f"of {axes}D images, the working grid is {dim}D")
+            single = {"texture": 1, "content": 1}
+            _check(known, {"spacing": axes, "extent": axes, "brightness": len(QUANTILES), **single})
+            if np.shape(known["thumbnail"]) != (THUMBNAIL[axes],) * axes:
                 raise ValueError("thumbnail")
+            np.array(known["thumbnail"], float)
         if found["pairs"]:
-            _check(found["pairs"], ASKED)
+            _check(found["pairs"], dict.fromkeys(ASKED, 1))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
         why = f"damaged ({type(cause).__name__}: {str(cause)[:100]})"
         raise InputError(f"{path}: {why}; copy it again, or delete it: then unusual images are not told") from cause
     return dict(found)
 
 
-def _check(known: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises one of many errors unless each is a lowest and a highest value, of some number of things."""
+def _check(known: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Raises one of many errors unless each is so many lowest and as many highest values, of some number of things."""
     if not known["count"] >= 1:
         raise ValueError("count")
-    for name in names:
+    for name, size in sizes.items():
         low, high = np.array(known[name], float)
-        if (low > high).any():
+        if low.shape != (size,) or (low > high).any():
             raise ValueError(name)
 
 

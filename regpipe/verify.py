@@ -16,7 +16,7 @@ from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.files import parse_json, sha256
 
-MODELS = "models"  # of a bundle: the folder with its weights
+MODELS, EVALUATED = "models", "eval"  # of a bundle: the folders with its weights and with what they came to
 
 
 class Checked(NamedTuple):
@@ -66,7 +66,7 @@ def verify(folder: Path, *, data: Path | None = None, bundle: Path | None = None
     """Hold every file of the results in ``folder`` to their manifests.
 
     Args:
-        folder: what registering wrote, one case of it, a trained bundle, or a comparison's.
+        folder: what registering wrote, one case of it, a trained bundle, a comparison's or a study's; or a manifest.
         data: below it the inputs are looked for, by name and hash.
         bundle: whose model's files are to be those that the cases were registered with.
 
@@ -88,8 +88,9 @@ def verify(folder: Path, *, data: Path | None = None, bundle: Path | None = None
             problems[str(path)] = f"{path}: is of {content['case']}, as {named[content['case']]} is; remove one of them"
         if sources is not None:
             problems |= _of_inputs(path.parent, content["inputs"], sources)
-        if bundle is not None and content["kind"] == "registration":
-            problems |= _of_model(path.parent, content["model"], bundle)
+        whose = (_around(path) or bundle) if content["kind"] == "evaluation" else bundle
+        if whose is not None and content["kind"] in ("registration", "evaluation"):
+            problems |= _of_model(path.parent, content["model"], whose)
     return Checked(len(found), files, problems)
 
 
@@ -99,10 +100,12 @@ def manifests(folder: Path) -> tuple[list[Path], dict[str, str]]:
     Raises:
         InputError: no such folder, or no result in it.
     """
+    if folder.is_file():
+        return [folder], {}
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give what regpipe register -o wrote, or a bundle")
     below = sorted(path for path in folder.iterdir() if path.is_dir())
-    places = [folder, *below, *(path / MODELS for path in below)]
+    places = [folder, *below, *(path / inner for path in below for inner in (MODELS, EVALUATED))]
     found = [path / manifest.NAME for path in places if (path / manifest.NAME).is_file()]
     bare = (path for path in places if path / manifest.NAME not in found)
     problems = dict(line for path in bare for line in _without(path)) | _gone(folder)
@@ -115,7 +118,8 @@ def _gone(folder: Path) -> dict[str, str]:
     """The cases of which only the table is left."""
     table = folder / "metrics.csv"
     try:
-        names = [row["case"] for row in read_rows(table)] if table.is_file() else []
+        of_cases = table.is_file() and not (folder / "summary.json").is_file()  # which goes with an evaluation's table
+        names = [row["case"] for row in read_rows(table)] if of_cases else []
     except (OSError, ValueError, KeyError) as cause:
         return {str(table): f"{table}: damaged ({type(cause).__name__}); the command that registered makes it again"}
     gone = (folder / name for name in names if not (folder / name).is_dir())
@@ -127,6 +131,8 @@ def _without(place: Path) -> Iterator[tuple[str, str]]:
     missing = f"{place / manifest.NAME}: missing"
     if (place / "model.pt").is_file():
         yield str(place), f"{missing}; the training has not ended, or was an older version's: the same command goes on"
+    elif any((place / name).is_file() for name in ("summary.json", "comparison.csv", "study.csv")):
+        yield str(place), f"{missing}; it has not ended, or was an older version's: the same command writes it"
     elif (place / "metrics.json").is_file() or (place / "transform.json").is_file():
         yield str(place), f"{missing}; the case is unfinished, or was an older version's: register it again"
 
@@ -172,9 +178,16 @@ def model_problem(used: Iterable[Mapping[str, str]], bundle: Path) -> str:
     return f"has another {', '.join(other)}" if other else ""
 
 
+def _around(path: Path) -> Path | None:
+    """The trained bundle that the manifest of an evaluation lies in."""
+    bundle = path.absolute().parent.parent
+    return bundle if (bundle / MODELS / "model.pt").is_file() else None
+
+
 def _of_model(folder: Path, used: Sequence[Mapping[str, str]], bundle: Path) -> dict[str, str]:
-    problem = model_problem(used, bundle) if used else "there was no network; leave out --bundle"
-    return {f"{folder}: model": f"{folder}: {bundle} {problem}"} if problem else {}
+    problem = model_problem(used, bundle) if used else "is not asked for, there was no network"
+    mend = "bring the old one back, or make the result again" if used else "leave out --bundle"
+    return {f"{folder}: model": f"{folder}: {bundle} {problem}; {mend}"} if problem else {}
 
 
 def metrics_of(folder: Path) -> dict[str, Any] | None:

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from conftest import QUICK, Command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
+from regpipe import cli
 from regpipe.compare import best_of, bundle_in, compare
 from regpipe.comparepage import COSTS
 from regpipe.errors import InputError
 from regpipe.evaluation import SHOWN
+from regpipe.verify import verify
 
 
 def result(dice: float, *, seconds: float = 0.5, **metrics: list[float]) -> dict[str, Any]:
@@ -79,6 +82,25 @@ def test_two_backbones_are_trained_evaluated_and_tabled_once(
     assert (bundle_in(tmp_path) / "models" / "model.pt").is_file()
     commands.clear()
     assert compare(tmp_path, **asked) == page and not commands
+    held_to_its_manifest(tmp_path, cohort)
+
+
+def held_to_its_manifest(out: Path, data: Path) -> None:
+    """A comparison passes as it is, after its page was made again, and not with a changed byte in any part."""
+    assert verify(out, data=data).problems == {} and verify(out).results == 5  # two trained, two evaluated, one table
+    told = json.loads((out / "manifest.json").read_text())
+    assert told["settings"]["backbones"] == ["resnet18", "alexnet"] and "dataset_dir" not in told["settings"]
+    for name in ("comparison.csv", "comparison.md", "comparison_cost.svg", "best", "alexnet/eval/metrics.csv"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole + b" ")
+        assert [str(out / name)] == list(verify(out).problems)
+        (out / name).write_bytes(whole)
+    (out / "comparison.md").write_text("of another version")
+    assert CliRunner().invoke(cli.app, ["figures", str(out)]).exit_code == 0
+    assert verify(out).problems == {}
+    (out / "manifest.json").unlink()
+    (problem,) = verify(out).problems.values()
+    assert "manifest.json: missing; it has not ended" in problem
 
 
 def test_transferred_weights_are_the_trainings_setting_and_not_the_evaluations(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from regpipe.errors import InputError
 from regpipe.pairs import list_pairs
 from regpipe.study import choose, study
 from regpipe.studyrun import Task, run, run_all
+from regpipe.verify import verify
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GRID = {"backbone": ["alexnet", "plain"], "subjects": ["3", "all"], "seed": ["0"]}
@@ -86,6 +88,22 @@ def test_every_cell_of_the_grid_is_a_line_on_equal_terms(done: Path) -> None:
     assert len({row["ncc"] for row in rows}) > 6  # labels of a few voxels may stay where they are
     page = (done / "study.md").read_text()
     assert "| alexnet - plain | frozen | 4 | 1 |" in page and "| frozen - scratch | plain | 3 | 1 |" in page
+
+
+def test_a_study_is_held_to_its_manifest_and_a_changed_run_or_subject_is_named(
+    done: Path, data: Path, tmp_path: Path
+) -> None:
+    told = json.loads((done / "manifest.json").read_text())
+    assert len({source["sha256"] for source in told["inputs"]}) == 14  # images and labels of seven subjects
+    assert {"study.csv", "effects.csv", "study.md", "2d/pretrained/alexnet.pt"} <= told["files"].keys()
+    assert len([name for name in told["files"] if name.startswith("2d/runs/")]) == len(rows_of(done))
+    assert verify(done, data=data).problems == {}
+    mine, subjects = shutil.copytree(done, tmp_path / "out"), shutil.copytree(data, tmp_path / "data")
+    run_file = next((mine / "2d" / "runs").glob("*.json"))
+    run_file.write_text(run_file.read_text().replace("dice", "dice ", 1))
+    save(subjects / "labels" / "s3.nii.gz", subject(0, 2)[1])
+    problems = verify(mine, data=subjects).problems
+    assert list(problems) == [str(run_file), f"{mine}: s3.nii.gz"] and "study, changed since" in str(problems)
 
 
 def test_no_held_out_subject_is_trained_on_and_small_sets_lie_in_large_ones(done: Path, data: Path) -> None:

@@ -132,7 +132,8 @@ def pairs(folder: Path, n: int) -> list[dict[str, str]]:
     return found
 
 
-RANGES = {name: [[0.0, 0.0], [1.0, 1.0]] for name in ("spacing", "extent", "brightness", "texture", "content")}
+SIZES = {"spacing": 2, "extent": 2, "brightness": 5, "texture": 1, "content": 1}
+RANGES = {name: [[0.0] * size, [1.0] * size] for name, size in SIZES.items()}
 SIDE: dict[str, Any] = {"count": 5, "thumbnail": [[0.0] * 16] * 16, **RANGES}
 PAIR: dict[str, Any] = {"count": 5, **{name: [[0.0], [1.0]] for name in typical.ASKED}}
 
@@ -161,6 +162,9 @@ DAMAGED: dict[str, dict[str, Any]] = {
     "a list": {"images": []},
     "small thumbnail": {"images": {"fixed": {**SIDE, "thumbnail": [[0.0] * 3]}}},
     "one value for two": {"images": {"fixed": {**SIDE, "content": [[0.5]]}}},
+    "two textures": {"images": {"fixed": {**SIDE, "texture": [[0.0, 0.0], [1.0, 1.0]]}}},
+    "another number of axes": {"images": {"fixed": {**SIDE, "extent": [[0.0] * 3, [1.0] * 3]}}},
+    "no number": {"images": {"fixed": {**SIDE, "thumbnail": [["a"] * 16] * 16}}},
     "texts": {"images": {"fixed": {**SIDE, "texture": [["a"], ["b"]]}}},
     "none counted": {"pairs": {**PAIR, "count": 0}},
     "the wrong way round": {"pairs": {**PAIR, "ncc": [[1.0], [0.0]]}},
@@ -179,6 +183,17 @@ def test_a_damaged_record_is_named_and_not_taken_for_none_which_would_silence_th
     (tmp_path / typical.NAME).write_text(text)
     with pytest.raises(InputError, match="typical.json: damaged .*delete it"):
         typical.read(tmp_path)
+
+
+def test_a_record_of_another_dimension_than_the_grid_is_named(tmp_path: Path) -> None:
+    (tmp_path / typical.NAME).write_text(
+        json.dumps({"format": typical.FORMAT, "images": {"fixed": SIDE}, "pairs": PAIR})
+    )
+    assert typical.read(tmp_path, 2)["images"]["fixed"] == SIDE
+    with pytest.raises(
+        InputError, match=r"typical\.json: damaged .*of 2D images, the working grid is 3D.*copy it again"
+    ):
+        typical.read(tmp_path, 3)
 
 
 def test_validation_is_kept_where_it_is_the_best_so_far(tmp_path: Path) -> None:

@@ -230,14 +230,12 @@ def test_images_are_found_beside_the_results_and_changed_ones_are_refused(data: 
         rerun.rerun(tmp_path / "study" / "out")
 
 
-def test_cases_of_different_settings_and_trainings_are_refused_in_a_line(out: Path, trained: Path, data: Path) -> None:
+def test_cases_of_different_settings_are_refused_in_a_line(out: Path, trained: Path, data: Path) -> None:
     told = content(out / "case_000")
     told["settings"]["refine"] = 5
     rewrite(out / "case_000", told)
     with pytest.raises(InputError, match="different settings; give them one at a time"):
         rerun.rerun(out, data=data)
-    with pytest.raises(InputError, match="a training is repeated by its own command"):
-        rerun.rerun(trained, data=data)
     with pytest.raises(InputError, match="leave out --bundle"):
         rerun.rerun(out / "case_001", data=data, bundle=trained)
 
