@@ -180,8 +180,8 @@ def test_pictures_align_as_well(stage: str) -> None:
 def test_a_small_image_is_found_from_one_start_five_voxels_away(shape: tuple[int, ...]) -> None:
     image = make_pair("mr", shape, seed=0).fixed_image
     truth = moved(turned((2,), len(shape)), [4.0, -3.0, 0.0][: len(shape)])
-    pair = (Image(image, placed) for placed in (np.eye(len(truth)), truth))
-    found = align(*pair, "rigid", start=np.eye(len(truth))).matrix
+    fixed, moving = (Image(image, place) for place in (np.eye(len(truth)), truth))
+    found = align(fixed, moving, "rigid", start=np.eye(len(truth))).matrix
     assert error(np.eye(len(truth)), truth) > 4
     assert error(found, truth) < 0.2
 
