@@ -182,7 +182,19 @@ def of_commands(bundle: Path, one: Path, root: Path) -> dict[str, tuple[list[obj
 
 
 OPTIONS = [
-    *("steps", "smoothness", "infinite smoothness", "similarity", "memory", "affine", "formats", "refinement", "label"),
+    *(
+        "steps",
+        "smoothness",
+        "infinite smoothness",
+        "similarity",
+        "memory",
+        "less memory than is held",
+        "no name for the output",
+        "affine",
+        "formats",
+        "refinement",
+        "label",
+    ),
     *("no bundle", "untrained", "pairing", "output", "no folder", "loop of links", "user of ~", "empty folder"),
     *("one image", "one file", "no file", "three files", "kind", "shape", "pairs", "occupied", "unwritable", "set"),
     *("unknown id", "backbone", "overlay", "transform", "empty transform"),
