@@ -46,14 +46,15 @@ class _Search(NamedTuple):  # what one run of elastix spends
     levels: int
     iterations: int  # at each level
     samples: int  # at each iteration
+    erode: bool  # the masks, by up to 9 voxels: the last digit's gain, but by its rim a small image is found at all
 
     @property
     def work(self) -> int:
         return self.levels * self.iterations * self.samples
 
 
-LOOK = _Search(levels=3, iterations=100, samples=1500)
-FIND = _Search(levels=3, iterations=200, samples=4000)
+LOOK = _Search(levels=3, iterations=100, samples=1500, erode=False)
+FIND = _Search(levels=3, iterations=200, samples=4000, erode=True)
 
 
 def align(
@@ -237,6 +238,7 @@ def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _S
         "NumberOfSpatialSamples": search.samples,
         "AutomaticTransformInitialization": "false",
         "RequiredRatioOfValidSamples": 0.05,
+        "ErodeMask": str(search.erode).lower(),
         "RandomSeed": seed + 1,  # elastix takes 0 for none
         "UseMultiThreadingForMetrics": "false",  # sums over threads depend on how many there are
         "WriteResultImage": "false",

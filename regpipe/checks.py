@@ -13,6 +13,7 @@ from regpipe import images
 from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.pairs import KINDS, SIDES, Case
+from regpipe.points import read_landmarks
 
 
 class _Facts(NamedTuple):
@@ -46,7 +47,7 @@ def check_pairs(
 
 def _facts(kind: str, path: str, landmark_channels: int | None) -> _Facts:
     if kind == "landmarks":
-        points = images.read_landmarks(path)
+        points = read_landmarks(path)
         return _Facts((0,) * points.shape[1], points=len(points), lps=points)
     if kind == "image":
         image, channels = images.read_image(path), None

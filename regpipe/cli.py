@@ -196,9 +196,17 @@ def main() -> None:
     raise SystemExit(status)
 
 
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raises ``InputError`` for a word without letters, a variable that is not set perhaps: as a path it is ``.``."""
+    for before, word in zip(["regpipe", *arguments], arguments, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise InputError(f"{word or before}: is followed by an empty word; give it a value, or leave it out")
+
+
 def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
     """Exit status, and in a line what went wrong."""
     try:
+        _refuse_empty(arguments)
         app(arguments, prog_name="regpipe")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

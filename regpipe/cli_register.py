@@ -45,6 +45,8 @@ def register(
     affine_from: Annotated[
         str | None,
         typer.Option(
+            "--affine-from",
+            "--affine_from",  # as a bundle spells it, and messages
             help="What rigid and more are found by: images (default), landmarks, both.",
             autocompletion=completion.one_of(completion.SOURCES),
         ),
@@ -52,6 +54,8 @@ def register(
     affine_metric: Annotated[
         str | None,
         typer.Option(
+            "--affine-metric",
+            "--affine_metric",  # as a bundle spells it, and messages
             help="What images are aligned by: mi (default), or ncc within a modality.",
             autocompletion=completion.one_of(completion.METRICS),
         ),
@@ -155,7 +159,7 @@ def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
 def _from_zero(
     dataset: Path, out: Path, steps: int | None, loss: dict[str, Any], finest: int | None, chosen: dict[str, Any]
 ) -> None:
-    from regpipe.inference import register_from_zero
+    from regpipe.fromzero import register_from_zero
     from regpipe.refine import ZERO_STEPS
 
     steps = ZERO_STEPS if steps is None else steps

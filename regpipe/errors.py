@@ -108,6 +108,8 @@ def explain(error: BaseException) -> str | None:
         chain = chain.__cause__ or chain.__context__
     if chain is None or chain.strerror is None:
         return None
+    if chain.errno == errno.ENOENT and chain.filename is None:  # of os.getcwd
+        return "the current folder: was deleted; change to one that is there"
     remedy = SYSTEM.get(chain.errno or 0)
     return f"{chain.filename or 'writing'}: {chain.strerror}" + (f"; {remedy}" if remedy else "")
 

@@ -21,6 +21,7 @@ from regpipe import affine, homography, images, projective
 from regpipe.errors import InputError
 from regpipe.images import Grid, Image
 from regpipe.pairs import SIDES, Case, fixed_grid
+from regpipe.points import read_landmarks
 
 if TYPE_CHECKING:
     from regpipe.store import Store
@@ -177,7 +178,7 @@ class Frames:
         if fixed is None or moving is None:
             missing = f"--affine_from {self.source} needs landmarks of both images; add them, or take images"
             raise InputError(f"{case['moving_image']}: {missing}")
-        points = images.read_landmarks(fixed), images.read_landmarks(moving)
+        points = read_landmarks(fixed), read_landmarks(moving)
         try:
             if stage == "projective":
                 return projective.from_landmarks(*points)

@@ -8,7 +8,6 @@ pixel indices.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -131,26 +130,6 @@ def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:
     found = (np.argwhere(c) for c in channels)
     rows = [at.mean(axis=0) if len(at) else np.full(dim, np.nan) for at in found]
     return np.array(rows).reshape(-1, dim)
-
-
-def read_landmarks(path: PathLike) -> np.ndarray:
-    """Read a CSV with header ``x,y`` or ``x,y,z`` -> (K, D) LPS mm; an empty cell is NaN."""
-    require_file(path)
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise InputError(f"{path}: cannot be read ({one_line(cause)}); save it as CSV in UTF-8") from cause
-    if not rows or not {"x", "y"} <= rows[0].keys():
-        raise InputError(f"{path}: needs the header x,y or x,y,z and a row per landmark (LPS mm)")
-    axes = [a for a in "xyz" if a in rows[0]]
-    try:
-        points = np.array([[float((row[a] or "").strip() or "nan") for a in axes] for row in rows])
-    except ValueError as cause:
-        raise InputError(f"{path}: {one_line(cause)}; coordinates are numbers in LPS mm") from cause
-    if np.isinf(points).any():
-        raise InputError(f"{path}: holds infinite coordinates; leave the cell empty where a landmark is not known")
-    return points
 
 
 def header(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:

@@ -14,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
-from monai.engines import SupervisedEvaluator
 
 from regpipe import console, distributed, exports, images, manifest, memory, typical
 from regpipe.casefiles import BY_DEFAULT, DENSE, WRITTEN, clear, save_case
 from regpipe.casemetrics import write_csv
 from regpipe.checks import check_pairs
-from regpipe.engines import ZeroInferer, prepare_batch
 from regpipe.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
 from regpipe.files import parse_json, replace_file, sha256, sweep
-from regpipe.ladder import FittingInferer, require_for_files
+from regpipe.ladder import require_for_files
 from regpipe.loading import LoadPair, collate_pairs
 from regpipe.pairs import Case, list_pairs
-from regpipe.refine import ZERO_STEPS, zero_refiner
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +64,8 @@ class FolderRun:
         settings: Mapping[str, Any] | None = None,
         memory_gib: float | None = None,
     ) -> None:
+        if not str(output_dir):
+            raise InputError("the folder for the results has no name; give one, or . for the current folder")
         if isinstance(formats, str):
             formats = [name.strip() for name in formats.split(",") if name.strip()]
         dim = 3 if load.grid is None else len(load.grid.shape)  # of a folder of any pairs each case says
@@ -120,7 +118,7 @@ class FolderRun:
                 self._require_memory(case)
                 batch = collate_pairs([self.dataset[i]])
             except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
-                self._fail(case["case"], cause(error) or _told(case["case"], "loaded", error))
+                self._fail(case["case"], cause(error) or _told("loaded", error))
                 continue
             yield batch
 
@@ -146,7 +144,7 @@ class FolderRun:
             self._give_up(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
         except Exception as problem:  # whatever it is, the other cases are done
             log.debug("%s", name, exc_info=True)
-            self._give_up(name, _told(name, "written", problem))
+            self._give_up(name, _told("written", problem))
         finally:  # not kept while the next case is registered
             engine.state.output = engine.state.batch = None
 
@@ -216,7 +214,7 @@ class FolderRun:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
-            message = f"{self.folder}: cannot be made ({problem.strerror}); give another --output_dir"
+            message = f"{self.folder}: cannot be made ({problem.strerror}); give another folder for the results"
             raise InputError(message) from problem
         if self._finished:
             print(f"{self._finished} of {len(self.cases)} cases are finished already")
@@ -246,7 +244,7 @@ class FolderRun:
             if not self._current:
                 raise  # not a case's fault
             log.debug("%s", self._current, exc_info=True)
-            self._fail(self._current, _told(self._current, "registered", error))
+            self._fail(self._current, _told("registered", error))
 
     @idist.one_rank_only()
     def _summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -272,12 +270,10 @@ class FolderRun:
             print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
 
 
-def _told(case: str, done: str, error: BaseException) -> InputError:
+def _told(done: str, error: BaseException) -> InputError:
     if out_of_memory(error):
-        return InputError(f"{case}: cannot be {done} (out of memory: {REMEDIES})")
-    return InputError(
-        f"{case}: cannot be {done} ({root(error)}); leave it out, or report it with what regpipe doctor says"
-    )
+        return InputError(f"cannot be {done} (out of memory: {REMEDIES})")
+    return InputError(f"cannot be {done} ({root(error)}); leave it out, or report it with what regpipe doctor says")
 
 
 def _stamps(path: str) -> str:
@@ -285,70 +281,6 @@ def _stamps(path: str) -> str:
     known = [file for file in images.files(path) if file.exists()]
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-
-
-def register_from_zero(
-    dataset_dir: str,
-    output_dir: str,
-    *,
-    pairing: str = "all",
-    similarity: str = "lncc",
-    smoothness: float = 1.0,
-    landmark_channels: int | None = None,
-    steps: int = ZERO_STEPS,
-    finest: int | None = None,
-    affine: str = "affine",
-    affine_from: str = "images",
-    affine_metric: str = "mi",
-    formats: str | Sequence[str] = BY_DEFAULT,
-    memory_gib: float | None = None,
-    strict: bool = False,
-) -> None:
-    """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
-
-    ``similarity``, ``smoothness``: see ``regpipe.refine.refinement_loss``;
-    ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``regpipe.frames``;
-    ``formats``: see ``FolderRun``; ``memory_gib``: see ``regpipe.ladder``; ``strict``: see ``FolderRun.register``.
-
-    Raises:
-        InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
-        SystemExit: as ``FolderRun.register``.
-    """
-    distributed.join(hours=168)
-    refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest)
-    alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
-    settings = {
-        "network": "none",
-        "refine": steps,
-        "similarity": similarity,
-        "smoothness": smoothness,
-        "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
-        "refine_window": {f"{dim}D": loss.options.window for dim, loss in refiner.losses.items()},
-        "finest": refiner.finest,
-        **alignment,
-        "grid": "of each fixed image",
-        "landmark_channels": landmark_channels,
-    }
-    load = LoadPair(None, landmark_channels=landmark_channels, cache=False, **alignment)
-    folder = FolderRun(
-        dataset_dir,
-        load=load,
-        output_dir=output_dir,
-        pairing=pairing,
-        formats=formats,
-        settings=settings,
-        memory_gib=memory_gib,
-    )
-    evaluator = SupervisedEvaluator(
-        device=distributed.device(),
-        val_data_loader=folder,
-        network=torch.nn.Identity(),
-        inferer=FittingInferer(ZeroInferer(refiner, repair=True), memory_gib=memory_gib),
-        prepare_batch=prepare_batch,
-        val_handlers=[folder],
-        decollate=False,
-    )
-    folder.register(evaluator, strict=strict)
 
 
 def _number(value: Any) -> Any:

@@ -66,6 +66,9 @@ class FittingInferer(Inferer):
             raise InputError(f"--memory_gib {memory_gib}: give more than 0, or leave it out for what is free")
         self.inferer, self.memory_gib = inferer, memory_gib
         self._share, self._held = memory.share(memory_gib, distributed.device()), memory.held()
+        if memory_gib is not None and self._share <= 0:
+            own = memory_gib - self._share / GIB
+            raise InputError(f"--memory_gib {memory_gib:g}: this process holds {own:.2f} GiB already; give more")
         self._needs: dict[tuple[Any, ...], int] = {}  # grid and steps -> bytes
         self._said: dict[tuple[int, ...], list[str]] = {}  # grid -> the steps that were told last
 
@@ -219,8 +222,9 @@ def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = Non
     needed, room = memory.native(shape), memory.room(memory_gib) + reusable
     if needed > room:
         raise InputError(
-            f"{fixed}: writing files on {_grid(shape)} voxels needs {needed / GIB:.2f} GiB, {room / GIB:.2f} GiB are "
-            "free: free some, resample the images to larger voxels first, or give more --memory_gib to try nevertheless"
+            f"{fixed}: writing files on {_grid(shape)} voxels needs {needed / GIB:.2f} GiB, "
+            f"{max(room, 0) / GIB:.2f} GiB are free: free some, resample the images to larger voxels first, "
+            "or give more --memory_gib to try nevertheless"
         )
 
 

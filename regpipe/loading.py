@@ -17,6 +17,7 @@ from regpipe.errors import InputError
 from regpipe.frames import Frames, Read, extent
 from regpipe.images import Grid
 from regpipe.pairs import KINDS, SIDES, Case
+from regpipe.points import read_landmarks
 from regpipe.store import Store
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class LoadPair:
             if channels is not None:
                 points.append(homography.carry(back @ found.affine, channels))
         if landmarks:
-            lps = images.read_landmarks(landmarks)
+            lps = read_landmarks(landmarks)
             points.append(homography.carry(back, lps * [-1.0, -1.0, 1.0][:dim]))
         return {
             "image": torch.from_numpy(array)[None],

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe import limits
+from regpipe import limits, readers
 from regpipe.errors import InputError
 from regpipe.files import parse_json, replace_file, require_file
 
@@ -61,6 +61,26 @@ def read_points(path: str | Path) -> PointFile:
     ) as cause:
         reason = " ".join(str(cause).split())[-120:] or type(cause).__name__
         raise InputError(f"{path}: not a readable {_kind(path)} ({reason}); export it again") from cause
+
+
+def read_landmarks(path: str | Path) -> np.ndarray:
+    """Read a CSV with header ``x,y`` or ``x,y,z`` -> (K, D) LPS mm; an empty cell is NaN."""
+    require_file(path)
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise InputError(f"{path}: cannot be read ({readers.one_line(cause)}); save it as CSV in UTF-8") from cause
+    if not rows or not {"x", "y"} <= rows[0].keys():
+        raise InputError(f"{path}: needs the header x,y or x,y,z and a row per landmark (LPS mm)")
+    axes = [a for a in "xyz" if a in rows[0]]
+    try:
+        points = np.array([[float((row[a] or "").strip() or "nan") for a in axes] for row in rows])
+    except ValueError as cause:
+        raise InputError(f"{path}: {readers.one_line(cause)}; coordinates are numbers in LPS mm") from cause
+    if np.isinf(points).any():
+        raise InputError(f"{path}: holds infinite coordinates; leave the cell empty where a landmark is not known")
+    return points
 
 
 def write_points(path: str | Path, file: PointFile, points: np.ndarray) -> None:

@@ -75,8 +75,11 @@ def one_line(cause: Exception) -> str:
 
 
 def require_voxel_size(path: PathLike, sizes: Sequence[float] | np.ndarray) -> None:
-    """Raises ``InputError`` unless all are lengths in mm, from a picometre to a thousand kilometres."""
-    if not all(1e-9 < mm < 1e9 for mm in sizes):
+    """Raises ``InputError`` unless all are lengths in mm, from ten nanometres to a thousand kilometres.
+
+    Spacings are rounded to a nanometre, see ``regpipe.pairs.working_grid``.
+    """
+    if not all(1e-5 <= mm < 1e9 for mm in sizes):
         raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in sizes)} mm; mend its header")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from regpipe import manifest
 from regpipe.cli_register import register_with_bundle
 from regpipe.errors import InputError
-from regpipe.inference import register_from_zero
+from regpipe.fromzero import register_from_zero
 from regpipe.transforms import read_displacement
 from regpipe.verify import MODELS, Sources, manifests, metrics_of, model_problem
 

@@ -6,6 +6,7 @@ A grid of displacements has its size among the fixed parameters and its vectors 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import struct
@@ -34,15 +35,35 @@ def check(path: Path) -> None:
     for claim in claims(path):
         limits.require_room(path, [claim.numbers])
         axes = _axes(claim.kind)
-        sides = [int(n) for n in claim.fixed[:axes]]
-        if axes and (len(sides) < axes or min(sides) < 0 or math.prod(sides) > claim.numbers):
+        if not axes and claim.numbers < _needed(claim.kind):
+            raise ValueError(f"holds {claim.numbers} numbers for a {claim.kind}, which has more")
+        sides = [int(n) if math.isfinite(n) else -1 for n in claim.fixed[:axes]]
+        if axes and (len(sides) < axes or min(sides) < 1 or math.prod(sides) > claim.numbers):
             grid = " x ".join(map(str, sides))
             raise ValueError(f"its grid of {grid} points and its {claim.numbers} numbers do not fit")
 
 
+def _needed(kind: str) -> int:
+    """How many parameters a transform of a kind has that is not a grid's.
+
+    Many of ITK's classes read so many of them without asking how many there are; a kind's name it takes unread.
+    """
+    import itk
+
+    named = re.fullmatch(r"(\w+Transform|MatrixOffsetTransformBase)_(?:double|float)_(\d)_\d", kind)
+    classes = None if named is None else getattr(itk, named[1], None)
+    if named is None or classes is None:
+        raise ValueError(f"holds a transform of no known kind, {kind[:40]!r}")
+    dim = int(named[2])
+    for key in (itk.D, (itk.D, dim), (itk.D, dim, dim)):  # some are of one dimension only
+        with contextlib.suppress(KeyError, itk.TemplateTypeError):
+            return int(classes[key].New().GetNumberOfParameters())
+    raise ValueError(f"holds a transform of no known dimension, {kind}")
+
+
 def _axes(kind: str) -> int:
     """How many of the fixed parameters are the size of a grid."""
-    dim = re.search(r"_(\d)_\d$", kind)
+    dim = re.search(r"_(?:double|float)_(\d)_\d$", kind)
     if dim is None or not re.search("DisplacementField|VelocityField|BSpline", kind):
         return 0
     return int(dim[1]) + ("VelocityField" in kind)  # and time
@@ -76,17 +97,22 @@ def _own(group: Any) -> Mapping[str, Any]:
 
 
 def _text(path: Path) -> Iterator[Claim]:
-    claim = Claim("", 0, [])
-    for line in path.read_bytes().decode("ascii", "replace").splitlines():
+    claim: Claim | None = None
+    for line in path.read_bytes().decode("ascii", "replace").split("\n"):
         key, _, value = line.partition(":")
+        key = key.strip()
         if key == "Transform":
-            yield claim
+            if claim is not None:
+                yield claim
             claim = Claim(value.strip(), 0, [])
+        elif claim is None:
+            continue
         elif key == "Parameters":
-            claim = claim._replace(numbers=len(value.split()))
+            claim = claim._replace(numbers=sum(math.isfinite(float(n)) for n in value.split()))
         elif key == "FixedParameters":
             claim = claim._replace(fixed=[float(n) for n in value.split()[:MOST_FIXED]])
-    yield claim
+    if claim is not None:
+        yield claim
 
 
 def _mat(path: Path) -> Iterator[Claim]:
@@ -102,5 +128,7 @@ def _mat(path: Path) -> Iterator[Claim]:
             raise ValueError(f"says that it holds {rows} x {columns} numbers")
         name = data[begin - length : begin].split(b"\0")[0].decode("ascii", "replace")
         arrays.append((name, count, list(struct.unpack_from(f"{order}{min(count, MOST_FIXED)}{number}", data, begin))))
-    for (name, count, _), (_, _, fixed) in zip(arrays[::2], arrays[1::2], strict=False):
+    if len(arrays) % 2:
+        raise ValueError(f"holds {len(arrays)} arrays, a transform two of them")
+    for (name, count, _), (_, _, fixed) in zip(arrays[::2], arrays[1::2], strict=True):
         yield Claim(name, count, fixed)

@@ -141,6 +141,7 @@ FILES: dict[str, tuple[str, Content, str]] = {
     "negative voxel size": (PLAIN, sized(-1, 1), "voxel size -1 x 1 mm"),
     "no voxel size": (PLAIN, sized(0, 1), "voxel size 0 x 1 mm"),
     "voxel size NaN": (PLAIN, sized(np.nan, 1), "voxel size nan x 1 mm"),
+    "voxels smaller than atoms": (PLAIN, sized(1e-8, 1e-8), "voxel size 1e-08 x 1e-08 mm"),
     "voxels beyond the solar system": (PLAIN, sized(1e30, 1e30), "voxel size 1e+30"),
     "negative voxel size of a MetaImage": ("moving_images/*.mha", mha(spacing="-1 1"), "voxel size -1 x 1 mm"),
     "no voxel size of a MetaImage": ("moving_images/*.mha", mha(spacing="0 1"), "voxel size 0 x 1 mm"),

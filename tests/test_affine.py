@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from regpipe.affine import STAGES, Alignment, align, from_landmarks
 from regpipe.errors import InputError
 from regpipe.images import Image
+from regpipe.phantoms import make_pair
 
 BLOBS = np.random.default_rng(5)
 CENTRES = BLOBS.uniform(-26, 26, (14, 3))  # RAS mm; an object of about 80 mm without any symmetry
@@ -173,6 +174,16 @@ def test_pictures_align_as_well(stage: str) -> None:
     moving = scan(placed(-np.eye(2), (2.5, 2.5), (36, 40), (20, -22)), (36, 40), truth)
     assert np.sign(np.diag(fixed.affine)).tolist() == np.diag(spacing).tolist()
     assert error(align(fixed, moving, stage).matrix, truth) < 0.5
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 32, 32)])
+def test_a_small_image_is_found_from_one_start_five_voxels_away(shape: tuple[int, ...]) -> None:
+    image = make_pair("mr", shape, seed=0).fixed_image
+    truth = moved(turned((2,), len(shape)), [4.0, -3.0, 0.0][: len(shape)])
+    fixed, moving = (Image(image, place) for place in (np.eye(len(truth)), truth))
+    found = align(fixed, moving, "rigid", start=np.eye(len(truth))).matrix
+    assert error(np.eye(len(truth)), truth) > 4
+    assert error(found, truth) < 0.2
 
 
 def test_an_image_aligned_with_itself_stays_where_it_is(caplog: pytest.LogCaptureFixture) -> None:

@@ -122,6 +122,7 @@ def of_options(cohort: Path, bundle: Path, root: Path) -> dict[str, tuple[list[o
         "infinite smoothness": (["--smoothness", "inf"], "--smoothness inf"),
         "similarity": (["--similarity", "corr"], "choose among lncc, mind"),
         "memory": (["--memory-gib", "nan"], "--memory_gib nan: give more than 0"),
+        "less memory than is held": (["--memory-gib", 0.0001], "--memory_gib 0.0001: this process holds "),
         "affine": (["--affine", "elastic"], "--affine elastic: choose among"),
         "formats": (["--formats", "itk,dcm"], "'dcm'; choose among itk"),
         "refinement": (["--similarity", "mind", "--bundle", bundle], "they go with --refine STEPS"),
@@ -133,6 +134,7 @@ def of_options(cohort: Path, bundle: Path, root: Path) -> dict[str, tuple[list[o
         name: (["register", cohort, *words, "-o", root / "out"], said) for name, (words, said) in options.items()
     }
     register["output"] = (["register", cohort, "-o", one], "case_000.nii.gz: cannot be made")
+    register["no name for the output"] = (["register", cohort, "-o", ""], "-o: is followed by an empty word")
     return {**register, **of_places(cohort, root), **of_commands(bundle, one, root)}
 
 
@@ -180,7 +182,19 @@ def of_commands(bundle: Path, one: Path, root: Path) -> dict[str, tuple[list[obj
 
 
 OPTIONS = [
-    *("steps", "smoothness", "infinite smoothness", "similarity", "memory", "affine", "formats", "refinement", "label"),
+    *(
+        "steps",
+        "smoothness",
+        "infinite smoothness",
+        "similarity",
+        "memory",
+        "less memory than is held",
+        "no name for the output",
+        "affine",
+        "formats",
+        "refinement",
+        "label",
+    ),
     *("no bundle", "untrained", "pairing", "output", "no folder", "loop of links", "user of ~", "empty folder"),
     *("one image", "one file", "no file", "three files", "kind", "shape", "pairs", "occupied", "unwritable", "set"),
     *("unknown id", "backbone", "overlay", "transform", "empty transform"),

@@ -29,8 +29,8 @@ from regpipe.cohort import write_cohort
 from regpipe.engines import RegistrationInferer, prepare_batch
 from regpipe.fields import warp
 from regpipe.handlers import GradientClip
-from regpipe.images import read_landmarks
 from regpipe.network import SymmetricNet
+from regpipe.points import read_landmarks
 from regpipe.steps import TrainingStep, gradient_scaler
 
 

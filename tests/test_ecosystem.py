@@ -151,7 +151,7 @@ def test_mlflow_gets_settings_terms_metrics_and_the_configuration(tmp_path: Path
     assert [file.path for file in client.list_artifacts(trained.info.run_id)][0].startswith("config_")
     rows = read_rows(tmp_path / "eval" / "metrics.csv")
     assert evaluated.data.metrics["dice"] == pytest.approx(sum(row["dice"] for row in rows) / 2)
-    assert evaluated.data.params["evaluated"] == str(cohort)
+    assert evaluated.data.params["evaluated"] == cohort.name
 
 
 # ------------------------------------------------------------------------------------- what the project says of itself

@@ -307,7 +307,9 @@ def test_a_case_that_fails_as_nobody_foresaw_leaves_nothing_and_the_others_are_d
     with pytest.raises(SystemExit) as end:
         infer(monai_bundle, model, data, tmp_path)
     assert end.value.code == 1
-    assert "case_001: cannot be written (height and width must be > 0)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "  case_001: cannot be written (height and width must be > 0)" in said.out
+    assert "case_001: case_001:" not in said.out + said.err
     assert {path.name for path in tmp_path.iterdir()} == {"case_000", "case_002", "metrics.csv"}
     monkeypatch.undo()
     infer(monai_bundle, model, data, tmp_path)

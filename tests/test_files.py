@@ -52,6 +52,15 @@ def test_what_the_system_refuses_is_told_with_the_files_own_name_and_a_remedy(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_current_folder_that_was_deleted_is_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("a").absolute()
+    assert explain(caught.value) == "the current folder: was deleted; change to one that is there"
+
+
 def test_what_a_killed_process_left_aside_is_swept_and_nothing_else(tmp_path) -> None:
     left, kept = {".model.pt.123", ".checkpoint_3.pt.77"}, {"model.pt", ".hidden", ".model.pt.bak", "model.pt.123"}
     for name in left | kept:

@@ -10,7 +10,7 @@ from test_inference import finished
 
 from regpipe.casemetrics import read_rows
 from regpipe.cohort import write_cohort
-from regpipe.inference import register_from_zero
+from regpipe.fromzero import register_from_zero
 from regpipe.loading import LoadPair
 
 

@@ -19,12 +19,12 @@ from regpipe.images import (
     normalise,
     read_image,
     read_label,
-    read_landmarks,
     resample,
     save_grid,
     stem,
     to_grid,
 )
+from regpipe.points import read_landmarks
 
 RNG = np.random.default_rng(0)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import RNG, save
 
-from regpipe import checkpoints, images, limits, transformclaims
+from regpipe import checkpoints, images, limits, transformclaims, transformfiles
 from regpipe.errors import InputError
 from regpipe.files import replace_file
 from regpipe.memory import free
@@ -208,6 +208,20 @@ def test_a_transform_that_claims_numbers_it_does_not_hold_is_refused(tmp_path: P
     for claimed in (2**31 - 1, -12):
         with pytest.raises(ValueError, match=f"{claimed} x 1 numbers"):
             transformclaims.check(mat(tmp_path / "a.mat", "AffineTransform_double_3_3", 12, [0, 0, 0], claimed=claimed))
+
+
+@pytest.mark.parametrize("write, suffix", [(h5, ".h5"), (text, ".tfm"), (mat, ".mat")])
+def test_a_transform_of_too_few_numbers_or_of_no_kind_is_refused_before_itk_reads_beyond_them(
+    tmp_path: Path, write: Callable[..., Path], suffix: str
+) -> None:
+    path, kind = tmp_path / f"a{suffix}", "Euler3DTransform_double_3_3"
+    assert transformfiles.read_transform(write(path, kind, 6, [0, 0, 0])).GetNumberOfParameters() == 6
+    for broken, count, told in (
+        (kind, 2, "holds 2 numbers for a Euler3D"),
+        ("Euler3DTr_do", 6, "kind, 'Euler3DTr_do'"),
+    ):
+        with pytest.raises(InputError, match=f"a{suffix}: not a readable transform .*{told}"):
+            transformfiles.read_transform(write(path, broken, count, [0, 0, 0]))
 
 
 def test_hdf5_that_reads_from_other_files_is_refused(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from conftest import Command, deforming_bundle, infer
 
 from regpipe import InputError, exports, manifest, rerun
 from regpipe.files import sha256
+from regpipe.fromzero import register_from_zero
 from regpipe.images import Grid
-from regpipe.inference import register_from_zero
 from regpipe.transforms import read_displacement, write_displacement
 from regpipe.verify import verify
 

@@ -15,7 +15,6 @@ import collections
 import faulthandler
 import gzip
 import hashlib
-import io
 import json
 import sys
 import time
@@ -26,22 +25,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
-import pydicom
 import torch
-from PIL import Image as Picture
+import wholes
 from pydicom import uid
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.uid import UID
 
-from regpipe import record
+from regpipe import itkbridge, record
 from regpipe.errors import InputError, printable
-from regpipe.images import load_grid, read_image, read_label, read_landmarks
+from regpipe.images import load_grid, read_image, read_label
 from regpipe.pairs import list_pairs
-from regpipe.points import read_points
-from regpipe.transformfiles import find
+from regpipe.points import read_landmarks, read_points
+from regpipe.transformfiles import find, read_transform
 from regpipe.weights import read_state_dict
 
 SLOW, HANG = 10.0, 60.0  # seconds for one input: of the processor, and by the clock
@@ -87,57 +81,10 @@ class Kind(NamedTuple):
     read: Callable[[Path], object]
 
 
-def _saved(state: object, *, new: bool) -> bytes:
-    data = io.BytesIO()
-    torch.save(state, data, _use_new_zipfile_serialization=new)
-    return data.getvalue()
-
-
-def _nifti(shape: tuple[int, ...], kind: str) -> bytes:
-    array = (np.arange(np.prod(shape)) % 7).astype(kind).reshape(shape)
-    return nib.Nifti1Image(array, np.diag([1.0, 2.0, 3.0, 1.0]), dtype=array.dtype).to_bytes()
-
-
-def _picture(form: str) -> bytes:
-    data = io.BytesIO()
-    Picture.fromarray((np.arange(90).reshape(9, 10) % 7).astype(np.uint8)).save(data, format=form)
-    return data.getvalue()
-
-
-def _nrrd(encoding: str, data: bytes) -> bytes:
-    head = f"NRRD0004\ntype: uint8\ndimension: 3\nspace: left-posterior-superior\nsizes: 9 5 2\nencoding: {encoding}\n"
-    return f"{head}space directions: (1,0,0) (0,2,0) (0,0,3)\nspace origin: (1,-2,3)\n\n".encode() + data
-
-
-def _dicom(place: float, syntax: UID = uid.ExplicitVRLittleEndian) -> bytes:
-    """One slice of 9 x 10 pixels at ``place`` mm along the stack."""
-    meta = FileMetaDataset()
-    data = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, uid.CTImageStorage
-    meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = UID(f"1.2.3.{place:.0f}")
-    data.SOPClassUID, data.SeriesInstanceUID = uid.CTImageStorage, UID("1.2.3")
-    data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, place], [1, 0, 0, 0, 1, 0]
-    data.PixelSpacing, data.Rows, data.Columns = [1, 2], 9, 10
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
-    data.RescaleSlope, data.RescaleIntercept = 2, -1
-    data.PixelData = encapsulate([_picture("jpeg")]) if syntax == uid.JPEGBaseline8Bit else bytes(range(90))
-    data["PixelData"].VR = "OB"
-    file = io.BytesIO()
-    pydicom.dcmwrite(file, data, enforce_file_format=True)
-    return file.getvalue()
-
-
-def _mesh_vtk(*, binary: bool) -> bytes:
-    places = np.arange(12, dtype=">f4").reshape(4, 3)
-    cells = b"\nPOLYGONS 1 4\n" + (np.array([3, 0, 1, 2], ">i4").tobytes() if binary else b"3 0 1 2") + b"\n"
-    body = places.tobytes() if binary else " ".join(map(str, places.ravel().tolist())).encode()
-    form = b"BINARY" if binary else b"ASCII"
-    return b"# vtk DataFile Version 3.0\nmesh SPACE=RAS\n%b\nDATASET POLYDATA\nPOINTS 4 float\n%b%b" % (
-        form,
-        body,
-        cells,
-    )
+def _move_origin(path: Path) -> None:
+    """Read a transform and carry a point by it."""
+    transform = read_transform(path)
+    transform.TransformPoint([0.0] * transform.GetInputSpaceDimension())
 
 
 def _list_all(path: Path) -> None:
@@ -176,16 +123,27 @@ def kinds() -> dict[str, Kind]:
     side = {"shape": [4, 5], "affine": np.eye(3).tolist()}
     case = {"format": "regpipe transform 1", "moving_to_fixed": way, "fixed_to_moving": way}
     case |= {"fixed": side, "moving": side}
-    volumes = (_nifti((4, 5, 6), "u1"), _nifti((4, 5), "f4"), _nifti((3, 4, 2, 1), "i2"))
+    volumes = (wholes.nifti((4, 5, 6), "u1"), wholes.nifti((4, 5), "f4"), wholes.nifti((3, 4, 2, 1), "i2"))
     head = b"ObjectType = Image\nNDims = 2\nDimSize = 9 10\nElementType = MET_UCHAR\nElementSpacing = 1 2\n"
     mha = head + b"ElementDataFile = LOCAL\n" + bytes(i % 7 for i in range(90))
     pair = volumes[1][:108] + bytes(4) + volumes[1][112:344] + b"ni1\0" + bytes(4)  # voxels from byte 0 on
     grey, ascii_ = bytes(i % 7 for i in range(90)), " ".join(str(i % 7) for i in range(90)).encode()
-    nrrds = (_nrrd("raw", grey), _nrrd("ascii", ascii_), _nrrd("gzip", gzip.compress(grey, mtime=0)))
-    detached = _nrrd("raw", b"").replace(b"encoding", b"data file: voxels.raw\nencoding")
+    nrrds = (wholes.nrrd("raw", grey), wholes.nrrd("ascii", ascii_), wholes.nrrd("gzip", gzip.compress(grey, mtime=0)))
+    detached = wholes.nrrd("raw", b"").replace(b"encoding", b"data file: voxels.raw\nencoding")
     apart = head + b"ElementDataFile = voxels.raw\n"
-    slices = tuple(_dicom(0, syntax) for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian))
-    slices += (_dicom(0, uid.JPEGBaseline8Bit),)
+    slices = tuple(wholes.dicom(0, syntax) for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian))
+    slices += (wholes.dicom(0, uid.JPEGBaseline8Bit),)
+    affine, field = itkbridge.affine_part(wholes.PLACE), itkbridge.field_part(np.ones((3, 4, 3, 2)), wholes.PLACE)
+    composites = (
+        itkbridge.composite_h5(affine, field),
+        wholes.hdf5_transforms(wholes.WHOLE, wholes.FIELD),
+        wholes.hdf5_transforms(wholes.EULER),
+    )
+    texts = tuple(
+        wholes.text_transforms(*parts)
+        for parts in ((wholes.EULER,), (wholes.WHOLE, wholes.FIELD, wholes.SPLINE), (wholes.SPLINE,))
+    )
+    mats = (itkbridge.affine_mat(wholes.PLACE), itkbridge.affine_mat(np.eye(3)))
     return {
         "datalist": Kind("list.json", (json.dumps(datalist).encode(),), (b"test", b"moving_mask", b"p.csv"), _list_all),
         "groups": Kind(
@@ -196,17 +154,26 @@ def kinds() -> dict[str, Kind]:
         "fcsv": Kind("q.fcsv", (fcsv.encode(),), (b"# ", b"RAS", b"columns = ", b"x,y,z"), _move),
         "markups": Kind("q.mrk.json", (json.dumps(markups).encode(),), (b"ROI", b"LPS", b"position"), _move),
         "vtk": Kind(
-            "q.vtk", (_mesh_vtk(binary=True), _mesh_vtk(binary=False)), (b"POINTS ", b"SPACE=", b"double"), _move
+            "q.vtk",
+            (wholes.mesh_vtk(binary=True), wholes.mesh_vtk(binary=False)),
+            (b"POINTS ", b"SPACE=", b"double"),
+            _move,
         ),
         "stl": Kind(
             "q.stl", (f"solid\n{facet}{facet}endsolid\n".encode(), facets), (b"vertex ", b"facet normal "), _move
         ),
         "weights": Kind(
-            "w.pt", (_saved(state, new=True), _saved(state, new=False)), (b"ctorch\n", b"."), read_state_dict
+            "w.pt",
+            (wholes.saved(state, new=True), wholes.saved(state, new=False)),
+            (b"ctorch\n", b"."),
+            read_state_dict,
         ),
         "record": Kind("models/training.json", (trained,), (b"affine",), lambda path: record.read(str(path.parent))),
         "grid": Kind("grid.json", (b'{"shape": [64, 64], "spacing": [1.0, 2]}',), (b"[]",), load_grid),
         "case": Kind("transform.json", (json.dumps(case).encode(),), (b"shape", b"affine"), find),
+        "h5": Kind("t2.h5", composites, (b"TransformType", b"_float_3_3", b"TREE", b"SNOD", b"OHDR"), _move_origin),
+        "tfm": Kind("t.tfm", texts, (b"Transform: ", b"_float_3_3", b"FixedParameters:", b"\n#"), _move_origin),
+        "mat": Kind("t.mat", mats, (b"Euler3DTransform_double_3_3", b"_float_", b"fixed\x00"), _move_origin),
         "nifti": Kind("v.nii", volumes, (b"n+1\x00", b"\x00\x00\x80\x3f"), _read_both),
         "nifti.gz": Kind("v.nii.gz", (gzip.compress(volumes[0], mtime=0),), (b"\x1f\x8b\x08",), _read_both),
         "nifti pair": Kind("h.hdr", (pair,), (b"ni1\x00", b"\x00\x00\x80\x3f"), _read_both),
@@ -214,10 +181,10 @@ def kinds() -> dict[str, Kind]:
         "nhdr": Kind("v.nhdr", (detached,), (b"LIST\n", b"voxels.raw", b"v%d.raw 1 2 1", b"skip: -1\n"), _read_both),
         "mhd": Kind("v.mhd", (apart,), (b"LIST\n", b"voxels.raw", b"HeaderSize = -1\n", b"%d.raw 1 2 1"), _read_both),
         "dicom": Kind("v.dcm", slices, TAGS, _read_both),
-        "series": Kind("series/b.dcm", (_dicom(3),), TAGS, _read_folder),
+        "series": Kind("series/b.dcm", (wholes.dicom(3),), TAGS, _read_folder),
         "metaimage": Kind("v.mha", (mha,), (b"DimSize = ", b"MET_FLOAT", b"LOCAL", b"TransformMatrix = "), _read_both),
-        "png": Kind("v.png", (_picture("png"),), (b"IDAT", b"IHDR"), _read_both),
-        "tiff": Kind("v.tif", (_picture("tiff"),), (b"\x01\x01\x03\x00",), _read_both),
+        "png": Kind("v.png", (wholes.picture("png"),), (b"IDAT", b"IHDR"), _read_both),
+        "tiff": Kind("v.tif", (wholes.picture("tiff"),), (b"\x01\x01\x03\x00",), _read_both),
     }
 
 
@@ -235,12 +202,12 @@ def prepare(folder: Path) -> Path:
     for name in ("models", "set", "series"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name, place in (("a", 0), ("c", 6)):
-        (folder / "series" / f"{name}.dcm").write_bytes(_dicom(place))
-    (folder / "h.img").write_bytes(_nifti((4, 5), "f4")[352:])
+        (folder / "series" / f"{name}.dcm").write_bytes(wholes.dicom(place))
+    (folder / "h.img").write_bytes(wholes.nifti((4, 5), "f4")[352:])
     (folder / "voxels.raw").write_bytes(bytes(i % 7 for i in range(90)))
     (folder / "t.h5").write_bytes(TRANSFORM)
     for name in "abcdef":
-        (folder / "set" / f"{name}.nii").write_bytes(_nifti((4, 5), "u1"))
+        (folder / "set" / f"{name}.nii").write_bytes(wholes.nifti((4, 5), "u1"))
     (folder / "p.csv").write_text("x,y\n1,2\n")
     return folder
 

@@ -35,8 +35,8 @@ from regpipe.bundles import write_bundle
 from regpipe.cli_register import register_with_bundle
 from regpipe.errors import one_line_errors
 from regpipe.files import replace_file
+from regpipe.fromzero import register_from_zero
 from regpipe.images import Image, read_image, read_label
-from regpipe.inference import register_from_zero
 from regpipe.pairs import Case
 
 HERE = Path(__file__).parent
