@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -254,7 +255,7 @@ def test_a_place_that_cannot_be_written_is_named(
     for out in (tmp_path / "file", Path("/proc/regpipe")):
         with pytest.raises(Exception) as error:
             infer(monai_bundle, bundle, data, out)
-        assert str(out) in str(cause(error.value)) and "output_dir" in str(cause(error.value))
+        assert re.search(rf"{out}.*: cannot be .*; give another folder", str(cause(error.value)))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "case_001").write_text("where its folder should be")
     with pytest.raises(SystemExit):
