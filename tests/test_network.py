@@ -130,7 +130,7 @@ def test_a_traced_network_gives_the_same_and_other_shapes_are_undisturbed(
     net, size = built(backbone, dims), SIZES[dims][0]
     with torch.no_grad():
         expected, other = net(pair(size, 1)), net(pair(SIZES[dims][1]))
-        traced = torch.jit.trace(net, pair(size))
+        traced = torch.jit.trace(net, pair(size), check_trace=False)  # held to other images below
         torch.jit.save(traced, tmp_path / "net.ts")
         again = torch.jit.load(tmp_path / "net.ts")
         assert isinstance(expected, Tensor)
