@@ -27,7 +27,7 @@ demo: $(BIN)/regpipe
 
 # Files of tests side by side, each process on one thread.
 test: $(BIN)/regpipe
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(BIN)/regpipe
 	$(BIN)/python -m pytest -m slow
