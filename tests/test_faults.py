@@ -284,31 +284,23 @@ def test_a_full_disk_ends_a_folder_in_a_line_and_the_finished_cases_are_kept(
     assert contents(tmp_path) == registered
 
 
-def test_a_case_that_may_not_be_written_leaves_nothing_and_the_others_are_done(
-    tmp_path, model, data, registered, monai_bundle, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "case_001: {}: cannot be written (Permission denied)"),
+        (ValueError("height and width must be > 0"), "  case_001: cannot be written (height and width must be > 0)"),
+    ],
+    ids=["may not be written", "nobody foresaw it"],
+)
+def test_a_case_that_fails_leaves_nothing_and_the_others_are_done(
+    error, line, tmp_path, model, data, registered, monai_bundle, monkeypatch, capsys
 ) -> None:
-    lost = PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(files.os, "replace", at_call(FILES + 5, os.replace, lost))
-    with pytest.raises(SystemExit) as end:
-        infer(monai_bundle, model, data, tmp_path)
-    assert end.value.code == 1
-    assert f"case_001: {tmp_path / 'case_001'}: cannot be written (Permission denied)" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"case_000", "case_002", "metrics.csv"}
-    monkeypatch.undo()
-    infer(monai_bundle, model, data, tmp_path)
-    assert contents(tmp_path) == registered
-
-
-def test_a_case_that_fails_as_nobody_foresaw_leaves_nothing_and_the_others_are_done(
-    tmp_path, model, data, registered, monai_bundle, monkeypatch, capsys
-) -> None:
-    unforeseen = ValueError("height and width must be > 0")
-    monkeypatch.setattr(files.os, "replace", at_call(FILES + 5, os.replace, unforeseen))
+    monkeypatch.setattr(files.os, "replace", at_call(FILES + 5, os.replace, error))
     with pytest.raises(SystemExit) as end:
         infer(monai_bundle, model, data, tmp_path)
     assert end.value.code == 1
     said = capsys.readouterr()
-    assert "  case_001: cannot be written (height and width must be > 0)" in said.out
+    assert line.format(tmp_path / "case_001") in said.out
     assert "case_001: case_001:" not in said.out + said.err
     assert {path.name for path in tmp_path.iterdir()} == {"case_000", "case_002", "metrics.csv"}
     monkeypatch.undo()

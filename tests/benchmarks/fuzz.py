@@ -109,6 +109,11 @@ def _read_both(path: Path) -> None:
 
 def kinds() -> dict[str, Kind]:
     """Every format by its name; paths in them are relative to the folder that ``prepare`` makes."""
+    return {**_of_text(), **_of_transforms(), **_of_images()}
+
+
+def _of_text() -> dict[str, Kind]:
+    """Datalists, points, meshes; and what is kept beside a model or a case."""
     entries = [{"fixed_image": "set/a.nii", "moving_image": f"set/{name}.nii", "case": f"c{name}"} for name in "bc"]
     datalist = {"training": [{**entries[0], "fixed_landmarks": "p.csv"}], "validation": entries[1:]}
     place = {"label": "F", "position": [1, 2.5, -3], "positionStatus": "defined"}
@@ -124,27 +129,6 @@ def kinds() -> dict[str, Kind]:
     side = {"shape": [4, 5], "affine": np.eye(3).tolist()}
     case = {"format": "regpipe transform 1", "moving_to_fixed": way, "fixed_to_moving": way}
     case |= {"fixed": side, "moving": side}
-    volumes = (wholes.nifti((4, 5, 6), "u1"), wholes.nifti((4, 5), "f4"), wholes.nifti((3, 4, 2, 1), "i2"))
-    head = b"ObjectType = Image\nNDims = 2\nDimSize = 9 10\nElementType = MET_UCHAR\nElementSpacing = 1 2\n"
-    mha = head + b"ElementDataFile = LOCAL\n" + bytes(i % 7 for i in range(90))
-    pair = volumes[1][:108] + bytes(4) + volumes[1][112:344] + b"ni1\0" + bytes(4)  # voxels from byte 0 on
-    grey, ascii_ = bytes(i % 7 for i in range(90)), " ".join(str(i % 7) for i in range(90)).encode()
-    nrrds = (wholes.nrrd("raw", grey), wholes.nrrd("ascii", ascii_), wholes.nrrd("gzip", gzip.compress(grey, mtime=0)))
-    detached = wholes.nrrd("raw", b"").replace(b"encoding", b"data file: voxels.raw\nencoding")
-    apart = head + b"ElementDataFile = voxels.raw\n"
-    slices = tuple(wholes.dicom(0, syntax) for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian))
-    slices += (wholes.dicom(0, uid.JPEGBaseline8Bit),)
-    affine, field = itkbridge.affine_part(wholes.PLACE), itkbridge.field_part(np.ones((3, 4, 3, 2)), wholes.PLACE)
-    composites = (
-        itkbridge.composite_h5(affine, field),
-        wholes.hdf5_transforms(wholes.WHOLE, wholes.FIELD),
-        wholes.hdf5_transforms(wholes.EULER),
-    )
-    texts = tuple(
-        wholes.text_transforms(*parts)
-        for parts in ((wholes.EULER,), (wholes.WHOLE, wholes.FIELD, wholes.SPLINE), (wholes.SPLINE,))
-    )
-    mats = (itkbridge.affine_mat(wholes.PLACE), itkbridge.affine_mat(np.eye(3)))
     return {
         "datalist": Kind("list.json", (json.dumps(datalist).encode(),), (b"test", b"moving_mask", b"p.csv"), _list_all),
         "groups": Kind(
@@ -172,9 +156,40 @@ def kinds() -> dict[str, Kind]:
         "record": Kind("models/training.json", (trained,), (b"affine",), lambda path: record.read(str(path.parent))),
         "grid": Kind("grid.json", (b'{"shape": [64, 64], "spacing": [1.0, 2]}',), (b"[]",), load_grid),
         "case": Kind("transform.json", (json.dumps(case).encode(),), (b"shape", b"affine"), find),
+    }
+
+
+def _of_transforms() -> dict[str, Kind]:
+    affine, field = itkbridge.affine_part(wholes.PLACE), itkbridge.field_part(np.ones((3, 4, 3, 2)), wholes.PLACE)
+    composites = (
+        itkbridge.composite_h5(affine, field),
+        wholes.hdf5_transforms(wholes.WHOLE, wholes.FIELD),
+        wholes.hdf5_transforms(wholes.EULER),
+    )
+    texts = tuple(
+        wholes.text_transforms(*parts)
+        for parts in ((wholes.EULER,), (wholes.WHOLE, wholes.FIELD, wholes.SPLINE), (wholes.SPLINE,))
+    )
+    mats = (itkbridge.affine_mat(wholes.PLACE), itkbridge.affine_mat(np.eye(3)))
+    return {
         "h5": Kind("t2.h5", composites, (b"TransformType", b"_float_3_3", b"TREE", b"SNOD", b"OHDR"), _move_origin),
         "tfm": Kind("t.tfm", texts, (b"Transform: ", b"_float_3_3", b"FixedParameters:", b"\n#"), _move_origin),
         "mat": Kind("t.mat", mats, (b"Euler3DTransform_double_3_3", b"_float_", b"fixed\x00"), _move_origin),
+    }
+
+
+def _of_images() -> dict[str, Kind]:
+    volumes = (wholes.nifti((4, 5, 6), "u1"), wholes.nifti((4, 5), "f4"), wholes.nifti((3, 4, 2, 1), "i2"))
+    head = b"ObjectType = Image\nNDims = 2\nDimSize = 9 10\nElementType = MET_UCHAR\nElementSpacing = 1 2\n"
+    mha = head + b"ElementDataFile = LOCAL\n" + bytes(i % 7 for i in range(90))
+    pair = volumes[1][:108] + bytes(4) + volumes[1][112:344] + b"ni1\0" + bytes(4)  # voxels from byte 0 on
+    grey, ascii_ = bytes(i % 7 for i in range(90)), " ".join(str(i % 7) for i in range(90)).encode()
+    nrrds = (wholes.nrrd("raw", grey), wholes.nrrd("ascii", ascii_), wholes.nrrd("gzip", gzip.compress(grey, mtime=0)))
+    detached = wholes.nrrd("raw", b"").replace(b"encoding", b"data file: voxels.raw\nencoding")
+    apart = head + b"ElementDataFile = voxels.raw\n"
+    slices = tuple(wholes.dicom(0, syntax) for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian))
+    slices += (wholes.dicom(0, uid.JPEGBaseline8Bit),)
+    return {
         "nifti": Kind("v.nii", volumes, (b"n+1\x00", b"\x00\x00\x80\x3f"), _read_both),
         "nifti.gz": Kind("v.nii.gz", (gzip.compress(volumes[0], mtime=0),), (b"\x1f\x8b\x08",), _read_both),
         "nifti pair": Kind("h.hdr", (pair,), (b"ni1\x00", b"\x00\x00\x80\x3f"), _read_both),
