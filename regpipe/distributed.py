@@ -126,10 +126,11 @@ def validation_indices(count: int) -> list[int]:
     return share(range(count)) or [idist.get_rank() % count]
 
 
-def parallel(network: nn.Module) -> nn.Module:
+def parallel(network: nn.Module, *, in_parts: bool = False) -> nn.Module:
     """The network as the trainer shall see it: gradients averaged over processes, weights rank 0's at the start.
 
     For the trainer only: what saves, loads, clips and evaluates takes the network itself, without the wrapper's prefix.
+    ``in_parts``: there are steps in which some of its weights take no part.
     """
     if idist.get_world_size() == 1:
         return network
@@ -137,7 +138,7 @@ def parallel(network: nn.Module) -> nn.Module:
     # No buffer ever changes, the only BatchNorm is frozen: do not send them. Torch 2.15 has another name for that.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {buffers: False}
+    options: dict[str, Any] = {buffers: False, "find_unused_parameters": in_parts}
     return DistributedDataParallel(network, [torch.cuda.current_device()] if on_gpu else None, **options)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
-from torch import nn
+from monai.handlers import ValidationHandler
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from regpipe import console
 from regpipe.distributed import of_first
@@ -114,6 +117,77 @@ class Budget:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self._before, self._from = state["used"], math.nan
+
+
+class StructuresFirst:
+    """In the first epochs the network learns to see structures and nothing else, see ``regpipe.SymmetricNet``.
+
+    Raises:
+        InputError: not a number of epochs that leaves some of ``max_epochs``; or the network sees no structures.
+    """
+
+    def __init__(self, network: nn.Module, epochs: int, *, max_epochs: int) -> None:
+        if not (isinstance(epochs, int) and 0 <= epochs < max_epochs):
+            raise InputError(f"--structures_first {epochs}: give a number of epochs, fewer than --max_epochs")
+        if epochs and getattr(network, "anatomy", None) is None:
+            raise InputError("--structures_first: no structures to see; give --label_ids, and anatomy a loss weight")
+        self.network, self.epochs = network, epochs
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._choose)
+
+    def _choose(self, engine: Engine) -> None:
+        if self.epochs:
+            self.network.structures_only = engine.state.epoch <= self.epochs  # type: ignore[assignment]
+
+
+class WeightAverage:
+    """The mean of the network's weights over about the last ``steps`` steps: what is validated and kept as the model.
+
+    It forgets exponentially (Polyak & Juditsky 1992; torch's ``AveragedModel``), at first faster, by ``10 / (10 + n)``,
+    so that it does not hold on to the weights of the beginning. Learning is not touched.
+
+    Args:
+        network: without DDP's wrapper.
+        steps: 0 for none: ``network`` here is the one given.
+
+    Raises:
+        InputError: not a number of steps.
+    """
+
+    def __init__(self, network: nn.Module, steps: int) -> None:
+        if not (isinstance(steps, int) and steps >= 0):
+            raise InputError(f"--average {steps}: give a number of steps, 0 for none")
+        self.source, self.steps = network, steps
+        self.network = AveragedModel(network, multi_avg_fn=self._average) if steps else network
+
+    def attach(self, engine: Engine) -> None:
+        if isinstance(self.network, AveragedModel):
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.network.update_parameters, self.source)
+
+    def _average(self, kept: Sequence[Tensor], new: Sequence[Tensor], count: Tensor | int) -> None:
+        share = max(1 / self.steps, 10 / (10 + int(count)))
+        for mean, weight in zip(kept, new, strict=True):
+            mean.lerp_(weight, share)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.network.state_dict() if self.steps else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.steps:
+            self.network.load_state_dict(state)
+
+
+class Validation(ValidationHandler):
+    """MONAI's, after the epochs of ``StructuresFirst``: before, nothing is registered."""
+
+    def __init__(self, interval: int, validator: Evaluator, *, after: int = 0) -> None:
+        super().__init__(interval, validator)
+        self.after = after
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch > self.after:
+            super().__call__(engine)
 
 
 class Progress:

@@ -208,7 +208,7 @@ class Run:
             log.warning("%s: damaged; going on from %s, the one before", damaged, file.name)
         try:
             # a state of before there were these has none
-            Checkpoint.load_objects(self.objects, {"scaler": {}, "curves": {}, **saved})
+            Checkpoint.load_objects(self.objects, {"scaler": {}, "curves": {}, "averaged": {}, **saved})
         except Exception as error:  # another network's, of the same settings
             raise _unfit(file, error) from error
         state.max_epochs = wanted

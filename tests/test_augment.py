@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regpipe.augment import RandomAffine, affine_displacement, draw_affine, move_points
+from regpipe.augment import (
+    RandomAffine,
+    RandomIntensity,
+    affine_displacement,
+    change_intensity,
+    draw_affine,
+    move_points,
+)
 from regpipe.errors import InputError
 from regpipe.fields import identity_grid, warp
 
@@ -74,6 +81,33 @@ def test_both_sides_are_mirrored_alike_or_not_at_all(shape: tuple[int, ...], axi
 def test_an_axis_that_the_images_do_not_have_is_not_mirrored() -> None:
     with pytest.raises(InputError, match="--mirror .2.: the images have the axes 0 to 1"):
         RandomAffine(lambda case: item((8, 8)), amount=0.0, mirror=[2])({})
+
+
+def test_the_looks_of_both_images_change_and_what_lies_where_does_not() -> None:
+    before = item((12, 10))
+    assert RandomIntensity(lambda case: before, amount=0.0)({}) is before
+    torch.manual_seed(0)
+    after = RandomIntensity(lambda case: before, amount=1.0)({})
+    changes = {side: after[f"{side}_image"] - before[f"{side}_image"] for side in ("fixed", "moving")}
+    assert all(change.abs().max() > 0.05 for change in changes.values())
+    assert not torch.equal(changes["fixed"], changes["moving"])
+    assert all(after[key] is before[key] for key in before if not key.endswith("image"))
+    torch.manual_seed(0)
+    assert torch.equal(RandomIntensity(lambda case: before, amount=1.0)({})["fixed_image"], after["fixed_image"])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_contrast_shading_and_noise_have_the_sizes_they_are_said_to_have(dims: int) -> None:
+    torch.manual_seed(0)
+    shape = (1, *[12] * dims)
+    black, white, grey = (
+        torch.stack([change_intensity(torch.full(shape, value), 0.5) for _ in range(300)]) for value in (0.0, 1.0, 0.5)
+    )
+    assert black.abs().mean() < 0.03 and black.std() == pytest.approx(0.05 / 3**0.5, rel=0.1)  # n: up to 0.05
+    corner = white.flatten(1)[:, 0]  # where a control point lies
+    assert corner.log().std() == pytest.approx((0.15**2 + 0.05**2 / 3) ** 0.5, rel=0.15)  # ln s and n
+    exponents = -grey.flatten(1).log().mean(1) / torch.tensor(2.0).log()  # but for the mean of ln s
+    assert exponents.log().std() == pytest.approx(0.35 / 3**0.5, rel=0.25) and exponents.max() < 1.7
 
 
 def test_missing_landmarks_stay_missing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -59,23 +60,30 @@ def half_masked(items: list[dict[str, Any]]) -> dict[str, Any]:
     return collate_pairs(items)
 
 
-def gradients(data: str, which: list[int], wrap: Callable, *, masked: bool, cascades: int) -> dict[str, torch.Tensor]:
+def gradients(
+    data: str, which: list[int], wrap: Callable, *, masked: bool = False, cascades: int = 1, structures: int = 0
+) -> dict[str, torch.Tensor]:
+    """Of a network that registers; or, with structures, of one that looks for these only, twice: as it trains."""
     load, cases = LoadPair(GRID), list_pairs(data)
     everything = (half_masked if masked else collate_pairs)([load(case) for case in cases[:4]])
     batch = {key: value[which] if torch.is_tensor(value) else value for key, value in everything.items()}
     torch.manual_seed(0)
-    net = SymmetricNet(2, "alexnet")
+    net = SymmetricNet(2, "alexnet", structures=structures)
+    net.structures_only = structures > 0
+    loss = RegistrationLoss({"anatomy": 1.0} if structures else LOSSES, window=5, label_ids=range(1, structures + 1))
     seen_by_trainer = wrap(net)
     pair, target, _, told = prepare_batch(batch)
-    prediction = RegistrationInferer(cascades=cascades)(pair, seen_by_trainer, **told)
-    RegistrationLoss(LOSSES, window=5)(prediction, target).backward()
+    for _ in range(2 if structures else 1):
+        net.zero_grad()
+        loss(RegistrationInferer(cascades=cascades)(pair, seen_by_trainer, **told), target).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {"masked": False, "cascades": 1},
-    "masked": {"masked": True, "cascades": 1},
-    "cascades": {"masked": False, "cascades": 2},
+    "plain": {},
+    "masked": {"masked": True},
+    "cascades": {"cascades": 2},
+    "structures": {"structures": 2},
 }
 
 
@@ -102,7 +110,10 @@ def accumulated(data: str, which: list[int], wrap: Callable) -> dict[str, torch.
 
 def all_gradients(rank: int, data: str) -> dict[str, dict[str, torch.Tensor]]:
     distributed.join(hours=0.02)
-    found = {name: gradients(data, [rank], distributed.parallel, **told) for name, told in SETTINGS.items()}
+    found = {}
+    for name, told in SETTINGS.items():
+        wrap = functools.partial(distributed.parallel, in_parts=name == "structures")
+        found[name] = gradients(data, [rank], wrap, **told)
     return {**found, "accumulated": accumulated(data, [rank, rank + 2], distributed.parallel)}
 
 

@@ -9,14 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
 from regpipe.engines import RegistrationInferer, prepare_batch
-from regpipe.handlers import BestModel, GradientClip, NanGuard, Progress, TrainingDiverged
+from regpipe.errors import InputError
+from regpipe.handlers import (
+    BestModel,
+    GradientClip,
+    NanGuard,
+    Progress,
+    StructuresFirst,
+    TrainingDiverged,
+    Validation,
+    WeightAverage,
+)
 from regpipe.losses import RegistrationLoss
+from regpipe.network import SymmetricNet
 
 CPU = torch.device("cpu")
 
@@ -223,3 +234,53 @@ def test_the_model_of_a_parallel_network_is_saved_without_its_wrapper(tmp_path) 
     wrapped.forward = network.forward
     evaluator(wrapped, [0.8], BestModel(wrapped, str(path))).run(1)
     assert saved(path)(network)
+
+
+def test_structures_come_first_and_only_then_is_validated(tmp_path) -> None:
+    network = SymmetricNet(2, "alexnet", structures=1)
+    trainer, validated = Engine(lambda engine, batch: network.structures_only), list[int]()
+    StructuresFirst(network, 2, max_epochs=4).attach(trainer)
+
+    class Validator(SupervisedEvaluator):
+        def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+            validated.append(global_epoch)
+
+    Validation(1, Validator(torch.device("cpu"), [], network), after=2).attach(trainer)
+    seen = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
+    trainer.run([0], max_epochs=4)
+    assert seen == [True, True, False, False] and validated == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("structures", "epochs", "told"),
+    [(1, 4, "fewer than --max_epochs"), (1, -1, "number of epochs"), (1, 0.5, "number"), (0, 1, "no structures")],
+)
+def test_structures_first_that_leave_nothing_to_register_or_are_none_are_refused(structures, epochs, told) -> None:
+    network = SymmetricNet(2, "alexnet", structures=structures)
+    with pytest.raises(InputError, match=told):
+        StructuresFirst(network, epochs, max_epochs=4)
+    StructuresFirst(network, 0, max_epochs=4)  # the default needs none
+
+
+def test_weights_are_averaged_over_the_last_steps_and_the_beginning_is_forgotten() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = WeightAverage(network, 20)
+    trainer = Engine(lambda engine, step: network.weight.data.fill_(1.0 + step))
+    average.attach(trainer)
+    trainer.run(range(400), max_epochs=1, epoch_length=400)
+    kept: Any = average.network
+    # e' = e + (w - e) / 20 of w = 1, 2, 3 ... lags 19 steps behind, once the beginning is forgotten
+    assert float(kept.module.weight) == pytest.approx(400 - 19, abs=1e-2)
+    again = WeightAverage(nn.Linear(1, 1, bias=False), 20)
+    again.load_state_dict(average.state_dict())
+    x = torch.ones(1, 1)
+    assert torch.equal(again.network(x), kept(x)) and float(network.weight.detach()) == 400
+
+
+def test_without_averaging_the_network_itself_is_validated() -> None:
+    network = nn.Linear(1, 1)
+    average = WeightAverage(network, 0)
+    assert average.network is network and average.state_dict() == {}
+    with pytest.raises(InputError, match="--average -1"):
+        WeightAverage(network, -1)

@@ -277,3 +277,15 @@ def test_structures_follow_the_velocity_at_full_resolution(shape) -> None:
     assert anatomy.shape == (1, 4, *(16 * -(-(n - 1) // 16) + 1 for n in shape))
     torch.testing.assert_close(anatomy, torch.cat(other.chunk(2, dim=1)[::-1], 1))
     torch.testing.assert_close(output[:, :dims], -swapped[:, :dims])
+
+
+def test_a_network_that_looks_for_structures_only_sees_what_the_whole_one_sees_and_nothing_else_learns() -> None:
+    torch.manual_seed(0)
+    net = SymmetricNet(2, "alexnet", width=16, structures=1)
+    images = pair((33, 40))
+    whole, net.structures_only = net(images), True
+    only = net(images)
+    assert torch.equal(only[:, 2:], whole[:, 2:]) and not only[:, :2].any() and whole[:, :2].any()
+    only.square().sum().backward()
+    assert {name.split(".")[0] for name, weight in net.named_parameters() if weight.grad is not None} == {"anatomy"}
+    torch.testing.assert_close(net.eval()(images), whole)  # what is validated, and saved, registers

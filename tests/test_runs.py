@@ -104,7 +104,7 @@ def equal(a: Any, b: Any) -> bool:
 def assert_same(found: Trained, expected: Trained) -> None:
     assert found.curve == expected.curve and found.validations == expected.validations
     assert equal(found.model, expected.model)
-    for name in ("network", "optimizer", "lr_scheduler", "stopper", "random", "trainer"):
+    for name in ("network", "optimizer", "lr_scheduler", "stopper", "random", "trainer", "averaged"):
         assert equal(found.state[name], expected.state[name]), name
     for name in ("settings", "best", "metric"):
         assert found.state["progress"][name] == expected.state["progress"][name]
@@ -151,6 +151,21 @@ def test_a_run_in_half_precision_and_groups_goes_on_as_if_there_had_been_no_stop
     assert {float(state["step"]) for state in whole.state["optimizer"]["state"].values()} == {6.0}
     message = refusal(bundle, cohort, 4, accumulate=1, amp=False, pairs_per_epoch=3)
     assert "accumulate: 2 -> 1" in message and "amp: True -> False" in message and "checkpointing" not in message
+
+
+def test_a_run_that_averages_weights_and_learns_structures_first_goes_on_as_if_there_had_been_no_stop(
+    bundle, cohort, tmp_path
+) -> None:
+    told: dict[str, Any] = {"average": 3, "structures_first": 1, "augment_intensity": 0.5, "label_ids": [1]}
+    told["loss_weights"] = {"dice": 1.0, "anatomy": 1.0, "diffusion": 0.1}
+    whole = train(write_bundle("alexnet", tmp_path / "whole"), cohort, 3, **told)
+    assert_same(train(bundle, cohort, 3, into=train(bundle, cohort, 2, **told), **told), whole)
+    assert [epoch for epoch, *_ in whole.validations] == [2, 3]
+    mean, last = whole.state["averaged"], whole.state["network"]
+    best = {name.removeprefix("module."): value for name, value in mean.items() if name.startswith("module.")}
+    epochs = [score for _, score, _ in whole.validations]
+    assert equal(best, whole.model) is (epochs[1] > epochs[0])  # what is kept as the model is the mean
+    assert not equal(best, last)
 
 
 @pytest.mark.parametrize("killed", [1, 3, 5])
