@@ -1,4 +1,4 @@
-"""What happens around an iteration: guard, clip, show progress, keep the best weights."""
+"""What happens around an iteration: what is learnt, guard, clip, average, show progress, keep the best weights."""
 
 from __future__ import annotations
 
@@ -122,59 +122,65 @@ class Budget:
 class StructuresFirst:
     """In the first epochs the network learns to see structures and nothing else, see ``regpipe.SymmetricNet``.
 
+    ``validated`` is the last epoch that is validated.
+
     Raises:
-        InputError: not a number of epochs that leaves some of ``max_epochs``; or the network sees no structures.
+        InputError: not a number of epochs, or none of those after them is validated; or the network sees no structures.
     """
 
-    def __init__(self, network: nn.Module, epochs: int, *, max_epochs: int) -> None:
-        if not (isinstance(epochs, int) and 0 <= epochs < max_epochs):
-            raise InputError(f"--structures_first {epochs}: give a number of epochs, fewer than --max_epochs")
+    def __init__(self, network: nn.Module, epochs: int, *, validated: int) -> None:
+        if not (isinstance(epochs, int) and 0 <= epochs < validated):
+            raise InputError(f"--structures_first {epochs}: give a number of epochs below {validated}, or --max_epochs")
         if epochs and getattr(network, "anatomy", None) is None:
             raise InputError("--structures_first: no structures to see; give --label_ids, and anatomy a loss weight")
         self.network, self.epochs = network, epochs
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self._choose)
+        if self.epochs:
+            engine.add_event_handler(Events.EPOCH_STARTED, self._choose)
 
     def _choose(self, engine: Engine) -> None:
-        if self.epochs:
-            self.network.structures_only = engine.state.epoch <= self.epochs  # type: ignore[assignment]
+        self.network.structures_only = engine.state.epoch <= self.epochs  # type: ignore[assignment]
 
 
 class WeightAverage:
-    """The mean of the network's weights over about the last ``steps`` steps: what is validated and kept as the model.
+    """The mean of the network's weights over about the last ``batches``: what is validated and kept as the model.
 
-    It forgets exponentially (Polyak & Juditsky 1992; torch's ``AveragedModel``), at first faster, by ``10 / (10 + n)``,
-    so that it does not hold on to the weights of the beginning. Learning is not touched.
+    It forgets exponentially (Polyak & Juditsky 1992; torch's ``AveragedModel``); while these are more than a tenth of
+    all so far, over that tenth. It begins where the epochs of ``StructuresFirst`` end. Learning is not touched.
 
     Args:
         network: without DDP's wrapper.
-        steps: 0 for none: ``network`` here is the one given.
+        batches: 0 for none: ``network`` here is the one given.
 
     Raises:
-        InputError: not a number of steps.
+        InputError: not a number of batches.
     """
 
-    def __init__(self, network: nn.Module, steps: int) -> None:
-        if not (isinstance(steps, int) and steps >= 0):
-            raise InputError(f"--average {steps}: give a number of steps, 0 for none")
-        self.source, self.steps = network, steps
-        self.network = AveragedModel(network, multi_avg_fn=self._average) if steps else network
+    def __init__(self, network: nn.Module, batches: int) -> None:
+        if not (isinstance(batches, int) and batches >= 0):
+            raise InputError(f"--average {batches}: give a number of batches, 0 for none")
+        self.source, self.batches = network, batches
+        self.network = AveragedModel(network, multi_avg_fn=self._average) if batches else network
 
     def attach(self, engine: Engine) -> None:
-        if isinstance(self.network, AveragedModel):
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self.network.update_parameters, self.source)
+        if self.batches:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+
+    def _update(self) -> None:
+        if not getattr(self.source, "structures_only", False):  # or the mean would be of what did not learn yet
+            self.network.update_parameters(self.source)  # type: ignore[operator]  # an AveragedModel
 
     def _average(self, kept: Sequence[Tensor], new: Sequence[Tensor], count: Tensor | int) -> None:
-        share = max(1 / self.steps, 10 / (10 + int(count)))
+        share = max(1 / self.batches, 10 / (10 + int(count)))
         for mean, weight in zip(kept, new, strict=True):
             mean.lerp_(weight, share)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.network.state_dict() if self.steps else {}
+        return self.network.state_dict() if self.batches else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.steps:
+        if self.batches:
             self.network.load_state_dict(state)
 
 

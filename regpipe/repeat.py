@@ -23,10 +23,10 @@ from regpipe.weights import read_state_dict
 SPLIT: tuple[str, ...] = ("holdout", "pairing", "seed")
 BOTH = (*SPLIT, "backbone", "landmark_channels", "mask_rims", "affine", "affine_from", "max_val_pairs")
 TRAINING: tuple[str, ...] = (*BOTH, "spatial_dims", "grid_shape", "grid_spacing", "freeze", "transfer", "cascades")
-TRAINING += ("encoder_factor", "loss_weights", "lncc_window", "label_ids", "max_epochs", "budget_seconds", "epochs")
-TRAINING += ("pairs_per_epoch", "supervised_share", "val_interval", "patience", "batch_size", "accumulate", "amp")
-TRAINING += ("num_workers", "augment", "augment_intensity", "mirror", "learning_rate", "average", "key_metric")
-TRAINING += ("structures_first",)
+TRAINING += ("encoder_factor", "loss_weights", "lncc_window", "label_ids", "structures_first", "max_epochs", "epochs")
+TRAINING += ("budget_seconds", "pairs_per_epoch", "supervised_share", "val_interval", "patience", "batch_size", "amp")
+TRAINING += ("accumulate", "num_workers", "augment", "augment_intensity", "mirror", "learning_rate", "average")
+TRAINING += ("key_metric",)
 EVALUATION = (*BOTH, "split", "refine", "refine_loss", "refine_window", "repair")
 NUMBERS = ("holdout", "seed", "max_val_pairs")  # that are needed before the bundle looks at them
 ANYWHERE = ("none", "imagenet", "medicalnet")  # weights that are the same wherever they are taken from

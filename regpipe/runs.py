@@ -251,7 +251,9 @@ class Run:
         if state.best_metric_epoch > 0:
             print(f"best epoch {state.best_metric_epoch}, key metric {state.best_metric:.4f}; weights in {self.folder}")
         else:
-            raise InputError("no epoch was validated, so there is no model: give more time, or --val_interval 1")
+            raise InputError(
+                "no epoch was validated, so there is no model: more time, --val_interval 1, or fewer --structures_first"
+            )
 
     def _stopped_early(self) -> bool:
         """Whether the patience is used up; says so."""

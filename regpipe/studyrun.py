@@ -25,7 +25,8 @@ from regpipe.images import Grid
 from regpipe.loading import LoadPair
 from regpipe.metrics import mean_of
 
-KEPT = ("Budget", "NanGuard", "GradientClip", "LrScheduleHandler")  # of train.yaml's handlers
+# of train.yaml's handlers, which asks for the first two by their places
+KEPT = ("Budget", "WeightAverage", "StructuresFirst", "NanGuard", "GradientClip", "LrScheduleHandler")
 METRICS = ("dice_before", "dice", "hd95", "sdlogj", "folds_percent", "ncc")  # kept of each case
 
 
@@ -101,7 +102,8 @@ def run(task: Task) -> dict[str, Any]:
         "elapsed": time.perf_counter() - begun,
     }
     if task.model:
-        save_tensors(task.model, {name: tensor.cpu() for name, tensor in network.state_dict().items()})
+        model = getattr(evaluator.network, "module", evaluator.network)  # of averaged weights
+        save_tensors(task.model, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
     replace_file(task.result, json.dumps(result).encode())
     return result
 

@@ -134,6 +134,8 @@ def test_evaluating_writes_a_line_per_held_out_case_and_their_means(
         mean, low, high = summary["metrics"][metric]
         assert mean == pytest.approx(sum(row[metric] for row in rows) / 2) and low <= mean <= high
     assert "| held out |" in capsys.readouterr().out
+    evaluate(monai_bundle, trained, cohort, "--output_dir", tmp_path / "again", "--average", "3")  # as compare gives it
+    assert [row["dice"] for row in read_rows(tmp_path / "again" / "metrics.csv")] == [row["dice"] for row in rows]
 
 
 def test_a_3d_cohort_trains_evaluates_registers_and_verifies(tmp_path: Path, monai_bundle: Command) -> None:

@@ -239,7 +239,7 @@ def test_the_model_of_a_parallel_network_is_saved_without_its_wrapper(tmp_path) 
 def test_structures_come_first_and_only_then_is_validated(tmp_path) -> None:
     network = SymmetricNet(2, "alexnet", structures=1)
     trainer, validated = Engine(lambda engine, batch: network.structures_only), list[int]()
-    StructuresFirst(network, 2, max_epochs=4).attach(trainer)
+    StructuresFirst(network, 2, validated=4).attach(trainer)
 
     class Validator(SupervisedEvaluator):
         def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
@@ -254,13 +254,13 @@ def test_structures_come_first_and_only_then_is_validated(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("structures", "epochs", "told"),
-    [(1, 4, "fewer than --max_epochs"), (1, -1, "number of epochs"), (1, 0.5, "number"), (0, 1, "no structures")],
+    [(1, 4, "below 4, or --max_epochs"), (1, -1, "number of epochs"), (1, 0.5, "number"), (0, 1, "no structures")],
 )
 def test_structures_first_that_leave_nothing_to_register_or_are_none_are_refused(structures, epochs, told) -> None:
     network = SymmetricNet(2, "alexnet", structures=structures)
     with pytest.raises(InputError, match=told):
-        StructuresFirst(network, epochs, max_epochs=4)
-    StructuresFirst(network, 0, max_epochs=4)  # the default needs none
+        StructuresFirst(network, epochs, validated=4)
+    StructuresFirst(network, 0, validated=4)  # the default needs none
 
 
 def test_weights_are_averaged_over_the_last_steps_and_the_beginning_is_forgotten() -> None:

@@ -90,6 +90,14 @@ def train(
     return done.load(bundle)
 
 
+def kill_at(iteration: int) -> Callable:
+    def kill(engine: Any) -> None:
+        if engine.state.iteration == iteration:
+            raise MemoryError("killed")
+
+    return kill
+
+
 def equal(a: Any, b: Any) -> bool:
     """To the bit, through dicts and lists."""
     if isinstance(a, dict):
@@ -153,29 +161,40 @@ def test_a_run_in_half_precision_and_groups_goes_on_as_if_there_had_been_no_stop
     assert "accumulate: 2 -> 1" in message and "amp: True -> False" in message and "checkpointing" not in message
 
 
-def test_a_run_that_averages_weights_and_learns_structures_first_goes_on_as_if_there_had_been_no_stop(
+def test_a_run_that_averages_weights_and_learns_structures_first_goes_on_from_a_kill_in_any_epoch(
     bundle, cohort, tmp_path
 ) -> None:
-    told: dict[str, Any] = {"average": 3, "structures_first": 1, "augment_intensity": 0.5, "label_ids": [1]}
+    told: dict[str, Any] = {"average": 3, "structures_first": 2, "augment_intensity": 0.5, "label_ids": [1]}
     told["loss_weights"] = {"dice": 1.0, "anatomy": 1.0, "diffusion": 0.1}
-    whole = train(write_bundle("alexnet", tmp_path / "whole"), cohort, 3, **told)
-    assert_same(train(bundle, cohort, 3, into=train(bundle, cohort, 2, **told), **told), whole)
-    assert [epoch for epoch, *_ in whole.validations] == [2, 3]
-    mean, last = whole.state["averaged"], whole.state["network"]
-    best = {name.removeprefix("module."): value for name, value in mean.items() if name.startswith("module.")}
-    epochs = [score for _, score, _ in whole.validations]
-    assert equal(best, whole.model) is (epochs[1] > epochs[0])  # what is kept as the model is the mean
-    assert not equal(best, last)
+    whole = train(write_bundle("alexnet", tmp_path / "whole"), cohort, 4, **told)
+    assert [epoch for epoch, *_ in whole.validations] == [3, 4]
+    found = Trained()
+    for killed in (3, 5, 7):  # from epoch 1, within the structures; 2, at their end; 3
+        with pytest.raises(RuntimeError):
+            train(bundle, cohort, 4, stop=kill_at(killed), into=found, **told)
+        found.curve = found.curve[: killed - 1]
+    assert_same(train(bundle, cohort, 4, into=found, **told), whole)
+
+
+def test_what_is_validated_and_kept_is_the_mean_of_the_weights(bundle, cohort) -> None:
+    done = train(bundle, cohort, 2, average=3, val_interval=2)
+    mean, last = done.state["averaged"], done.state["network"]
+    assert equal(
+        {f"module.{name}": value for name, value in done.model.items()} | {"n_averaged": mean["n_averaged"]}, mean
+    )
+    assert mean["n_averaged"] == 4 and not equal(done.model, last)
+    flow = workflow(bundle, cohort, max_epochs=2, average=3, val_interval=2)
+    evaluator, network = map(flow.parser.get_parsed_content, ("validate#evaluator", "network"))
+    evaluator.network.load_state_dict(mean)
+    network.load_state_dict(last)
+    evaluator.run()
+    assert evaluator.state.metrics["key_metric"] == done.validations[-1][1]
 
 
 @pytest.mark.parametrize("killed", [1, 3, 5])
 def test_a_kill_within_an_epoch_changes_nothing(bundle, cohort, one_go, killed) -> None:
-    def kill(engine: Any) -> None:
-        if engine.state.iteration == killed:
-            raise MemoryError("killed")
-
     with pytest.raises(RuntimeError):  # MONAI's, around ours
-        train(bundle, cohort, 4, stop=kill, into=(first := Trained()))
+        train(bundle, cohort, 4, stop=kill_at(killed), into=(first := Trained()))
     whole = killed // 2
     assert [p.name for p in runs.saved_states(bundle / "models")] == ["checkpoint_1.pt", "checkpoint_2.pt"][:whole]
     first.curve = first.curve[: 2 * whole]  # the broken epoch is done again
