@@ -66,8 +66,8 @@ class RandomAffine:
 class RandomIntensity:
     """Loads a case and changes each of its images' contrast, shading and noise; what lies where stays.
 
-    An image x in [0, 1] becomes ``s x^g + n``: ln g is uniform in +-0.7 ``amount``; ln s is smooth, normal noise of
-    standard deviation 0.3 ``amount`` on four points an axis; n is white, of up to 0.1 ``amount``.
+    An image x in [0, 1] becomes ``s x^g + n``, which may leave [0, 1]: ln g is uniform in +-0.7 ``amount``; ln s is
+    smooth, normal noise of standard deviation 0.3 ``amount`` on four points an axis; n is white, up to 0.1 ``amount``.
     MONAI's transforms for these have random states of their own, which a resumed run would begin anew; this one draws
     from torch's generator.
     """

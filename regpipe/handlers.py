@@ -11,7 +11,6 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.handlers import ValidationHandler
 from torch import Tensor, nn
@@ -120,27 +119,32 @@ class Budget:
 
 
 class StructuresFirst:
-    """In the first epochs the network learns to see structures and nothing else, see ``regpipe.SymmetricNet``.
+    """In a first share of the training the network learns to see structures, nothing else: ``regpipe.SymmetricNet``.
 
-    ``validated`` is the last epoch that is validated.
+    Args:
+        network: without DDP's wrapper.
+        share: of the epochs, and of the seconds of a ``budget``: whichever end first.
+        budget: what is asked how much is spent.
 
     Raises:
-        InputError: not a number of epochs, or none of those after them is validated; or the network sees no structures.
+        InputError: not a share, or the whole; or the network sees no structures.
     """
 
-    def __init__(self, network: nn.Module, epochs: int, *, validated: int) -> None:
-        if not (isinstance(epochs, int) and 0 <= epochs < validated):
-            raise InputError(f"--structures_first {epochs}: give a number of epochs below {validated}, or --max_epochs")
-        if epochs and getattr(network, "anatomy", None) is None:
+    def __init__(self, network: nn.Module, share: float, budget: Budget) -> None:
+        if not (isinstance(share, int | float) and 0 <= share < 1):
+            raise InputError(f"--structures_first {share}: give a share of the training, like 0.3; 0 for none")
+        if share and getattr(network, "anatomy", None) is None:
             raise InputError("--structures_first: no structures to see; give --label_ids, and anatomy a loss weight")
-        self.network, self.epochs = network, epochs
+        self.network, self.share, self.budget = network, share, budget
 
     def attach(self, engine: Engine) -> None:
-        if self.epochs:
+        if self.share:
             engine.add_event_handler(Events.EPOCH_STARTED, self._choose)
 
     def _choose(self, engine: Engine) -> None:
-        self.network.structures_only = engine.state.epoch <= self.epochs  # type: ignore[assignment]
+        within = engine.state.epoch <= int(self.share * (engine.state.max_epochs or 0))
+        first = within and self.budget.spent < self.share
+        self.network.structures_only = first  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
 
 
 class WeightAverage:
@@ -168,7 +172,7 @@ class WeightAverage:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
 
     def _update(self) -> None:
-        if not getattr(self.source, "structures_only", False):  # or the mean would be of what did not learn yet
+        if not _sees_only(self.source):  # or the mean would be of what did not learn yet
             self.network.update_parameters(self.source)  # type: ignore[operator]  # an AveragedModel
 
     def _average(self, kept: Sequence[Tensor], new: Sequence[Tensor], count: Tensor | int) -> None:
@@ -185,15 +189,15 @@ class WeightAverage:
 
 
 class Validation(ValidationHandler):
-    """MONAI's, after the epochs of ``StructuresFirst``: before, nothing is registered."""
-
-    def __init__(self, interval: int, validator: Evaluator, *, after: int = 0) -> None:
-        super().__init__(interval, validator)
-        self.after = after
+    """MONAI's, but for epochs of ``StructuresFirst``: nothing is registered in them."""
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.epoch > self.after:
+        if not _sees_only(engine.network):  # type: ignore[attr-defined]
             super().__call__(engine)
+
+
+def _sees_only(network: nn.Module) -> bool:
+    return bool(getattr(getattr(network, "module", network), "structures_only", False))
 
 
 class Progress:

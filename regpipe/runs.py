@@ -252,7 +252,7 @@ class Run:
             print(f"best epoch {state.best_metric_epoch}, key metric {state.best_metric:.4f}; weights in {self.folder}")
         else:
             raise InputError(
-                "no epoch was validated, so there is no model: more time, --val_interval 1, or fewer --structures_first"
+                "no epoch was validated, so there is no model: more time, --val_interval 1, or less --structures_first"
             )
 
     def _stopped_early(self) -> bool:

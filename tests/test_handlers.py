@@ -18,6 +18,7 @@ from regpipe.engines import RegistrationInferer, prepare_batch
 from regpipe.errors import InputError
 from regpipe.handlers import (
     BestModel,
+    Budget,
     GradientClip,
     NanGuard,
     Progress,
@@ -236,31 +237,38 @@ def test_the_model_of_a_parallel_network_is_saved_without_its_wrapper(tmp_path) 
     assert saved(path)(network)
 
 
-def test_structures_come_first_and_only_then_is_validated(tmp_path) -> None:
+class Validator(SupervisedEvaluator):
+    """Notes when it is asked."""
+
+    asked: list[int]
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        self.asked.append(global_epoch)
+
+
+@pytest.mark.parametrize(("share", "spent", "first"), [(0.5, 0.0, 2), (0.74, 0.2, 2), (0.5, 0.9, 0), (0.2, 0.0, 0)])
+def test_structures_come_first_and_only_then_is_validated(share, spent, first) -> None:
     network = SymmetricNet(2, "alexnet", structures=1)
-    trainer, validated = Engine(lambda engine, batch: network.structures_only), list[int]()
-    StructuresFirst(network, 2, validated=4).attach(trainer)
-
-    class Validator(SupervisedEvaluator):
-        def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
-            validated.append(global_epoch)
-
-    Validation(1, Validator(torch.device("cpu"), [], network), after=2).attach(trainer)
-    seen = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
+    validator, seen, budget = Validator(torch.device("cpu"), [], network), list[bool](), Budget(1e6)
+    validator.asked = []
+    budget.load_state_dict({"used": spent * 1e6})
+    trainer = Engine(lambda engine, batch: seen.append(network.structures_only))
+    trainer.network = network  # type: ignore[attr-defined]
+    StructuresFirst(network, share, budget).attach(trainer)
+    Validation(1, validator).attach(trainer)
     trainer.run([0], max_epochs=4)
-    assert seen == [True, True, False, False] and validated == [3, 4]
+    assert seen == [True] * first + [False] * (4 - first) and validator.asked == list(range(first + 1, 5))
 
 
 @pytest.mark.parametrize(
-    ("structures", "epochs", "told"),
-    [(1, 4, "below 4, or --max_epochs"), (1, -1, "number of epochs"), (1, 0.5, "number"), (0, 1, "no structures")],
+    ("structures", "share", "told"),
+    [(1, 1.0, "a share"), (1, -0.1, "a share"), (1, "half", "a share"), (0, 0.5, "no structures")],
 )
-def test_structures_first_that_leave_nothing_to_register_or_are_none_are_refused(structures, epochs, told) -> None:
+def test_structures_first_that_leave_nothing_to_register_or_are_none_are_refused(structures, share, told) -> None:
     network = SymmetricNet(2, "alexnet", structures=structures)
     with pytest.raises(InputError, match=told):
-        StructuresFirst(network, epochs, validated=4)
-    StructuresFirst(network, 0, validated=4)  # the default needs none
+        StructuresFirst(network, share, Budget())
+    StructuresFirst(network, 0, Budget())  # the default needs none
 
 
 def test_weights_are_averaged_over_the_last_steps_and_the_beginning_is_forgotten() -> None:

@@ -164,7 +164,7 @@ def test_a_run_in_half_precision_and_groups_goes_on_as_if_there_had_been_no_stop
 def test_a_run_that_averages_weights_and_learns_structures_first_goes_on_from_a_kill_in_any_epoch(
     bundle, cohort, tmp_path
 ) -> None:
-    told: dict[str, Any] = {"average": 3, "structures_first": 2, "augment_intensity": 0.5, "label_ids": [1]}
+    told: dict[str, Any] = {"average": 3, "structures_first": 0.5, "augment_intensity": 0.5, "label_ids": [1]}
     told["loss_weights"] = {"dice": 1.0, "anatomy": 1.0, "diffusion": 0.1}
     whole = train(write_bundle("alexnet", tmp_path / "whole"), cohort, 4, **told)
     assert [epoch for epoch, *_ in whole.validations] == [3, 4]
