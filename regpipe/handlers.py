@@ -123,7 +123,8 @@ class StructuresFirst:
 
     Args:
         network: without DDP's wrapper.
-        share: of the epochs, and of the seconds of a ``budget``: whichever end first.
+        share: of the epochs, and of the seconds of a ``budget``: whichever end first. It ends once: a run that goes on
+            with more of them does not return to it.
         budget: what is asked how much is spent.
 
     Raises:
@@ -135,7 +136,7 @@ class StructuresFirst:
             raise InputError(f"--structures_first {share}: give a share of the training, like 0.3; 0 for none")
         if share and getattr(network, "anatomy", None) is None:
             raise InputError("--structures_first: no structures to see; give --label_ids, and anatomy a loss weight")
-        self.network, self.share, self.budget = network, share, budget
+        self.network, self.share, self.budget, self.ended = network, share, budget, False
 
     def attach(self, engine: Engine) -> None:
         if self.share:
@@ -143,8 +144,14 @@ class StructuresFirst:
 
     def _choose(self, engine: Engine) -> None:
         within = engine.state.epoch <= int(self.share * (engine.state.max_epochs or 0))
-        first = within and self.budget.spent < self.share
-        self.network.structures_only = first  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
+        self.ended = self.ended or not within or self.budget.spent >= self.share
+        self.network.structures_only = not self.ended  # type: ignore[assignment]  # an attribute, not a parameter
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"ended": self.ended}
+
+    def load_state_dict(self, state: Mapping[str, bool]) -> None:
+        self.ended = state.get("ended", False)
 
 
 class WeightAverage:

@@ -57,8 +57,8 @@ def train(old: Path, content: Mapping[str, Any], chosen: Settings, target: Path,
         chosen["max_epochs"] = epochs
         console.complain(
             "warning",
-            f"{old}: its learning rates went by the clock (budget_seconds {budget}); the same {epochs} epochs are "
-            "trained without it, and the weights will be others",
+            f"{old}: its learning rates, and structures_first, went by the clock (budget_seconds {budget}); "
+            f"the same {epochs} epochs are trained without it, and the weights will be others",
         )
     parts = {"training": ("training", None), "validation": ("validation", chosen["max_val_pairs"])}
     chosen["dataset_dir"] = _same_data(old.parent, chosen, content["inputs"], data, parts)

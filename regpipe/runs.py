@@ -207,8 +207,10 @@ class Run:
         for damaged in states[states.index(file) + 1 :]:
             log.warning("%s: damaged; going on from %s, the one before", damaged, file.name)
         try:
-            # a state of before there were these has none
-            Checkpoint.load_objects(self.objects, {"scaler": {}, "curves": {}, "averaged": {}, **saved})
+            later = dict.fromkeys(
+                ("scaler", "curves", "averaged", "structures"), dict[str, Any]()
+            )  # since some version
+            Checkpoint.load_objects(self.objects, {**later, **saved})
         except Exception as error:  # another network's, of the same settings
             raise _unfit(file, error) from error
         state.max_epochs = wanted

@@ -20,6 +20,7 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
 from regpipe import cost
+from regpipe.errors import InputError
 from regpipe.files import replace_file, save_tensors
 from regpipe.images import Grid
 from regpipe.loading import LoadPair
@@ -91,6 +92,8 @@ def run(task: Task) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     trainer.run()
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    if getattr(network, "structures_only", False):
+        raise InputError(f"{task.name}: nothing was registered; give more budget_seconds, or less structures_first")
     evaluator.run()
     grid = parser.get_parsed_content("grid")
     result = {

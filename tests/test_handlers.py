@@ -254,10 +254,17 @@ def test_structures_come_first_and_only_then_is_validated(share, spent, first) -
     budget.load_state_dict({"used": spent * 1e6})
     trainer = Engine(lambda engine, batch: seen.append(network.structures_only))
     trainer.network = network  # type: ignore[attr-defined]
-    StructuresFirst(network, share, budget).attach(trainer)
+    stage = StructuresFirst(network, share, budget)
+    stage.attach(trainer)
     Validation(1, validator).attach(trainer)
     trainer.run([0], max_epochs=4)
     assert seen == [True] * first + [False] * (4 - first) and validator.asked == list(range(first + 1, 5))
+    again = StructuresFirst(network, share, Budget())
+    again.load_state_dict(stage.state_dict())
+    longer = Engine(lambda engine, batch: seen.append(network.structures_only))
+    again.attach(longer)
+    longer.run([0], max_epochs=40)  # begun with more epochs it is not begun again
+    assert not any(seen[4:])
 
 
 @pytest.mark.parametrize(
