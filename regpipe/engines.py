@@ -22,7 +22,7 @@ from regpipe.images import Grid, load_grid, make_grid
 from regpipe.network import SymmetricNet, unfold
 from regpipe.refine import Refiner
 from regpipe.repair import repair
-from regpipe.weights import check_sound, read_state_dict
+from regpipe.weights import check_sound, read_state_dict, unwrapped
 
 
 def prepare_batch(
@@ -191,8 +191,7 @@ def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
     if network is None:
         check_sound(path)
         return str(path)
-    plain = getattr(network, "module", network)  # without DDP's wrapper
-    states = read_state_dict(path, old=False), plain.state_dict()
+    states = read_state_dict(path, old=False), unwrapped(network).state_dict()
     held, wanted = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in states)
     unlike = next((name for name in {**wanted, **held} if held.get(name) != wanted.get(name)), None)
     if unlike is not None:

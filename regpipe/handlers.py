@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from regpipe import console
 from regpipe.distributed import of_first
 from regpipe.errors import InputError
-from regpipe.files import save_tensors
 from regpipe.losses import RegistrationLoss
+from regpipe.weights import save_weights, unwrapped
 
 
 class TrainingDiverged(InputError):
@@ -179,7 +179,7 @@ class WeightAverage:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
 
     def _update(self) -> None:
-        if not _sees_only(self.source):  # or the mean would be of what did not learn yet
+        if not sees_only(self.source):  # or the mean would be of what did not learn yet
             self.network.update_parameters(self.source)  # type: ignore[operator]  # an AveragedModel
 
     def _average(self, kept: Sequence[Tensor], new: Sequence[Tensor], count: Tensor | int) -> None:
@@ -199,12 +199,13 @@ class Validation(ValidationHandler):
     """MONAI's, but for epochs of ``StructuresFirst``: nothing is registered in them."""
 
     def __call__(self, engine: Engine) -> None:
-        if not _sees_only(engine.network):  # type: ignore[attr-defined]
+        if not sees_only(engine.network):  # type: ignore[attr-defined]
             super().__call__(engine)
 
 
-def _sees_only(network: nn.Module) -> bool:
-    return bool(getattr(getattr(network, "module", network), "structures_only", False))
+def sees_only(network: nn.Module) -> bool:
+    """Whether ``StructuresFirst`` has the network look for structures, and register nothing."""
+    return bool(getattr(unwrapped(network), "structures_only", False))
 
 
 class Progress:
@@ -254,6 +255,4 @@ class BestModel:
 
     def __call__(self, engine: Engine) -> None:
         if idist.get_rank() == 0 and engine.state.best_metric_epoch == engine.state.epoch:  # type: ignore[attr-defined]
-            wrapped: Any = self.network
-            state = getattr(wrapped, "module", wrapped).state_dict()  # without DDP's prefix
-            save_tensors(self.path, {name: tensor.cpu() for name, tensor in state.items()})
+            save_weights(self.path, self.network)

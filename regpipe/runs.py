@@ -34,6 +34,7 @@ from regpipe.sampling import needed
 log = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 10
+LATER = ("scaler", "curves", "averaged", "structures")  # objects that the states of older versions lack
 
 
 def begin(seed: int) -> None:
@@ -207,10 +208,7 @@ class Run:
         for damaged in states[states.index(file) + 1 :]:
             log.warning("%s: damaged; going on from %s, the one before", damaged, file.name)
         try:
-            later = dict.fromkeys(
-                ("scaler", "curves", "averaged", "structures"), dict[str, Any]()
-            )  # since some version
-            Checkpoint.load_objects(self.objects, {**later, **saved})
+            Checkpoint.load_objects(self.objects, {**dict.fromkeys(LATER, {}), **saved})
         except Exception as error:  # another network's, of the same settings
             raise _unfit(file, error) from error
         state.max_epochs = wanted

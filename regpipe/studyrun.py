@@ -21,10 +21,12 @@ from monai.utils import set_determinism
 
 from regpipe import cost
 from regpipe.errors import InputError
-from regpipe.files import replace_file, save_tensors
+from regpipe.files import replace_file
+from regpipe.handlers import sees_only
 from regpipe.images import Grid
 from regpipe.loading import LoadPair
 from regpipe.metrics import mean_of
+from regpipe.weights import save_weights
 
 # of train.yaml's handlers, which asks for the first two by their places
 KEPT = ("Budget", "WeightAverage", "StructuresFirst", "NanGuard", "GradientClip", "LrScheduleHandler")
@@ -92,7 +94,7 @@ def run(task: Task) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     trainer.run()
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    if getattr(network, "structures_only", False):
+    if sees_only(network):
         raise InputError(f"{task.name}: nothing was registered; give more budget_seconds, or less structures_first")
     evaluator.run()
     grid = parser.get_parsed_content("grid")
@@ -105,8 +107,7 @@ def run(task: Task) -> dict[str, Any]:
         "elapsed": time.perf_counter() - begun,
     }
     if task.model:
-        model = getattr(evaluator.network, "module", evaluator.network)  # of averaged weights
-        save_tensors(task.model, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
+        save_weights(task.model, evaluator.network)
     replace_file(task.result, json.dumps(result).encode())
     return result
 

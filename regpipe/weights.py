@@ -23,7 +23,7 @@ import torchvision
 from torch import Tensor, nn
 
 from regpipe.errors import InputError
-from regpipe.files import damage
+from regpipe.files import damage, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,16 @@ def read_state_dict(path: str | Path, *, old: bool = True) -> dict[str, Tensor]:
     if broken is not None:
         raise InputError(f"{path}: '{broken}' holds NaN or infinite values; take another checkpoint, or train again")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network itself, which DDP, or torch's ``AveragedModel``, may be around."""
+    return getattr(network, "module", network)
+
+
+def save_weights(path: Path, network: nn.Module) -> None:
+    """Write a network's weights as ``read_state_dict`` reads them."""
+    save_tensors(path, {name: tensor.cpu() for name, tensor in unwrapped(network).state_dict().items()})
 
 
 def check_sound(path: str | Path) -> None:
