@@ -30,6 +30,7 @@ LAYOUT = {
         "Dice": ["Multiline", ["validation/dice$"]],
         "HD95, mm": ["Multiline", ["validation/hd95$"]],
         "TRE, mm": ["Multiline", ["validation/tre$"]],
+        "error of known displacements, training pairs, voxels": ["Multiline", ["training/end_point$"]],
     },
     "Similarity": {
         "NCC, held-out pairs": ["Multiline", ["validation/ncc$"]],

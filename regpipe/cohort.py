@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ignite.distributed as idist
 import numpy as np
 
-from regpipe import console, transforms
+from regpipe import console, synthetic, transforms
 from regpipe.errors import InputError
 from regpipe.images import Image
-from regpipe.phantoms import MAGNITUDE, Phantom, checked_shape, make_pair
+from regpipe.phantoms import KINDS, MAGNITUDE, Phantom, checked_shape, make_pair
 
+SYNTHETIC = "synthetic"  # a kind beside those of ``regpipe.phantoms``
 COHORT_FORMAT = 1  # raise it when the same arguments give other voxels: no reuse of old cohorts
 BUILTIN_SHAPES = {2: (64, 64), 3: (32, 32, 32)}
 BUILTIN_PAIRS = {2: 150, 3: 60}
@@ -38,7 +40,8 @@ def write_cohort(
 
     Args:
         out: the folder; made where needed.
-        kind, shape, motion: as ``regpipe.phantoms.make_pair``; ``motion`` is in voxels.
+        kind, shape, motion: as ``regpipe.phantoms.make_pair``, ``motion`` in voxels; or ``synthetic``: pairs of
+            ``regpipe.synthetic``, whose motion cannot be chosen.
         n_pairs: how many.
         seed: one number for them all.
 
@@ -47,7 +50,8 @@ def write_cohort(
     """
     if n_pairs < 1:
         raise ValueError(f"phantom cohort of {n_pairs} pairs: give 1 or more")
-    out, shape = Path(out), checked_shape(kind, shape, MAGNITUDE, motion)
+    out, shape = Path(out), checked_shape(shape, MAGNITUDE, motion)
+    maker = _maker(kind, motion)
     about: dict[str, object] = dict(format=COHORT_FORMAT, kind=kind, shape=shape, n_pairs=n_pairs, seed=seed)
     if motion is not None:  # else the record of a cohort written before there was motion: it is the same cohort
         about["motion"] = float(motion)
@@ -59,8 +63,7 @@ def write_cohort(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         part = Path(aside) / "cohort"
         for case in console.Progress(range(n_pairs), what="writing phantoms", unit="pairs"):
-            pair = make_pair(kind, shape, seed=(seed, case), motion=motion)
-            _write_case(part, f"case_{case:03d}", pair)
+            _write_case(part, f"case_{case:03d}", maker(shape, seed=(seed, case)))
         (part / "phantom.json").write_text(record)
         try:
             part.rename(out)
@@ -68,6 +71,17 @@ def write_cohort(
             if not _holds(out, record):  # else another process was first
                 raise
     return out
+
+
+def _maker(kind: str, motion: float | None) -> Callable[..., Phantom]:
+    """``f(shape, seed=...)`` that makes a pair of a kind."""
+    if kind in KINDS:
+        return functools.partial(make_pair, kind, motion=motion)
+    if kind != SYNTHETIC:
+        raise ValueError(f"unknown phantom kind {kind!r}; there are: {', '.join((*KINDS, SYNTHETIC))}")
+    if motion is not None:
+        raise InputError(f"phantoms of kind {SYNTHETIC} move by as much as is drawn: leave --motion out")
+    return synthetic.make_phantom
 
 
 def builtin_cohort(folder: str | Path, spatial_dims: int) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 BACKBONES = ("resnet18", "vgg16", "alexnet", "plain")
-PHANTOMS = ("ultrasound", "mr", "shapes")
+SHIPPED = (*BACKBONES[:3], "none")
+PHANTOMS = ("ultrasound", "mr", "shapes", "synthetic")
 STAGES = ("none", "centre", "rigid", "similarity", "affine", "projective")
 SOURCES = ("images", "landmarks", "both")
 METRICS = ("mi", "ncc")

@@ -51,7 +51,7 @@ def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
         return 2 * identity_grid(shape, device=device).flip(1) / cells - 1, 2 / cells
 
 
-def _sample(image: Tensor, where: Tensor, mode: str = "bilinear") -> Tensor:
+def sample(image: Tensor, where: Tensor, mode: str = "bilinear") -> Tensor:
     """(B, C, *any) at places (B, D, *spatial), in grid_sample's units -> (B, C, *spatial)."""
     return F.grid_sample(image, where.movedim(1, -1), mode=mode, padding_mode="border", align_corners=True)
 
@@ -71,7 +71,7 @@ def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear") -> Tensor:
         raise ValueError(f"an image {tuple(image.shape)} is not on the grid of the displacement {tuple(u.shape)}")
     with torch.autocast(u.device.type, enabled=False):
         places, voxel = _places(tuple(u.shape[2:]), u.device)
-        return _sample(image.float(), torch.addcmul(places, u.float().flip(1), voxel), mode).to(image.dtype)
+        return sample(image.float(), torch.addcmul(places, u.float().flip(1), voxel), mode).to(image.dtype)
 
 
 def compose(u: Tensor, v: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def integrate(v: Tensor, *, squarings: int = SQUARINGS) -> Tensor:
         places, voxel = _places(tuple(v.shape[2:]), v.device)
         unit = v.float().flip(1) * (voxel / 2**squarings)
         for _ in range(squarings):
-            unit = unit + _sample(unit, places + unit)
+            unit = unit + sample(unit, places + unit)
         return (unit / voxel).flip(1)
 
 

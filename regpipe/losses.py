@@ -209,6 +209,23 @@ def _known_field(r: Registration, target: Target, options: Options) -> Tensor:
     return (r.displacement - target["displacement"]).square().sum(1).mean()
 
 
+def _end_point(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean distance in voxels of both displacements to the true ones, each within its image's mask.
+
+    Both are ``displacement`` and ``inverse`` of ``regpipe.synthetic``; pairs read from files have only the first.
+    """
+    if "displacement" not in target:
+        raise InputError("loss term end_point: these pairs have no displacements/ to learn from; give it no weight")
+    known = [(u, target[name], side) for name, u, side in _ways(r) if name in target]
+    errors = [(((u - true).square().sum(1, keepdim=True) + 1e-4).sqrt(), side) for u, true, side in known]
+    return torch.stack([similarity.masked_mean(e, target.get(f"{side}_mask")) for e, side in errors]).mean()
+
+
+def _ways(r: Registration) -> list[tuple[str, Tensor, str]]:
+    """Each direction's name in a batch, its displacement, and the side whose voxels it starts from."""
+    return [("displacement", r.displacement, "fixed"), ("inverse", r.inverse, "moving")]
+
+
 TERMS: dict[str, Term] = {
     "lncc": _lncc,
     "ncc": _similarity(similarity.ncc),  # 1 - global correlation; in [0, 2]
@@ -229,7 +246,9 @@ TERMS: dict[str, Term] = {
     "predicted_dice": _predicted_dice,
     "landmarks": _landmarks,
     "known_field": _known_field,
+    "end_point": _end_point,
 }
+KNOWING_FIELDS = {"known_field", "end_point"}  # the terms that need pairs with true displacements
 
 
 class RegistrationLoss(nn.Module):

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from regpipe.fields import _places, warp_both
-from regpipe.losses import RegistrationLoss
+from regpipe.losses import KNOWING_FIELDS, RegistrationLoss
 
 GIB = 2**30
 LIBRARIES = 20 << 20  # bytes: code and kernels that are loaded when they are first used
@@ -192,7 +192,7 @@ def training(
             fake.train()
             states = [torch.zeros_like(p) for p in fake.parameters() if p.requires_grad for _ in range(2)]
             batch = _batch(shape, batch_size)
-            if "known_field" in getattr(criterion, "weights", {}):
+            if KNOWING_FIELDS & {*getattr(criterion, "weights", {})}:
                 batch["displacement"] = torch.empty(batch_size, len(shape), *shape)
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):

@@ -104,7 +104,9 @@ def make_pair(
     Raises:
         ValueError: for an unknown kind, an impossible shape, or a magnitude or motion out of range.
     """
-    shape = checked_shape(kind, shape, magnitude, motion)
+    if kind not in KINDS:
+        raise ValueError(f"unknown phantom kind {kind!r}; there are: {', '.join(KINDS)}")
+    shape = checked_shape(shape, magnitude, motion)
     rng = np.random.default_rng(seed)
     draw, scan, label, points = KINDS[kind]
     anatomy = draw(rng, len(shape))
@@ -292,9 +294,7 @@ def _body(rng: Generator, dim: int, row: Sequence[float]) -> Body:
     return Body(int(label), value, centre, to_ball, surface, rim)
 
 
-def checked_shape(kind: str, shape: Sequence[int], magnitude: float, motion: float | None = None) -> tuple[int, ...]:
-    if kind not in KINDS:
-        raise ValueError(f"unknown phantom kind {kind!r}; there are: {', '.join(KINDS)}")
+def checked_shape(shape: Sequence[int], magnitude: float, motion: float | None = None) -> tuple[int, ...]:
     if len(shape) not in (2, 3) or min(shape) < SMALLEST_SIDE:
         raise ValueError(f"shape {tuple(shape)}: give 2 or 3 sides of at least {SMALLEST_SIDE}")
     if not magnitude >= 0:

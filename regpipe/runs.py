@@ -27,6 +27,7 @@ from regpipe.errors import InputError, explain, one_line_errors, out_of_memory
 from regpipe.files import sweep
 from regpipe.images import Grid, save_grid
 from regpipe.ladder import LESS_MEMORY
+from regpipe.losses import KNOWING_FIELDS
 from regpipe.options import refuse_unknown
 from regpipe.pairs import SIDES, Case
 from regpipe.sampling import needed
@@ -293,13 +294,13 @@ def check_supervision(
 
     ``moved``: something true where the images are moved at random.
     """
-    if weights.get("known_field") and moved:
+    from_fields = [term for term in sorted(KNOWING_FIELDS) if weights.get(term)]
+    if from_fields and moved:
         why = "a true displacement no longer holds with --augment or --mirror"
-        raise InputError(f"loss term known_field: {why}; give one of them")
+        raise InputError(f"loss term {from_fields[0]}: {why}; give one of them")
     kinds = needed(weights, landmark_channels=landmark_channels)
     needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}
-    if weights.get("known_field"):
-        needs["known_field"] = ["displacement"]
+    needs |= {term: ["displacement"] for term in from_fields}
     for term, keys in needs.items():
         if not any(all(key in case for key in keys) for case in cases):
             key = keys[0]

@@ -21,7 +21,7 @@ def completed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ("line", "offered"),
     [
         ("regpipe phantom p --kind ", list(completion.PHANTOMS)),
-        ("regpipe phantom p --kind sh", ["shapes"]),
+        ("regpipe phantom p --kind s", ["shapes", "synthetic"]),
         ("regpipe doctor --backbone ", list(completion.BACKBONES)),
         ("regpipe compare --backbones resnet18,v", ["resnet18,vgg16"]),
         ("regpipe register a b --formats itk,", ["itk," + name for name in completion.FORMATS if name != "itk"]),
@@ -41,10 +41,10 @@ def test_the_shell_completes(line: str, offered: list[str], monkeypatch, capfd) 
 
 
 def test_what_is_completed_is_what_the_commands_know() -> None:
-    from regpipe import affine, apply, bids, casefiles, encoders, exports, frames, phantoms, refine, resampling
+    from regpipe import affine, apply, bids, casefiles, cohort, encoders, exports, frames, phantoms, refine, resampling
 
     assert tuple(encoders.BACKBONES) == completion.BACKBONES
-    assert tuple(phantoms.KINDS) == completion.PHANTOMS
+    assert (*phantoms.KINDS, cohort.SYNTHETIC) == completion.PHANTOMS
     assert tuple(stage for stage in frames.STAGES if stage != "auto") == completion.STAGES
     assert completion.SOURCES == frames.SOURCES and tuple(affine.METRICS) == completion.METRICS
     assert tuple(refine.SIMILARITY_WEIGHTS) == completion.SIMILARITIES

@@ -22,6 +22,7 @@ from regpipe.network import SymmetricNet
 SHAPES = [(20, 17), (12, 10, 11)]
 EACH = pytest.mark.parametrize("shape", SHAPES)
 COMPARING = {"lncc", "ncc", "mse", "mi", "mind", "features", "midway"}  # the terms that look at images
+WAYS = ("displacement", "inverse")
 BOTH_WAYS = [name for name in TERMS if name != "known_field"]
 
 
@@ -66,6 +67,7 @@ def example(shape: Sequence[int], *, half: bool = True, masks: bool = False) -> 
     target = {"fixed_image": fixed, "moving_image": moving, "fixed_landmarks": points, "moving_landmarks": points + 0.5}
     target |= {"fixed_label": (3 * fixed).int(), "moving_label": (3 * moving).int()}
     target["anatomy"] = 4 * noise(2, 6, *grid, seed=6) - 2
+    target |= {way: 4 * smooth(2, len(shape), shape, seed=7 + i) - 2 for i, way in enumerate(WAYS)}
     if masks:
         seen = smooth(4, 1, shape, seed=5) > 0.4
         target |= {"fixed_mask": seen[:2].float(), "moving_mask": seen[2:].float()}
@@ -85,6 +87,7 @@ def test_swapping_the_images_changes_no_term(name, shape, masks) -> None:
     r, target = example(shape, masks=masks)
     other = Registration(-r.velocity, r.inverse, r.displacement, r.warped_fixed, r.warped_moving)
     swapped = {f"{'moving' if k[0] == 'f' else 'fixed'}_{k.split('_')[1]}": v for k, v in target.items() if "_" in k}
+    swapped |= {way: target[back] for way, back in zip(WAYS, WAYS[::-1], strict=True)}
     swapped["anatomy"] = torch.cat(target["anatomy"].chunk(2, dim=1)[::-1], 1)
     assert float(term(name, r, target)) == pytest.approx(float(term(name, other, swapped)), rel=1e-5, abs=1e-7)
 
@@ -200,6 +203,22 @@ def test_landmarks_are_the_distance_left_and_missing_points_do_not_count() -> No
     assert float(loss.detach()) == pytest.approx(7, rel=1e-5) and u.grad is not None and u.grad.isfinite().all()
     for none in (points[:, :0], points * torch.nan):
         assert float(term("landmarks", fields_only(u), {"fixed_landmarks": none, "moving_landmarks": none})) == 0
+
+
+def test_the_end_point_error_is_a_distance_in_voxels_both_ways_within_the_masks() -> None:
+    shape = (12, 10)
+    u, nothing = constant(shape, 3.0, 4.0), constant(shape, 0.0, 0.0)
+    r = fields_only(u)  # its inverse is -u
+    assert float(term("end_point", r, {"displacement": u, "inverse": -u})) == pytest.approx(0.01)  # smoothed at 0
+    assert float(term("end_point", r, {"displacement": nothing, "inverse": -u})) == pytest.approx(2.505, abs=1e-3)
+    assert float(term("end_point", r, {"displacement": nothing})) == pytest.approx(5, abs=1e-3)
+    left = torch.zeros(1, 1, *shape)
+    left[:, :, :6] = 1
+    half = {"displacement": torch.cat([nothing[:, :, :6], u[:, :, 6:]], 2), "inverse": nothing}
+    assert float(term("end_point", r, {**half, "fixed_mask": left})) == pytest.approx(5, abs=1e-3)
+    assert float(term("end_point", r, {**half, "fixed_mask": 1 - left})) == pytest.approx(2.505, abs=1e-3)
+    with pytest.raises(InputError, match="end_point.*displacements"):
+        term("end_point", r, {})
 
 
 def test_the_known_field_counts_squared_voxels_and_must_be_known() -> None:

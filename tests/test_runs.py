@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,29 @@ def restored(monkeypatch: pytest.MonkeyPatch):
     torch.use_deterministic_algorithms(False)
 
 
-def workflow(bundle: Path, cohort: Path, **settings: Any) -> ConfigWorkflow:
+def workflow(bundle: Path, cohort: Path | None, *, overlays: Sequence[Path] = (), **settings: Any) -> ConfigWorkflow:
     """New objects, as in a new process, whose generators are not where the last ones stopped."""
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(time.time_ns() % 2**32)
-    settings = {"bundle_root": str(bundle), "dataset_dir": str(cohort), **SETTINGS, **settings}
+    settings = {"bundle_root": str(bundle), **SETTINGS, **settings}
+    if cohort is not None:  # else the overlays have data of their own
+        settings["dataset_dir"] = str(cohort)
     file, meta = (str(bundle / "configs" / name) for name in ("train.yaml", "metadata.json"))
-    flow = ConfigWorkflow(file, meta_file=meta, logging_file=False, run_id="training", **settings)
+    flow = ConfigWorkflow(
+        [file, *map(str, overlays)], meta_file=meta, logging_file=False, run_id="training", **settings
+    )
     flow.initialize()
     return flow
 
 
 def train(
-    bundle: Path, data: Path, epochs: int, *, into: Trained | None = None, stop: Callable | None = None, **settings: Any
+    bundle: Path,
+    data: Path | None,
+    epochs: int,
+    *,
+    into: Trained | None = None,
+    stop: Callable | None = None,
+    **settings: Any,
 ) -> Trained:
     """Train up to an epoch with the bundle's own configuration; ``stop`` is called after each iteration."""
     flow, done = workflow(bundle, data, max_epochs=epochs, **settings), into or Trained()
