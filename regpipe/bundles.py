@@ -9,6 +9,8 @@ from regpipe.encoders import BACKBONES, TRANSFERRED
 from regpipe.errors import InputError
 
 PLACEHOLDER = "@BACKBONE@"
+_HERE = Path(__file__).parent
+SHIPPED = (_HERE / "shipped", _HERE.parent / "bundles")  # where an installed package has its bundles, and a checkout
 
 
 def write_bundle(backbone: str, folder: str | Path) -> Path:
@@ -33,6 +35,21 @@ def rendered(name: str, backbone: str) -> str:
     """A file of the template, ``configs/train.yaml``, as it stands in the bundle of a backbone."""
     text = (resources.files("regpipe") / "bundle" / name).read_text(encoding="utf-8")
     return text.replace(PLACEHOLDER, backbone)
+
+
+def shipped(backbone: str, dim: int) -> Path | None:
+    """The bundle of a backbone that came with regpipe, where it holds a model for images of ``dim`` dimensions."""
+    for parent in SHIPPED:
+        bundle = parent / f"symreg_{backbone}"
+        if (bundle / "models" / f"{dim}d" / "model.pt").is_file():
+            return bundle
+    return None
+
+
+def all_shipped() -> list[Path]:
+    """Every bundle that came with regpipe and holds a model."""
+    found = (shipped(backbone, dim) for backbone in TRANSFERRED for dim in (2, 3))
+    return list(dict.fromkeys(bundle for bundle in found if bundle is not None))
 
 
 def write_all(parent: str | Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regpipe import completion
+from regpipe import completion, console
 from regpipe.errors import InputError
 
 Inputs = Annotated[
@@ -32,9 +32,13 @@ def register(
     inputs: Inputs,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
     bundle: Annotated[
-        Path | None,
-        typer.Option(help="A trained bundle, or a comparison: its best. None: no network, see --refine."),
-    ] = None,
+        str,
+        typer.Option(
+            help="A trained bundle, a comparison (its best), or one that came with regpipe: resnet18, vgg16, alexnet. "
+            "none: no network, each pair optimised from zero.",
+            autocompletion=completion.one_of(completion.SHIPPED),
+        ),
+    ] = "resnet18",
     affine: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +66,7 @@ def register(
     ] = None,
     refine: Annotated[
         int | None,
-        typer.Option(help="Steps of per-pair optimisation after the network's answer (default 0), or from zero."),
+        typer.Option(help="Steps of per-pair optimisation after the network's answer, or from zero."),
     ] = None,
     similarity: Annotated[
         str | None,
@@ -76,9 +80,7 @@ def register(
     ] = None,
     finest: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Without a bundle: 1 compares at full resolution, 2 at half, faster; default: by size."
-        ),
+        typer.Option(min=1, help="Of refinement: 1 compares at full resolution, 2 at half, faster; default: by size."),
     ] = None,
     formats: Annotated[
         str | None,
@@ -115,7 +117,7 @@ def register(
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Register a folder of pairs, or one pair: with a trained bundle, or without any by optimising each pair.
+    """Register a folder of pairs, or one pair: by a network that came with regpipe, refined, or by one of your own.
 
     Each case gets a folder with the warped image and labels, the transforms both ways (for ITK, ANTs and Slicer), the
     Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on. Where memory
@@ -137,11 +139,34 @@ def register(
             dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], beside)
         elif any(beside.values()):
             raise InputError("labels, masks and --landmarks go with two files; a folder holds its own")
-        if bundle is None:
+        folder = _bundle(bundle, dataset)
+        if folder is None:
             _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
-        else:
-            loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
-            register_with_bundle(bundle, dataset, out, chosen | _refinement(refine, loss), trust=trust)
+            return
+        if refine is None and bundle in completion.SHIPPED:
+            from regpipe.refine import SHIPPED_STEPS as refine
+        loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
+        told = chosen | _refinement(refine, loss) | ({} if finest is None else {"refine_finest": finest})
+        register_with_bundle(folder, dataset, out, told, trust=trust)
+
+
+def _bundle(name: str, dataset: Path) -> Path | None:
+    """The bundle that ``--bundle`` names, one that came with regpipe or a folder; None for ``none``.
+
+    Where none came with regpipe for images of this dimension it is None too, and said.
+    """
+    if name == "none":
+        return None
+    if name not in completion.SHIPPED or Path(name).is_dir():
+        return Path(name)
+    from regpipe.bundles import shipped
+    from regpipe.engines import dimension_of
+
+    dim = dimension_of(str(dataset))
+    found = shipped(name, dim)
+    if found is None:
+        console.say(f"regpipe came without a model of {name} for {dim}D images: each pair is optimised from zero")
+    return found
 
 
 def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:

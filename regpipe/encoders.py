@@ -151,7 +151,7 @@ class Encoder(nn.Module):
             net = spec.build()
         stages = nn.ModuleList(spec.stages(net)[: len(kept)])
         names = _original_names(net, stages)
-        state = read_weights(pretrained, backbone)
+        state = read_weights(pretrained, backbone, spatial_dims)
         stages.to_empty(device="cpu")
         _take_grey(stages)
         keep_norm = state is not None and any(name.endswith("running_mean") for name in state)

@@ -7,6 +7,8 @@ in training is ``regpipe.steps.TrainingStep``; what happens around it is in ``re
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,18 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
+from regpipe import images
 from regpipe.cohort import BUILTIN_SHAPES
 from regpipe.errors import InputError
 from regpipe.fields import SQUARINGS, Registration, integrate_both, register, register_midway, resize, warp, warp_both
 from regpipe.images import Grid, load_grid, make_grid
 from regpipe.network import SymmetricNet, unfold
+from regpipe.pairs import list_pairs
 from regpipe.refine import Refiner
 from regpipe.repair import repair
 from regpipe.weights import check_sound, read_state_dict, unwrapped
+
+log = logging.getLogger(__name__)
 
 
 def prepare_batch(
@@ -55,7 +61,8 @@ class RegistrationInferer(Inferer):
         midway: the network gives SYMNet's two velocities instead of one.
         cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
             far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
-        refiner: optimises the velocity of each pair further, starting from the network's.
+        refiner: optimises the velocity of each pair further, starting from the network's, or from zero where the
+            refiner's loss is lower there: ``start`` then says ``network`` or ``zero``, of each pair.
         repair: remove what folds are left; ``repaired`` (B,) then says how far the fields were moved, voxels at most.
     """
 
@@ -81,7 +88,7 @@ class RegistrationInferer(Inferer):
 
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         output = network(inputs, *args, **kwargs)
         dim = (inputs.ndim - 2) * (2 if self.midway else 1)
         anatomy = {"anatomy": unfold(output[:, dim:].float())} if output.shape[1] > dim else {}
@@ -89,12 +96,13 @@ class RegistrationInferer(Inferer):
         velocity = output[:, :dim].float()
         for _ in range(self.cascades - 1):
             velocity = velocity + network(midway_images(fixed, moving, velocity), *args, **kwargs)[:, :dim].float()
+        beside: dict[str, Any] = dict(anatomy)
         with torch.autocast(inputs.device.type, enabled=False):
             if self.refiner is not None:
-                velocity = self.refiner(fixed, moving, velocity, masks=masks, **anatomy)
+                velocity, beside["start"] = self.refiner.from_better(fixed, moving, velocity, masks=masks, **anatomy)
             finish = register_midway if self.midway else register
             result = finish(fixed, moving, velocity, squarings=self.squarings)
-        return {**(without_folds(fixed, moving, result) if self.repair else result._asdict()), **anatomy}
+        return {**(without_folds(fixed, moving, result) if self.repair else result._asdict()), **beside}
 
 
 def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor) -> Tensor:
@@ -148,6 +156,31 @@ def parameter_groups(network: nn.Module, learning_rate: float, *, encoder_factor
             groups[name.startswith("encoder.")].append(parameter)
     rates = {True: learning_rate * encoder_factor, False: learning_rate}
     return [{"params": params, "lr": rates[key]} for key, params in groups.items() if params]
+
+
+def model_folder(folder: str, dataset_dir: str) -> str:
+    """Where in a bundle's ``models`` the model is that registers these data.
+
+    ``folder`` itself holds the bundle's own training; ``2d`` and ``3d`` in it what the bundle came with, for data of
+    either dimension: taken where there is no training, or one of the other dimension.
+    """
+    own = Path(folder)
+    dim = dimension_of(dataset_dir)
+    shipped = own / f"{dim}d"
+    if not (shipped / "model.pt").is_file():
+        return folder
+    if (own / "model.pt").is_file() and len(trained_grid(folder).shape) == dim:
+        return folder
+    log.info("%s: the model that the bundle came with, trained on synthetic pairs", shipped)
+    return str(shipped)
+
+
+def dimension_of(dataset_dir: str) -> int:
+    """2 or 3: of the first image of a data set that can be read; 2 where none can."""
+    for case in list_pairs(dataset_dir, problems={}):
+        with contextlib.suppress(InputError):  # said when its turn comes
+            return len(images.geometry(case["fixed_image"])[0])
+    return 2
 
 
 def trained_grid(ckpt_dir: str) -> Grid:

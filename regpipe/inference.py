@@ -155,7 +155,9 @@ class FolderRun:
             console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
         clear(folder)
         reduced = prediction.get("to_fit_memory")
-        spared = {"to_fit_memory": reduced} if reduced else {}
+        spared: dict[str, Any] = {"to_fit_memory": reduced} if reduced else {}
+        if "start" in prediction:  # where refinement began
+            spared["start"] = prediction["start"][0]
         row = save_case(
             case,
             batch,
@@ -254,11 +256,15 @@ class FolderRun:
             table = [{**row, "warnings": len(row["warnings"])} for row in rows]
             for row in table:
                 row.pop("to_fit_memory", None)
+                row.pop("start", None)
             write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
         console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
         print(
             f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
         )
+        zero = sum(row.get("start") == "zero" for row in rows)
+        if zero:
+            print(f"{zero} of them refined from zero: that was more alike than the network's answer (see metrics.json)")
         for how, count in sorted(spared.items()):
             if how:
                 print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")

@@ -179,8 +179,9 @@ def model_files(folder: str | Path) -> list[dict[str, str]]:
 
 def bundle_files(models: Path) -> list[dict[str, str]]:
     """The same, and of the configuration that registers with them: who trusts a foreign one gets what it says."""
-    config = models.parent / "configs" / CONFIG
-    return model_files(models) + ([{"file": CONFIG, "sha256": sha256([config])}] if config.is_file() else [])
+    places = (bundle / "configs" / CONFIG for bundle in models.parents[:2])  # of ``models``, or of ``models/2d``
+    config = next((path for path in places if path.is_file()), None)
+    return model_files(models) + ([{"file": CONFIG, "sha256": sha256([config])}] if config else [])
 
 
 def hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:

@@ -33,12 +33,17 @@ DATA = (
     "affine_from",
     "space",
     "to_fit_memory",
+    "own_grids",
 )
 # what older records do not say
 LATER: dict[str, Any] = {"mask_rims": False, "cascades": 1, "affine": "centre", "affine_from": "images", "space": None}
-LATER |= {"to_fit_memory": []}  # nor do bundles of before it
+LATER |= {"to_fit_memory": [], "own_grids": False}  # nor do bundles of before them
 KINDS: dict[str, Any] = {"dataset_dir": str | None, "landmark_channels": int | None, "cascades": int}
-KINDS |= {"space": dict | None, "training_images": list}  # what else may be in them would end in the middle of a run
+KINDS |= {
+    "space": dict | None,
+    "training_images": list,
+    "own_grids": bool,
+}  # what else may be in them would end in the middle of a run
 
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:

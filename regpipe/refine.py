@@ -7,7 +7,7 @@ fine. The network is not touched, and nothing is kept from one pair to the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.fields import register, resize, resize_image
-from regpipe.losses import RegistrationLoss
+from regpipe.losses import KNOWING_FIELDS, RegistrationLoss
 from regpipe.network import VELOCITY_STRIDE
 
 SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
@@ -28,6 +28,7 @@ STRUCTURES, BESIDE_STRUCTURES = 10.0, 0.3  # weight of those the network sees; t
 WINDOW = {2: 7, 3: 5}
 REGULAR = {2: 0.7, 3: 1.0}
 ZERO_STEPS = 80
+SHIPPED_STEPS = 25  # after the answer of a network that came with regpipe, where nothing is asked for
 FULL_RESOLUTION = 8_000_000  # voxels
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
 
@@ -71,7 +72,7 @@ class Refiner:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
         losses = dict(loss) if isinstance(loss, Mapping) else {dim: loss for dim in WINDOW}
         terms = {name for of_dim in losses.values() for name in of_dim.weights}
-        supervised = sorted({"dice", "anatomy", "landmarks", "known_field"} & terms)
+        supervised = sorted(({"dice", "anatomy", "landmarks"} | KNOWING_FIELDS) & terms)
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
@@ -90,22 +91,49 @@ class Refiner:
         ``masks``: fixed and moving, where they count; ``anatomy``: what a network made of both images, see
         ``regpipe.SymmetricNet``.
         """
-        given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
-        given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
         pairs = []
-        for i in range(len(fixed)):  # one at a time: in a joint batch one pair's convergence would tell on another's
-            batch = {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
-            pairs.append(self._refine(batch, None if velocity is None else velocity[i : i + 1].float()))
+        for i, batch in enumerate(_each(fixed, moving, masks, anatomy)):
+            start = None if velocity is None else velocity[i : i + 1].float()
+            pairs.append(self._refine(batch, start, self.steps))
         return torch.cat(pairs)
 
+    def from_better(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        velocity: Tensor,
+        *,
+        masks: Sequence[Tensor] = (),
+        anatomy: Tensor | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        """The same from the network's velocity, or from zero where the loss is lower; and which, of each pair.
+
+        From zero it takes ``ZERO_STEPS`` at least.
+        """
+        pairs, starts = [], []
+        for i, batch in enumerate(_each(fixed, moving, masks, anatomy)):
+            mine = velocity[i : i + 1].float()
+            if self._value(batch, mine) <= self._value(batch, torch.zeros_like(mine)):
+                starts.append("network")
+                pairs.append(self._refine(batch, mine, self.steps))
+            else:
+                starts.append("zero")
+                pairs.append(resize(self._refine(batch, None, max(self.steps, ZERO_STEPS)), mine.shape[2:]))
+        return torch.cat(pairs), starts
+
+    @torch.no_grad()
+    def _value(self, batch: Mapping[str, Tensor], velocity: Tensor) -> float:
+        """The loss at half resolution, where refinement begins."""
+        target = pyramid_level(batch, coarser_shape(batch["fixed_image"].shape[2:], FROM_NETWORK[0].stride))
+        result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
+        return float(self.losses[velocity.shape[1]](result._asdict(), target))
+
     @torch.enable_grad()
-    def _refine(self, batch: Mapping[str, Tensor], velocity: Tensor | None) -> Tensor:
+    def _refine(self, batch: Mapping[str, Tensor], velocity: Tensor | None, steps: int) -> Tensor:
         fixed = batch["fixed_image"]
         shape, given = fixed.shape[2:], velocity is not None
         levels = self._levels(shape, given)
-        plan = [
-            (coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, self.steps), strict=True)
-        ]
+        plan = [(coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, steps), strict=True)]
         voxels = sum(steps * math.prod(images) for images, steps in plan)
         with Progress(what="optimising", unit="", total=voxels) as bar:
             for images, steps in plan:
@@ -142,6 +170,16 @@ class Refiner:
         return velocity.detach()
 
 
+def _each(
+    fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None
+) -> Iterator[dict[str, Tensor]]:
+    """One pair at a time: in a joint batch one pair's convergence would tell on another's."""
+    given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
+    given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
+    for i in range(len(fixed)):
+        yield {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
+
+
 def refinement_loss(
     similarity: str, *, structures: int = 0, smoothness: float = 1.0, spatial_dims: int = 3
 ) -> dict[str, float]:
@@ -164,11 +202,13 @@ def refinement_loss(
     return {similarity: similar, **seen, **regularity}
 
 
-def make_refiner(steps: int, weights: Mapping[str, float], *, window: int = WINDOW[3]) -> Refiner | None:
-    """The refiner that a configuration asks for; None for 0 steps."""
+def make_refiner(
+    steps: int, weights: Mapping[str, float], *, window: int = WINDOW[3], finest: int | None = 1
+) -> Refiner | None:
+    """The refiner that a configuration asks for; None for 0 steps. ``finest``: as ``Refiner``'s."""
     if not steps:
         return None
-    return Refiner(RegistrationLoss(weights, window=window), steps=steps)
+    return Refiner(RegistrationLoss(weights, window=window), steps=steps, finest=finest)
 
 
 def zero_refiner(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe import manifest
+from regpipe.bundles import all_shipped
 from regpipe.cli_register import register_with_bundle
 from regpipe.errors import InputError
 from regpipe.fromzero import register_from_zero
@@ -25,7 +26,7 @@ NEAR = ("*", "*/*", "*/*/*", "*/*/*/*")  # where inputs are looked for beside th
 FIELDS = ("displacement.nii.gz", "1Warp.nii.gz")  # what says how far off it is; the latter is without the affine part
 BOTH = ("affine", "affine_from", "affine_metric", "formats", "landmark_channels", "refine")
 ZERO = (*BOTH, "finest", "similarity", "smoothness")  # settings that the command is given again
-BUNDLE = (*BOTH, "refine_loss", "refine_window", "repair")
+BUNDLE = (*BOTH, "refine_loss", "refine_window", "refine_finest", "repair")
 
 
 class Again(NamedTuple):
@@ -79,7 +80,7 @@ def rerun(
     sources = Sources(beside, NEAR) if data is None else Sources(data.absolute())
     entries = [_entry(content, sources) for content in old.values()]
     if first["model"]:
-        _check_model(bundle, first["model"])
+        bundle = _with_model(bundle, first["model"])
     elif bundle is not None:
         raise InputError(f"{given}: was registered without a network; leave out --bundle")
     with tempfile.TemporaryDirectory() as aside:
@@ -136,13 +137,19 @@ def _entry(content: Mapping[str, Any], sources: Sources) -> dict[str, str]:
     return entry
 
 
-def _check_model(bundle: Path | None, used: Sequence[Mapping[str, str]]) -> None:
-    if bundle is None:
-        raise InputError("these cases were registered with a network; give it with --bundle")
+def _with_model(bundle: Path | None, used: Sequence[Mapping[str, str]]) -> Path:
+    """The bundle, which holds the model that was used; where none is given one that came with regpipe."""
     # another version's configuration may well come to the same
-    problem = model_problem([item for item in used if item["file"] != manifest.CONFIG], bundle)
+    used = [item for item in used if item["file"] != manifest.CONFIG]
+    if bundle is None:
+        found = next((one for one in all_shipped() if not model_problem(used, one)), None)
+        if found is None:
+            raise InputError("these cases were registered with a network; give it with --bundle")
+        return found
+    problem = model_problem(used, bundle)
     if problem:
         raise InputError(f"{bundle}: {problem}; give the bundle that the cases were registered with")
+    return bundle
 
 
 def _chosen(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

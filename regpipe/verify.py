@@ -16,6 +16,7 @@ from regpipe.console import Progress
 from regpipe.errors import InputError
 from regpipe.files import parse_json, sha256
 
+SHIPPED = ("2d", "3d")  # folders in ``models``: what the bundle came with
 MODELS, EVALUATED = "models", "eval"  # of a bundle: the folders with its weights and with what they came to
 
 
@@ -163,19 +164,24 @@ def _of_inputs(folder: Path, inputs: Iterable[Mapping[str, str]], sources: Sourc
 
 
 def model_problem(used: Iterable[Mapping[str, str]], bundle: Path) -> str:
-    """Which of the model's files that a manifest names are not those of a bundle; empty: all are.
+    """Which of the model's files that a manifest names are not those of a bundle, of its nearest model; empty: all are.
 
     Raises:
         InputError: the bundle has no model.
     """
     from regpipe.compare import bundle_in
 
-    folder = bundle_in(bundle) / MODELS
-    if not (folder / "model.pt").is_file():
+    folder, used = bundle_in(bundle) / MODELS, list(used)
+    found = [place for place in (folder, *(folder / name for name in SHIPPED)) if (place / "model.pt").is_file()]
+    if not found:
         raise InputError(f"{folder / 'model.pt'}: missing; --bundle wants a trained bundle")
-    here = {item["file"]: item["sha256"] for item in manifest.bundle_files(folder)}
-    other = [item["file"] for item in used if here.get(item["file"]) != item["sha256"]]
+    other = min((_unlike(used, place) for place in found), key=len)
     return f"has another {', '.join(other)}" if other else ""
+
+
+def _unlike(used: Iterable[Mapping[str, str]], models: Path) -> list[str]:
+    here = {item["file"]: item["sha256"] for item in manifest.bundle_files(models)}
+    return [item["file"] for item in used if here.get(item["file"]) != item["sha256"]]
 
 
 def _around(path: Path) -> Path | None:

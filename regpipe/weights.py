@@ -7,6 +7,7 @@ Sources, as given to ``--pretrained``:
 - ``medicalnet``: MedicalNet's 3D ResNet18 (Chen et al. 2019), from the Hugging Face cache or downloaded.
 - a file: a state dict in torchvision's or MedicalNet's names, or a regpipe ``model.pt``.
 - a folder: a regpipe bundle; its ``models/model.pt``.
+- ``shipped``: what came with regpipe, trained on synthetic pairs; of the network's dimension, or in 3D the 2D one.
 
 Files are read with ``weights_only=True``, always: nothing in them can run.
 """
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 MEDICALNET = ("TencentMedicalNet/MedicalNet-Resnet18", "resnet_18_23dataset.pth")
 
 
-def read_weights(source: str, backbone: str) -> dict[str, Tensor] | None:
-    """The state dict that ``source`` names (see the module's head), or None for ``none``.
+def read_weights(source: str, backbone: str, dim: int) -> dict[str, Tensor] | None:
+    """The state dict that ``source`` names (see the module's head), or None for ``none``; ``dim``: of the network.
 
     Raises:
         InputError: nothing there, not a weight file, or no network to fetch it; it says which file to put where.
@@ -42,8 +43,20 @@ def read_weights(source: str, backbone: str) -> dict[str, Tensor] | None:
         return _imagenet(backbone)
     if source == "medicalnet":
         return _medicalnet(backbone)
+    if source == "shipped":
+        return read_state_dict(_shipped(backbone, dim))
     path = Path(source)
     return read_state_dict(path / "models" / "model.pt" if path.is_dir() else path)
+
+
+def _shipped(backbone: str, dim: int) -> Path:
+    from regpipe.bundles import shipped  # which knows the encoders, which know this module
+
+    for d in (dim, 2):
+        bundle = shipped(backbone, d)
+        if bundle is not None:
+            return bundle / "models" / f"{d}d" / "model.pt"
+    raise InputError(f"regpipe came without a model of {backbone}: give --pretrained none, a file or a bundle folder")
 
 
 def read_state_dict(path: str | Path, *, old: bool = True) -> dict[str, Tensor]:
@@ -55,7 +68,9 @@ def read_state_dict(path: str | Path, *, old: bool = True) -> dict[str, Tensor]:
         InputError: missing, damaged, not a state dict, or holding NaN.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such weight file; give none, imagenet, medicalnet, a file or a bundle folder")
+        raise InputError(
+            f"{path}: no such weight file; give none, imagenet, medicalnet, shipped, a file or a bundle folder"
+        )
     try:
         if not old or zipfile.is_zipfile(path):
             check_sound(path)
@@ -190,17 +205,17 @@ def lay_in_decoder(network: nn.Module, source: str, backbone: str) -> list[str]:
     Raises:
         InputError: no trained network's file, or one of the other dimension.
     """
-    state = read_weights(source, backbone) or {}
     own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("encoder.")}
+    dim = max(tensor.ndim for tensor in own.values()) - 2
+    state = read_weights(source, backbone, dim) or {}
     known = [name for name in own if name in state]
     if not known:
         raise InputError(
             f"{source}: holds no decoder to transfer; give --transfer encoder, or a model.pt or bundle folder"
         )
     if any(state[name].ndim != own[name].ndim for name in known):
-        dims = {tensor.ndim - 2 for tensor in own.values() if tensor.ndim > 2}
         raise InputError(
-            f"{source}: its decoder is not {max(dims)}D as these data are; give --transfer encoder, which inflates"
+            f"{source}: its decoder is not {dim}D as these data are; give --transfer encoder, which inflates"
         )
     fitting = [name for name in known if state[name].shape == own[name].shape]
     for name in fitting:

@@ -86,7 +86,7 @@ BUNDLES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no YAML": (file_of("configs/inference.yaml", b"a: ["), "configs: not a bundle's configuration"),
     "YAML of nothing known": (file_of("configs/inference.yaml", b"a: 1"), "configuration: run ID 'run'"),
     "a YAML list": (file_of("configs/inference.yaml", b"- a"), "configs: not a bundle's configuration"),
-    "an unknown reference": (misspelt("'@grid'", "'@gird'"), "configuration: the referring item `@gird`"),
+    "an unknown reference": (misspelt("'@load'", "'@laod'"), "configuration: the referring item `@laod`"),
     "an unknown class": (misspelt("regpipe.SymmetricNet", "regpipe.Net"), "configuration: Cannot locate"),
     "metadata cut off": (file_of("configs/metadata.json", b"{"), "configs: not a bundle's configuration"),
     "no logging.conf": (file_of("configs/logging.conf", b"loud"), "configs: not a bundle's configuration"),

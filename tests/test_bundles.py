@@ -26,6 +26,7 @@ from regpipe.cohort import write_cohort
 from regpipe.encoders import TRANSFERRED
 from regpipe.errors import InputError
 from regpipe.images import Grid
+from regpipe.losses import KNOWING_FIELDS
 from regpipe.network import SymmetricNet
 
 COMMITTED = Path(__file__).parents[1] / "bundles"
@@ -230,10 +231,10 @@ def test_an_overlay_trains_and_sets_only_ids_that_the_bundles_have(
     ids = ConfigParser.load_config_file(COMMITTED / "symreg_resnet18" / "configs" / "train.yaml")
     changes = ConfigParser.load_config_file(overlay)
     text = overlay.read_text()
-    new = {key.partition("::")[0] for key in changes} - ids.keys()
+    new = {key.lstrip("+").partition("::")[0] for key in changes} - ids.keys()
     assert all(f"@{key}" in text for key in new)  # its own, not a misspelt one
     data = volumes if changes.get("spatial_dims") == 3 else cohort / "fixed_images"
-    if "known_field" in changes.get("loss_weights", {}):
+    if KNOWING_FIELDS & {*changes.get("loss_weights", {})}:
         data = cohort
     few = (
         "--max_epochs",

@@ -25,6 +25,7 @@ CHOICES = {
     "affine_from": "images",
     "space": None,
     "to_fit_memory": ["checkpointing"],
+    "own_grids": False,
 }
 
 

@@ -55,7 +55,7 @@ def saved(state: object, path: Path) -> str:
 
 
 def test_none_reads_nothing() -> None:
-    assert read_weights("none", "resnet18") is None
+    assert read_weights("none", "resnet18", 2) is None
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -140,9 +140,9 @@ def test_medicalnet_weights_come_through_its_hub_and_its_shortcuts_pass_on(
 def test_medicalnet_without_its_hub_or_for_another_backbone_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if not installed
     with pytest.raises(InputError, match=r"resnet_18_23dataset\.pth.*--pretrained"):
-        read_weights("medicalnet", "resnet18")
+        read_weights("medicalnet", "resnet18", 2)
     with pytest.raises(InputError, match="no alexnet"):
-        read_weights("medicalnet", "alexnet")
+        read_weights("medicalnet", "alexnet", 2)
 
 
 @pytest.mark.parametrize(("trained", "wanted"), [(2, 2), (2, 3), (3, 2), (3, 3)])
