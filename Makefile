@@ -36,6 +36,7 @@ lint: $(BIN)/regpipe
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet -c pyproject.toml -r regpipe
 
 # What is installed, against the known vulnerabilities (needs a network), and as a bill of materials: build/sbom.json.
@@ -48,9 +49,9 @@ $(BIN)/cyclonedx-py: | $(BIN)/regpipe
 	$(BIN)/python -m pip install --quiet -e ".[audit]"
 	@touch $@
 
-# The three bundles are written from regpipe/bundle; edit there.
+# The three bundles are written from regpipe/bundle/template; edit there.
 bundles: $(BIN)/regpipe
-	$(BIN)/python -c "from regpipe.bundles import write_all; write_all('bundles')"
+	$(BIN)/python -c "from regpipe.bundle.write import write_all; write_all('bundles')"
 
 # What the container installs, by hash, and what builds regpipe in it; needs uv. Refresh it when dependencies change.
 LOCK := docs/examples/requirements.lock

@@ -21,8 +21,8 @@ import pytest
 from conftest import as_if_in_its_own_process
 from PIL import Image as Picture
 
-from regpipe import cli
-from regpipe.errors import printable
+from regpipe.cli import main as cli
+from regpipe.utils.errors import printable
 
 Content = bytes | Callable[[Path], None]
 SIZE = (24, 24)

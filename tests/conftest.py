@@ -22,10 +22,10 @@ import pytest
 import torch
 from PIL import Image as Picture
 
-from regpipe.bundles import write_bundle
-from regpipe.cohort import write_cohort
-from regpipe.images import Grid, save_grid
-from regpipe.network import SymmetricNet
+from regpipe.bundle.write import write_bundle
+from regpipe.io.images import Grid, save_grid
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.phantoms.cohort import write_cohort
 
 if TYPE_CHECKING:
     from registered import Pair

@@ -15,8 +15,8 @@ import monai.bundle
 import typer.main
 from monai.bundle import ConfigParser
 
-from regpipe import cli
-from regpipe.options import MONAI, refuse_unknown_ids
+from regpipe.cli import main as cli
+from regpipe.engines.options import MONAI, refuse_unknown_ids
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles" / "symreg_resnet18"

@@ -14,7 +14,7 @@ import torch.multiprocessing
 
 # loaded once, by the server that the processes are forked from
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["monai.bundle", "regpipe.runs", "regpipe.inference", "torch.utils.tensorboard"]
+    ["monai.bundle", "regpipe.engines.run", "regpipe.inference.folder", "torch.utils.tensorboard"]
 )
 
 Task = Callable[..., Any]

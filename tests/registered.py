@@ -14,9 +14,9 @@ import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from regpipe import itkbridge
-from regpipe.images import read_image
-from regpipe.transforms import map_points
+from regpipe.io import itk_bridge
+from regpipe.io.images import read_image
+from regpipe.transforms.displacement import map_points
 
 CSV = {2: "x,y\n", 3: "x,y,z\n"}
 
@@ -113,9 +113,9 @@ def make_pair(folder: Path, dim: int) -> Pair:
         images[side] = nib.Nifti1Image(values, placed)
         nib.save(images[side], folder / f"{side}.nii.gz")
     ways = {
-        "moving_to_fixed": itkbridge.composite(itkbridge.itk_field(d, frame), itkbridge.itk_affine(matrix)),
-        "fixed_to_moving": itkbridge.composite(
-            itkbridge.itk_affine(np.linalg.inv(matrix)), itkbridge.itk_field(inverted(d, frame), frame)
+        "moving_to_fixed": itk_bridge.composite(itk_bridge.itk_field(d, frame), itk_bridge.itk_affine(matrix)),
+        "fixed_to_moving": itk_bridge.composite(
+            itk_bridge.itk_affine(np.linalg.inv(matrix)), itk_bridge.itk_field(inverted(d, frame), frame)
         ),
     }
     case = write_case(folder / "case", ways, images)

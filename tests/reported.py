@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from regpipe.report import save_png
-from regpipe.shown import Landmarks, Shown
-from regpipe.views import SIDES, write_view
+from regpipe.report.pictures import save_png
+from regpipe.report.shown import Landmarks, Shown
+from regpipe.report.views import SIDES, write_view
 
 
 def write_case(folder: Path, name: str, metrics: Mapping[str, float | None], *, dim: int = 2) -> Path:

@@ -10,10 +10,10 @@ import pytest
 from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 
-from regpipe.affine import STAGES, Alignment, align, from_landmarks
-from regpipe.errors import InputError
-from regpipe.images import Image
-from regpipe.phantoms import make_pair
+from regpipe.io.images import Image
+from regpipe.phantoms.scenes import make_pair
+from regpipe.transforms.affine import STAGES, Alignment, align, from_landmarks
+from regpipe.utils.errors import InputError
 
 BLOBS = np.random.default_rng(5)
 CENTRES = BLOBS.uniform(-26, 26, (14, 3))  # RAS mm; an object of about 80 mm without any symmetry
@@ -187,7 +187,7 @@ def test_a_small_image_is_found_from_one_start_five_voxels_away(shape: tuple[int
 
 
 def test_an_image_aligned_with_itself_stays_where_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "regpipe.affine"):
+    with caplog.at_level(logging.INFO, "regpipe.transforms.affine"):
         found = align(FIXED, FIXED, "rigid")
     assert (found.matrix == np.eye(4)).all()  # nothing is more similar than the same
     assert found.before == found.after

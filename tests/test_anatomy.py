@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_losses import example, term
 
-from regpipe.errors import InputError
-from regpipe.losses import RegistrationLoss
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.utils.errors import InputError
 
 
 def test_anatomy_is_0_for_what_the_labels_say_and_needs_to_know_which() -> None:

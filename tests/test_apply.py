@@ -21,14 +21,15 @@ from registered import (
 )
 from typer.testing import CliRunner
 
-from regpipe import cli_apply, itkbridge
-from regpipe.apply import apply, compose
-from regpipe.errors import InputError
-from regpipe.images import read_image
-from regpipe.points import read_points
-from regpipe.resampling import INTERPOLATIONS
-from regpipe.transformfiles import read_transform
-from regpipe.transforms import map_points, write_displacement
+from regpipe.cli import apply as apply_command
+from regpipe.io import itk_bridge
+from regpipe.io.images import read_image
+from regpipe.io.points import read_points
+from regpipe.transforms.apply import apply, compose
+from regpipe.transforms.displacement import map_points, write_displacement
+from regpipe.transforms.read import read_transform
+from regpipe.transforms.resample import INTERPOLATIONS
+from regpipe.utils.errors import InputError
 
 
 @pytest.mark.parametrize("to", ["fixed", "moving"])
@@ -108,7 +109,7 @@ def test_a_displacement_file_alone_maps_points_as_it_says(tmp_path: Path, flat: 
 
 def run(*arguments: object) -> tuple[int, str, str]:
     app = typer.Typer(pretty_exceptions_enable=False)
-    cli_apply.add(app)
+    apply_command.add(app)
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     if isinstance(done.exception, InputError):
         return 1, done.stdout, str(done.exception)
@@ -153,7 +154,7 @@ def test_commands_do_what_the_functions_do(tmp_path: Path, flat: Pair) -> None:
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(tmp_path: Path, flat: Pair, arguments: list[str], told: str) -> None:
-    itk.transformwrite([itkbridge.itk_affine(np.eye(4))], str(tmp_path / "solid.mat"))
+    itk.transformwrite([itk_bridge.itk_affine(np.eye(4))], str(tmp_path / "solid.mat"))
     points = write_csv(tmp_path / "p.csv", np.zeros((1, 2)))
     names = {"case": flat.case, "h5": flat.case / "moving_to_fixed.h5", "moving": flat.moving, "fixed": flat.fixed}
     names |= {"out": tmp_path / "out", "solid": tmp_path / "solid.mat", "points": points}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regpipe.augment import (
+from regpipe.data.augment import (
     RandomAffine,
     RandomIntensity,
     affine_displacement,
@@ -13,8 +13,8 @@ from regpipe.augment import (
     draw_affine,
     move_points,
 )
-from regpipe.errors import InputError
-from regpipe.fields import identity_grid, warp
+from regpipe.fields.algebra import identity_grid, warp
+from regpipe.utils.errors import InputError
 
 
 def blob(shape: tuple[int, ...], centre: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from badinput import is_one_line, put, regpipe
 from conftest import deforming_bundle
 
-from regpipe.images import Grid
-from regpipe.network import SymmetricNet
+from regpipe.io.images import Grid
+from regpipe.networks.symmetric import SymmetricNet
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ import pytest
 from badinput import FILES, GOOD, Told, is_one_line, put, regpipe
 from conftest import Command, deforming_bundle, train
 
-from regpipe import inference
-from regpipe.bundles import write_bundle
-from regpipe.casemetrics import read_rows
-from regpipe.checks import check_pairs
-from regpipe.errors import InputError, printable
-from regpipe.images import Grid
-from regpipe.pairs import list_pairs
+from regpipe.bundle.write import write_bundle
+from regpipe.data.checks import check_pairs
+from regpipe.data.pairs import list_pairs
+from regpipe.inference import folder
+from regpipe.io.images import Grid
+from regpipe.metrics.cases import read_rows
+from regpipe.utils.errors import InputError, printable
 
 # --- a folder of bad files ---
 
@@ -42,7 +42,7 @@ def done(bad_folder: Path) -> tuple[Told, Path]:
     """The folder registered; a file vanishes once it has been checked, and a file lies where a result shall."""
     out = bad_folder.parent / "out"
     put(out / "occupied", b"mine")
-    check = inference.check_pairs
+    check = folder.check_pairs
 
     def check_and_lose(cases: Any, **options: Any) -> dict[str, str]:
         problems = check(cases, **options)
@@ -51,7 +51,7 @@ def done(bad_folder: Path) -> tuple[Told, Path]:
         return problems
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "check_pairs", check_and_lose)
+        patch.setattr(folder, "check_pairs", check_and_lose)
         return regpipe("register", bad_folder, "-o", out, "--refine", 2, "--affine", "none"), out
 
 

@@ -25,13 +25,13 @@ import speed_training
 import tables
 
 from regpipe import InputError, LoadPair, collate_pairs
-from regpipe.cohort import write_cohort
-from regpipe.engines import RegistrationInferer, prepare_batch
-from regpipe.fields import warp
-from regpipe.handlers import GradientClip
-from regpipe.network import SymmetricNet
-from regpipe.points import read_landmarks
-from regpipe.steps import TrainingStep, gradient_scaler
+from regpipe.engines.handlers import GradientClip
+from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.engines.step import TrainingStep, gradient_scaler
+from regpipe.fields.algebra import warp
+from regpipe.io.points import read_landmarks
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.phantoms.cohort import write_cohort
 
 
 @pytest.fixture

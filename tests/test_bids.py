@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import save, subjects
 
-from regpipe.bids import write_datalist
-from regpipe.checks import check_pairs
-from regpipe.errors import InputError
-from regpipe.pairs import list_pairs
+from regpipe.data.bids import write_datalist
+from regpipe.data.checks import check_pairs
+from regpipe.data.pairs import list_pairs
+from regpipe.utils.errors import InputError
 
 SHAPE = (6, 6, 6)
 VOLUME = np.arange(216, dtype=np.float32).reshape(SHAPE)

@@ -20,7 +20,10 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from regpipe.boardpages import (
+from regpipe.losses.terms import TERMS
+from regpipe.metrics.measures import HIGHER_IS_BETTER
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.report.tensorboard_pages import (
     COSTS,
     LAYOUT,
     describe,
@@ -30,9 +33,6 @@ from regpipe.boardpages import (
     log_hyperparameters,
     plain,
 )
-from regpipe.losses import TERMS
-from regpipe.metrics import HIGHER_IS_BETTER
-from regpipe.network import SymmetricNet
 
 CASES = [
     {"case": f"p{i}", "fixed_image": "/home/anna/f.nii", "moving_image": f"/home/anna/m{i}.nii", **extra}

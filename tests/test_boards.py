@@ -18,11 +18,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from regpipe import boards, report, runs
-from regpipe.boards import MetricLog, PictureLog, Profile, case_pictures, case_values, tag_terms
-from regpipe.bundles import write_bundle
-from regpipe.errors import InputError
-from regpipe.metrics import HIGHER_IS_BETTER
+from regpipe.bundle.write import write_bundle
+from regpipe.engines import run
+from regpipe.metrics.measures import HIGHER_IS_BETTER
+from regpipe.report import pictures, tensorboard
+from regpipe.report.tensorboard import MetricLog, PictureLog, Profile, case_pictures, case_values, tag_terms
+from regpipe.utils.errors import InputError
 
 PICTURES = ("fixed", "moving", "warped", "checkerboard", "overlay", "grid", "jacobian")
 EVERYTHING = {"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}
@@ -81,14 +82,14 @@ def test_all_pictures_of_the_first_two_cases_are_there_each_epoch(board) -> None
     for tag in board.Tags()["images"]:
         assert [picture.step for picture in board.Images(tag)] == [1, 2]
         array = np.asarray(Image.open(io.BytesIO(board.Images(tag)[0].encoded_image_string)))
-        assert min(array.shape[:2]) >= report.SHORTEST_SIDE and array.std() > 1
+        assert min(array.shape[:2]) >= pictures.SHORTEST_SIDE and array.std() > 1
     first, second = (board.Images("case_1/warped")[i].encoded_image_string for i in (0, 1))
     assert first != second  # the network learns, the cases stay
     assert len({picture.encoded_image_string for picture in board.Images("case_1/fixed")}) == 1
 
 
 def test_the_best_epochs_metrics_are_told_at_the_end(board, trained) -> None:
-    saved = torch.load(runs.saved_states(trained / "models")[-1], weights_only=True)["progress"]
+    saved = torch.load(run.saved_states(trained / "models")[-1], weights_only=True)["progress"]
     epoch = saved["metric"][1]
     for name in ("dice", "tre", "ncc"):
         best = board.Scalars(f"best/{name}")[-1].value
@@ -127,7 +128,7 @@ def test_a_doubling_of_area_and_a_shift_have_known_histograms() -> None:
 
 
 def test_histograms_of_large_volumes_hold_a_regular_part_of_the_voxels(monkeypatch) -> None:
-    monkeypatch.setattr(boards, "MOST_VALUES", 25)
+    monkeypatch.setattr(tensorboard, "MOST_VALUES", 25)
     u = torch.zeros(1, 2, 10, 10)
     u[:, 0] = torch.arange(100.0).view(10, 10)
     assert case_values(u, (1, 1))["displacement_mm"].tolist() == list(range(0, 100, 4))
@@ -161,7 +162,7 @@ def test_pictures_are_those_of_the_report_for_the_first_of_the_batch() -> None:
     fixed, moving, warped = torch.rand(3, 2, 1, 20, 16, generator=generator)
     u = torch.rand(2, 2, 20, 16, generator=generator)
     found = case_pictures({"fixed_image": fixed, "moving_image": moving}, {"warped_moving": warped, "displacement": u})
-    expected = report.pictures(fixed[0, 0].numpy(), moving[0, 0].numpy(), warped[0, 0].numpy(), u[0].numpy())
+    expected = pictures.pictures(fixed[0, 0].numpy(), moving[0, 0].numpy(), warped[0, 0].numpy(), u[0].numpy())
     assert found.keys() == expected.keys() == set(PICTURES)
     assert all(np.array_equal(found[name], expected[name]) for name in PICTURES)
 

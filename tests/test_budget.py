@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from ignite.engine import Engine, Events
 
-from regpipe import handlers
-from regpipe.errors import InputError
-from regpipe.handlers import Budget
+from regpipe.engines import handlers
+from regpipe.engines.handlers import Budget
+from regpipe.utils.errors import InputError
 
 
 def test_training_ends_with_the_epoch_in_which_the_seconds_are_spent(monkeypatch: pytest.MonkeyPatch) -> None:

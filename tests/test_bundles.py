@@ -20,14 +20,14 @@ import torchvision
 from conftest import QUICK, Command, as_if_in_its_own_process, deforming_bundle, evaluate, infer, train
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from regpipe.bundles import write_all, write_bundle
-from regpipe.casemetrics import read_rows
-from regpipe.cohort import write_cohort
-from regpipe.encoders import TRANSFERRED
-from regpipe.errors import InputError
-from regpipe.images import Grid
-from regpipe.losses import KNOWING_FIELDS
-from regpipe.network import SymmetricNet
+from regpipe.bundle.write import write_all, write_bundle
+from regpipe.io.images import Grid
+from regpipe.losses.terms import KNOWING_FIELDS
+from regpipe.metrics.cases import read_rows
+from regpipe.networks.encoders import TRANSFERRED
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.utils.errors import InputError
 
 COMMITTED = Path(__file__).parents[1] / "bundles"
 CHECKED = ("configs", "docs", "LICENSE")  # models/ and eval/ come from use
@@ -47,7 +47,7 @@ def edited(bundle: Path, target: Path, change: Any) -> Path:
 
 def test_the_committed_bundles_are_what_the_template_writes(tmp_path: Path) -> None:
     for bundle in write_all(tmp_path):
-        assert texts(COMMITTED / bundle.name) == texts(bundle), "edit regpipe/bundle, then run `make bundles`"
+        assert texts(COMMITTED / bundle.name) == texts(bundle), "edit regpipe/bundle/template, then run `make bundles`"
 
 
 def test_the_bundles_differ_in_the_backbones_id_only(tmp_path: Path) -> None:

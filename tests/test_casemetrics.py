@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
 
-from regpipe.casemetrics import CaseMetrics, write_csv
-from regpipe.fields import Registration, integrate_both, warp
-from regpipe.metrics import HIGHER_IS_BETTER, measure
+from regpipe.fields.algebra import Registration, integrate_both, warp
+from regpipe.metrics.cases import CaseMetrics, write_csv
+from regpipe.metrics.measures import HIGHER_IS_BETTER, measure
 
 SPACING = (2.0, 1.0)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import frames, save, two_folders, volume
 
-from regpipe.checks import check_pairs
-from regpipe.images import Image, read_image
-from regpipe.pairs import list_pairs
+from regpipe.data.checks import check_pairs
+from regpipe.data.pairs import list_pairs
+from regpipe.io.images import Image, read_image
 
 
 def test_check_pairs_names_the_file_of_each_planted_problem(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_check_pairs_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.Mo
         seen.append(path)
         return read_image(path)
 
-    monkeypatch.setattr("regpipe.images.read_image", counted)
+    monkeypatch.setattr("regpipe.io.images.read_image", counted)
     assert check_pairs(list_pairs(frames(tmp_path, 5))) == {}
     assert len(seen) == len(set(seen)) == 5
 

@@ -11,11 +11,11 @@ import pytest
 from conftest import as_if_in_its_own_process, deforming_bundle
 from typer.testing import CliRunner
 
-from regpipe import cli
-from regpipe.casemetrics import read_rows
-from regpipe.cohort import write_cohort
-from regpipe.images import Grid
-from regpipe.transforms import read_displacement
+from regpipe.cli import main as cli
+from regpipe.io.images import Grid
+from regpipe.metrics.cases import read_rows
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.transforms.displacement import read_displacement
 
 
 @pytest.fixture(scope="module")

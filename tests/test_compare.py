@@ -13,12 +13,13 @@ from conftest import QUICK, Command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from regpipe import cli
-from regpipe.compare import best_of, bundle_in, compare
-from regpipe.comparepage import COSTS
-from regpipe.errors import InputError
-from regpipe.evaluation import SHOWN
-from regpipe.verify import verify
+from regpipe.bundle.run import bundle_in
+from regpipe.cli import main as cli
+from regpipe.engines.evaluation import SHOWN
+from regpipe.provenance.verify import verify
+from regpipe.study.compare import best_of, compare
+from regpipe.study.compare_page import COSTS
+from regpipe.utils.errors import InputError
 
 
 def result(dice: float, *, seconds: float = 0.5, **metrics: list[float]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, monai_bundle: Command) -> list[lis
             return subprocess.CompletedProcess(command, 1)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("regpipe.compare.subprocess.run", run)
+    monkeypatch.setattr("regpipe.study.compare.subprocess.run", run)
     return given
 
 
@@ -115,7 +116,7 @@ def test_transferred_weights_are_the_trainings_setting_and_not_the_evaluations(
         summary.write_text(json.dumps(result(0.8)))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("regpipe.compare.subprocess.run", run)
+    monkeypatch.setattr("regpipe.study.compare.subprocess.run", run)
     compare(tmp_path, backbones=["alexnet"], settings={"pretrained": "x.pth", "freeze": 1, "seed": 3})
     training, evaluating = given
     assert training[training.index("--pretrained") + 1] == "x.pth" and "--freeze" in training

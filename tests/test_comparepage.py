@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from regpipe import cli
-from regpipe.comparepage import COSTS, comparison_table, drawings, read_csv, write_csv, write_page
-from regpipe.errors import InputError
+from regpipe.cli import main as cli
+from regpipe.study.compare_page import COSTS, comparison_table, drawings, read_csv, write_csv, write_page
+from regpipe.utils.errors import InputError
 
 
 def result(dice: float, *, seconds: float = 0.5, **metrics: list[float]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_console import run
 
-from regpipe import completion
+from regpipe.cli import completion
 
 
 def completed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], line: str) -> list[str]:
@@ -41,13 +41,18 @@ def test_the_shell_completes(line: str, offered: list[str], monkeypatch, capfd) 
 
 
 def test_what_is_completed_is_what_the_commands_know() -> None:
-    from regpipe import affine, apply, bids, casefiles, cohort, encoders, exports, frames, phantoms, refine, resampling
+    from regpipe.data import bids, placement
+    from regpipe.engines import refine
+    from regpipe.inference import case_files
+    from regpipe.networks import encoders
+    from regpipe.phantoms import cohort, scenes
+    from regpipe.transforms import affine, apply, export, resample
 
     assert tuple(encoders.BACKBONES) == completion.BACKBONES
-    assert (*phantoms.KINDS, cohort.SYNTHETIC) == completion.PHANTOMS
-    assert tuple(stage for stage in frames.STAGES if stage != "auto") == completion.STAGES
-    assert completion.SOURCES == frames.SOURCES and tuple(affine.METRICS) == completion.METRICS
+    assert (*scenes.KINDS, cohort.SYNTHETIC) == completion.PHANTOMS
+    assert tuple(stage for stage in placement.STAGES if stage != "auto") == completion.STAGES
+    assert completion.SOURCES == placement.SOURCES and tuple(affine.METRICS) == completion.METRICS
     assert tuple(refine.SIMILARITY_WEIGHTS) == completion.SIMILARITIES
-    assert (casefiles.DENSE, *exports.FORMATS) == completion.FORMATS
-    assert completion.INTERPOLATIONS == resampling.INTERPOLATIONS == apply.INTERPOLATIONS
+    assert (case_files.DENSE, *export.FORMATS) == completion.FORMATS
+    assert completion.INTERPOLATIONS == resample.INTERPOLATIONS == apply.INTERPOLATIONS
     assert completion.BIDS_PAIRINGS == bids.PAIRINGS

@@ -21,9 +21,10 @@ from reported import write_case
 from test_bids import describe, put
 from test_comparepage import RESULTS
 
-from regpipe import cli, console, versions
-from regpipe.cohort import write_cohort
-from regpipe.comparepage import write_csv
+from regpipe.cli import main as cli
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.study.compare_page import write_csv
+from regpipe.utils import console, versions
 
 DOCS = Path(__file__).parents[1] / "docs" / "commandline.md"
 
@@ -109,7 +110,7 @@ def test_carried_files_and_those_that_could_not_be_are_listed(monkeypatch, tmp_p
 
 
 def test_memory_is_a_table_for_machines(monkeypatch, capfd) -> None:
-    monkeypatch.setattr("regpipe.doctor._tasks", lambda *_: [("a small one", 2**20), ("a large one", 2**50)])
+    monkeypatch.setattr("regpipe.cli.doctor._tasks", lambda *_: [("a small one", 2**20), ("a large one", 2**50)])
     found = answer(monkeypatch, capfd, "--json", "doctor", "--shape", "32,32", "--device", "cpu")["result"]
     small, large, _ = found["tasks"]
     assert large["peak_gib"] - small["peak_gib"] == pytest.approx(2**20 - 2**-10)
@@ -127,7 +128,7 @@ def test_a_report_is_told_as_its_cases_with_their_verdicts(monkeypatch, tmp_path
 def test_figures_tell_every_page_that_was_made(monkeypatch, tmp_path, capfd) -> None:
     write_csv(tmp_path, RESULTS)
     (tmp_path / "study.csv").touch()
-    monkeypatch.setattr("regpipe.studypage.write_page", lambda folder: "")
+    monkeypatch.setattr("regpipe.study.page.write_page", lambda folder: "")
     result = answer(monkeypatch, capfd, "--json", "figures", tmp_path)["result"]
     assert result["pages"] == [str(tmp_path / "comparison.md"), str(tmp_path / "study.md")]
 
@@ -271,9 +272,9 @@ def test_a_stop_by_the_keyboard_is_130_and_a_bug_is_told_with_what_to_do(monkeyp
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("regpipe.cohort.write_cohort", stopped)
+    monkeypatch.setattr("regpipe.phantoms.cohort.write_cohort", stopped)
     assert run(monkeypatch, "phantom", tmp_path / "p") == 130
-    monkeypatch.setattr("regpipe.cohort.write_cohort", broken)
+    monkeypatch.setattr("regpipe.phantoms.cohort.write_cohort", broken)
     assert run(monkeypatch, "phantom", tmp_path / "p") == 1
     err = capfd.readouterr().err
     assert "Traceback" in err and "ZeroDivisionError: by nothing; this should not happen" in err

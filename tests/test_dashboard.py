@@ -22,10 +22,17 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from regpipe import dashboard
-from regpipe.boardpages import COSTS, describe, log_comparison, log_evaluation, log_graph, log_hyperparameters
-from regpipe.boards import MetricLog, PictureLog
-from regpipe.errors import InputError
+from regpipe.cli import dashboard
+from regpipe.report.tensorboard import MetricLog, PictureLog
+from regpipe.report.tensorboard_pages import (
+    COSTS,
+    describe,
+    log_comparison,
+    log_evaluation,
+    log_graph,
+    log_hyperparameters,
+)
+from regpipe.utils.errors import InputError
 
 BACKBONES = ("alexnet", "resnet18", "vgg16")
 SECONDS = 30_000  # ms, of a loaded machine

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
-from regpipe.cohort import write_cohort
-from regpipe.deformations import LARGEST_MOTION, random_motion, unit_grid
-from regpipe.errors import InputError
-from regpipe.metrics import folds_percent, ndv_percent
-from regpipe.phantoms import KINDS, make_pair, paint
+from regpipe.metrics.measures import folds_percent, ndv_percent
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.phantoms.motion import LARGEST_MOTION, random_motion, unit_grid
+from regpipe.phantoms.scenes import KINDS, make_pair, paint
+from regpipe.utils.errors import InputError
 
 SHAPES = ((64, 64), (64, 64, 64))
 every_shape = pytest.mark.parametrize("shape", SHAPES)

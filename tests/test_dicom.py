@@ -23,8 +23,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from regpipe.errors import InputError
-from regpipe.images import Grid, Image, files, geometry, is_series, read_image, read_label, resample, to_grid
+from regpipe.io.images import Grid, Image, files, geometry, is_series, read_image, read_label, resample, to_grid
+from regpipe.utils.errors import InputError
 
 RNG = np.random.default_rng(0)
 LPS = np.diag([-1.0, -1.0, 1.0])

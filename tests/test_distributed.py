@@ -19,12 +19,14 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from processes import together
 
-from regpipe import distributed, runs
-from regpipe.bundles import write_bundle
-from regpipe.cohort import write_cohort
-from regpipe.errors import ENDED_TOGETHER
-from regpipe.handlers import Budget
-from regpipe.network import SymmetricNet
+from regpipe.bundle.write import write_bundle
+from regpipe.data import sampling
+from regpipe.engines import run
+from regpipe.engines.handlers import Budget
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.utils import distributed
+from regpipe.utils.errors import ENDED_TOGETHER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +85,7 @@ def test_the_order_of_the_pairs_does_not_depend_on_the_number_of_processes(size,
         drawn = []
         for rank in range(world):
             monkeypatch.setattr(idist, "get_rank", lambda rank=rank: rank)
-            sampler = distributed.EpochSampler(torch.zeros(20, dtype=torch.bool), size, seed=5)
+            sampler = sampling.EpochSampler(torch.zeros(20, dtype=torch.bool), size, seed=5)
             sampler.set_epoch(epoch)
             drawn.append(list(sampler))
             assert len(drawn[-1]) == len(sampler)
@@ -222,7 +224,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(trained, dat
     finally:
         job.kill()
     assert job.returncode != 0 and f"error: {ENDED_TOGETHER}" in output
-    assert runs.saved_states(bundle / "models") and not (bundle / "models" / "checkpoint_4.pt").exists()
+    assert run.saved_states(bundle / "models") and not (bundle / "models" / "checkpoint_4.pt").exists()
     first, second = together(training, tmp_path / "seen", bundle, data)
     assert 0 < len(first["steps"]) < 8 and equal(first["weights"], second["weights"])
     assert equal(first["weights"], trained[1][0]["weights"])  # as if nothing had happened

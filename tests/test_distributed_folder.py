@@ -17,10 +17,10 @@ from conftest import Command, deforming_bundle, infer
 from monai.bundle import run as run_bundle
 from processes import together
 
-from regpipe import inference
-from regpipe.casemetrics import read_rows
-from regpipe.errors import ENDED_TOGETHER, InputError, explain
-from regpipe.images import Grid
+from regpipe.inference import folder
+from regpipe.io.images import Grid
+from regpipe.metrics.cases import read_rows
+from regpipe.utils.errors import ENDED_TOGETHER, InputError, explain
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -30,13 +30,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def registering(rank: int, bundle: Path, data: Path, out: Path) -> tuple[list[str], int]:
     """The cases that this process registered, and its exit status."""
     done: list[str] = []
-    save_case, status = inference.save_case, 0
+    save_case, status = folder.save_case, 0
 
     def noted(case: dict[str, str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         done.append(case["case"])
         return save_case(case, *args, **kwargs)
 
-    inference.save_case = noted
+    folder.save_case = noted
     sys.stdout = (out.parent / f"said_by_{rank}").open("w")
     try:
         settings = {"bundle_root": str(bundle), "dataset_dir": str(data), "output_dir": str(out)}
@@ -78,7 +78,7 @@ def test_a_folder_is_shared_out_goes_on_and_no_case_is_done_twice(
 
 
 def test_a_process_that_waits_ends_at_once_when_it_is_told_to_and_says_so() -> None:
-    waits = "import os; from regpipe import distributed; distributed._say_when_ended(); print(flush=True); "
+    waits = "import os; from regpipe.utils import distributed; distributed._say_when_ended(); print(flush=True); "
     waits += "os.read(os.pipe()[0], 1)"
     process = subprocess.Popen([sys.executable, "-c", waits], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "\n"

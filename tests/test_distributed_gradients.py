@@ -13,14 +13,14 @@ from monai.engines import SupervisedTrainer
 from processes import together
 from test_distributed import data as data
 
-from regpipe import distributed
-from regpipe.engines import RegistrationInferer, prepare_batch
-from regpipe.images import Grid
-from regpipe.loading import LoadPair, collate_pairs
-from regpipe.losses import RegistrationLoss
-from regpipe.network import SymmetricNet
-from regpipe.pairs import list_pairs
-from regpipe.steps import TrainingStep, gradient_scaler
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.pairs import list_pairs
+from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.engines.step import TrainingStep, gradient_scaler
+from regpipe.io.images import Grid
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils import distributed
 
 GRID = Grid((32, 32), (1.0, 1.0))
 

@@ -19,8 +19,8 @@ from docpages import PAGES, ROOT, blocks
 from markdown.extensions.toc import slugify
 from PIL import Image as Picture
 
-from regpipe import cli
-from regpipe.cohort import write_cohort
+from regpipe.cli import main as cli
+from regpipe.phantoms.cohort import write_cohort
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 RUN = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8"), "bash"))]
@@ -233,7 +233,7 @@ def test_the_commands_of_a_page_run_one_after_the_other(
         os.symlink(ROOT / part, tmp_path / part)
     STANDINS.get(docpages.name(page), pair_2d)(tmp_path)
     shell = Shell(monai_bundle, monkeypatch)
-    monkeypatch.setattr("regpipe.compare.subprocess.run", in_this_process(shell))
+    monkeypatch.setattr("regpipe.study.compare.subprocess.run", in_this_process(shell))
     monkeypatch.chdir(tmp_path)
     if page.is_relative_to(docpages.BUNDLE):  # its commands are given inside it
         shutil.copytree(ROOT / "bundles" / "symreg_alexnet" / "configs", tmp_path / "inside" / "configs")

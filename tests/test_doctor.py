@@ -15,8 +15,12 @@ import pytest
 import torch
 from conftest import as_if_in_its_own_process
 
-from regpipe import checkup, cli, console, doctor, fields, transforms
-from regpipe.checkup import Check
+from regpipe.cli import checkup, doctor
+from regpipe.cli import main as cli
+from regpipe.cli.checkup import Check
+from regpipe.fields import algebra
+from regpipe.transforms import displacement
+from regpipe.utils import console
 
 QUICK = ("packages", "temporary files", "formats", "transforms read by ITK", "pages", "a phantom registered both ways")
 REAL = {check.name: check for check in checkup.checks()}
@@ -61,26 +65,26 @@ def exchanged(write: Callable[..., Any]) -> Callable[..., None]:
 
 
 FAULTS: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
-    "integration": ("operations on cpu", "regpipe.checkup.integrate", lambda _: half_of_it, "off by 1 voxels"),
+    "integration": ("operations on cpu", "regpipe.cli.checkup.integrate", lambda _: half_of_it, "off by 1 voxels"),
     "a warp": (
         "operations on cpu",
-        "regpipe.checkup.warp",
+        "regpipe.cli.checkup.warp",
         lambda _: lambda image, u: image + 0 * u[:, :1],
         "off by 1.5",
     ),
     "a transform": (
         "transforms read by ITK",
-        "regpipe.transforms.write_displacement",
+        "regpipe.transforms.displacement.write_displacement",
         exchanged,
         "another displacement",
     ),
     "an image": (
         "formats",
-        "regpipe.checkup.read_image",
+        "regpipe.cli.checkup.read_image",
         lambda read: lambda path: read(path)._replace(affine=np.eye(4)),
         ".nii.gz: another image",
     ),
-    "the disk": ("temporary files", "regpipe.checkup.ROOM", lambda _: 2**60, "GiB are free"),
+    "the disk": ("temporary files", "regpipe.cli.checkup.ROOM", lambda _: 2**60, "GiB are free"),
     "a package": (
         "packages",
         "importlib.metadata.requires",
@@ -89,7 +93,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
     ),
     "optimising": (
         "a phantom registered both ways",
-        "regpipe.checkup.zero_refiner",
+        "regpipe.cli.checkup.zero_refiner",
         lambda _: lambda steps: lambda fixed, moving, masks: torch.zeros(1, 2, 32, 32),
         "landmarks: ",
     ),
@@ -101,8 +105,8 @@ def test_a_fault_is_found_and_told_with_its_remedy_and_the_others_are_done(fault
     name, place, spoil, said = FAULTS[fault]
     module, _, attribute = place.rpartition(".")
     owner = {
-        "regpipe.checkup": checkup,
-        "regpipe.transforms": transforms,
+        "regpipe.cli.checkup": checkup,
+        "regpipe.transforms.displacement": displacement,
         "importlib.metadata": checkup.importlib.metadata,
     }
     monkeypatch.setattr(owner[module], attribute, spoil(getattr(owner[module], attribute)))
@@ -114,7 +118,7 @@ def test_a_fault_is_found_and_told_with_its_remedy_and_the_others_are_done(fault
 
 
 def test_the_result_for_machines_has_each_check(monkeypatch, capsys) -> None:
-    broken = Check("broken", lambda: str(fields.warp(None, None)), "mend it")  # type: ignore[arg-type]
+    broken = Check("broken", lambda: str(algebra.warp(None, None)), "mend it")  # type: ignore[arg-type]
     monkeypatch.setattr(doctor, "checks", lambda: [REAL["pages"], broken])
     with console.session(), pytest.raises(SystemExit):
         list(doctor.examine())

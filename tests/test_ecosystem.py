@@ -15,14 +15,14 @@ from monai.handlers import MLFlowHandler
 from packaging.requirements import Requirement
 
 import regpipe
-from regpipe.bundles import write_bundle
-from regpipe.casemetrics import read_rows
-from regpipe.errors import InputError
-from regpipe.images import Grid
-from regpipe.losses import RegistrationLoss
-from regpipe.network import SymmetricNet
-from regpipe.options import refuse_unknown
-from regpipe.tracking import adapt
+from regpipe.bundle.write import write_bundle
+from regpipe.engines.options import refuse_unknown
+from regpipe.io.images import Grid
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.metrics.cases import read_rows
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.report.mlflow import adapt
+from regpipe.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +118,13 @@ def test_the_saved_configuration_is_found_where_monai_wrote_an_expression_as_tex
 
 
 def test_the_options_of_tracking_are_known_with_tracking_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regpipe.options.find_spec", lambda name: object())
+    monkeypatch.setattr("regpipe.engines.options.find_spec", lambda name: object())
     config = str(Path(__file__).parents[1] / "bundles" / "symreg_vgg16" / "configs" / "train.yaml")
     command = ["monai/bundle/__main__.py", "run", "training", "--config_file", config, "--experiment_name", "mine"]
     refuse_unknown([*command, "--tracking", "mlflow", "--run_name", "a"])
     with pytest.raises(InputError, match="experiment_name: no such option"):
         refuse_unknown(command)
-    monkeypatch.setattr("regpipe.options.find_spec", lambda name: None)
+    monkeypatch.setattr("regpipe.engines.options.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install \"regpipe\[mlflow\]\""):
         refuse_unknown([*command, "--tracking", "mlflow"])
 

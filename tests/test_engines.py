@@ -9,8 +9,7 @@ import torch
 from monai.engines import SupervisedEvaluator
 from torch import Tensor, nn
 
-from regpipe.casemetrics import CaseMetrics
-from regpipe.engines import (
+from regpipe.engines.inferers import (
     RegistrationInferer,
     metric_input,
     parameter_groups,
@@ -19,11 +18,12 @@ from regpipe.engines import (
     trained_grid,
     trained_weights,
 )
-from regpipe.errors import InputError
-from regpipe.fields import Registration, register, register_midway, warp
-from regpipe.images import make_grid, save_grid
-from regpipe.metrics import ndv_percent
-from regpipe.network import SymmetricNet, fold
+from regpipe.fields.algebra import Registration, register, register_midway, warp
+from regpipe.io.images import make_grid, save_grid
+from regpipe.metrics.cases import CaseMetrics
+from regpipe.metrics.measures import ndv_percent
+from regpipe.networks.symmetric import SymmetricNet, fold
+from regpipe.utils.errors import InputError
 
 
 def batch(names: list[str]) -> dict[str, Any]:

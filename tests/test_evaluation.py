@@ -17,12 +17,12 @@ from monai.engines import SupervisedEvaluator
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from regpipe import cost
-from regpipe.casemetrics import CaseMetrics
-from regpipe.engines import RegistrationInferer, metric_input, prepare_batch
-from regpipe.evaluation import SHOWN, EvaluationReport, interval, summarise, table
-from regpipe.metrics import HIGHER_IS_BETTER
-from regpipe.network import SymmetricNet
+from regpipe.engines.evaluation import SHOWN, EvaluationReport, interval, summarise, table
+from regpipe.engines.inferers import RegistrationInferer, metric_input, prepare_batch
+from regpipe.metrics import cost
+from regpipe.metrics.cases import CaseMetrics
+from regpipe.metrics.measures import HIGHER_IS_BETTER
+from regpipe.networks.symmetric import SymmetricNet
 
 
 def row(**values: float) -> dict[str, Any]:

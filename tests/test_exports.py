@@ -23,14 +23,16 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from regpipe import exports, fields, itkbridge
-from regpipe.errors import InputError
-from regpipe.exports import ImageFile, PairTransform
-from regpipe.images import Grid, Image, to_grid
-from regpipe.transforms import resample_through
+from regpipe.fields import algebra
+from regpipe.io import itk_bridge
+from regpipe.io.images import Grid, Image, to_grid
+from regpipe.transforms import export
+from regpipe.transforms.displacement import resample_through
+from regpipe.transforms.export import ImageFile, PairTransform
+from regpipe.utils.errors import InputError
 
 BOTH = pytest.mark.parametrize("dim", [2, 3])
-WAY = pytest.mark.parametrize("way", exports.WAYS)
+WAY = pytest.mark.parametrize("way", export.WAYS)
 
 
 class Setup(NamedTuple):
@@ -73,10 +75,10 @@ def setup(dim: int) -> Setup:
     noise = np.random.default_rng(2).standard_normal((dim, *grid.shape))
     smooth = np.stack([ndimage.gaussian_filter(n, 4) for n in noise])
     v = torch.from_numpy(1.5 * smooth / np.abs(smooth).max()).float()
-    u, inverse_u = (field[0].numpy() for field in fields.integrate_both(v[None]))
+    u, inverse_u = (field[0].numpy() for field in algebra.integrate_both(v[None]))
     frame = to_grid(fixed, grid)
     spaces = [(image.array.shape, image.affine) for image in (fixed, moving)]
-    pair = exports.pair_transform(u, inverse_u, frame, matrix @ frame, *spaces)
+    pair = export.pair_transform(u, inverse_u, frame, matrix @ frame, *spaces)
     return Setup(u, inverse_u, frame, matrix @ frame, fixed, moving, pair)
 
 
@@ -93,7 +95,7 @@ def written(tmp_path_factory) -> dict[int, Path]:
     folders = {}
     for dim, formats in ((2, ("itk", "ants")), (3, ("itk", "ants", "fsl", "l2r"))):
         folders[dim] = tmp_path_factory.mktemp(f"case{dim}")
-        exports.write_transforms(
+        export.write_transforms(
             folders[dim], setup(dim).pair, *image_files(setup(dim)), formats=formats, stage="affine"
         )
     return folders
@@ -131,8 +133,8 @@ def described(folder: Path) -> dict[str, Any]:
 def pulled_and_pulling(case: Setup, way: str) -> tuple[Image, Image, Any]:
     """The image that is resampled, the one whose grid it gets, and the closed formula of its points."""
     if way == "moving_to_fixed":
-        return case.moving, case.fixed, exports.moving_points
-    return case.fixed, case.moving, exports.fixed_points
+        return case.moving, case.fixed, export.moving_points
+    return case.fixed, case.moving, export.fixed_points
 
 
 def dense(case: Setup, way: str) -> tuple[np.ndarray, np.ndarray]:
@@ -184,10 +186,10 @@ def test_the_grid_is_the_working_grid_grown_until_it_reaches_beyond_both_images(
 def test_a_moving_image_of_many_times_the_size_does_not_blow_up_the_grid(dim):
     case = setup(dim)
     spaces = (case.fixed.array.shape, case.fixed.affine), (tuple(20 * n for n in case.u.shape[1:]), case.moving_frame)
-    pair = exports.pair_transform(case.u, case.inverse_u, case.fixed_frame, case.moving_frame, *spaces)
+    pair = export.pair_transform(case.u, case.inverse_u, case.fixed_frame, case.moving_frame, *spaces)
     assert pair.forward.size < 8 * case.u.size
     points, expected = truth(case, "moving_to_fixed")
-    np.testing.assert_allclose(exports.moving_points(pair, points), expected, atol=1e-4)
+    np.testing.assert_allclose(export.moving_points(pair, points), expected, atol=1e-4)
 
 
 @BOTH
@@ -195,7 +197,7 @@ def test_there_and_back_is_where_one_was(dim):
     case = setup(dim)
     middle = np.random.default_rng(8).uniform(0.25, 0.75, (500, dim)) * (np.array(case.u.shape[1:]) - 1)
     points = lps(apply_affine(case.fixed_frame, middle))
-    back = exports.fixed_points(case.pair, exports.moving_points(case.pair, points))
+    back = export.fixed_points(case.pair, export.moving_points(case.pair, points))
     off = apply_affine(np.linalg.inv(case.fixed_frame), lps(back)) - middle
     assert np.percentile(np.linalg.norm(off, axis=1), 99) < 0.1
     assert np.linalg.norm(interpolated(case.u, middle), axis=1).max() > 1
@@ -254,7 +256,7 @@ def test_simpleitk_and_ants_resample_images_as_the_formula_does(dim, way, writte
 
 
 def sitk_image(image: Image) -> sitk.Image:
-    placed_lps = itkbridge.lps_matrix(image.affine, places=False)
+    placed_lps = itk_bridge.lps_matrix(image.affine, places=False)
     made = sitk.GetImageFromArray(np.ascontiguousarray(image.array.T))
     made.SetSpacing(image.spacing.tolist())
     made.SetOrigin(placed_lps[:-1, -1].tolist())
@@ -266,7 +268,7 @@ def sitk_image(image: Image) -> sitk.Image:
 def test_a_blob_comes_to_lie_where_the_points_say(dim, written):
     case = setup(dim)
     middle = lps(apply_affine(case.fixed.affine, (np.array(case.fixed.array.shape) - 1) / 2))
-    there = exports.moving_points(case.pair, middle[None])[0]
+    there = export.moving_points(case.pair, middle[None])[0]
     at = np.indices(case.moving.array.shape).reshape(dim, -1).T
     far = np.linalg.norm(lps(apply_affine(case.moving.affine, at)) - there, axis=1)
     blob = Image(np.exp(-(far**2) / 8).reshape(case.moving.array.shape), case.moving.affine)
@@ -282,7 +284,7 @@ def test_the_same_pair_gives_the_same_bytes_at_another_time(dim, tmp_path):
     formats = ["itk", "ants"] if dim == 2 else ["itk", "ants", "fsl", "l2r"]
     formats += ["freesurfer"] if dim == 3 and importlib.util.find_spec("surfa") else []
     for name in "ab":
-        exports.write_transforms(tmp_path / name, setup(dim).pair, *image_files(setup(dim)), formats=formats)
+        export.write_transforms(tmp_path / name, setup(dim).pair, *image_files(setup(dim)), formats=formats)
         time.sleep(1.1 if name == "a" else 0)  # time stamps are in seconds
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(names) == (6 if dim == 2 else 9 + 2 * ("freesurfer" in formats))
@@ -309,7 +311,7 @@ def test_an_image_is_named_without_its_folder_and_hashed_whole(tmp_path):
     path = tmp_path / "secret" / "scan.nii.gz"
     path.parent.mkdir()
     path.write_bytes(b"voxels")
-    about = exports.image_file(path, setup(2).fixed)
+    about = export.image_file(path, setup(2).fixed)
     assert about.file == "scan.nii.gz"
     assert about.sha256 == hashlib.sha256(b"voxels").hexdigest()
 
@@ -320,11 +322,11 @@ def test_an_image_is_named_without_its_folder_and_hashed_whole(tmp_path):
 )
 def test_a_format_that_cannot_be_is_refused_before_anything_is_written(dim, formats, said, tmp_path):
     with pytest.raises(InputError, match=said):
-        exports.write_transforms(tmp_path / "case", setup(dim).pair, *image_files(setup(dim)), formats=formats)
+        export.write_transforms(tmp_path / "case", setup(dim).pair, *image_files(setup(dim)), formats=formats)
     assert not (tmp_path / "case").exists()
 
 
 def test_freesurfer_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "surfa", None)
     with pytest.raises(InputError, match="pip install surfa"):
-        exports.check_formats(["freesurfer"], 3)
+        export.check_formats(["freesurfer"], 3)

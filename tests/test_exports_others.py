@@ -14,15 +14,15 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 from test_exports import WAY, dense, image_files, lps, placed, pulled_and_pulling, setup
 
-from regpipe import exports
-from regpipe.exports import ImageFile
-from regpipe.transforms import resample_through
+from regpipe.transforms import export
+from regpipe.transforms.displacement import resample_through
+from regpipe.transforms.export import ImageFile
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, case = tmp_path_factory.mktemp("others"), setup(3)
-    exports.write_transforms(folder, case.pair, *image_files(case), formats=["fsl", "l2r"])
+    export.write_transforms(folder, case.pair, *image_files(case), formats=["fsl", "l2r"])
     return folder
 
 
@@ -54,7 +54,7 @@ def test_fsl_agrees_with_flirts_matrix_where_all_is_affine(flips, tmp_path):
     )
     pair = setup(3).pair._replace(forward=np.zeros((3, 5, 5, 5)), inverse=np.zeros((3, 5, 5, 5)))
     sides = [ImageFile("a.nii", image.array.shape, image.affine, "") for image in (fixed, moving)]
-    exports.write_transforms(tmp_path, pair, *sides, formats=["fsl"])
+    export.write_transforms(tmp_path, pair, *sides, formats=["fsl"])
     warp: Any = nib.load(tmp_path / "moving_to_fixed_fsl.nii.gz")
     assert warp.header["intent_code"] == 2006
     images = [nib.Nifti1Image(image.array, image.affine) for image in (moving, fixed)]
@@ -72,7 +72,7 @@ def test_freesurfer_takes_points_where_the_formula_does(way, tmp_path, monkeypat
     surfa = pytest.importorskip("surfa")
     monkeypatch.setattr(np, "fromstring", np.frombuffer)  # surfa 0.6.3 reads by a mode that NumPy 2.3 has removed
     case = setup(3)
-    exports.write_transforms(tmp_path, case.pair, *image_files(case), formats=["freesurfer"])
+    export.write_transforms(tmp_path, case.pair, *image_files(case), formats=["freesurfer"])
     warp = surfa.load_warp(str(tmp_path / f"{way}_freesurfer.mgz"))
     pulled, pulling, move = pulled_and_pulling(case, way)
     np.testing.assert_allclose(warp.source.vox2world.matrix, pulled.affine, atol=1e-4)

@@ -20,14 +20,15 @@ from test_runs import Trained, assert_same, train
 from test_runs import restored as restored  # brings back what a run changes in this process
 from torch.utils.data import get_worker_info
 
-from regpipe import files, runs
-from regpipe.augment import RandomAffine
-from regpipe.boards import Curves
-from regpipe.bundles import write_bundle
-from regpipe.cohort import write_cohort
-from regpipe.distributed import NoWriter
-from regpipe.errors import cause, explain, one_line_errors
-from regpipe.images import Grid
+from regpipe.bundle.write import write_bundle
+from regpipe.data.augment import RandomAffine
+from regpipe.engines import run
+from regpipe.io.images import Grid
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.report.tensorboard import Curves
+from regpipe.utils import files
+from regpipe.utils.distributed import NoWriter
+from regpipe.utils.errors import cause, explain, one_line_errors
 
 EPOCHS = 3
 Fault = Callable[..., Any]
@@ -96,12 +97,12 @@ def test_a_full_disk_ends_a_training_in_a_line_and_the_same_command_goes_on(
 ) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(files, "replace_file", at_call(number, files.replace_file, full), raising=True)
-    for module in ("record", "images", "boards"):
+    for module in ("engines.record", "io.images", "report.tensorboard"):
         monkeypatch.setattr(f"regpipe.{module}.replace_file", files.replace_file)
     told = broken_off(bundle, cohort)
     assert "No space left on device; free some space" in told
     assert "the same command goes on from the last whole epoch" in told
-    assert all(files.damage(path) is None for path in runs.saved_states(bundle / "models"))
+    assert all(files.damage(path) is None for path in run.saved_states(bundle / "models"))
     monkeypatch.undo()
     assert_goes_on(bundle, cohort, undisturbed)
 
@@ -150,7 +151,7 @@ def test_a_training_that_diverges_names_term_case_and_step_and_keeps_the_last_go
 
     told = broken_off(bundle, cohort, stop=blow_up)
     assert "is not finite at iteration 4, case case_00" in told and told.startswith("loss term diffusion")
-    assert [path.name for path in runs.saved_states(bundle / "models")] == ["checkpoint_1.pt"]
+    assert [path.name for path in run.saved_states(bundle / "models")] == ["checkpoint_1.pt"]
     assert all(value.isfinite().all() for value in Trained().load(bundle).model.values())
     assert_goes_on(bundle, cohort, undisturbed)
 
@@ -220,7 +221,7 @@ def test_curves_of_other_runs_in_the_same_folder_are_left_alone(tmp_path) -> Non
 
 
 def test_a_process_that_does_not_write_has_no_curves(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("regpipe.boards.idist.get_rank", lambda: 1)
+    monkeypatch.setattr("regpipe.report.tensorboard.idist.get_rank", lambda: 1)
     own = Curves(NoWriter(), str(tmp_path))  # type: ignore[arg-type]
     own.load_state_dict({"events": 3})
     assert own.state_dict() == {} and not list(tmp_path.iterdir())

@@ -12,8 +12,17 @@ from monai.networks.blocks import DVF2DDF, Warp
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from regpipe import fields
-from regpipe.fields import compose, identity_grid, integrate, jacobian_determinant, register, resize, sample_at, warp
+from regpipe.fields import algebra
+from regpipe.fields.algebra import (
+    compose,
+    identity_grid,
+    integrate,
+    jacobian_determinant,
+    register,
+    resize,
+    sample_at,
+    warp,
+)
 
 SHAPES = [(37, 29), (21, 17, 25)]  # not cubic, so that swapped axes show
 MATRICES = {2: [[0.1, -0.3], [0.25, -0.05]], 3: [[0.1, -0.3, 0.05], [0.2, -0.05, 0.1], [-0.1, 0.15, 0.08]]}
@@ -127,7 +136,7 @@ def test_a_rotating_velocity_integrates_to_the_rotation() -> None:
 @pytest.mark.parametrize(("shape", "amplitude"), [((65, 49), 4.0), ((33, 41, 37), 6.0)])
 def test_exp_of_minus_v_inverts_exp_of_v(shape: tuple[int, ...], amplitude: float) -> None:
     v = at_rest_on_the_rim(smooth(shape, len(shape), amplitude))
-    forward, backward = fields.integrate_both(v)
+    forward, backward = algebra.integrate_both(v)
     assert forward.abs().max() > 2
     for round_trip in (compose(forward, backward), compose(backward, forward)):
         assert round_trip.abs().max() < 0.15 and round_trip.abs().mean() < 0.01  # voxels
@@ -155,7 +164,7 @@ def test_the_determinant_of_a_linear_map_is_that_of_its_matrix_in_every_scheme(s
         det = jacobian_determinant(linear_field(matrix, shape), scheme=scheme)
         assert det.shape == (1, *shape) and torch.allclose(det, expected.expand_as(det), atol=1e-4)
     many = torch.randn(50, dim, dim, generator=generator())
-    assert torch.allclose(fields.determinant(many), torch.linalg.det(many), atol=1e-5)
+    assert torch.allclose(algebra.determinant(many), torch.linalg.det(many), atol=1e-5)
 
 
 def test_the_schemes_take_the_neighbours_they_name() -> None:
@@ -180,7 +189,7 @@ def test_resizing_scales_the_vectors_with_the_grid(coarse: tuple[int, ...], fine
     assert torch.allclose(resize(u, fine), expected, atol=1e-4)
     assert torch.allclose(resize(resize(u, fine), coarse), u, atol=1e-4)
     assert resize(u, coarse) is u
-    assert torch.allclose(fields.resize_image(identity_grid(coarse), fine)[0, 0, -1], torch.tensor(coarse[0] - 1.0))
+    assert torch.allclose(algebra.resize_image(identity_grid(coarse), fine)[0, 0, -1], torch.tensor(coarse[0] - 1.0))
 
 
 def test_integrating_at_half_resolution_differs_by_less_than_a_twentieth_of_a_voxel() -> None:
@@ -223,11 +232,11 @@ def test_swapping_the_images_and_the_sign_swaps_the_registration(shape: tuple[in
 def test_the_midway_registration_composes_half_ways(shape: tuple[int, ...]) -> None:
     fixed, moving, v = smooth(shape, 1, 1.0, 1), smooth(shape, 1, 1.0, 2), smooth(shape, len(shape), 1.5, 3)
     w = smooth(shape, len(shape), 1.0, 4)
-    got = fields.register_midway(fixed, moving, torch.cat([v, w], 1))
+    got = algebra.register_midway(fixed, moving, torch.cat([v, w], 1))
     assert torch.allclose(got.displacement, compose(integrate(w), integrate(-v)), atol=1e-5)
     assert torch.allclose(got.inverse, compose(integrate(v), integrate(-w)), atol=1e-5)
     # a flow split in halves, v = -w: exp(w) after exp(w) is exp(2 w), the plain registration
-    halves, whole = fields.register_midway(fixed, moving, torch.cat([-w, w], 1)), register(fixed, moving, 2 * w)
+    halves, whole = algebra.register_midway(fixed, moving, torch.cat([-w, w], 1)), register(fixed, moving, 2 * w)
     assert (inner(halves.displacement - whole.displacement, 3)).abs().max() < 0.1
 
 
@@ -242,7 +251,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(shape: tuple[int, ...]) -> Non
 
 def test_the_cached_places_are_not_confused_by_shapes_or_inference() -> None:
     cases = [(smooth(s, 1, 1.0, batch=b), smooth(s, len(s), 2.0, batch=b)) for s in SHAPES for b in (1, 3)]
-    fields._places.cache_clear()
+    algebra._places.cache_clear()
     with torch.inference_mode():
         first = [warp(i, u) for i, u in cases]
     again = [warp(i, u.clone().requires_grad_()) for i, u in reversed(cases)][::-1]
@@ -252,7 +261,7 @@ def test_the_cached_places_are_not_confused_by_shapes_or_inference() -> None:
 
 def test_a_metatensor_leaves_nothing_behind_for_plain_tensors() -> None:
     image, u = smooth((15, 12), 1, 1.0), smooth((15, 12), 2, 2.0)
-    fields._places.cache_clear()
+    algebra._places.cache_clear()
     warp(MetaTensor(image), MetaTensor(u))
     integrate(MetaTensor(u))
     assert type(warp(image, u)) is Tensor and type(integrate(u)) is Tensor

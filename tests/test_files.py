@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from regpipe import checkpoints, files, weights
-from regpipe.engines import require_model, trained_structures, trained_weights
-from regpipe.errors import InputError, explain
-from regpipe.weights import read_state_dict
+from regpipe.engines import checkpoints
+from regpipe.engines.inferers import require_model, trained_structures, trained_weights
+from regpipe.networks import weights
+from regpipe.networks.weights import read_state_dict
+from regpipe.utils import files
+from regpipe.utils.errors import InputError, explain
 
 
 def test_the_data_reach_the_disk_before_the_name_and_the_name_before_it_returns(tmp_path, monkeypatch) -> None:

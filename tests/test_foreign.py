@@ -13,15 +13,16 @@ import pytest
 from conftest import deforming_bundle
 from test_cli import regpipe
 
-from regpipe.bundles import rendered, write_bundle
-from regpipe.casemetrics import read_rows
-from regpipe.cohort import write_cohort
-from regpipe.compare import bundle_in, compare
-from regpipe.encoders import BACKBONES
-from regpipe.errors import InputError
-from regpipe.files import replace_file
-from regpipe.foreign import difference, require_own
-from regpipe.images import Grid
+from regpipe.bundle.own import difference, require_own
+from regpipe.bundle.run import bundle_in
+from regpipe.bundle.write import rendered, write_bundle
+from regpipe.io.images import Grid
+from regpipe.metrics.cases import read_rows
+from regpipe.networks.encoders import BACKBONES
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.study.compare import compare
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import replace_file
 
 CONFIGS = ("inference.yaml",)
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -158,7 +159,7 @@ def test_compare_runs_nothing_of_a_foreign_bundle_that_lies_in_its_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     append(write_bundle("alexnet", tmp_path / "alexnet"), "configs/evaluate.yaml", "\nmore: 1\n")
-    monkeypatch.setattr("regpipe.compare.run_bundle", lambda *_, **__: pytest.fail("was run"))
+    monkeypatch.setattr("regpipe.study.compare.run_bundle", lambda *_, **__: pytest.fail("was run"))
     with pytest.raises(InputError, match="alexnet/configs/evaluate.yaml: is not as this version.*--trust"):
         compare(tmp_path, backbones=["alexnet"])
 

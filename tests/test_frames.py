@@ -11,13 +11,13 @@ import pytest
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from regpipe import frames
-from regpipe.affine import Alignment
-from regpipe.errors import InputError
-from regpipe.frames import Frames, common_space, training_stage
-from regpipe.images import Grid, Image, read_image
-from regpipe.loading import LoadPair
-from regpipe.metrics import tre
+from regpipe.data import placement
+from regpipe.data.load import LoadPair
+from regpipe.data.placement import Frames, common_space, training_stage
+from regpipe.io.images import Grid, Image, read_image
+from regpipe.metrics.measures import tre
+from regpipe.transforms.affine import Alignment
+from regpipe.utils.errors import InputError
 
 GRID = Grid((24, 24, 24), (1.0, 1.0, 1.0))
 
@@ -143,10 +143,10 @@ def test_a_grid_smaller_than_the_image_lies_around_its_content() -> None:
     array = np.zeros((64, 40), np.float32)
     array[40:56, 10:30] = 1
     placed = np.diag([-1.0, -1.0, 1.0])
-    frame = frames.frame_of(Image(array, placed), Grid((24, 40), (1.0, 1.0)))
+    frame = placement.frame_of(Image(array, placed), Grid((24, 40), (1.0, 1.0)))
     at = apply_affine(np.linalg.inv(frame) @ placed, [40, 10])
     np.testing.assert_allclose(at, [4, 10], atol=1)  # 16 of 24 voxels, in the middle; the other axis as it was
-    whole = frames.frame_of(Image(array, placed), Grid((64, 40), (1.0, 1.0)))
+    whole = placement.frame_of(Image(array, placed), Grid((64, 40), (1.0, 1.0)))
     np.testing.assert_allclose(whole, placed, atol=1e-9)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from test_inference import finished
 
-from regpipe.casemetrics import read_rows
-from regpipe.cohort import write_cohort
-from regpipe.fromzero import register_from_zero
-from regpipe.loading import LoadPair
+from regpipe.data.load import LoadPair
+from regpipe.inference.from_zero import register_from_zero
+from regpipe.metrics.cases import read_rows
+from regpipe.phantoms.cohort import write_cohort
 
 
 def test_a_failure_while_loading_is_its_own_case_s(

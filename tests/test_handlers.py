@@ -14,9 +14,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
-from regpipe.engines import RegistrationInferer, prepare_batch
-from regpipe.errors import InputError
-from regpipe.handlers import (
+from regpipe.engines.handlers import (
     BestModel,
     Budget,
     GradientClip,
@@ -27,8 +25,10 @@ from regpipe.handlers import (
     Validation,
     WeightAverage,
 )
-from regpipe.losses import RegistrationLoss
-from regpipe.network import SymmetricNet
+from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -167,8 +167,8 @@ def test_a_gradient_that_is_no_number_spares_the_weights() -> None:
 
 
 def test_the_bar_counts_all_iterations_shows_terms_and_best_and_closes(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("regpipe.console.DELAY", 0.0)
-    monkeypatch.setattr("regpipe.console.LINE_EVERY", 0.0)
+    monkeypatch.setattr("regpipe.utils.console.DELAY", 0.0)
+    monkeypatch.setattr("regpipe.utils.console.LINE_EVERY", 0.0)
     loss = RegistrationLoss({"mse": 1})
     validator = evaluator(net(), [0.5])
     validator.run(1)

@@ -17,8 +17,8 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
-from regpipe import headers, images
-from regpipe.errors import InputError
+from regpipe.io import headers, images
+from regpipe.utils.errors import InputError
 
 PLACED = "space directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n"
 NRRD = (

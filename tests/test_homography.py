@@ -7,7 +7,8 @@ import pytest
 import torch
 from nibabel.affines import apply_affine
 
-from regpipe.homography import after, bent, carry, is_gentle, split
+from regpipe.io.geometry import carry
+from regpipe.transforms.homography import after, bent, is_gentle, split
 
 SHAPE = (40, 32)
 FRAME = np.array([[-1.5, 0.0, 40.0], [0.0, 2.0, -25.0], [0, 0, 1]])

@@ -11,7 +11,7 @@ import pytest
 from nibabel.affines import apply_affine
 from PIL import Image as Picture
 
-from regpipe.images import (
+from regpipe.io.images import (
     Grid,
     Image,
     InputError,
@@ -24,7 +24,7 @@ from regpipe.images import (
     stem,
     to_grid,
 )
-from regpipe.points import read_landmarks
+from regpipe.io.points import read_landmarks
 
 RNG = np.random.default_rng(0)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

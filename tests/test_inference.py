@@ -21,13 +21,13 @@ from PIL import Image as Picture
 from scipy import ndimage
 from test_transforms import itk_resampled
 
-from regpipe import inference
-from regpipe.apply import apply
-from regpipe.bundles import write_bundle
-from regpipe.casemetrics import read_rows
-from regpipe.errors import cause
-from regpipe.images import Grid, read_image
-from regpipe.transforms import map_points, read_displacement
+from regpipe.bundle.write import write_bundle
+from regpipe.inference import folder as folder_module
+from regpipe.io.images import Grid, read_image
+from regpipe.metrics.cases import read_rows
+from regpipe.transforms.apply import apply
+from regpipe.transforms.displacement import map_points, read_displacement
+from regpipe.utils.errors import cause
 
 IMAGES = {"displacement", "inverse_displacement", "warped", "warped_label", "jacobian", "1Warp", "1InverseWarp"}
 TRANSFORMS = {"moving_to_fixed.h5", "fixed_to_moving.h5", "0GenericAffine.mat", "transform.json"}
@@ -266,14 +266,14 @@ def test_a_place_that_cannot_be_written_is_named(
 def test_ctrl_c_keeps_what_is_finished(
     tmp_path: Path, data: Path, bundle: Path, monai_bundle: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = inference.save_case
+    real = folder_module.save_case
 
     def interrupted(case: dict[str, str], *rest: Any, **kwargs: Any) -> dict[str, Any]:
         if case["case"] == "case_001":
             raise KeyboardInterrupt
         return real(case, *rest, **kwargs)
 
-    monkeypatch.setattr(inference, "save_case", interrupted)
+    monkeypatch.setattr(folder_module, "save_case", interrupted)
     with pytest.raises(SystemExit) as end:
         infer(monai_bundle, bundle, data, tmp_path / "out")
     assert end.value.code == 130 and finished(tmp_path / "out") == {"case_000"}
@@ -285,7 +285,7 @@ def test_ctrl_c_keeps_what_is_finished(
 def test_a_case_that_the_network_cannot_take_does_not_stop_the_others(
     tmp_path: Path, data: Path, bundle: Path, monai_bundle: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = inference.collate_pairs
+    real = folder_module.collate_pairs
 
     def poisoned(items: list[dict[str, Any]]) -> dict[str, Any]:
         batch = real(items)
@@ -293,7 +293,7 @@ def test_a_case_that_the_network_cannot_take_does_not_stop_the_others(
             batch["fixed_image"] = batch["fixed_image"].to_sparse()  # fails inside the engine, as out of memory does
         return batch
 
-    monkeypatch.setattr(inference, "collate_pairs", poisoned)
+    monkeypatch.setattr(folder_module, "collate_pairs", poisoned)
     with pytest.raises(SystemExit) as end:
         infer(monai_bundle, bundle, data, tmp_path / "out")
     assert end.value.code == 1 and finished(tmp_path / "out") == {"case_000", "case_002"}

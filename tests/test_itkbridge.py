@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 
-from regpipe import itkbridge
+from regpipe.io import itk_bridge
 
 
 def oblique(dim: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def small_field(dim: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
 def test_an_image_goes_to_itk_and_back_unchanged(dim, dtype):
     array = np.random.default_rng(0).integers(0, 200, (7, 6, 5)[:dim]).astype(dtype)
-    back = itkbridge.from_itk(itkbridge.to_itk(array, oblique(dim)))
+    back = itk_bridge.from_itk(itk_bridge.to_itk(array, oblique(dim)))
     assert back.array.dtype == dtype
     np.testing.assert_array_equal(back.array, array)
     np.testing.assert_allclose(back.affine, oblique(dim), atol=1e-12)
@@ -56,7 +56,7 @@ def test_an_image_goes_to_itk_and_back_unchanged(dim, dtype):
 @pytest.mark.parametrize("dim", [2, 3])
 def test_itk_sees_each_voxel_at_its_place_in_lps(dim):
     array = np.arange(7 * 6 * 5, dtype=np.float32)[: 7 * 6 * (5 if dim == 3 else 1)].reshape((7, 6, 5)[:dim])
-    image = itkbridge.to_itk(array, oblique(dim))
+    image = itk_bridge.to_itk(array, oblique(dim))
     index = [3, 1, 4][:dim]
     assert image.GetPixel(index) == array[tuple(index)]
     place = np.array(image.TransformIndexToPhysicalPoint(index))
@@ -74,7 +74,7 @@ def test_itk_sees_each_voxel_at_its_place_in_lps(dim):
     ],
 )
 def test_other_pixel_types_become_one_that_itk_filters_know_and_keep_their_values(values, expected):
-    back = itkbridge.from_itk(itkbridge.to_itk(values, np.eye(3)))
+    back = itk_bridge.from_itk(itk_bridge.to_itk(values, np.eye(3)))
     assert back.array.dtype == expected
     np.testing.assert_array_equal(back.array, values)
 
@@ -83,13 +83,13 @@ def test_other_pixel_types_become_one_that_itk_filters_know_and_keep_their_value
 def test_an_affine_moves_points_as_its_matrix_does(dim):
     points = np.random.default_rng(1).uniform(-50, 50, (20, dim))  # RAS
     expected = lps(apply_affine(shear_and_move(dim), points))
-    np.testing.assert_allclose(moved(itkbridge.itk_affine(shear_and_move(dim)), lps(points)), expected, atol=1e-10)
+    np.testing.assert_allclose(moved(itk_bridge.itk_affine(shear_and_move(dim)), lps(points)), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_field_moves_each_voxel_by_its_vector_and_nothing_outside(dim):
     d, affine = small_field(dim), oblique(dim)
-    field = itkbridge.itk_field(d, affine)
+    field = itk_bridge.itk_field(d, affine)
     at = np.indices(d.shape[1:]).reshape(dim, -1).T
     places = lps(apply_affine(affine, at))
     np.testing.assert_allclose(moved(field, places) - places, d.reshape(dim, -1).T, atol=1e-9)
@@ -100,7 +100,7 @@ def test_a_field_moves_each_voxel_by_its_vector_and_nothing_outside(dim):
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_composite_applies_its_parts_in_the_order_given(dim):
     d, affine, matrix = small_field(dim), oblique(dim), shear_and_move(dim)
-    chain = itkbridge.composite(itkbridge.itk_field(d, affine), itkbridge.itk_affine(matrix))
+    chain = itk_bridge.composite(itk_bridge.itk_field(d, affine), itk_bridge.itk_affine(matrix))
     at = [2, 3, 1][:dim]
     place = lps(apply_affine(affine, at))
     vector = d.reshape(dim, -1)[:, np.ravel_multi_index(at, d.shape[1:])]
@@ -111,16 +111,16 @@ def test_a_composite_applies_its_parts_in_the_order_given(dim):
 @pytest.mark.parametrize("dim", [2, 3])
 def test_an_affine_file_is_what_itk_writes(dim, tmp_path):
     matrix = shear_and_move(dim)
-    itk.transformwrite([itkbridge.itk_affine(matrix)], str(tmp_path / "itk.mat"))
-    assert itkbridge.affine_mat(matrix) == (tmp_path / "itk.mat").read_bytes()
+    itk.transformwrite([itk_bridge.itk_affine(matrix)], str(tmp_path / "itk.mat"))
+    assert itk_bridge.affine_mat(matrix) == (tmp_path / "itk.mat").read_bytes()
 
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_composite_file_has_the_layout_that_itk_writes(dim, tmp_path):
     d, affine, matrix = small_field(dim), oblique(dim), shear_and_move(dim)
-    chain = itkbridge.composite(itkbridge.itk_field(d, affine), itkbridge.itk_affine(matrix))
+    chain = itk_bridge.composite(itk_bridge.itk_field(d, affine), itk_bridge.itk_affine(matrix))
     itk.transformwrite([chain], str(tmp_path / "itk.h5"))
-    ours = itkbridge.composite_h5(itkbridge.field_part(d, affine), itkbridge.affine_part(matrix))
+    ours = itk_bridge.composite_h5(itk_bridge.field_part(d, affine), itk_bridge.affine_part(matrix))
     (tmp_path / "ours.h5").write_bytes(ours)
     with h5py.File(tmp_path / "itk.h5") as a, h5py.File(tmp_path / "ours.h5") as b:
         names: list[str] = []
@@ -138,10 +138,10 @@ def test_a_composite_file_has_the_layout_that_itk_writes(dim, tmp_path):
 def test_itk_and_simpleitk_read_a_composite_file(dim, tmp_path):
     d, affine, matrix = small_field(dim), oblique(dim), shear_and_move(dim)
     path = tmp_path / "composite.h5"
-    path.write_bytes(itkbridge.composite_h5(itkbridge.affine_part(matrix), itkbridge.field_part(d, affine)))
+    path.write_bytes(itk_bridge.composite_h5(itk_bridge.affine_part(matrix), itk_bridge.field_part(d, affine)))
     inside = np.random.default_rng(6).uniform(0.5, 3.5, (20, dim))
     points = lps(apply_affine(np.linalg.inv(matrix) @ affine, inside))  # the affine takes them into the grid
-    chain = itkbridge.composite(itkbridge.itk_affine(matrix), itkbridge.itk_field(d, affine))
+    chain = itk_bridge.composite(itk_bridge.itk_affine(matrix), itk_bridge.itk_field(d, affine))
     expected = moved(chain, points)
     for read in (itk.transformread(str(path))[0], sitk.ReadTransform(str(path))):
         np.testing.assert_allclose(moved(read, points), expected, atol=1e-4)

@@ -14,16 +14,17 @@ import pytest
 import torch
 from conftest import Command, deforming_bundle, infer, train
 
-import regpipe.apply as carrying
-from regpipe import ladder, memory
-from regpipe.bundles import write_bundle
-from regpipe.casemetrics import read_rows
-from regpipe.engines import RegistrationInferer, ZeroInferer
-from regpipe.errors import InputError, explain, out_of_memory
-from regpipe.images import Grid
-from regpipe.ladder import FittingInferer, HalfPrecision, Tiled
-from regpipe.network import SymmetricNet
-from regpipe.refine import make_refiner, refinement_loss, zero_refiner
+import regpipe.transforms.apply as carrying
+from regpipe.bundle.write import write_bundle
+from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
+from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
+from regpipe.inference import ladder, memory
+from regpipe.inference.ladder import FittingInferer, HalfPrecision, Tiled
+from regpipe.io.images import Grid
+from regpipe.metrics.cases import read_rows
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils import machine
+from regpipe.utils.errors import InputError, explain, out_of_memory
 
 ALLOCATION = (
     "[enforce fail at alloc_cpu.cpp:128] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 b"
@@ -116,7 +117,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     monkeypatch.setattr(memory, "inference", predicted)
     monkeypatch.setattr(ladder, "PLENTY", 1 << 40)  # nothing is small
     monkeypatch.setattr(ladder, "TILES", (65,))
-    return lambda room: monkeypatch.setattr(memory, "room", lambda *_: room)
+    return lambda room: monkeypatch.setattr(machine, "room", lambda *_: room)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +175,16 @@ def test_memory_that_is_short_for_a_while_is_spared_for_that_while(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(ladder, "has_bfloat16", lambda _: False)
-    monkeypatch.setattr(memory, "held", lambda: 7)
+    monkeypatch.setattr(machine, "held", lambda: 7)
     short(100)
     fitting, pair, taken = FittingInferer(asked), smooth_pair(SHAPE), []
     for free in (1000, 80, 80, 1000):
-        monkeypatch.setattr(memory, "free", lambda *_, free=free: free)
+        monkeypatch.setattr(machine, "free", lambda *_, free=free: free)
         taken.append(fitting(pair, network)["to_fit_memory"])
     assert taken == [[], ["refinement at images every 2 voxels"], ["refinement at images every 2 voxels"], []]
     assert len(caplog.records) == 1  # not once a case
-    monkeypatch.setattr(memory, "held", lambda: 27)
-    monkeypatch.setattr(memory, "free", lambda *_: 80)  # and 20 that the cases before left behind
+    monkeypatch.setattr(machine, "held", lambda: 27)
+    monkeypatch.setattr(machine, "free", lambda *_: 80)  # and 20 that the cases before left behind
     assert fitting(pair, network)["to_fit_memory"] == []
 
 
@@ -196,8 +197,10 @@ def test_what_was_given_up_stands_in_the_cases_files_and_in_the_summary(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     reusable: list[int] = []
-    monkeypatch.setattr("regpipe.inference.require_for_files", lambda *_, **told: reusable.append(told["reusable"]))
-    monkeypatch.setattr(memory, "held", itertools.count(0, 10).__next__)  # a process that keeps what it is given
+    monkeypatch.setattr(
+        "regpipe.inference.folder.require_for_files", lambda *_, **told: reusable.append(told["reusable"])
+    )
+    monkeypatch.setattr(machine, "held", itertools.count(0, 10).__next__)  # a process that keeps what it is given
     monkeypatch.setattr(memory, "inference", lambda _, network, *__, **___: 20 if isinstance(network, Tiled) else 80)
     monkeypatch.setattr(ladder, "has_bfloat16", lambda _: False)
     monkeypatch.setattr(ladder, "TILES", (17,))
@@ -235,7 +238,7 @@ def test_refinement_at_coarser_images_is_predicted_to_need_less() -> None:
 def test_files_that_do_not_fit_are_refused_by_the_images_name(monkeypatch: pytest.MonkeyPatch, cohort: Path) -> None:
     image = str(cohort / "fixed_images" / "case_000.nii.gz")
     ladder.require_for_files(image, image)
-    monkeypatch.setattr(memory, "free", lambda *_: 1000)
+    monkeypatch.setattr(machine, "free", lambda *_: 1000)
     ladder.require_for_files(image, image, reusable=memory.native((32, 32)) - 1000)
     with pytest.raises(InputError, match="case_000.nii.gz: writing files on 32x32 voxels needs"):
         ladder.require_for_files(image, image)
@@ -271,7 +274,10 @@ def test_a_case_that_runs_out_of_memory_fails_in_a_line_and_the_others_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bundle, calls = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)), backbone="plain"), [0]
-    target = {"registered": "regpipe.engines.register", "written": "regpipe.transforms.native_displacement"}[where]
+    target = {
+        "registered": "regpipe.engines.inferers.register",
+        "written": "regpipe.transforms.displacement.native_displacement",
+    }[where]
     module, name = target.rsplit(".", 1)
     original = getattr(__import__(module, fromlist=[name]), name)
 
@@ -322,7 +328,7 @@ def test_files_that_cannot_be_carried_for_lack_of_memory_are_named_and_the_other
 
 
 def test_more_memory_than_there_is_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free", lambda *_: memory.GIB)
+    monkeypatch.setattr(machine, "free", lambda *_: machine.GIB)
     asked = FittingInferer(RegistrationInferer(), memory_gib=1000)
-    assert asked._room(torch.device("cpu")) > 900 * memory.GIB
-    assert FittingInferer(RegistrationInferer())._room(torch.device("cpu")) <= memory.GIB
+    assert asked._room(torch.device("cpu")) > 900 * machine.GIB
+    assert FittingInferer(RegistrationInferer())._room(torch.device("cpu")) <= machine.GIB

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 from conftest import Command, train
 
-from regpipe import ladder, memory
-from regpipe.bundles import write_bundle
-from regpipe.engines import RegistrationInferer
-from regpipe.errors import explain
-from regpipe.images import Grid, read_label
-from regpipe.loading import LoadPair
-from regpipe.losses import RegistrationLoss
-from regpipe.metrics import shared_labels
-from regpipe.network import SymmetricNet
-from regpipe.pairs import list_pairs
+from regpipe.bundle.write import write_bundle
+from regpipe.data.load import LoadPair
+from regpipe.data.pairs import list_pairs
+from regpipe.engines.inferers import RegistrationInferer
+from regpipe.inference import ladder, memory
+from regpipe.io.images import Grid, read_label
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.metrics.measures import shared_labels
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils import machine
+from regpipe.utils.errors import explain
 
 
 def test_training_that_does_not_fit_is_refused_with_what_helps(
@@ -41,7 +42,7 @@ def test_training_that_fits_with_checkpointing_takes_it_and_says_so(
     assert spared < plain - 50 * 2**20
     network.checkpointing = False
     for room, taken in ((plain, False), ((plain + spared) // 2, True)):
-        monkeypatch.setattr(memory, "room", lambda *_, room=room: room)
+        monkeypatch.setattr(machine, "room", lambda *_, room=room: room)
         assert ladder.require_memory(*given) == ["checkpointing"] * taken
         assert network.checkpointing is taken
     assert "--checkpointing true" in caplog.text
@@ -60,7 +61,7 @@ def test_a_cache_that_would_not_fit_beside_training_is_left_out_and_one_on_disk_
         (needed + kept - 1, {"cache_dir": str(tmp_path)}, []),
         (needed + kept - 1, {"cache": False}, []),
     ):
-        monkeypatch.setattr(memory, "room", lambda *_, room=room: room)
+        monkeypatch.setattr(machine, "room", lambda *_, room=room: room)
         load = LoadPair(grid, **told)
         assert ladder.require_memory(*given, load=load, cases=cases) == taken
         assert (load.cache is None) == bool(taken or "cache" in told)

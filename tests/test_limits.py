@@ -20,15 +20,18 @@ import pytest
 import torch
 from conftest import RNG, save
 
-from regpipe import checkpoints, images, limits, transformclaims, transformfiles
-from regpipe.errors import InputError
-from regpipe.files import replace_file
-from regpipe.memory import free
-from regpipe.pairs import list_pairs
-from regpipe.points import read_points
-from regpipe.transformfiles import find
-from regpipe.transforms import read_displacement
-from regpipe.weights import read_state_dict
+from regpipe.data.pairs import list_pairs
+from regpipe.engines import checkpoints
+from regpipe.io import images
+from regpipe.io.points import read_points
+from regpipe.networks.weights import read_state_dict
+from regpipe.transforms import claims, read
+from regpipe.transforms.displacement import read_displacement
+from regpipe.transforms.read import find
+from regpipe.utils import limits
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import replace_file
+from regpipe.utils.machine import free
 
 HUGE = (60000, 60000, 60000)
 PLACED = "space directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n"
@@ -92,10 +95,10 @@ def test_zeros_packed_small_are_refused_where_they_do_not_fit_and_read_where_the
     bomb = save(tmp_path / "a.nii.gz", array)
     assert array.nbytes > 200 * bomb.stat().st_size
     monkeypatch.setattr(limits, "UNASKED", 10**6)
-    monkeypatch.setattr("regpipe.memory.free", lambda: 8 * array.size - 1)
+    monkeypatch.setattr("regpipe.utils.machine.free", lambda: 8 * array.size - 1)
     with pytest.raises(InputError, match=r"a.nii.gz: says that it holds 60 x 60 x 60 values; that .* \(0.0016\d GiB"):
         images.read_image(bomb)
-    monkeypatch.setattr("regpipe.memory.free", lambda: 8 * array.size)
+    monkeypatch.setattr("regpipe.utils.machine.free", lambda: 8 * array.size)
     assert images.read_image(bomb).array.sum() == 1
 
 
@@ -146,11 +149,11 @@ def test_a_case_of_a_datalist_cannot_be_named_after_another_folder(tmp_path: Pat
 
 
 def test_files_larger_than_the_memory_are_not_read_whole(tmp_path: Path) -> None:
-    for name, read in (("a.json", list_pairs), ("b.stl", read_points), ("c.csv", read_points)):
+    for name, reads in (("a.json", list_pairs), ("b.stl", read_points), ("c.csv", read_points)):
         with (tmp_path / name).open("wb") as file:
             os.truncate(file.fileno(), 2**42)  # a hole: takes no room on the disk
         with pytest.raises(InputError, match=f"{name}: says that it holds 4398046511104 values"):
-            read(tmp_path / name)
+            reads(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------- transform files
@@ -195,19 +198,19 @@ def test_a_grid_larger_than_its_numbers_is_refused(
 ) -> None:
     sides = [2] if kind.startswith("Velocity") else []  # time is its fourth
     with pytest.raises(ValueError, match="60000 x 60000 x 60000.* and its 48 numbers do not fit"):
-        transformclaims.check(write(tmp_path / f"a{suffix}", kind, 48, [*HUGE, *sides, *PLACE]))
-    transformclaims.check(write(tmp_path / f"b{suffix}", kind, 48, [2, 2, 2, *sides, *PLACE]))
-    transformclaims.check(write(tmp_path / f"c{suffix}", "AffineTransform_double_3_3", 12, [1e6, 1e6, 1e6]))
+        claims.check(write(tmp_path / f"a{suffix}", kind, 48, [*HUGE, *sides, *PLACE]))
+    claims.check(write(tmp_path / f"b{suffix}", kind, 48, [2, 2, 2, *sides, *PLACE]))
+    claims.check(write(tmp_path / f"c{suffix}", "AffineTransform_double_3_3", 12, [1e6, 1e6, 1e6]))
 
 
 def test_a_transform_that_claims_numbers_it_does_not_hold_is_refused(tmp_path: Path) -> None:
     chunked = h5(tmp_path / "a.h5", FIELDS[0], 10**12, [2, 2, 2, *PLACE], chunks=(2**18,))
     assert chunked.stat().st_size < 20_000
     with pytest.raises(InputError, match="a.h5: says that it holds 1000000000000 values"):
-        transformclaims.check(chunked)
+        claims.check(chunked)
     for claimed in (2**31 - 1, -12):
         with pytest.raises(ValueError, match=f"{claimed} x 1 numbers"):
-            transformclaims.check(mat(tmp_path / "a.mat", "AffineTransform_double_3_3", 12, [0, 0, 0], claimed=claimed))
+            claims.check(mat(tmp_path / "a.mat", "AffineTransform_double_3_3", 12, [0, 0, 0], claimed=claimed))
 
 
 @pytest.mark.parametrize("write, suffix", [(h5, ".h5"), (text, ".tfm"), (mat, ".mat")])
@@ -215,13 +218,13 @@ def test_a_transform_of_too_few_numbers_or_of_no_kind_is_refused_before_itk_read
     tmp_path: Path, write: Callable[..., Path], suffix: str
 ) -> None:
     path, kind = tmp_path / f"a{suffix}", "Euler3DTransform_double_3_3"
-    assert transformfiles.read_transform(write(path, kind, 6, [0, 0, 0])).GetNumberOfParameters() == 6
+    assert read.read_transform(write(path, kind, 6, [0, 0, 0])).GetNumberOfParameters() == 6
     for broken, count, told in (
         (kind, 2, "holds 2 numbers for a Euler3D"),
         ("Euler3DTr_do", 6, "kind, 'Euler3DTr_do'"),
     ):
         with pytest.raises(InputError, match=f"a{suffix}: not a readable transform .*{told}"):
-            transformfiles.read_transform(write(path, broken, count, [0, 0, 0]))
+            read.read_transform(write(path, broken, count, [0, 0, 0]))
 
 
 def test_hdf5_that_reads_from_other_files_is_refused(tmp_path: Path) -> None:
@@ -230,12 +233,12 @@ def test_hdf5_that_reads_from_other_files_is_refused(tmp_path: Path) -> None:
         tmp_path / "a.h5", "AffineTransform_double_3_3", 12, [0, 0, 0], external=[(tmp_path / "secret", 0, 96)]
     )
     with pytest.raises(ValueError, match="TransformParameters refers to another file"):
-        transformclaims.check(external)
+        claims.check(external)
     for link in (h5py.ExternalLink("a.h5", "/TransformGroup"), h5py.SoftLink("/elsewhere")):
         with h5py.File(tmp_path / "b.h5", "w") as file:
             file["TransformGroup"] = link
         with pytest.raises(ValueError, match="TransformGroup refers to another place"):
-            transformclaims.check(tmp_path / "b.h5")
+            claims.check(tmp_path / "b.h5")
 
 
 # --------------------------------------------------------------------------------------- weights

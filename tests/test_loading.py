@@ -12,12 +12,12 @@ import torch
 from conftest import frames, real, save, two_folders, volume
 from nibabel.affines import apply_affine
 
-from regpipe.checks import check_pairs
-from regpipe.cohort import write_cohort
-from regpipe.images import Grid, InputError
-from regpipe.loading import LoadPair, collate_pairs
-from regpipe.pairs import list_pairs, working_grid
-from regpipe.phantoms import make_pair
+from regpipe.data.checks import check_pairs
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.pairs import list_pairs, working_grid
+from regpipe.io.images import Grid, InputError
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.phantoms.scenes import make_pair
 
 
 def test_landmarks_point_at_the_same_spot_of_the_working_image(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from regpipe.encoders import Encoder
-from regpipe.errors import InputError
-from regpipe.fields import Registration, identity_grid, register, register_midway, resize, resize_image, warp
-from regpipe.losses import TERMS, RegistrationLoss, feature_encoder, overlaps
-from regpipe.network import SymmetricNet
+from regpipe.fields.algebra import Registration, identity_grid, register, register_midway, resize, resize_image, warp
+from regpipe.losses.terms import TERMS, RegistrationLoss, feature_encoder, overlaps
+from regpipe.networks.encoders import Encoder
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils.errors import InputError
 
 SHAPES = [(20, 17), (12, 10, 11)]
 EACH = pytest.mark.parametrize("shape", SHAPES)

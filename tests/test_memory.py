@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from regpipe import memory
-from regpipe.cli import main
-from regpipe.engines import RegistrationInferer, ZeroInferer
-from regpipe.errors import InputError
-from regpipe.losses import RegistrationLoss
-from regpipe.network import SymmetricNet
-from regpipe.refine import zero_refiner
+from regpipe.cli.main import main
+from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
+from regpipe.engines.refine import zero_refiner
+from regpipe.inference import memory
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils import machine
+from regpipe.utils.errors import InputError
 
 BENCHMARK = Path(__file__).parent / "benchmarks" / "memory.py"
 
@@ -144,24 +145,24 @@ def test_a_containers_limit_counts_without_what_the_system_can_drop(tmp_path: Pa
     (job / "memory.max").write_text("1000\n")
     (job / "memory.current").write_text("700\n")
     (job / "memory.stat").write_text("anon 500\ninactive_file 200\n")
-    assert min(memory._limits(tmp_path / "cgroup", tmp_path / "listed")) == 1000 - 700 + 200
+    assert min(machine._limits(tmp_path / "cgroup", tmp_path / "listed")) == 1000 - 700 + 200
 
 
 def test_what_a_user_allows_is_for_the_whole_process() -> None:
-    assert memory.room(None) == pytest.approx(memory.free(), rel=0.2)
-    assert memory.room(100.0) == pytest.approx(100 * memory.GIB - memory.held(), rel=1e-3)
+    assert machine.room(None) == pytest.approx(machine.free(), rel=0.2)
+    assert machine.room(100.0) == pytest.approx(100 * machine.GIB - machine.held(), rel=1e-3)
 
 
 def test_processes_on_one_machine_share_what_is_free_but_not_what_each_is_allowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "free", lambda *_: 900)
-    assert memory.share(None) == 900
+    monkeypatch.setattr(machine, "free", lambda *_: 900)
+    assert machine.share(None) == 900
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert memory.share(None) == 300
-    assert memory.share(100.0) == pytest.approx(100 * memory.GIB - memory.held(), rel=1e-3)
+    assert machine.share(None) == 300
+    assert machine.share(100.0) == pytest.approx(100 * machine.GIB - machine.held(), rel=1e-3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert memory._beside(torch.device("cuda")) == 2  # the first and the third process have one GPU
+    assert machine._beside(torch.device("cuda")) == 2  # the first and the third process have one GPU
 
 
 def test_the_doctor_says_what_a_grid_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +190,7 @@ def test_the_doctor_refuses_in_a_line(
 
 
 def test_a_limit_of_nothing_is_a_mistake() -> None:
-    from regpipe.ladder import FittingInferer
+    from regpipe.inference.ladder import FittingInferer
 
     with pytest.raises(InputError, match="more than 0"):
         FittingInferer(RegistrationInferer(), memory_gib=0)

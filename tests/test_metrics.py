@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import ndimage, stats
 
-from regpipe import metrics
-from regpipe.fields import Registration, integrate_both, warp
+from regpipe.fields.algebra import Registration, integrate_both, warp
+from regpipe.metrics import measures
 
 
 def boxes(shift: int) -> tuple[np.ndarray, np.ndarray]:
@@ -33,38 +33,38 @@ def one_displaced_pixel(by: float) -> torch.Tensor:
 
 def test_only_labels_of_both_images_are_shared_and_never_the_background():
     fixed, moving = np.array([[0, 1, 2, 5]]), np.array([[0, 2, 5, 7]])
-    assert metrics.shared_labels(fixed, moving) == [2, 5]
+    assert measures.shared_labels(fixed, moving) == [2, 5]
 
 
 def test_dice_of_shifted_boxes_is_their_overlap():
     # 10 - 3 of 10 rows overlap, both boxes are equally large.
-    assert metrics.dice(*boxes(3), [3]) == {3: pytest.approx(0.7)}
-    assert metrics.dice(*boxes(10), [3]) == {3: 0.0}
+    assert measures.dice(*boxes(3), [3]) == {3: pytest.approx(0.7)}
+    assert measures.dice(*boxes(10), [3]) == {3: 0.0}
 
 
 def test_dice_of_a_label_that_neither_holds_is_nan_and_of_a_vanished_one_zero():
     fixed, _ = boxes(0)
-    assert math.isnan(metrics.dice(fixed, fixed, [4])[4])
-    assert metrics.dice(fixed, np.zeros_like(fixed), [3]) == {3: 0.0}
+    assert math.isnan(measures.dice(fixed, fixed, [4])[4])
+    assert measures.dice(fixed, np.zeros_like(fixed), [3]) == {3: 0.0}
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0), (2.5, 1.0), (0.5, 3.0)])
 def test_hd95_of_boxes_shifted_along_an_axis_is_the_shift_in_mm_of_that_axis(spacing):
     # The far face (10 of 36 rim pixels, more than 5 %) is exactly the shift away, unless the other
     # axis offers a shorter way, and it does not: beside the box there is no surface.
-    assert metrics.hd95(*boxes(2), [3], spacing)[3] == pytest.approx(2 * spacing[0])
+    assert measures.hd95(*boxes(2), [3], spacing)[3] == pytest.approx(2 * spacing[0])
 
 
 def test_hd95_in_3d_takes_the_spacing_of_its_own_axis():
     fixed, moved = np.zeros((12, 12, 12), int), np.zeros((12, 12, 12), int)
     fixed[3:8, 3:8, 3:8] = 1
     moved[3:8, 3:8, 5:10] = 1
-    assert metrics.hd95(fixed, moved, [1], (1.0, 1.0, 0.7))[1] == pytest.approx(1.4)
+    assert measures.hd95(fixed, moved, [1], (1.0, 1.0, 0.7))[1] == pytest.approx(1.4)
 
 
 def test_hd95_of_a_vanished_label_is_nan():
     fixed, _ = boxes(0)
-    assert math.isnan(metrics.hd95(fixed, np.zeros_like(fixed), [3], (1, 1))[3])
+    assert math.isnan(measures.hd95(fixed, np.zeros_like(fixed), [3], (1, 1))[3])
 
 
 def test_tre_is_zero_where_the_translation_is_known_and_its_length_in_mm_where_it_is_not():
@@ -72,24 +72,24 @@ def test_tre_is_zero_where_the_translation_is_known_and_its_length_in_mm_where_i
     shift = torch.tensor([1.0, 2.0, -2.0])
     u = shift.view(3, 1, 1, 1).expand(3, 12, 12, 12)
     spacing = (1.0, 2.0, 0.5)
-    np.testing.assert_allclose(metrics.tre(p, p + shift, u, spacing), [0, 0], atol=1e-5)
+    np.testing.assert_allclose(measures.tre(p, p + shift, u, spacing), [0, 0], atol=1e-5)
     # sqrt(1^2 + 4^2 + 1^2)
     expected = [math.sqrt(18)] * 2
-    np.testing.assert_allclose(metrics.tre(p, p + shift, 0 * u, spacing), expected, rtol=1e-6)
+    np.testing.assert_allclose(measures.tre(p, p + shift, 0 * u, spacing), expected, rtol=1e-6)
 
 
 def test_tre_drops_landmarks_that_either_image_lacks():
     p = np.array([[1, 1], [2, 2], [np.nan, np.nan]], np.float32)
     q = np.array([[1, 1], [np.nan, 2], [3, 3]], np.float32)
-    assert metrics.tre(p, q, np.zeros((2, 5, 5)), (1, 1)).tolist() == [0]
-    assert len(metrics.tre(p[:0], q[:0], np.zeros((2, 5, 5)), (1, 1))) == 0
+    assert measures.tre(p, q, np.zeros((2, 5, 5)), (1, 1)).tolist() == [0]
+    assert len(measures.tre(p[:0], q[:0], np.zeros((2, 5, 5)), (1, 1))) == 0
 
 
 def test_ncc_knows_affine_intensity_and_opposites():
     a = np.random.default_rng(0).random((1, 8, 8))
-    assert metrics.ncc(a, 3 * a + 2) == pytest.approx(1)
-    assert metrics.ncc(a, -a) == pytest.approx(-1)
-    assert metrics.ncc(a, np.ones_like(a)) == 0
+    assert measures.ncc(a, 3 * a + 2) == pytest.approx(1)
+    assert measures.ncc(a, -a) == pytest.approx(-1)
+    assert measures.ncc(a, np.ones_like(a)) == 0
 
 
 def linear(matrix: list[list[float]], shape: tuple[int, ...]) -> np.ndarray:
@@ -101,14 +101,14 @@ def linear(matrix: list[list[float]], shape: tuple[int, ...]) -> np.ndarray:
 def test_u_of_minus_2x_folds_everywhere_in_3d():
     # x -> -x has determinant (-1)^3; every simplex is flipped onto its own volume.
     u = linear((-np.eye(3)).tolist(), (5, 6, 7))
-    assert metrics.folds_percent(u) == 100
-    assert metrics.ndv_percent(u) == pytest.approx(100)
+    assert measures.folds_percent(u) == 100
+    assert measures.ndv_percent(u) == pytest.approx(100)
 
 
 def test_in_2d_u_of_minus_2x_is_half_a_turn_and_folds_nowhere():
     u = linear((-np.eye(2)).tolist(), (5, 6))
-    assert metrics.folds_percent(u) == 0
-    assert metrics.ndv_percent(u) == 0
+    assert measures.folds_percent(u) == 0
+    assert measures.ndv_percent(u) == 0
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 5, 6)])
@@ -116,7 +116,7 @@ def test_ndv_of_a_stretched_mirror_image_is_the_volume_it_covers(shape):
     # One axis flipped and stretched by 1.5: each flipped unit cell covers 1.5 of its volume.
     matrix = np.eye(len(shape))
     matrix[0, 0] = -1.5
-    assert metrics.ndv_percent(linear(matrix.tolist(), shape)) == pytest.approx(150)
+    assert measures.ndv_percent(linear(matrix.tolist(), shape)) == pytest.approx(150)
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 5, 6)])
@@ -125,14 +125,14 @@ def test_ndv_counts_one_flipped_slab_of_cells(shape):
     # there, one of 8, covers half its volume upside down.
     u = np.zeros((len(shape), *shape))
     u[0, 5:] = -1.5
-    assert metrics.ndv_percent(u) == pytest.approx(100 * 0.5 / 8)
+    assert measures.ndv_percent(u) == pytest.approx(100 * 0.5 / 8)
 
 
 @pytest.mark.parametrize("shape", [(24, 20), (16, 18, 14)])
 def test_a_gentle_diffeomorphism_has_neither_folds_nor_volume(shape):
     u, _ = integrate_both(smooth_velocity(shape, amplitude=2.0))
-    assert metrics.folds_percent(u[0]) == 0
-    assert metrics.ndv_percent(u[0]) == 0
+    assert measures.folds_percent(u[0]) == 0
+    assert measures.ndv_percent(u[0]) == 0
 
 
 def test_ndv_sees_the_displaced_pixel_that_central_differences_skip():
@@ -140,8 +140,8 @@ def test_ndv_sees_the_displaced_pixel_that_central_differences_skip():
     # leaves it has length 1 - 1.5 = -0.5, and both its corners have determinant -0.5: each cell
     # loses 2 triangles of area 0.25, averaged over the two ways to cut it.
     u = one_displaced_pixel(1.5)
-    assert metrics.folds_percent(u) == 0
-    assert metrics.ndv_percent(u) == pytest.approx(100 * 2 * (2 * 0.25 / 2) / 64)
+    assert measures.folds_percent(u) == 0
+    assert measures.ndv_percent(u) == pytest.approx(100 * 2 * (2 * 0.25 / 2) / 64)
 
 
 @pytest.mark.parametrize("shape", [(33, 33), (17, 17, 17)])
@@ -151,8 +151,8 @@ def test_ndv_sees_a_checkerboard_that_central_differences_take_for_the_identity(
     window = np.prod(np.sin(np.pi * grid / (shape[0] - 1)), axis=0) ** 2
     u = np.zeros((len(shape), *shape))
     u[0] = 0.8 * window * (-1.0) ** grid.sum(0)
-    assert metrics.folds_percent(u) == 0
-    assert metrics.ndv_percent(u) > 0.1
+    assert measures.folds_percent(u) == 0
+    assert measures.ndv_percent(u) > 0.1
 
 
 def test_ndv_of_a_cube_with_a_pushed_corner_counts_the_central_tetrahedron():
@@ -165,21 +165,21 @@ def test_ndv_of_a_cube_with_a_pushed_corner_counts_the_central_tetrahedron():
         u[:, 0, 0, 0] = t
         return u
 
-    assert metrics.ndv_percent(push(0.4)) == pytest.approx(100 * 0.2 / 12, rel=1e-5)
-    assert metrics.ndv_percent(push(0.7)) == pytest.approx(100 * (1.1 + 0.1) / 12, rel=1e-4)
+    assert measures.ndv_percent(push(0.4)) == pytest.approx(100 * 0.2 / 12, rel=1e-5)
+    assert measures.ndv_percent(push(0.7)) == pytest.approx(100 * (1.1 + 0.1) / 12, rel=1e-4)
     # The opposite corner pushed back is the same by symmetry.
     mirrored = -push(0.7)[:, ::-1, ::-1, ::-1].copy()
-    assert metrics.ndv_percent(mirrored) == pytest.approx(100 * 1.2 / 12, rel=1e-4)
+    assert measures.ndv_percent(mirrored) == pytest.approx(100 * 1.2 / 12, rel=1e-4)
 
 
 def test_a_broken_field_is_not_called_free_of_folds():
-    assert metrics.folds_percent(np.full((2, 4, 4), np.nan)) == 100
+    assert measures.folds_percent(np.full((2, 4, 4), np.nan)) == 100
 
 
 def test_sdlogj_of_a_linear_map_is_zero():
     u = linear([[1.2, 0.1], [-0.3, 0.8]], (9, 8))
-    assert metrics.sdlogj(u) == pytest.approx(0, abs=1e-5)
-    assert metrics.sdlogj_l2r(u) == pytest.approx(0, abs=1e-5)
+    assert measures.sdlogj(u) == pytest.approx(0, abs=1e-5)
+    assert measures.sdlogj_l2r(u) == pytest.approx(0, abs=1e-5)
 
 
 def test_sdlogj_of_an_exponential_stretch_is_that_of_a_ramp():
@@ -189,7 +189,7 @@ def test_sdlogj_of_an_exponential_stretch_is_that_of_a_ramp():
     x = np.arange(n)
     u = np.zeros((2, n, 4))
     u[0] = (np.exp(k * x) / k - x)[:, None]
-    assert metrics.sdlogj(u) == pytest.approx(k * math.sqrt((n**2 - 1) / 12), rel=1e-2)
+    assert measures.sdlogj(u) == pytest.approx(k * math.sqrt((n**2 - 1) / 12), rel=1e-2)
 
 
 def l2r_by_its_definition(u: np.ndarray) -> float:
@@ -207,25 +207,25 @@ def l2r_by_its_definition(u: np.ndarray) -> float:
 @pytest.mark.parametrize("shape", [(20, 24), (14, 12, 13)])
 def test_the_learn2reg_number_follows_its_published_definition(shape):
     u = smooth_velocity(shape, amplitude=6.0)[0].double().numpy()
-    assert metrics.sdlogj_l2r(u) == pytest.approx(l2r_by_its_definition(u), rel=1e-4)
-    assert metrics.sdlogj_l2r(u) < metrics.sdlogj(u) / 2
+    assert measures.sdlogj_l2r(u) == pytest.approx(l2r_by_its_definition(u), rel=1e-4)
+    assert measures.sdlogj_l2r(u) < measures.sdlogj(u) / 2
 
 
 def test_the_learn2reg_number_of_a_grid_that_is_all_rim_is_nan():
-    assert math.isnan(metrics.sdlogj_l2r(np.zeros((2, 4, 9))))
+    assert math.isnan(measures.sdlogj_l2r(np.zeros((2, 4, 9))))
 
 
 def test_inverse_consistency_of_a_translation_pair_is_zero_and_of_a_wrong_one_its_length_in_mm():
     u = torch.tensor([3.0, -1.0]).view(2, 1, 1).expand(2, 10, 12)
     spacing = (2.0, 0.5)
-    assert metrics.inverse_consistency(u, -u, spacing) == pytest.approx(0, abs=1e-5)
+    assert measures.inverse_consistency(u, -u, spacing) == pytest.approx(0, abs=1e-5)
     # u after itself moves (6, -2) voxels = (12, -1) mm.
-    assert metrics.inverse_consistency(u, u, spacing) == pytest.approx(math.hypot(12, 1), rel=1e-5)
+    assert measures.inverse_consistency(u, u, spacing) == pytest.approx(math.hypot(12, 1), rel=1e-5)
 
 
 def test_the_bootstrap_interval_is_scipys_and_close_to_the_normal_one():
     values = np.random.default_rng(3).normal(5, 2, 200)
-    mean, low, high = metrics.bootstrap_interval([*values, math.nan], seed=7)
+    mean, low, high = measures.bootstrap_interval([*values, math.nan], seed=7)
     oracle = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=7).confidence_interval
     assert (mean, low, high) == pytest.approx((values.mean(), oracle.low, oracle.high))
     half = 1.96 * values.std(ddof=1) / math.sqrt(200)
@@ -233,8 +233,8 @@ def test_the_bootstrap_interval_is_scipys_and_close_to_the_normal_one():
 
 
 def test_the_bootstrap_interval_of_few_values_is_honest():
-    assert metrics.bootstrap_interval([0.5, math.nan]) == (0.5, 0.5, 0.5)
-    assert all(math.isnan(x) for x in metrics.bootstrap_interval([]))
+    assert measures.bootstrap_interval([0.5, math.nan]) == (0.5, 0.5, 0.5)
+    assert all(math.isnan(x) for x in measures.bootstrap_interval([]))
 
 
 def translated_case(shift: int) -> tuple[Registration, dict]:
@@ -257,8 +257,8 @@ def translated_case(shift: int) -> tuple[Registration, dict]:
 
 
 def test_measure_knows_a_translation_before_and_after():
-    row = metrics.measure(*translated_case(3), (2.0, 1.0))
-    assert list(row) == list(metrics.HIGHER_IS_BETTER)
+    row = measures.measure(*translated_case(3), (2.0, 1.0))
+    assert list(row) == list(measures.HIGHER_IS_BETTER)
     expected = {"dice_before": 0.7, "dice": 1, "hd95_before": 6, "hd95": 0, "tre_before": 6}
     expected |= {"tre": 0, "ncc": 1, "folds_percent": 0, "ndv_percent": 0, "sdlogj": 0}
     expected |= {"sdlogj_l2r": 0, "inverse_consistency": 0}
@@ -270,6 +270,6 @@ def test_measure_gives_nan_for_what_a_case_does_not_have():
     registration, item = translated_case(3)
     item["fixed_label"] = torch.zeros_like(item["fixed_label"])
     item["fixed_landmarks"] = item["moving_landmarks"] = torch.zeros(1, 0, 2)
-    row = metrics.measure(registration, item, (1.0, 1.0))
+    row = measures.measure(registration, item, (1.0, 1.0))
     missing = {name for name, value in row.items() if math.isnan(value)}
     assert missing == {"dice_before", "dice", "hd95_before", "hd95", "tre_before", "tre"}

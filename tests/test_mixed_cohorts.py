@@ -12,13 +12,13 @@ from conftest import Command, save, train, volume
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from regpipe.bundles import write_bundle
-from regpipe.checks import check_pairs
-from regpipe.cohort import write_cohort
-from regpipe.fields import Registration, register
-from regpipe.loading import LoadPair, collate_pairs
-from regpipe.losses import TERMS, Options, RegistrationLoss, masks_of
-from regpipe.pairs import list_pairs, working_grid
+from regpipe.bundle.write import write_bundle
+from regpipe.data.checks import check_pairs
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.pairs import list_pairs, working_grid
+from regpipe.fields.algebra import Registration, register
+from regpipe.losses.terms import TERMS, Options, RegistrationLoss, masks_of
+from regpipe.phantoms.cohort import write_cohort
 
 
 def still(u: Tensor) -> Registration:

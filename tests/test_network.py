@@ -15,11 +15,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from regpipe import network
-from regpipe.correlation import local_correlations
-from regpipe.encoders import BACKBONES
-from regpipe.fields import register, register_midway, resize_image
-from regpipe.network import SymmetricNet, SymNet, fold, load_symnet, unfold
+from regpipe.fields.algebra import register, register_midway, resize_image
+from regpipe.networks import symmetric
+from regpipe.networks.correlation import local_correlations
+from regpipe.networks.encoders import BACKBONES
+from regpipe.networks.symmetric import SymmetricNet, SymNet, fold, load_symnet, unfold
 
 DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -112,8 +112,8 @@ def test_large_images_are_looked_at_one_by_one_with_the_same_velocity_and_gradie
     batches: list[int] = []
     net.detail.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
     small = found()
-    monkeypatch.setattr(network, "SMALL_IMAGE", 0)
-    monkeypatch.setattr(network, "SMALL_LEVEL", 0)
+    monkeypatch.setattr(symmetric, "SMALL_IMAGE", 0)
+    monkeypatch.setattr(symmetric, "SMALL_LEVEL", 0)
     large = found()
     assert batches == [4, 2, 2]
     most = max(float(x.abs().max()) for x in small[1:])
@@ -156,8 +156,8 @@ def test_large_images_are_seen_one_after_the_other_to_the_same_end(
     net, both = built(backbone, dims), pair(SIZES[dims][0])
     with torch.no_grad():
         together = net(both)
-        monkeypatch.setattr(network, "SMALL_IMAGE", 0)
-        monkeypatch.setattr(network, "SMALL_LEVEL", 0)
+        monkeypatch.setattr(symmetric, "SMALL_IMAGE", 0)
+        monkeypatch.setattr(symmetric, "SMALL_LEVEL", 0)
         apart, swapped = net(both), net(both.flip(1))
     assert torch.equal(apart, -swapped)
     assert torch.allclose(apart, together, atol=1e-5)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from regpipe import integrate
-from regpipe.cohort import write_cohort
-from regpipe.images import make_grid
-from regpipe.network import SymmetricNet
+from regpipe.io.images import make_grid
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.phantoms.cohort import write_cohort
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 

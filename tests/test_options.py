@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from regpipe import InputError
-from regpipe.options import check_numbers, check_switches, refuse_unknown
+from regpipe.engines.options import check_numbers, check_switches, refuse_unknown
 
 PROGRAM = "/somewhere/monai/bundle/__main__.py"
 

@@ -13,11 +13,11 @@ import pytest
 from conftest import frames, real, save, subjects, two_folders, volume
 from test_dicom import write_series
 
-from regpipe import pairs
-from regpipe.checks import check_pairs
-from regpipe.images import Grid, InputError
-from regpipe.loading import LoadPair
-from regpipe.pairs import list_pairs, natural, working_grid
+from regpipe.data import pairs
+from regpipe.data.checks import check_pairs
+from regpipe.data.load import LoadPair
+from regpipe.data.pairs import list_pairs, natural, working_grid
+from regpipe.io.images import Grid, InputError
 
 
 def test_files_of_one_stem_are_a_case_with_all_that_belongs_to_it(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from regpipe.engines import RegistrationInferer
-from regpipe.fields import warp
-from regpipe.peers import DIVISOR, DisplacementInferer, LocalNet, VoxelMorph, divisible
+from regpipe.engines.inferers import RegistrationInferer
+from regpipe.fields.algebra import warp
+from regpipe.networks.peers import DIVISOR, DisplacementInferer, LocalNet, VoxelMorph, divisible
 
 SIZES = [(20, 27), (12, 16, 21)]
 

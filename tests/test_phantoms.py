@@ -16,9 +16,9 @@ from scipy.ndimage import (
     minimum_filter,
 )
 
-from regpipe.cohort import write_cohort
-from regpipe.deformations import random_deformation, unit_grid
-from regpipe.phantoms import KINDS, Phantom, make_pair
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.phantoms.motion import random_deformation, unit_grid
+from regpipe.phantoms.scenes import KINDS, Phantom, make_pair
 
 SHAPES = ((64, 64), (48, 40), (24, 20, 28))
 everywhere = pytest.mark.parametrize("kind", KINDS)
@@ -199,7 +199,7 @@ def test_a_cohort_broken_off_leaves_nothing_that_looks_like_one(
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("regpipe.cohort._write_case", fail)
+    monkeypatch.setattr("regpipe.phantoms.cohort._write_case", fail)
     with pytest.raises(KeyboardInterrupt):
         write_cohort(tmp_path / "a", shape=(16, 16), n_pairs=1)
     assert list(tmp_path.iterdir()) == []

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regpipe.errors import InputError
-from regpipe.points import read_points, write_points
+from regpipe.io.points import read_points, write_points
+from regpipe.utils.errors import InputError
 
 POINTS = np.array([[10.5, -20.25, 30.0], [1.0, 2.0, -3.0], [7.0, 0.5, 4.0], [-6.0, 5.0, 2.5]])  # LPS mm
 RAS = POINTS * [-1, -1, 1]

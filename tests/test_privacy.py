@@ -21,10 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 from test_dicom import write_series
 
-from regpipe import cli
-from regpipe.cohort import write_cohort
-from regpipe.compare import compare
-from regpipe.network import SymmetricNet
+from regpipe.cli import main as cli
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.study.compare import compare
 
 MARK = "QZXDOEJANE"  # of everything that is planted; long enough not to arise by chance
 WHO = f"{MARK}^1947"
@@ -153,7 +153,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, monai_bundle: Command) -> 
         return subprocess.CompletedProcess(command, 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regpipe.compare.subprocess.run", bundle_command)
+        patch.setattr("regpipe.study.compare.subprocess.run", bundle_command)
         for name in ("connect", "connect_ex", "sendto"):
             patch.setattr(socket.socket, name, done.refuse)
         for name in ("getaddrinfo", "gethostbyname", "create_connection"):
@@ -215,8 +215,8 @@ def test_nobody_was_called(outputs: Outputs) -> None:
 
 
 def test_the_model_still_knows_its_data(outputs: Outputs) -> None:
-    from regpipe import record
-    from regpipe.pairs import list_pairs
+    from regpipe.data.pairs import list_pairs
+    from regpipe.engines import record
 
     models = outputs.out / "compared" / "alexnet" / "models"
     kept = json.loads((models / record.NAME).read_text())

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
-from regpipe.errors import InputError
-from regpipe.homography import carry
-from regpipe.images import Image
-from regpipe.projective import align_projective, from_landmarks
+from regpipe.io.geometry import carry
+from regpipe.io.images import Image
+from regpipe.transforms.projective import align_projective, from_landmarks
+from regpipe.utils.errors import InputError
 
 RNG = np.random.default_rng(11)
 CENTRES, WIDTHS = RNG.uniform(-75, 75, (90, 2)), RNG.uniform(4, 9, 90)  # mm
@@ -87,7 +87,7 @@ def test_masks_keep_what_does_not_belong_to_the_plane_out() -> None:
 
 def test_what_is_no_improvement_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
     noise = MOVING._replace(array=np.random.default_rng(0).random(MOVING_SHAPE).astype(np.float32))
-    with caplog.at_level(logging.INFO, "regpipe.projective"):
+    with caplog.at_level(logging.INFO, "regpipe.transforms.projective"):
         kept = align_projective(FIXED, FIXED, np.eye(3))
         lost = align_projective(FIXED, noise, best_affine())
     assert (kept.matrix == np.eye(3)).all() and kept.before == kept.after

@@ -19,17 +19,17 @@ from scipy import ndimage
 from test_cli import regpipe
 from test_projective import FIXED, FIXED_SHAPE, LPS, MOVING, TRUTH, best_affine, errors
 
-from regpipe.apply import apply
-from regpipe.bundles import write_bundle
-from regpipe.casefiles import save_case
-from regpipe.casemetrics import read_rows
-from regpipe.errors import InputError
-from regpipe.fields import register
-from regpipe.frames import Frames
-from regpipe.homography import carry
-from regpipe.images import Grid, Image, read_image
-from regpipe.loading import LoadPair, collate_pairs
-from regpipe.transforms import write_displacement, write_image
+from regpipe.bundle.write import write_bundle
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.placement import Frames
+from regpipe.fields.algebra import register
+from regpipe.inference.case_files import save_case
+from regpipe.io.geometry import carry
+from regpipe.io.images import Grid, Image, read_image
+from regpipe.metrics.cases import read_rows
+from regpipe.transforms.apply import apply
+from regpipe.transforms.displacement import write_displacement, write_image
+from regpipe.utils.errors import InputError
 
 SEEN = np.random.default_rng(4).uniform(-45, 45, (7, 2))  # landmarks, RAS mm of the fixed image
 
@@ -214,7 +214,7 @@ def test_a_homography_that_folds_on_the_grid_leaves_the_affine_map(
     seen = np.array([[0.0, 0], [30, 0], [30, 25], [0, 25], [12, 9]])
     points = {"fixed_landmarks": seen, "moving_landmarks": carry(steep, seen)}
     files = {name: str(write_csv(tmp_path / f"{name}.csv", at * LPS)) for name, at in points.items()}
-    with caplog.at_level(logging.WARNING, "regpipe.frames"):
+    with caplog.at_level(logging.WARNING, "regpipe.data.placement"):
         frames, linear = (Frames(None, stage, source="landmarks") for stage in ("projective", "affine"))
         kept = frames(case | files, read_image)
     assert "folds on the working grid; the affine map is kept" in caplog.text

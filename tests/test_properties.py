@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 
-from regpipe.errors import InputError
-from regpipe.fields import compose, identity_grid, integrate_both, resize, warp
-from regpipe.images import Grid, Image, to_grid, voxel_size
-from regpipe.pairs import list_pairs
-from regpipe.points import read_points, write_points
-from regpipe.transforms import (
+from regpipe.data.pairs import list_pairs
+from regpipe.fields.algebra import compose, identity_grid, integrate_both, resize, warp
+from regpipe.io.images import Grid, Image, to_grid, voxel_size
+from regpipe.io.points import read_points, write_points
+from regpipe.transforms.displacement import (
     grid_displacement,
     map_points,
     native_displacement,
     read_displacement,
     write_displacement,
 )
+from regpipe.utils.errors import InputError
 
 SHAPES = st.one_of(st.tuples(st.integers(12, 32), st.integers(12, 32)), st.tuples(*[st.integers(12, 20)] * 3))
 SMALL = st.one_of(st.tuples(*[st.integers(2, 9)] * 2), st.tuples(*[st.integers(2, 6)] * 3))

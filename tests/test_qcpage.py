@@ -15,11 +15,11 @@ import pytest
 from reported import write_case
 from typer.testing import CliRunner
 
-from regpipe.cli import app
-from regpipe.errors import InputError
-from regpipe.qcpage import _number, chart, read_cases, write_report
-from regpipe.quality import THRESHOLDS, Threshold
-from regpipe.views import FORMAT
+from regpipe.cli.main import app
+from regpipe.metrics.thresholds import THRESHOLDS, Threshold
+from regpipe.report.qc_page import _number, chart, read_cases, write_report
+from regpipe.report.views import FORMAT
+from regpipe.utils.errors import InputError
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 

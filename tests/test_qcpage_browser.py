@@ -13,8 +13,8 @@ import pytest
 from browsing import Opened, chromium
 from reported import write_case
 
-from regpipe.qcpage import write_report
-from regpipe.quality import THRESHOLDS
+from regpipe.metrics.thresholds import THRESHOLDS
+from regpipe.report.qc_page import write_report
 
 WORST = "<script>alert(1)<script>"  # as a folder's name, which has no slash
 CASES = {"flat": (0.9, 2), "volume": (0.7, 3), WORST: (0.3, 2)}

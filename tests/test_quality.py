@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from regpipe.errors import InputError
-from regpipe.quality import METRICS, THRESHOLDS, Threshold, judge, said, thresholds, with_gains
+from regpipe.metrics.thresholds import METRICS, THRESHOLDS, Threshold, judge, said, thresholds, with_gains
+from regpipe.utils.errors import InputError
 
 LIMITS = {"dice": Threshold(0.8, 0.5, ""), "tre": Threshold(2, 5, "")}
 

@@ -14,10 +14,10 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import inv_ornt_aff
 from PIL import Image as Picture
 
-from regpipe import images
-from regpipe.errors import InputError
-from regpipe.images import Grid, Image, files, geometry, header, read_image, read_label, resample, stem, to_grid
-from regpipe.readers import locate
+from regpipe.io import images
+from regpipe.io.formats import locate
+from regpipe.io.images import Grid, Image, files, geometry, header, read_image, read_label, resample, stem, to_grid
+from regpipe.utils.errors import InputError
 
 RNG = np.random.default_rng(0)
 

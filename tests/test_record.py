@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from conftest import Command, evaluate, two_folders
 
-from regpipe import InputError, list_pairs, record
-from regpipe.cohort import write_cohort
+from regpipe import InputError, list_pairs
+from regpipe.engines import record
+from regpipe.phantoms.cohort import write_cohort
 
 CHOICES = {
     "dataset_dir": "data",

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from regpipe import SymmetricNet
-from regpipe.engines import RegistrationInferer, ZeroInferer
-from regpipe.errors import InputError
-from regpipe.fields import identity_grid, jacobian_determinant, register
-from regpipe.losses import RegistrationLoss
-from regpipe.refine import Refiner, coarsen, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
+from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
+from regpipe.engines.refine import Refiner, coarsen, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
+from regpipe.fields.algebra import identity_grid, jacobian_determinant, register
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.utils.errors import InputError
 
 SHAPE = (40, 48)
 WEIGHTS = {"lncc": 1.0, "diffusion": 0.5}
@@ -139,7 +139,7 @@ def test_a_constant_stays_when_coarsened_and_a_wave_too_short_for_the_grid_goes(
 
 
 def test_steps_are_dealt_out_to_the_levels() -> None:
-    from regpipe.refine import FROM_ZERO
+    from regpipe.engines.refine import FROM_ZERO
 
     assert sum(shares(FROM_ZERO, 80)) == 80
     assert shares(FROM_ZERO, 1) == [1, 1, 1, 1]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regpipe.fields import identity_grid, resize
-from regpipe.regularity import bending, diffusion, elastic, jacobian, log_jacobian
+from regpipe.fields.algebra import identity_grid, resize
+from regpipe.losses.regularity import bending, diffusion, elastic, jacobian, log_jacobian
 
 SHAPES = [(20, 17), (12, 10, 11)]
 EACH = pytest.mark.parametrize("shape", SHAPES)

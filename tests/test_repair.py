@@ -8,11 +8,11 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from regpipe import repair as module
-from regpipe.errors import InputError
-from regpipe.fields import integrate, resize
-from regpipe.metrics import folds_percent, ndv_percent
-from regpipe.repair import folded_cells, repair
+from regpipe.fields import folds as module
+from regpipe.fields.algebra import integrate, resize
+from regpipe.fields.folds import folded_cells, repair
+from regpipe.metrics.measures import folds_percent, ndv_percent
+from regpipe.utils.errors import InputError
 
 SHAPES = ((40, 33), (14, 17, 12))
 every_shape = pytest.mark.parametrize("shape", SHAPES)

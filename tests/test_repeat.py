@@ -16,12 +16,14 @@ from conftest import Command, as_if_in_its_own_process, evaluate, save
 from test_verify import RUNS, content, rewrite
 from typer.testing import CliRunner
 
-from regpipe import InputError, cli, manifest
-from regpipe.images import load_grid
-from regpipe.pairs import list_pairs
-from regpipe.rerun import rerun
-from regpipe.transforms import write_displacement
-from regpipe.verify import verify
+from regpipe import InputError
+from regpipe.cli import main as cli
+from regpipe.data import manifest
+from regpipe.data.pairs import list_pairs
+from regpipe.io.images import load_grid
+from regpipe.provenance.rerun import rerun
+from regpipe.provenance.verify import verify
+from regpipe.transforms.displacement import write_displacement
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regpipe import report
+from regpipe.report import pictures
 
 SIZE, SCALE = 64, 4  # 64 voxels on 256 pixels
 
@@ -14,7 +14,7 @@ SIZE, SCALE = 64, 4  # 64 voxels on 256 pixels
 def draw(u: np.ndarray, fixed: np.ndarray | None = None, **options) -> dict[str, np.ndarray]:
     """Pictures of black images, or of ``fixed`` thrice, with the displacement ``u``."""
     image = np.zeros(u.shape[1:]) if fixed is None else fixed
-    return report.pictures(image, image, image, u, **options)
+    return pictures.pictures(image, image, image, u, **options)
 
 
 def still(*shape: int) -> np.ndarray:
@@ -40,8 +40,8 @@ def is_red(picture: np.ndarray) -> np.ndarray:
 
 
 def test_every_title_has_its_picture_and_all_are_rgb_bytes():
-    result = report.pictures(*random_pair(48, 40))
-    assert list(result) == list(report.TITLES)
+    result = pictures.pictures(*random_pair(48, 40))
+    assert list(result) == list(pictures.TITLES)
     for picture in result.values():
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
         assert min(picture.shape[:2]) >= 256
@@ -50,7 +50,7 @@ def test_every_title_has_its_picture_and_all_are_rgb_bytes():
 def test_the_inputs_are_left_alone_and_the_same_inputs_give_the_same_pictures():
     inputs = random_pair(32, 32)
     before = [a.copy() for a in inputs]
-    first, second = report.pictures(*inputs), report.pictures(*inputs)
+    first, second = pictures.pictures(*inputs), pictures.pictures(*inputs)
     assert all(np.array_equal(a, b) for a, b in zip(inputs, before, strict=True))
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -132,7 +132,7 @@ def test_a_contraction_brings_the_lines_together():
 
 def test_the_checkerboard_alternates_between_fixed_and_warped():
     white, black = np.ones((SIZE, SIZE)), np.zeros((SIZE, SIZE))
-    board = report.pictures(white, black, black, still(SIZE, SIZE))["checkerboard"][..., 0]
+    board = pictures.pictures(white, black, black, still(SIZE, SIZE))["checkerboard"][..., 0]
     squares = board.reshape(8, 32, 8, 32).swapaxes(1, 2)
     assert np.array_equal(squares.min((2, 3)), squares.max((2, 3)))
     assert np.array_equal(squares[:, :, 0, 0], 255 * (1 - np.indices((8, 8)).sum(0) % 2))
@@ -141,7 +141,7 @@ def test_the_checkerboard_alternates_between_fixed_and_warped():
 def test_the_overlay_is_magenta_and_green_before_and_grey_where_images_agree_after():
     left, right = np.zeros((2, SIZE, SIZE))
     left[:32], right[32:] = 1, 1
-    overlay = report.pictures(left, right, left, still(SIZE, SIZE))["overlay"]
+    overlay = pictures.pictures(left, right, left, still(SIZE, SIZE))["overlay"]
     before, after = overlay[:, :256], overlay[:, -256:]
     assert (before[:, :120] == (255, 0, 255)).all() and (before[:, 136:] == (0, 255, 0)).all()
     assert (after[:, :120] == 255).all() and (after[:, 136:] == 0).all()
@@ -176,7 +176,7 @@ def test_the_title_tells_the_range_and_the_folds_of_the_whole_volume():
     u[2, :, :, :4] = np.array([0, -2, -4, -6])  # folded far from the middle slice
     # det = 1 - 2 on z = 0, 1, 2; (0 + 4) / 2 + 1 = 3 at z = 3; (0 + 6) / 2 + 1 = 4 at z = 4.
     # Folded are 3 of 16 slices.
-    assert report._slice(u, -1, 8, "lower").title == "det J -1.00 to 4.00, folds 19 %"
+    assert pictures._slice(u, -1, 8, "lower").title == "det J -1.00 to 4.00, folds 19 %"
 
 
 def test_values_outside_0_to_1_and_nan_are_drawn_and_not_wrapped():
@@ -188,17 +188,17 @@ def test_values_outside_0_to_1_and_nan_are_drawn_and_not_wrapped():
 def test_shapes_that_do_not_belong_together_and_unknown_origins_are_refused():
     image = np.zeros((8, 8))
     with pytest.raises(ValueError, match="do not belong together"):
-        report.pictures(image, image, np.zeros((8, 9)), still(8, 8))
+        pictures.pictures(image, image, np.zeros((8, 9)), still(8, 8))
     with pytest.raises(ValueError, match="do not belong together"):
-        report.pictures(image, image, image, np.zeros((3, 8, 8)))
+        pictures.pictures(image, image, image, np.zeros((3, 8, 8)))
     with pytest.raises(ValueError, match="'upper' or 'lower'"):
         draw(still(8, 8), origin="left")
 
 
 def test_a_contact_sheet_holds_every_picture_below_its_title():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    pictures = [np.full((64, 64, 3), c, np.uint8) for c in colours]
-    sheet = report.contact_sheet(pictures, ["one", "two", "three"], width=150, height=64)
+    shown = [np.full((64, 64, 3), c, np.uint8) for c in colours]
+    sheet = pictures.contact_sheet(shown, ["one", "two", "three"], width=150, height=64)
     for colour in colours:
         assert (sheet == colour).all(-1).sum() == 64 * 64
     red, green, blue = (np.argwhere((sheet == c).all(-1)).min(0) for c in colours)
@@ -208,20 +208,20 @@ def test_a_contact_sheet_holds_every_picture_below_its_title():
 
 def test_a_contact_sheet_of_a_picture_two_pixels_wide_is_made() -> None:
     thin = np.zeros((3000, 2, 3), np.uint8)
-    assert report.contact_sheet([thin], ["thin"]).ndim == 3
+    assert pictures.contact_sheet([thin], ["thin"]).ndim == 3
 
 
 def test_a_contact_sheet_needs_pictures_and_a_title_for_each():
     with pytest.raises(ValueError, match="no picture"):
-        report.contact_sheet([], [])
+        pictures.contact_sheet([], [])
     with pytest.raises(ValueError):
-        report.contact_sheet([np.zeros((8, 8, 3), np.uint8)], [])
+        pictures.contact_sheet([np.zeros((8, 8, 3), np.uint8)], [])
 
 
 def test_a_saved_picture_reads_back_exactly_and_leaves_nothing_beside_it(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     path = tmp_path / "new" / "picture.png"
     for _ in range(2):
-        report.save_png(path, picture)
+        pictures.save_png(path, picture)
     assert np.array_equal(np.asarray(Image.open(path)), picture)
     assert [p.name for p in path.parent.iterdir()] == ["picture.png"]

@@ -19,10 +19,10 @@ from registered import (
     voxels,
 )
 
-from regpipe import itkbridge
-from regpipe.apply import apply
-from regpipe.errors import InputError
-from regpipe.images import read_image
+from regpipe.io import itk_bridge
+from regpipe.io.images import read_image
+from regpipe.transforms.apply import apply
+from regpipe.utils.errors import InputError
 
 
 def labelled(folder: Path, pair: Pair, dtype: type = np.uint8) -> tuple[Path, np.ndarray]:
@@ -103,7 +103,7 @@ def test_itks_formats_come_back_as_they_went_in(tmp_path: Path, pair: Pair, suff
 def test_a_picture_stays_one_on_a_picture_grid_and_becomes_nifti_elsewhere(tmp_path: Path, flat: Pair) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
     Picture.fromarray(pixels).save(tmp_path / "us.png")
-    shift = itkbridge.itk_affine(np.array([[1.0, 0, -3], [0, 1, -2], [0, 0, 1]]))  # LPS: +3, +2 pixels
+    shift = itk_bridge.itk_affine(np.array([[1.0, 0, -3], [0, 1, -2], [0, 0, 1]]))  # LPS: +3, +2 pixels
     itk.transformwrite([shift], str(tmp_path / "shift.tfm"))
     (out,) = apply(tmp_path / "shift.tfm", [tmp_path / "us.png"], tmp_path / "o", reference=tmp_path / "us.png")
     moved = np.array(Picture.open(out))

@@ -9,7 +9,7 @@ from test_runs import Trained, assert_same, equal, kill_at, refusal, train, work
 from test_runs import bundle as bundle
 from test_runs import restored as restored  # brings back what a run changes in this process
 
-from regpipe.bundles import write_bundle
+from regpipe.bundle.write import write_bundle
 
 
 def test_a_run_in_half_precision_and_groups_goes_on_as_if_there_had_been_no_stop(bundle, cohort, tmp_path) -> None:

@@ -19,10 +19,10 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
-from regpipe import runs
-from regpipe.bundles import write_bundle
-from regpipe.errors import InputError, cause
-from regpipe.pairs import list_pairs
+from regpipe.bundle.write import write_bundle
+from regpipe.data.pairs import list_pairs
+from regpipe.engines import run
+from regpipe.utils.errors import InputError, cause
 
 SETTINGS = {
     "holdout": 2,
@@ -41,7 +41,7 @@ class Trained:
 
     def load(self, bundle: Path) -> Trained:
         self.model = torch.load(bundle / "models" / "model.pt", weights_only=True)
-        self.state = torch.load(runs.saved_states(bundle / "models")[-1], weights_only=True)
+        self.state = torch.load(run.saved_states(bundle / "models")[-1], weights_only=True)
         return self
 
 
@@ -158,7 +158,7 @@ def test_stopping_after_an_epoch_and_giving_more_changes_nothing(bundle, cohort,
     first = train(bundle, cohort, before)
     assert len(first.curve) == 2 * before
     assert_same(train(bundle, cohort, 4, into=first), one_go[1])
-    assert [p.name for p in runs.saved_states(bundle / "models")] == ["checkpoint_3.pt", "checkpoint_4.pt"]
+    assert [p.name for p in run.saved_states(bundle / "models")] == ["checkpoint_3.pt", "checkpoint_4.pt"]
 
 
 @pytest.mark.parametrize("killed", [1, 3, 5])
@@ -166,7 +166,7 @@ def test_a_kill_within_an_epoch_changes_nothing(bundle, cohort, one_go, killed) 
     with pytest.raises(RuntimeError):  # MONAI's, around ours
         train(bundle, cohort, 4, stop=kill_at(killed), into=(first := Trained()))
     whole = killed // 2
-    assert [p.name for p in runs.saved_states(bundle / "models")] == ["checkpoint_1.pt", "checkpoint_2.pt"][:whole]
+    assert [p.name for p in run.saved_states(bundle / "models")] == ["checkpoint_1.pt", "checkpoint_2.pt"][:whole]
     first.curve = first.curve[: 2 * whole]  # the broken epoch is done again
     assert_same(train(bundle, cohort, 4, into=first), one_go[1])
 
@@ -180,7 +180,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(bundle, cohort, one_g
         train(bundle, cohort, 4, stop=interrupt, into=(first := Trained()))
     assert caught.value.code == 130
     assert "stopped in epoch 3: the same command goes on" in capsys.readouterr().out
-    assert runs.saved_states(bundle / "models")[-1].name == "checkpoint_2.pt"
+    assert run.saved_states(bundle / "models")[-1].name == "checkpoint_2.pt"
     first.curve = first.curve[:4]
     assert_same(train(bundle, cohort, 4, into=first), one_go[1])
 
@@ -192,7 +192,7 @@ def test_a_finished_run_is_not_run_again_and_without_resume_it_begins_anew(bundl
     assert "all 2 epochs are done: give more --max_epochs" in capsys.readouterr().out
     anew = train(bundle, cohort, 1, resume=False)
     assert anew.curve == first.curve[:2]
-    assert [p.name for p in runs.saved_states(bundle / "models")] == ["checkpoint_1.pt"]
+    assert [p.name for p in run.saved_states(bundle / "models")] == ["checkpoint_1.pt"]
 
 
 def refusal(bundle: Path, cohort: Path, epochs: int, **settings: Any) -> str:
@@ -216,7 +216,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(bundle, cohor
 
 def test_settings_that_an_older_version_did_not_save_keep_nobody_from_going_on(bundle, cohort) -> None:
     train(bundle, cohort, 1)
-    (path,) = runs.saved_states(bundle / "models")
+    (path,) = run.saved_states(bundle / "models")
     saved = torch.load(path, weights_only=True)
     settings = json.loads(saved["progress"]["settings"])
     del settings["seed"], saved["scaler"]
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(
     bundle, cohort, one_go, before, caplog
 ) -> None:
     first = train(bundle, cohort, before)
-    newest = runs.saved_states(bundle / "models")[-1]
+    newest = run.saved_states(bundle / "models")[-1]
     turned = bytearray(newest.read_bytes())
     turned[len(turned) // 2] ^= 1  # a bit of some weight: torch would load it
     newest.write_bytes(turned)
@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(
 
 def test_where_no_checkpoint_is_sound_each_is_named(bundle, cohort) -> None:
     train(bundle, cohort, 2)
-    for path in runs.saved_states(bundle / "models"):
+    for path in run.saved_states(bundle / "models"):
         path.write_bytes(path.read_bytes()[:1000])
     message = refusal(bundle, cohort, 4)
     assert "checkpoint_1.pt: damaged" in message and "checkpoint_2.pt: damaged" in message and "\n" not in message
@@ -254,7 +254,7 @@ def test_early_stopping_stops_and_counts_on_after_a_resume(bundle, cohort) -> No
     assert [epoch for epoch, *_ in first.validations] == [1, 2] and first.state["stopper"]["counter"] == 1
     done = train(bundle, cohort, 9, into=first, **settings)
     assert [epoch for epoch, *_ in done.validations] == [1, 2, 3]
-    assert runs.saved_states(bundle / "models")[-1].name == "checkpoint_3.pt"
+    assert run.saved_states(bundle / "models")[-1].name == "checkpoint_3.pt"
 
 
 def test_a_run_that_stopped_early_stays_stopped_until_it_is_given_more_patience(bundle, cohort, capsys) -> None:
@@ -270,60 +270,60 @@ def test_a_key_metric_that_no_case_has_ends_the_training_with_a_line(bundle, coh
         shutil.copytree(cohort / side, tmp_path / "bare" / side)
     message = refusal(bundle, tmp_path / "bare", 2, key_metric="dice")
     assert "key metric dice: no case has what it needs" in message and "choose another" in message
-    assert not runs.saved_states(bundle / "models")
+    assert not run.saved_states(bundle / "models")
 
 
 def test_the_seconds_of_all_parts_add_up(bundle, cohort, tmp_path) -> None:
-    assert np.isnan(runs.training_seconds(tmp_path))
+    assert np.isnan(run.training_seconds(tmp_path))
     train(bundle, cohort, 1)
-    before = runs.training_seconds(bundle / "models")
+    before = run.training_seconds(bundle / "models")
     train(bundle, cohort, 2)
-    assert runs.training_seconds(bundle / "models") > before > 0
+    assert run.training_seconds(bundle / "models") > before > 0
 
 
 def test_checkpoints_are_in_the_order_of_their_epochs(tmp_path) -> None:
     for epoch in (9, 100, 10):
         (tmp_path / f"checkpoint_{epoch}.pt").touch()
-    assert [p.stem for p in runs.saved_states(tmp_path)] == ["checkpoint_9", "checkpoint_10", "checkpoint_100"]
+    assert [p.stem for p in run.saved_states(tmp_path)] == ["checkpoint_9", "checkpoint_10", "checkpoint_100"]
 
 
 def test_random_states_come_back_through_a_file(tmp_path) -> None:
     def draw() -> tuple:
         return torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), [random.random(), random.gauss(0, 1)]
 
-    runs.begin(7)
+    run.begin(7)
     draw()
-    torch.save(runs.RandomState().state_dict(), tmp_path / "state.pt")
+    torch.save(run.RandomState().state_dict(), tmp_path / "state.pt")
     expected = draw()
     draw()
-    runs.RandomState().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    run.RandomState().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert draw() == expected
-    runs.begin(7)
+    run.begin(7)
     first = draw()
-    runs.begin(7)
+    run.begin(7)
     assert draw() == first
 
 
 def test_pairs_that_cannot_be_used_are_listed_before_training(cohort, tmp_path) -> None:
     cases = list_pairs(str(cohort))
-    runs.require(cases)
+    run.require(cases)
     bad = []
     for i in range(12):
         path = tmp_path / f"broken_{i}.nii.gz"
         path.write_bytes(b"not an image")
         bad.append({**cases[0], "case": f"bad_{i}", "moving_image": str(path)})
     with pytest.raises(InputError) as caught:
-        runs.require([*cases, *bad])
+        run.require([*cases, *bad])
     message = str(caught.value)
     assert message.startswith(f"12 of {len(cases) + 12} pairs cannot be used:")
     assert message.count("\n") == 11 and message.endswith("\n  and 2 more")
     assert all(str(tmp_path / f"broken_{i}.nii.gz") in message for i in range(10))
     with pytest.raises(InputError, match=r"^1 of 1 pairs cannot be used:\n  .*broken_3\.nii\.gz: [^\n]*$"):
-        runs.require(bad[3:4])
+        run.require(bad[3:4])
 
 
 def test_what_has_no_gradient_is_refused_in_training() -> None:
-    runs.refuse_detached(None, False)
+    run.refuse_detached(None, False)
     for given in ((None, True), ("a refiner", False)):
         with pytest.raises(InputError, match="no gradient"):
-            runs.refuse_detached(*given)
+            run.refuse_detached(*given)

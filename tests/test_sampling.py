@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regpipe import InputError
-from regpipe.sampling import PairSampler, draw, supervised
+from regpipe.data.sampling import PairSampler, draw, supervised
 
 LABELLED = {"fixed_label": "a", "moving_label": "b"}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regpipe import shapes
-from regpipe.deformations import unit_grid
-from regpipe.phantoms import Phantom, make_pair
-from regpipe.shapes import LABELS
+from regpipe.phantoms import shapes
+from regpipe.phantoms.motion import unit_grid
+from regpipe.phantoms.scenes import Phantom, make_pair
+from regpipe.phantoms.shapes import LABELS
 
 BOTH = pytest.mark.parametrize("shape", [(64, 64), (24, 24, 24)])
 

@@ -10,20 +10,22 @@ import torch
 from conftest import Command, deforming_bundle, infer, save, volume
 from test_cli import regpipe
 
-from regpipe import bundles, completion, record
-from regpipe.casemetrics import read_rows
-from regpipe.cohort import write_cohort
-from regpipe.encoders import TRANSFERRED
-from regpipe.engines import RegistrationInferer, dimension_of, model_folder, trained_grid
-from regpipe.errors import InputError
-from regpipe.fields import Registration
-from regpipe.images import Grid
-from regpipe.loading import LoadPair, collate_pairs
-from regpipe.metrics import measure
-from regpipe.network import SymmetricNet
-from regpipe.pairs import list_pairs
-from regpipe.rerun import rerun
-from regpipe.weights import read_state_dict
+from regpipe.cli import completion
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.pairs import list_pairs
+from regpipe.engines import record
+from regpipe.engines.inferers import RegistrationInferer, dimension_of, model_folder, trained_grid
+from regpipe.fields.algebra import Registration
+from regpipe.io.images import Grid
+from regpipe.metrics.cases import read_rows
+from regpipe.metrics.measures import measure
+from regpipe.networks import weights
+from regpipe.networks.encoders import TRANSFERRED
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.networks.weights import read_state_dict
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.provenance.rerun import rerun
+from regpipe.utils.errors import InputError
 
 GRID = Grid((32, 32), (1.0, 1.0))
 DATA = dict.fromkeys(record.DATA) | {"dataset_dir": ".", "cascades": 1, "affine": "affine", "own_grids": True}
@@ -102,7 +104,7 @@ def test_it_is_evaluated_on_the_grid_of_the_data(tmp_path, two_sizes, monai_bund
 
 def test_two_images_are_registered_by_what_came_with_regpipe(tmp_path, two_sizes, monkeypatch) -> None:
     shipped_bundle(tmp_path / "box" / "symreg_resnet18", gain=1.0)
-    monkeypatch.setattr(bundles, "SHIPPED", (tmp_path / "nowhere", tmp_path / "box"))
+    monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "nowhere", tmp_path / "box"))
     images = [two_sizes / f"{side}_images" / "case_000.nii.gz" for side in ("fixed", "moving")]
     assert regpipe(monkeypatch, "register", *images, "-o", tmp_path / "out", "--affine", "none") == 0
     row = json.loads((tmp_path / "out" / "case_000" / "metrics.json").read_text())
@@ -124,7 +126,7 @@ def test_a_network_that_makes_it_worse_is_not_where_refinement_begins(tmp_path, 
 def test_without_a_network_or_a_model_for_the_dimension_a_pair_is_optimised_from_zero(
     tmp_path, two_sizes, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(bundles, "SHIPPED", (tmp_path / "nowhere",))
+    monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "nowhere",))
     for name, words in (("asked", ["--bundle", "none"]), ("nothing", ["--bundle", "vgg16"])):
         command = ["register", two_sizes, "-o", tmp_path / name, "--refine", 2, "--affine", "none", *words]
         assert regpipe(monkeypatch, *command) == 0
@@ -139,14 +141,14 @@ def test_the_names_of_what_is_shipped_are_the_backbones() -> None:
 
 def test_a_bundle_that_is_not_there_is_named(tmp_path, two_sizes) -> None:
     with pytest.raises(InputError, match="no such file"):
-        from regpipe.cli_register import register_with_bundle
+        from regpipe.bundle.run import register_with_bundle
 
         register_with_bundle(tmp_path / "none", two_sizes, tmp_path / "out", {})
 
 
 def test_training_begins_from_what_came_with_regpipe(tmp_path, monkeypatch) -> None:
     box = shipped_bundle(tmp_path / "box" / "symreg_alexnet")
-    monkeypatch.setattr(bundles, "SHIPPED", (tmp_path / "box",))
+    monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "box",))
     state = read_state_dict(box / "models" / "2d" / "model.pt")
     whole = SymmetricNet(2, "alexnet", pretrained="shipped", transfer="network").state_dict()
     assert all(torch.equal(tensor, state[name].float()) for name, tensor in whole.items())

@@ -15,9 +15,9 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 
-from regpipe.encoders import Encoder
-from regpipe.fields import resize_image
-from regpipe.similarity import box_sum, feature_similarity, lncc, mi, mind, mind_ssc, mse, ncc
+from regpipe.fields.algebra import resize_image
+from regpipe.losses.similarity import box_sum, feature_similarity, lncc, mi, mind, mind_ssc, mse, ncc
+from regpipe.networks.encoders import Encoder
 
 SHAPES = [(20, 17), (12, 10, 11)]
 BACKBONES = ("resnet18", "vgg16", "alexnet")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from conftest import save
 
-from regpipe.errors import InputError
-from regpipe.images import read_image, read_label
-from regpipe.pairs import list_pairs
-from regpipe.slices import write_slices
+from regpipe.data.pairs import list_pairs
+from regpipe.io.images import read_image, read_label
+from regpipe.study.slices import write_slices
+from regpipe.utils.errors import InputError
 
 SHAPE = (10, 12, 14)
 

@@ -12,13 +12,13 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
-from regpipe.engines import RegistrationInferer, prepare_batch
-from regpipe.errors import InputError
-from regpipe.handlers import GradientClip, NanGuard, TrainingDiverged
-from regpipe.losses import RegistrationLoss
-from regpipe.network import SymmetricNet, SymNet
-from regpipe.peers import VoxelMorph
-from regpipe.steps import TrainingStep, check_amp, checkpointed, gradient_scaler, half_precision
+from regpipe.engines.handlers import GradientClip, NanGuard, TrainingDiverged
+from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.engines.step import TrainingStep, check_amp, checkpointed, gradient_scaler, half_precision
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.networks.peers import VoxelMorph
+from regpipe.networks.symmetric import SymmetricNet, SymNet
+from regpipe.utils.errors import InputError
 
 CPU = torch.device("cpu")
 LOSS = {"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1}

@@ -14,12 +14,12 @@ import torch
 from conftest import frames, two_folders
 from torch.utils.data import DataLoader
 
-from regpipe import images
-from regpipe.affine import Alignment
-from regpipe.frames import Frames
-from regpipe.loading import LoadPair, collate_pairs
-from regpipe.pairs import list_pairs, working_grid
-from regpipe.store import Store
+from regpipe.data.cache import Store
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.pairs import list_pairs, working_grid
+from regpipe.data.placement import Frames
+from regpipe.io import images
+from regpipe.transforms.affine import Alignment
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:

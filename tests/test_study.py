@@ -14,13 +14,13 @@ import torch
 from conftest import save
 from scipy.ndimage import gaussian_filter
 
-from regpipe import study as study_module
-from regpipe import studyrun
-from regpipe.errors import InputError
-from regpipe.pairs import list_pairs
-from regpipe.study import choose, study
-from regpipe.studyrun import Task, run, run_all
-from regpipe.verify import verify
+from regpipe.data.pairs import list_pairs
+from regpipe.provenance.verify import verify
+from regpipe.study import runs
+from regpipe.study import study as study_module
+from regpipe.study.runs import Task, run, run_all
+from regpipe.study.study import choose, study
+from regpipe.utils.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GRID = {"backbone": ["alexnet", "plain"], "subjects": ["3", "all"], "seed": ["0"]}
@@ -170,7 +170,7 @@ def test_what_is_done_is_not_run_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(studyrun, "run", lambda task: pytest.fail(f"{task.name} is run again"))
+    monkeypatch.setattr(runs, "run", lambda task: pytest.fail(f"{task.name} is run again"))
     page = study(data, done, overlays=[overlays["study"]], pretraining=overlays["pretrain"], only=GRID)
     assert page == (done / "study.md").read_text()
     assert "12 of 12 runs are done already" in capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_ctrl_c_keeps_what_is_finished(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     only = {"backbone": ["plain"], "transfer": ["scratch"], "subjects": ["3", "all"], "seed": ["0", "1"]}
-    real, asked = studyrun.run, []
+    real, asked = runs.run, []
 
     def interrupted(task: Task) -> dict[str, object]:
         asked.append(task.name)
@@ -192,7 +192,7 @@ def test_ctrl_c_keeps_what_is_finished(
             raise KeyboardInterrupt
         return real(task)
 
-    monkeypatch.setattr(studyrun, "run", interrupted)
+    monkeypatch.setattr(runs, "run", interrupted)
     with pytest.raises(SystemExit) as stop:
         study(data, tmp_path, overlays=[overlays["study"]], only=only)
     assert stop.value.code == 130 and len(rows_of(tmp_path)) == 2
@@ -205,7 +205,7 @@ def test_ctrl_c_keeps_what_is_finished(
 def test_mistakes_are_told_before_anything_runs(
     data: Path, overlays: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studyrun, "run", lambda task: pytest.fail("is run"))
+    monkeypatch.setattr(runs, "run", lambda task: pytest.fail("is run"))
     given = {"data": data, "out": tmp_path / "out", "overlays": [overlays["study"]]}
     for only, message in (
         ({"backbones": ["plain"]}, "no such axis; take backbone, transfer"),
@@ -224,7 +224,7 @@ def test_mistakes_are_told_before_anything_runs(
 def test_a_folder_does_not_mix_two_studies(
     done: Path, data: Path, overlays: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studyrun, "run", lambda task: pytest.fail("is run"))
+    monkeypatch.setattr(runs, "run", lambda task: pytest.fail("is run"))
     other = tmp_path / "other.yaml"
     other.write_text(overlays["study"].read_text() + "lncc_window: 5\n")
     with pytest.raises(InputError, match="2d: holds runs of other data or settings"):

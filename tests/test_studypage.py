@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from regpipe import cli, figures, studypage
-from regpipe.errors import InputError
-from regpipe.studyeffects import LEVEL, Effect, effects, levels, paired, write_effects, write_runs
-from regpipe.studypage import write_page
-from regpipe.studyrun import METRICS
+from regpipe.cli import main as cli
+from regpipe.report import figures
+from regpipe.study import page
+from regpipe.study.effects import LEVEL, Effect, effects, levels, paired, write_effects, write_runs
+from regpipe.study.page import write_page
+from regpipe.study.runs import METRICS
+from regpipe.utils.errors import InputError
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "study"
 
@@ -146,19 +148,19 @@ def test_the_figures_show_the_numbers_of_the_csvs(tmp_path: Path) -> None:
         for transfer, size, mean in (("scratch", 5, 0.5), ("scratch", 20, 0.6), ("frozen", 20, 0.7))
     ]
     found.append(Effect("vgg16 - plain", "vgg16", "scratch", 20, 3, 0.02, -0.01, 0.05))
-    axes: Any = studypage.dice_figure(found).axes
+    axes: Any = page.dice_figure(found).axes
     (panel,) = axes
     assert panel.get_title() == "vgg16" and panel.get_ylabel().startswith("Dice")
     lines = {container.get_label(): container.lines[0] for container in panel.containers}
     assert list(lines["scratch"].get_ydata()) == [0.5, 0.6] and list(lines["frozen"].get_ydata()) == [0.7]
     bars = panel.containers[0].lines[2][0].get_segments()
     assert [list(bar[:, 1]) for bar in bars] == [pytest.approx([0.4, 0.7]), pytest.approx([0.5, 0.8])]
-    assert studypage.effect_figures(found).keys() == {"depth"}
+    assert page.effect_figures(found).keys() == {"depth"}
     runs = [
         {"backbone": "vgg16", "transfer": transfer, "subjects": 20, "parameters": 3e6, "gflop": 2.0, "cpu_seconds": s}
         for transfer, s in (("scratch", 4.0), ("scratch", 6.0), ("frozen", 1.0))
     ]
-    axes = studypage.cost_figure(runs, found).axes
+    axes = page.cost_figure(runs, found).axes
     parameters, _, seconds = axes
     assert [float(c.lines[0].get_xdata()[0]) for c in seconds.containers] == [5.0, 1.0]
     aside = [float(c.lines[0].get_xdata()[0]) for c in parameters.containers]

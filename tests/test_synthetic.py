@@ -11,17 +11,17 @@ from ignite.engine import Engine, Events
 from test_runs import Trained, assert_same, kill_at, train
 from test_runs import restored as restored  # brings back what a run changes in this process
 
-from regpipe import synthetic
-from regpipe.bundles import write_bundle
-from regpipe.cohort import write_cohort
-from regpipe.engines import RegistrationInferer
-from regpipe.errors import InputError
-from regpipe.fields import compose, jacobian_determinant, warp
-from regpipe.loading import LoadPair
-from regpipe.network import SymmetricNet
-from regpipe.pairs import list_pairs
-from regpipe.readout import Readout
-from regpipe.synthetic import Batches, make_batch
+from regpipe.bundle.write import write_bundle
+from regpipe.data.load import LoadPair
+from regpipe.data.pairs import list_pairs
+from regpipe.engines.inferers import RegistrationInferer
+from regpipe.engines.readout import Readout
+from regpipe.fields.algebra import compose, jacobian_determinant, warp
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.phantoms import synthetic
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.phantoms.synthetic import Batches, make_batch
+from regpipe.utils.errors import InputError
 
 SHAPES = [(64, 50), (33, 40, 28)]
 EACH = pytest.mark.parametrize("shape", SHAPES)

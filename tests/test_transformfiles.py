@@ -21,12 +21,13 @@ from registered import (
     voxels,
 )
 
-from regpipe import exports, itkbridge
-from regpipe.apply import apply, compose
-from regpipe.errors import InputError
-from regpipe.images import read_image
-from regpipe.transformfiles import find, read_transform
-from regpipe.transforms import read_displacement
+from regpipe.io import itk_bridge
+from regpipe.io.images import read_image
+from regpipe.transforms import export
+from regpipe.transforms.apply import apply, compose
+from regpipe.transforms.displacement import read_displacement
+from regpipe.transforms.read import find, read_transform
+from regpipe.utils.errors import InputError
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def rigid(tmp_path: Path, pair: Pair) -> tuple[Path, np.ndarray]:
     matrix = np.eye(dim + 1)
     matrix[:dim, :dim] = turned(dim, (5, 0, 0))
     matrix[:dim, dim] = [0.5, 1.0, -0.5][:dim]
-    itk.transformwrite([itkbridge.itk_affine(matrix)], str(tmp_path / "second.mat"))
+    itk.transformwrite([itk_bridge.itk_affine(matrix)], str(tmp_path / "second.mat"))
     return tmp_path / "second.mat", lps_map(matrix)
 
 
@@ -142,8 +143,8 @@ def test_a_truncated_composite_is_refused_without_noise(
 @pytest.mark.parametrize("to", ["fixed", "moving"])
 def test_a_registered_case_as_regpipe_writes_it_is_found(tmp_path: Path, pair: Pair, to: str) -> None:
     d, e = (field.astype(np.float32) for field in (pair.d, inverted(pair.d, pair.frame)))
-    sides = [exports.image_file(file, read_image(file)) for file in (pair.fixed, pair.moving)]
-    exports.write_transforms(tmp_path, exports.PairTransform(pair.matrix, d, e, pair.frame), *sides)
+    sides = [export.image_file(file, read_image(file)) for file in (pair.fixed, pair.moving)]
+    export.write_transforms(tmp_path, export.PairTransform(pair.matrix, d, e, pair.frame), *sides)
     points = inner_points(pair.fixed if to == "fixed" else pair.moving, 20)
     ours, theirs = find(tmp_path, to), find(pair.case, to)
     for files in ((ours.images, theirs.images), (ours.points, theirs.points)):

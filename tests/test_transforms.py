@@ -12,8 +12,9 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from regpipe import files, transforms
-from regpipe.images import Grid, Image, InputError, read_image, to_grid
+from regpipe.io.images import Grid, Image, InputError, read_image, to_grid
+from regpipe.transforms import displacement
+from regpipe.utils import files
 
 
 class Pair(NamedTuple):
@@ -119,14 +120,14 @@ def itk_resampled(
 
 def written(tmp_path, pair: Pair, d: np.ndarray) -> tuple[str, str, str]:
     paths = [str(tmp_path / f"{name}.nii.gz") for name in ("fixed", "moving", "field")]
-    transforms.write_image(paths[0], pair.fixed.array, pair.fixed.affine)
-    transforms.write_image(paths[1], pair.moving.array, pair.moving.affine)
-    transforms.write_displacement(paths[2], d, pair.fixed.affine)
+    displacement.write_image(paths[0], pair.fixed.array, pair.fixed.affine)
+    displacement.write_image(paths[1], pair.moving.array, pair.moving.affine)
+    displacement.write_displacement(paths[2], d, pair.fixed.affine)
     return paths[0], paths[1], paths[2]
 
 
 def native(pair: Pair, u: np.ndarray) -> np.ndarray:
-    return transforms.native_displacement(u, pair.fixed_affine, pair.moving_affine, pair.fixed)
+    return displacement.native_displacement(u, pair.fixed_affine, pair.moving_affine, pair.fixed)
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -139,7 +140,7 @@ def test_itk_moves_points_as_the_affine_in_closed_form(dim, tmp_path):
     fixed = lps(place(pair.fixed_affine, at))
     expected = lps(place(pair.moving_affine @ matrix, at))
     assert np.abs(itk_points(field, fixed) - expected).max() < 1e-3
-    assert np.abs(transforms.map_points(fixed, d, pair.fixed.affine) - expected).max() < 1e-3
+    assert np.abs(displacement.map_points(fixed, d, pair.fixed.affine) - expected).max() < 1e-3
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -148,7 +149,7 @@ def test_itk_agrees_on_points_between_the_voxels_of_a_curved_field(dim, tmp_path
     d = native(pair, curved_displacement(pair))
     _, _, field = written(tmp_path, pair, d)
     fixed = lps(place(pair.fixed_affine, working_points(pair)))
-    ours = transforms.map_points(fixed, d, pair.fixed.affine)
+    ours = displacement.map_points(fixed, d, pair.fixed.affine)
     assert np.abs(itk_points(field, fixed) - ours).max() < 1e-3
     assert np.abs(ours - fixed).max() > 1
 
@@ -159,7 +160,7 @@ def test_itk_resamples_images_alike_up_to_the_rim(dim, tmp_path):
     d = native(pair, curved_displacement(pair))
     fixed, moving, field = written(tmp_path, pair, d)
     theirs = itk_resampled(moving, fixed, field, dim)
-    ours = transforms.resample_through(pair.moving, d, pair.fixed.affine, order=1)
+    ours = displacement.resample_through(pair.moving, d, pair.fixed.affine, order=1)
     assert ours.shape == pair.fixed.array.shape and ours.dtype == np.float32
     filled = (ours != 0) & (theirs != 0)
     assert filled.mean() > 0.3
@@ -176,7 +177,7 @@ def test_itk_resamples_labels_alike(dim, tmp_path):
     d = native(pair, curved_displacement(pair))
     fixed, moving, field = written(tmp_path, pair, d)
     theirs = itk_resampled(moving, fixed, field, dim, nearest=True)
-    ours = transforms.resample_through(pair.moving, d, pair.fixed.affine, order=0)
+    ours = displacement.resample_through(pair.moving, d, pair.fixed.affine, order=0)
     assert ours.dtype == np.uint8
     assert (ours != theirs).mean() < 1e-3
 
@@ -189,19 +190,19 @@ def test_the_inverse_with_exchanged_images_leads_back(dim):
     at = np.indices(pair.grid.shape).astype(float)
     inverse = np.tensordot(back[:dim, :dim], at, 1) + back[:dim, dim].reshape(-1, *[1] * dim) - at
     d = native(pair, u)
-    d_back = transforms.native_displacement(inverse, pair.moving_affine, pair.fixed_affine, pair.moving)
+    d_back = displacement.native_displacement(inverse, pair.moving_affine, pair.fixed_affine, pair.moving)
     fixed = lps(place(pair.fixed_affine, working_points(pair)))
-    there = transforms.map_points(fixed, d, pair.fixed.affine)
-    again = transforms.map_points(there, d_back, pair.moving.affine)
+    there = displacement.map_points(fixed, d, pair.fixed.affine)
+    again = displacement.map_points(there, d_back, pair.moving.affine)
     assert np.abs(again - fixed).max() < 1e-3
 
 
 def test_no_displacement_on_one_grid_is_zero_and_returns_the_image_to_its_rim():
     image = oblique_pair(3).fixed
     affine = to_grid(image, Grid((16, 16, 16), (1.5, 1.5, 1.5)))
-    d = transforms.native_displacement(np.zeros((3, 16, 16, 16)), affine, affine, image)
+    d = displacement.native_displacement(np.zeros((3, 16, 16, 16)), affine, affine, image)
     assert np.abs(d).max() < 1e-5
-    back = transforms.resample_through(image, d, image.affine, order=1)
+    back = displacement.resample_through(image, d, image.affine, order=1)
     np.testing.assert_allclose(back, image.array, atol=1e-4)
 
 
@@ -211,7 +212,7 @@ def test_outside_the_working_grid_the_rims_value_holds():
     affine = image.affine @ np.array([[1, 0, 4], [0, 1, 4], [0, 0, 1.0]])
     u = np.zeros((2, 4, 4))
     u[0] = np.arange(4)[:, None] + 1
-    d = transforms.native_displacement(u, affine, affine, image)
+    d = displacement.native_displacement(u, affine, affine, image)
     np.testing.assert_allclose(d[0, :, 0], 2 * np.array([1, 1, 1, 1, 1, 2, 3, 4, 4, 4, 4, 4]))
     np.testing.assert_allclose(d[1], 0, atol=1e-6)
 
@@ -219,14 +220,14 @@ def test_outside_the_working_grid_the_rims_value_holds():
 def test_for_a_picture_lps_millimetres_are_pixels():
     image = Image(np.zeros((8, 6), np.float32), np.diag([-1.0, -1.0, 1.0]))
     u = np.random.default_rng(4).standard_normal((2, 8, 6))
-    d = transforms.native_displacement(u, image.affine, image.affine, image)
+    d = displacement.native_displacement(u, image.affine, image.affine, image)
     np.testing.assert_allclose(d, u, atol=1e-6)
 
 
 def test_a_missing_point_stays_missing_and_one_outside_takes_the_rims_value():
     d = np.full((2, 5, 5), 1.5, np.float32)
     points = np.array([[np.nan, np.nan], [1.0, 2.0], [100.0, -7.0]])
-    moved = transforms.map_points(points, d, np.diag([-1.0, -1.0, 1.0]))
+    moved = displacement.map_points(points, d, np.diag([-1.0, -1.0, 1.0]))
     np.testing.assert_allclose(moved, points + 1.5)
 
 
@@ -235,17 +236,17 @@ def test_a_displacement_returns_from_disk_and_from_itk(dim, tmp_path):
     pair = oblique_pair(dim)
     d = native(pair, curved_displacement(pair))
     path, copy = tmp_path / "field.nii.gz", tmp_path / "itk.nii.gz"
-    transforms.write_displacement(path, d, pair.fixed.affine)
+    displacement.write_displacement(path, d, pair.fixed.affine)
     itk.imwrite(itk.imread(str(path), itk.Vector[itk.F, dim]), str(copy))
     for file in (path, copy):
-        again, affine = transforms.read_displacement(file)
+        again, affine = displacement.read_displacement(file)
         np.testing.assert_array_equal(again, d)
         np.testing.assert_allclose(affine, pair.fixed.affine, atol=1e-4)
 
 
 def test_the_header_says_vector_field_in_millimetres(tmp_path):
     pair = oblique_pair(2)
-    transforms.write_displacement(tmp_path / "d.nii.gz", np.zeros((2, 30, 26)), pair.fixed.affine)
+    displacement.write_displacement(tmp_path / "d.nii.gz", np.zeros((2, 30, 26)), pair.fixed.affine)
     header = nib.Nifti1Image.from_filename(tmp_path / "d.nii.gz").header
     assert header.get_data_shape() == (30, 26, 1, 1, 2)
     assert header["intent_code"] == 1007 and header.get_xyzt_units()[0] == "mm"
@@ -260,7 +261,7 @@ def test_writing_twice_gives_equal_bytes_changes_nothing_and_leaves_no_other_fil
     for out in (tmp_path / "a", tmp_path / "b"):
         out.mkdir()
         written(out, pair, d)
-        transforms.write_image(out / "p.png", np.arange(12).reshape(4, 3), np.eye(3))
+        displacement.write_image(out / "p.png", np.arange(12).reshape(4, 3), np.eye(3))
     names = ["field.nii.gz", "fixed.nii.gz", "moving.nii.gz", "p.png"]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == names
     for name in names:
@@ -274,7 +275,7 @@ def test_writing_twice_gives_equal_bytes_changes_nothing_and_leaves_no_other_fil
 def test_a_sheared_grid_claims_no_qform(tmp_path):
     affine = np.eye(4)
     affine[0, 1] = 0.3
-    transforms.write_image(tmp_path / "i.nii", np.zeros((3, 4, 5), np.int16), affine)
+    displacement.write_image(tmp_path / "i.nii", np.zeros((3, 4, 5), np.int16), affine)
     header = nib.Nifti1Image.from_filename(tmp_path / "i.nii").header
     assert header["qform_code"] == 0
     np.testing.assert_allclose(header.get_sform(), affine, atol=1e-6)
@@ -284,7 +285,7 @@ def test_a_sheared_grid_claims_no_qform(tmp_path):
 def test_nifti_keeps_dtype_values_and_place(dtype, tmp_path):
     image = oblique_pair(3).fixed
     array = (100 * image.array).astype(dtype)
-    transforms.write_image(tmp_path / "i.nii.gz", array, image.affine)
+    displacement.write_image(tmp_path / "i.nii.gz", array, image.affine)
     kept = nib.Nifti1Image.from_filename(tmp_path / "i.nii.gz").get_data_dtype()
     assert kept == dtype
     again = read_image(tmp_path / "i.nii.gz")
@@ -296,7 +297,7 @@ def test_nifti_keeps_dtype_values_and_place(dtype, tmp_path):
 def test_a_picture_returns_as_it_was(top, suffix, tmp_path):
     array = np.random.default_rng(5).integers(0, top + 1, (7, 5)).astype(np.float32)
     array[0, 0] = top
-    transforms.write_image(tmp_path / f"p{suffix}", array, np.eye(3))
+    displacement.write_image(tmp_path / f"p{suffix}", array, np.eye(3))
     np.testing.assert_array_equal(read_image(tmp_path / f"p{suffix}").array, array)
 
 
@@ -311,7 +312,7 @@ def test_a_picture_returns_as_it_was(top, suffix, tmp_path):
 )
 def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(name, array, tmp_path):
     with pytest.raises(InputError, match=name):
-        transforms.write_image(tmp_path / name, array, np.eye(array.ndim + 1))
+        displacement.write_image(tmp_path / name, array, np.eye(array.ndim + 1))
     assert not list(tmp_path.iterdir())
 
 
@@ -332,12 +333,12 @@ def test_files_that_are_no_lps_displacement_are_refused(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"\x1f\x8b not really")
     for name in ("ras.nii", "image.nii", "broken.nii.gz", "missing.nii.gz"):
         with pytest.raises(InputError, match=name):
-            transforms.read_displacement(tmp_path / name)
+            displacement.read_displacement(tmp_path / name)
     with pytest.raises(InputError, match=r"d\.mha"):
-        transforms.write_displacement(tmp_path / "d.mha", np.zeros((3, 4, 4, 4)), np.eye(4))
+        displacement.write_displacement(tmp_path / "d.mha", np.zeros((3, 4, 4, 4)), np.eye(4))
 
 
 def test_a_transform_of_another_dimension_is_refused():
     with pytest.raises(InputError, match="3-D transform"):
         image = Image(np.zeros((4, 4), np.float32), np.eye(3))
-        transforms.resample_through(image, np.zeros((3, 4, 4, 4)), np.eye(4), order=1)
+        displacement.resample_through(image, np.zeros((3, 4, 4, 4)), np.eye(4), order=1)

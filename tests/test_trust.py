@@ -13,11 +13,12 @@ from conftest import as_if_in_its_own_process, deforming_bundle, save
 from reported import write_case
 from test_typical import SHAPE, pairs, smooth
 
-from regpipe import cli, trust, typical
-from regpipe.casemetrics import read_rows
-from regpipe.images import Grid, Image, read_image
-from regpipe.qcpage import write_report
-from regpipe.quality import THRESHOLDS
+from regpipe.cli import main as cli
+from regpipe.io.images import Grid, Image, read_image
+from regpipe.metrics import trust, typical
+from regpipe.metrics.cases import read_rows
+from regpipe.metrics.thresholds import THRESHOLDS
+from regpipe.report.qc_page import write_report
 
 METRICS = {"folds_percent": 0.0, "ndv_percent": 0.0, "sdlogj": 0.1, "inverse_consistency": 0.1, "affine_overlap": 0.9}
 NUMBERS = {"ncc": 0.9, "mi_before": 0.5, "mi": 0.8, "moved": 4.0, "sdlogj": 0.1, "covered": 0.95, "shared": 0.3}

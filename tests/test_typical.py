@@ -14,11 +14,11 @@ from conftest import save
 from ignite.engine import Engine
 from scipy import ndimage
 
-from regpipe import typical
-from regpipe.errors import InputError
-from regpipe.fields import Registration, register
-from regpipe.images import Image
-from regpipe.typical import TypicalPairs, look, numbers
+from regpipe.fields.algebra import Registration, register
+from regpipe.io.images import Image
+from regpipe.metrics import typical
+from regpipe.metrics.typical import TypicalPairs, look, numbers
+from regpipe.utils.errors import InputError
 
 SHAPE = (24, 30, 20)
 

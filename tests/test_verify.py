@@ -15,12 +15,15 @@ import pytest
 import torch
 from conftest import Command, deforming_bundle, infer
 
-from regpipe import InputError, exports, manifest, rerun
-from regpipe.files import sha256
-from regpipe.fromzero import register_from_zero
-from regpipe.images import Grid
-from regpipe.transforms import read_displacement, write_displacement
-from regpipe.verify import verify
+from regpipe import InputError
+from regpipe.data import manifest
+from regpipe.inference.from_zero import register_from_zero
+from regpipe.io.images import Grid
+from regpipe.provenance import rerun
+from regpipe.provenance.verify import verify
+from regpipe.transforms import export
+from regpipe.transforms.displacement import read_displacement, write_displacement
+from regpipe.utils.files import sha256
 
 FEW = {"steps": 4, "affine": "none"}
 
@@ -64,7 +67,7 @@ def test_each_input_of_a_case_is_read_for_hashing_once(
         hashed.extend(paths)
         return sha256(paths)
 
-    for module in (exports, manifest):
+    for module in (export, manifest):
         monkeypatch.setattr(module, "sha256", noted)
     register_from_zero(str(mine), str(tmp_path / "out"), **FEW)  # type: ignore[arg-type]
     inputs = sorted(path for path in hashed if path.is_relative_to(mine))
@@ -326,7 +329,7 @@ def test_what_is_no_manifest_is_a_line_and_no_traceback(text: str, tmp_path: Pat
 
 
 def test_the_hash_of_a_series_is_that_of_all_its_files_in_order(tmp_path: Path) -> None:
-    from regpipe.files import sha256
+    from regpipe.utils.files import sha256
 
     parts = [tmp_path / name for name in "ab"]
     for part, data in zip(parts, (b"x" * (1 << 20), b"y" * 3), strict=True):

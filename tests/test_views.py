@@ -13,10 +13,10 @@ from nibabel.affines import apply_affine
 from PIL import Image as Picture
 from scipy import ndimage
 
-from regpipe import views
-from regpipe.fields import Registration
-from regpipe.images import Image
-from regpipe.shown import Landmarks, Shown, shown_images, shown_labels, shown_landmarks
+from regpipe.fields.algebra import Registration
+from regpipe.io.images import Image
+from regpipe.report import views
+from regpipe.report.shown import Landmarks, Shown, shown_images, shown_labels, shown_landmarks
 
 SHAPE = (20, 24, 16)
 LPS = np.diag([-1.0, -1.0, 2.0, 1.0])  # axes run to the left, to posterior, up; 2 mm slices

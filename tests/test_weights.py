@@ -15,10 +15,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from regpipe.encoders import Encoder
-from regpipe.images import InputError
-from regpipe.network import SymmetricNet, load_symnet
-from regpipe.weights import inflate, lay_in_decoder, read_state_dict, read_weights
+from regpipe.io.images import InputError
+from regpipe.networks.encoders import Encoder
+from regpipe.networks.symmetric import SymmetricNet, load_symnet
+from regpipe.networks.weights import inflate, lay_in_decoder, read_state_dict, read_weights
 
 State = dict[str, Tensor]
 

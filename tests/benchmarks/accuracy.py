@@ -4,7 +4,7 @@
     python tests/benchmarks/accuracy.py SET --train --budget 600 --bundle DIR --methods regpipe_resnet18,voxelmorph
 
 SET is a name of ``SETS`` in ``--data`` (default ``$REGPIPE_DATA`` or ``../shared/data``), or a folder. Every method
-gets the same arrays, both images on regpipe's working grid, and is judged by ``regpipe.metrics.measure`` on the
+gets the same arrays, both images on regpipe's working grid, and is judged by ``metrics.measures.measure`` on the
 displacement it gives. Each pair is registered in a process of its own, one thread, so that its seconds and its
 peak memory are its own. ``OUT/cases.csv`` grows by a line per method and pair: the same command goes on where it
 stopped. Peers: ``pip install regpipe[peers]``.
@@ -30,12 +30,13 @@ from sets import CONFIGS, SETS, Data, as_pair, choices, lung_datalist, open_data
 from tables import COSTS, Row, page, read_cases, write_cases
 
 import regpipe
-from regpipe import InputError, LoadPair, collate_pairs, record
-from regpipe.bundles import write_bundle
-from regpipe.compare import run_bundle
-from regpipe.errors import one_line_errors
-from regpipe.files import replace_file
-from regpipe.images import load_grid
+from regpipe import InputError, LoadPair, collate_pairs
+from regpipe.bundle.write import write_bundle
+from regpipe.engines import record
+from regpipe.io.images import load_grid
+from regpipe.study.compare import run_bundle
+from regpipe.utils.errors import one_line_errors
+from regpipe.utils.files import replace_file
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("REGPIPE_DATA", HERE.parents[2] / "shared" / "data"))

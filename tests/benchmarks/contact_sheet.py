@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from regpipe.fields import warp
-from regpipe.synthetic import make_pair
+from regpipe.fields.algebra import warp
+from regpipe.phantoms.synthetic import make_pair
 
 SHAPE, ROWS, COLUMNS, SEED = (96, 96), 10, 4, 0
 LABELS = 20  # colours

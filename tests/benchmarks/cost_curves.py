@@ -71,7 +71,7 @@ def subjects(count: int, aside: Path) -> dict[str, float]:
 LOADED_TWICE = """
 import sys
 from regpipe import LoadPair, list_pairs
-from regpipe.images import Grid
+from regpipe.io.images import Grid
 cases, load = list_pairs("in"), LoadPair(Grid((128, 128), (1.0, 1.0)), **eval(sys.argv[1]))
 for case in 2 * cases:
     load(case)

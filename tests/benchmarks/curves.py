@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from regpipe import LoadPair, collate_pairs, list_pairs, working_grid
-from regpipe.engines import ZeroInferer
-from regpipe.fields import Registration
-from regpipe.losses import RegistrationLoss
-from regpipe.metrics import mean_of, measure
-from regpipe.refine import REGULARITY_WEIGHTS, SIMILARITY_WEIGHTS, WINDOW, Refiner
+from regpipe.engines.inferers import ZeroInferer
+from regpipe.engines.refine import REGULARITY_WEIGHTS, SIMILARITY_WEIGHTS, WINDOW, Refiner
+from regpipe.fields.algebra import Registration
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.metrics.measures import mean_of, measure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)

@@ -19,9 +19,9 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from regpipe import transforms
-from regpipe.deformations import Array, Deformation, column, random_deformation, unit_grid
-from regpipe.images import Image, read_image, read_label
+from regpipe.io.images import Image, read_image, read_label
+from regpipe.phantoms.motion import Array, Deformation, column, random_deformation, unit_grid
+from regpipe.transforms import displacement
 
 ROOT = Path(__file__).parents[2]
 LPS = np.array([-1.0, -1.0, 1.0])  # times RAS
@@ -50,13 +50,13 @@ def smoothed(image: Image, factors: Sequence[int]) -> Image:
 def shrunk(image: Image, factors: Sequence[int]) -> Image:
     """Blurred, then resampled on the coarser grid."""
     shape, affine = coarse_grid(image, factors)
-    array = transforms.resample_through(smoothed(image, factors), np.zeros((3, *shape)), affine, order=1)
+    array = displacement.resample_through(smoothed(image, factors), np.zeros((3, *shape)), affine, order=1)
     return Image(array, affine)
 
 
 def write(path: Path, array: np.ndarray, affine: Array, dtype: type[np.integer]) -> None:
     limits = np.iinfo(dtype)
-    transforms.write_image(path, np.rint(array).clip(limits.min, limits.max).astype(dtype), affine)
+    displacement.write_image(path, np.rint(array).clip(limits.min, limits.max).astype(dtype), affine)
 
 
 def write_points(path: Path, points: Array) -> None:
@@ -98,13 +98,13 @@ def brain(data: Path, out: Path) -> None:
     inside = shrunk(source._replace(array=source.array > 0), BRAIN_FACTORS).array > 0.5
     phi = motion(inside, fixed.spacing)
     # Each image is interpolated once, from the same blurred volume.
-    back = displacement(phi.backward, fixed)
-    moving = transforms.resample_through(smoothed(source, BRAIN_FACTORS), back, fixed.affine, order=1)
+    back = sampled(phi.backward, fixed)
+    moving = displacement.resample_through(smoothed(source, BRAIN_FACTORS), back, fixed.affine, order=1)
     write(out / "fixed_images" / case, fixed.array, fixed.affine, np.uint8)
     write(out / "moving_images" / case, regained(moving), fixed.affine, np.uint8)
     for side, points in zip(("fixed", "moving"), brain_landmarks(phi, inside, fixed.affine), strict=True):
         write_points(out / f"{side}_landmarks" / case.replace(".nii.gz", ".csv"), points)
-    write_field(out / "displacements" / case, displacement(phi.forward, fixed), fixed.affine)
+    write_field(out / "displacements" / case, sampled(phi.forward, fixed), fixed.affine)
 
 
 def cropped(image: Image) -> Image:
@@ -127,15 +127,15 @@ def motion(inside: np.ndarray, spacing: Array) -> Deformation:
 
 
 def half_sides(shape: Sequence[int]) -> Array:
-    """A unit of ``regpipe.deformations`` in voxels."""
+    """A unit of ``phantoms.motion`` in voxels."""
     return (np.array(shape) - 1) / 2
 
 
-def displacement(move: Callable[[Array], Array], image: Image) -> Array:
+def sampled(move: Callable[[Array], Array], image: Image) -> Array:
     """A map of units as the displacement (3, *S) in LPS mm at each voxel of the image."""
     q = unit_grid(image.array.shape)
     u = (move(q) - q) * column(half_sides(image.array.shape), q)
-    return transforms.native_displacement(u, image.affine, image.affine, image)
+    return displacement.native_displacement(u, image.affine, image.affine, image)
 
 
 def regained(array: Array) -> Array:
@@ -157,7 +157,7 @@ def write_field(path: Path, d: Array, affine: Array) -> None:
     """Write a smooth field more coarsely: on its own grid, which its affine tells."""
     step = FIELD_STEP
     kept = np.rint(d[:, ::step, ::step, ::step] / FIELD_DIGIT) * FIELD_DIGIT
-    transforms.write_displacement(path, kept, affine @ np.diag([step, step, step, 1.0]))
+    displacement.write_displacement(path, kept, affine @ np.diag([step, step, step, 1.0]))
 
 
 def main() -> None:

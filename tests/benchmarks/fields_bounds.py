@@ -21,9 +21,14 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from regpipe.fields import compose, differences, integrate_both, jacobian_determinant, warp
-from regpipe.images import Image
-from regpipe.transforms import grid_displacement, native_displacement, read_displacement, write_displacement
+from regpipe.fields.algebra import compose, differences, integrate_both, jacobian_determinant, warp
+from regpipe.io.images import Image
+from regpipe.transforms.displacement import (
+    grid_displacement,
+    native_displacement,
+    read_displacement,
+    write_displacement,
+)
 
 SHAPES = {2: (24, 24), 3: (12, 12, 12)}
 BATCH = 250

@@ -30,13 +30,14 @@ import torch
 import wholes
 from pydicom import uid
 
-from regpipe import itkbridge, record
-from regpipe.errors import InputError, printable
-from regpipe.images import load_grid, read_image, read_label
-from regpipe.pairs import list_pairs
-from regpipe.points import read_landmarks, read_points
-from regpipe.transformfiles import find, read_transform
-from regpipe.weights import read_state_dict
+from regpipe.data.pairs import list_pairs
+from regpipe.engines import record
+from regpipe.io import itk_bridge
+from regpipe.io.images import load_grid, read_image, read_label
+from regpipe.io.points import read_landmarks, read_points
+from regpipe.networks.weights import read_state_dict
+from regpipe.transforms.read import find, read_transform
+from regpipe.utils.errors import InputError, printable
 
 SLOW, HANG = 10.0, 60.0  # seconds for one input: of the processor, and by the clock
 SHOWN = 3  # failures of a kind that are printed whole
@@ -160,9 +161,9 @@ def _of_text() -> dict[str, Kind]:
 
 
 def _of_transforms() -> dict[str, Kind]:
-    affine, field = itkbridge.affine_part(wholes.PLACE), itkbridge.field_part(np.ones((3, 4, 3, 2)), wholes.PLACE)
+    affine, field = itk_bridge.affine_part(wholes.PLACE), itk_bridge.field_part(np.ones((3, 4, 3, 2)), wholes.PLACE)
     composites = (
-        itkbridge.composite_h5(affine, field),
+        itk_bridge.composite_h5(affine, field),
         wholes.hdf5_transforms(wholes.WHOLE, wholes.FIELD),
         wholes.hdf5_transforms(wholes.EULER),
     )
@@ -170,7 +171,7 @@ def _of_transforms() -> dict[str, Kind]:
         wholes.text_transforms(*parts)
         for parts in ((wholes.EULER,), (wholes.WHOLE, wholes.FIELD, wholes.SPLINE), (wholes.SPLINE,))
     )
-    mats = (itkbridge.affine_mat(wholes.PLACE), itkbridge.affine_mat(np.eye(3)))
+    mats = (itk_bridge.affine_mat(wholes.PLACE), itk_bridge.affine_mat(np.eye(3)))
     return {
         "h5": Kind("t2.h5", composites, (b"TransformType", b"_float_3_3", b"TREE", b"SNOD", b"OHDR"), _move_origin),
         "tfm": Kind("t.tfm", texts, (b"Transform: ", b"_float_3_3", b"FixedParameters:", b"\n#"), _move_origin),

@@ -12,8 +12,8 @@ from peers import Field
 from torch import Tensor
 
 from regpipe import InputError, measure
-from regpipe.fields import Registration, identity_grid, warp
-from regpipe.metrics import dice, mean_of, shared_labels
+from regpipe.fields.algebra import Registration, identity_grid, warp
+from regpipe.metrics.measures import dice, mean_of, shared_labels
 
 CORTICAL = 1000  # FreeSurfer's ids from here on are cortical
 SPLIT_DICE = ("dice_subcortical", "dice_cortical")

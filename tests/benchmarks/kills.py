@@ -36,15 +36,14 @@ import torch
 import torch.utils.tensorboard  # noqa: F401
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-import regpipe.boardpages
-import regpipe.evaluation
-import regpipe.inference
-import regpipe.tracking  # noqa: F401
-from regpipe import manifest
-from regpipe.bundles import write_bundle
-from regpipe.checkpoints import saved_states
-from regpipe.cohort import write_cohort
-from regpipe.files import damage
+import regpipe.engines.evaluation
+import regpipe.inference.folder
+import regpipe.report.mlflow  # noqa: F401
+from regpipe.bundle.write import write_bundle
+from regpipe.data import manifest
+from regpipe.engines.checkpoints import saved_states
+from regpipe.phantoms.cohort import write_cohort
+from regpipe.utils.files import damage
 
 TOLD_ONCE = ("about/", "custom_scalars__", "_hparams_")  # by each process that goes on: the run in words
 

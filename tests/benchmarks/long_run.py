@@ -20,7 +20,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
-from regpipe.bundles import write_bundle
+from regpipe.bundle.write import write_bundle
 
 MOST_MIB = 32.0
 COLUMNS = ("epoch", "rss_mib", "open_files", "threads", "seconds")

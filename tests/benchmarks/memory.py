@@ -15,15 +15,17 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from regpipe import LoadPair, collate_pairs, list_pairs, memory
-from regpipe.casefiles import save_case
-from regpipe.cost import peak_memory
-from regpipe.engines import RegistrationInferer, ZeroInferer
-from regpipe.fields import register
-from regpipe.images import make_grid
-from regpipe.losses import RegistrationLoss
-from regpipe.network import SymmetricNet
-from regpipe.refine import make_refiner, refinement_loss, zero_refiner
+from regpipe import LoadPair, collate_pairs, list_pairs
+from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
+from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
+from regpipe.fields.algebra import register
+from regpipe.inference import memory
+from regpipe.inference.case_files import save_case
+from regpipe.io.images import make_grid
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.metrics.cost import peak_memory
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils import machine
 
 COLUMNS = ("task", "backbone", "grid", "predicted_gib", "measured_gib", "ratio")
 BACKBONES = ("resnet18", "alexnet", "vgg16")
@@ -56,7 +58,7 @@ def one(task: str, backbone: str, shape: Sequence[int]) -> tuple[int, int]:
         "from_zero": ZeroInferer(zero_refiner(steps=8), repair=True),
     }
     network.eval()
-    predicted = memory.held() + memory.inference(inferers[task], network, shape)
+    predicted = machine.held() + memory.inference(inferers[task], network, shape)
     batch = _batch(shape)
     pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
     with torch.no_grad():
@@ -68,7 +70,7 @@ def _training(network: torch.nn.Module, shape: Sequence[int], structures: int) -
     weights = {"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1} | ({"anatomy": 1.0, "dice": 1.0} if structures else {})
     loss = RegistrationLoss(weights, window=7, label_ids=range(1, structures + 1))
     inferer = RegistrationInferer()
-    predicted = memory.held() + memory.training(inferer, network, loss, shape)
+    predicted = machine.held() + memory.training(inferer, network, loss, shape)
     optimizer = torch.optim.AdamW(network.parameters(), 5e-4)
     for _ in range(2):
         batch = _batch(shape)
@@ -85,7 +87,7 @@ def _files(shape: Sequence[int]) -> tuple[int, int]:
             (folder / part).mkdir()
             voxels = random.integers(0, 3 if "labels" in part else 255, shape).astype(np.uint8)
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / part / "p.nii.gz")
-        predicted = memory.held() + memory.native(shape, shape)
+        predicted = machine.held() + memory.native(shape, shape)
         case = list_pairs(str(folder))[0]
         load = LoadPair(make_grid(shape, (1.0, 1.0, 1.0)), cache=False)
         batch = collate_pairs([load(case)])
@@ -111,7 +113,7 @@ def measure(task: str, backbone: str, grid: str) -> dict[str, str]:
     command = [sys.executable, __file__, "--one", task, backbone, grid]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     predicted, measured = json.loads(done.stdout.splitlines()[-1])
-    numbers = (f"{predicted / memory.GIB:.3f}", f"{measured / memory.GIB:.3f}", f"{predicted / measured:.3f}")
+    numbers = (f"{predicted / machine.GIB:.3f}", f"{measured / machine.GIB:.3f}", f"{predicted / measured:.3f}")
     return dict(zip(COLUMNS, (task, backbone, grid.replace(",", "x"), *numbers), strict=True))
 
 

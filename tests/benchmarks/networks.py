@@ -13,10 +13,10 @@ from monai.bundle import ConfigParser
 from peers import Pair
 from torch import Tensor, nn
 
-from regpipe.engines import RegistrationInferer, ZeroInferer
-from regpipe.fields import Registration, register_midway
-from regpipe.network import SymNet, load_symnet
-from regpipe.refine import make_refiner, refinement_loss, zero_refiner
+from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
+from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
+from regpipe.fields.algebra import Registration, register_midway
+from regpipe.networks.symmetric import SymNet, load_symnet
 
 STEPS = 50  # of refining a network's answer
 

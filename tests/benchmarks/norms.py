@@ -13,11 +13,12 @@ from unittest import mock
 import torch
 from torch import nn
 
-from regpipe import LoadPair, RegistrationLoss, SymmetricNet, collate_pairs, encoders, list_pairs, measure, working_grid
-from regpipe.cohort import write_cohort
-from regpipe.engines import RegistrationInferer, prepare_batch
-from regpipe.fields import Registration
-from regpipe.metrics import mean_of
+from regpipe import LoadPair, RegistrationLoss, SymmetricNet, collate_pairs, list_pairs, measure, working_grid
+from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.fields.algebra import Registration
+from regpipe.metrics.measures import mean_of
+from regpipe.networks import encoders
+from regpipe.phantoms.cohort import write_cohort
 
 STEPS, SEEDS = 250, 3
 NORMS = {

@@ -19,11 +19,11 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor, nn
 
 from regpipe import LoadPair, collate_pairs, list_pairs
-from regpipe.bundles import write_bundle
-from regpipe.cohort import write_cohort
-from regpipe.engines import prepare_batch
-from regpipe.fields import integrate, resize
-from regpipe.images import Grid, make_grid
+from regpipe.bundle.write import write_bundle
+from regpipe.engines.inferers import prepare_batch
+from regpipe.fields.algebra import integrate, resize
+from regpipe.io.images import Grid, make_grid
+from regpipe.phantoms.cohort import write_cohort
 
 SHAPES = {2: (64, 64), 3: (32, 32, 32)}
 # voxels that a displacement is off by at most, of those of up to some voxels

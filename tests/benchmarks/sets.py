@@ -12,9 +12,9 @@ import yaml
 from peers import Pair
 
 from regpipe import InputError, list_pairs, working_grid
-from regpipe.files import replace_file
-from regpipe.images import Grid
-from regpipe.pairs import Case
+from regpipe.data.pairs import Case
+from regpipe.io.images import Grid
+from regpipe.utils.files import replace_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # What decides which pairs are held out and on which grid; taken from the overlay configs/SET.yaml where there is one.

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from regpipe import manifest, record
-from regpipe.files import replace_file
-from regpipe.weights import read_state_dict
+from regpipe.data import manifest
+from regpipe.engines import record
+from regpipe.networks.weights import read_state_dict
+from regpipe.utils.files import replace_file
 
 LARGEST = 25_000_000  # bytes of a file: what a code host takes without large-file storage, with room
 

@@ -27,12 +27,12 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 from monai.networks.blocks import DVF2DDF, Warp
 from torch import Tensor
 
-from regpipe.cost import peak_memory
-from regpipe.fields import integrate_both, register, register_midway, resize
-from regpipe.losses import RegistrationLoss
-from regpipe.network import SymmetricNet, SymNet
-from regpipe.refine import Refiner, refinement_loss
-from regpipe.similarity import lncc
+from regpipe.engines.refine import Refiner, refinement_loss
+from regpipe.fields.algebra import integrate_both, register, register_midway, resize
+from regpipe.losses.similarity import lncc
+from regpipe.losses.terms import RegistrationLoss
+from regpipe.metrics.cost import peak_memory
+from regpipe.networks.symmetric import SymmetricNet, SymNet
 
 Work = Callable[[], object]
 STEPS = 50  # of refinement

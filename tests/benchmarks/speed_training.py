@@ -28,11 +28,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from regpipe import LoadPair, RegistrationLoss, SymmetricNet, collate_pairs, cost, list_pairs, register, working_grid
-from regpipe.cohort import write_cohort
-from regpipe.engines import prepare_batch
-from regpipe.peers import VoxelMorph
-from regpipe.steps import checkpointed
+from regpipe import LoadPair, RegistrationLoss, SymmetricNet, collate_pairs, list_pairs, register, working_grid
+from regpipe.engines.inferers import prepare_batch
+from regpipe.engines.step import checkpointed
+from regpipe.metrics import cost
+from regpipe.networks.peers import VoxelMorph
+from regpipe.phantoms.cohort import write_cohort
 
 LOSS = {"lncc": 1.0, "diffusion": 0.7, "divergence": 0.1}  # train.yaml's
 WINDOW = 7
@@ -99,7 +100,7 @@ class Training:
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=5e-4, fused=True)
 
     def step(self) -> Clock:
-        """What ``regpipe.steps.TrainingStep`` does with ``RegistrationInferer``, part by part."""
+        """What ``engines.step.TrainingStep`` does with ``RegistrationInferer``, part by part."""
         clock = Clock()
         with clock("data"):
             pair, target, *_ = prepare_batch(next(iter(self.loader)))

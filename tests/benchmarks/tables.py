@@ -14,9 +14,9 @@ from judging import SPLIT_DICE
 from scipy.stats import wilcoxon
 
 from regpipe import InputError
-from regpipe.evaluation import SHOWN, interval
-from regpipe.files import replace_file
-from regpipe.metrics import HIGHER_IS_BETTER, bootstrap_interval, known
+from regpipe.engines.evaluation import SHOWN, interval
+from regpipe.metrics.measures import HIGHER_IS_BETTER, bootstrap_interval, known
+from regpipe.utils.files import replace_file
 
 COSTS = ("seconds", "cpu_seconds", "peak_mib")
 TEXT = ("method", "case", "made_from")

@@ -31,13 +31,13 @@ import numpy as np
 from scipy import ndimage
 
 from regpipe import list_pairs
-from regpipe.bundles import write_bundle
-from regpipe.cli_register import register_with_bundle
-from regpipe.errors import one_line_errors
-from regpipe.files import replace_file
-from regpipe.fromzero import register_from_zero
-from regpipe.images import Image, read_image, read_label
-from regpipe.pairs import Case
+from regpipe.bundle.run import register_with_bundle
+from regpipe.bundle.write import write_bundle
+from regpipe.data.pairs import Case
+from regpipe.inference.from_zero import register_from_zero
+from regpipe.io.images import Image, read_image, read_label
+from regpipe.utils.errors import one_line_errors
+from regpipe.utils.files import replace_file
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("REGPIPE_DATA", HERE.parents[2] / "shared" / "data"))

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regpipe import images
-from regpipe.engines import ZeroInferer
-from regpipe.fields import integrate_both, resize_image, warp
-from regpipe.metrics import folds_percent, ndv_percent, sdlogj
-from regpipe.refine import coarsen, zero_refiner
+from regpipe.engines.inferers import ZeroInferer
+from regpipe.engines.refine import coarsen, zero_refiner
+from regpipe.fields.algebra import integrate_both, resize_image, warp
+from regpipe.io import images
+from regpipe.metrics.measures import folds_percent, ndv_percent, sdlogj
 
 FIELDS, KNOTS, LARGEST = 3, 8, 5.0  # known fields: how many, control points an axis, voxels
 SPEED = 20  # every 20th frame of the liver

@@ -1,0 +1,47 @@
+"""The three bundles, written from one template: they differ in the backbone's id and in nothing else."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from regpipe.networks.encoders import BACKBONES, TRANSFERRED
+from regpipe.networks.weights import shipped
+from regpipe.utils.errors import InputError
+
+PLACEHOLDER = "@BACKBONE@"
+
+
+def write_bundle(backbone: str, folder: str | Path) -> Path:
+    """Write the bundle of a backbone into ``folder``; files of the template that are there are replaced.
+
+    Raises:
+        InputError: unknown backbone.
+    """
+    if backbone not in BACKBONES:
+        raise InputError(f"unknown backbone '{backbone}': choose one of {', '.join(BACKBONES)}")
+    folder = Path(folder)
+    with resources.as_file(resources.files("regpipe.bundle") / "template") as template:
+        for source in sorted(path for path in template.rglob("*") if path.is_file()):
+            target = folder / source.relative_to(template)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(rendered(source.relative_to(template).as_posix(), backbone), encoding="utf-8")
+    (folder / "models").mkdir(exist_ok=True)
+    return folder
+
+
+def rendered(name: str, backbone: str) -> str:
+    """A file of the template, ``configs/train.yaml``, as it stands in the bundle of a backbone."""
+    text = (resources.files("regpipe.bundle") / "template" / name).read_text(encoding="utf-8")
+    return text.replace(PLACEHOLDER, backbone)
+
+
+def all_shipped() -> list[Path]:
+    """Every bundle that came with regpipe and holds a model."""
+    found = (shipped(backbone, dim) for backbone in TRANSFERRED for dim in (2, 3))
+    return list(dict.fromkeys(bundle for bundle in found if bundle is not None))
+
+
+def write_all(parent: str | Path) -> list[Path]:
+    """``symreg_<backbone>`` for each transferred backbone, in ``parent``."""
+    return [write_bundle(backbone, Path(parent) / f"symreg_{backbone}") for backbone in TRANSFERRED]

@@ -1,0 +1,221 @@
+"""``regpipe register``: a folder of pairs, or two files, with a bundle or without any."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regpipe.cli import completion
+from regpipe.utils import console
+from regpipe.utils.errors import InputError
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
+]
+
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run a bundle whose configuration is not regpipe's own: it can run any code."),
+]
+
+
+def add(app: typer.Typer) -> None:
+    """Give ``app`` the command."""
+    app.command()(register)
+
+
+def register(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
+    bundle: Annotated[
+        str,
+        typer.Option(
+            help="A trained bundle, a comparison (its best), or one that came with regpipe: resnet18, vgg16, alexnet. "
+            "none: no network, each pair optimised from zero.",
+            autocompletion=completion.one_of(completion.SHIPPED),
+        ),
+    ] = "resnet18",
+    affine: Annotated[
+        str | None,
+        typer.Option(
+            help="First: none, centre, rigid, similarity, affine, projective (2D). Default: affine; a bundle: its own.",
+            autocompletion=completion.one_of(completion.STAGES),
+        ),
+    ] = None,
+    affine_from: Annotated[
+        str | None,
+        typer.Option(
+            "--affine-from",
+            "--affine_from",  # as a bundle spells it, and messages
+            help="What rigid and more are found by: images (default), landmarks, both.",
+            autocompletion=completion.one_of(completion.SOURCES),
+        ),
+    ] = None,
+    affine_metric: Annotated[
+        str | None,
+        typer.Option(
+            "--affine-metric",
+            "--affine_metric",  # as a bundle spells it, and messages
+            help="What images are aligned by: mi (default), or ncc within a modality.",
+            autocompletion=completion.one_of(completion.METRICS),
+        ),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(help="Steps of per-pair optimisation after the network's answer, or from zero."),
+    ] = None,
+    similarity: Annotated[
+        str | None,
+        typer.Option(
+            help="What refinement compares images by: lncc, mind, mi, ncc, mse.",
+            autocompletion=completion.one_of(completion.SIMILARITIES),
+        ),
+    ] = None,
+    smoothness: Annotated[
+        float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
+    ] = None,
+    finest: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of refinement: 1 compares at full resolution, 2 at half, faster; default: by size."),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Transform files, by commas: displacement, itk, ants (by default), fsl, freesurfer, l2r.",
+            autocompletion=completion.some_of(completion.FORMATS),
+        ),
+    ] = None,
+    fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
+    moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
+    fixed_mask: Annotated[Path | None, typer.Option(help="With two files: where FIXED counts.")] = None,
+    moving_mask: Annotated[Path | None, typer.Option(help="With two files: where MOVING counts.")] = None,
+    landmarks: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="FIXED MOVING", help="With two files: corresponding points (.csv: x,y,z in LPS mm)."),
+    ] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-gib",
+            "--memory_gib",  # as a bundle spells it, and messages
+            help="What this process may take; default: what is free. Where it is too little, see below.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit status 1 where a result should not be trusted unseen: docs/trust.md.")
+    ] = False,
+    pairing: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a folder of subjects: all ordered pairs, or each onto the first; default: as trained.",
+            autocompletion=completion.one_of(completion.PAIRINGS),
+        ),
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Register a folder of pairs, or one pair: by a network that came with regpipe, refined, or by one of your own.
+
+    Each case gets a folder with the warped image and labels, the transforms both ways (for ITK, ANTs and Slicer), the
+    Jacobian, pictures and metrics. Finished cases are skipped; a bad one is reported and the others go on. Where memory
+    would not do, what costs least is given up first, and said: bfloat16, coarser refinement, the network on tiles.
+    """
+    if len(inputs) > 2:
+        raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
+    given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
+    given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    points = landmarks or (None, None)
+    beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}
+    beside |= {"moving_mask": moving_mask, "fixed_landmarks": points[0], "moving_landmarks": points[1]}
+    with tempfile.TemporaryDirectory() as aside:
+        dataset = inputs[0]
+        if len(inputs) == 1 and dataset.is_file() and dataset.suffix.lower() != ".json":
+            raise InputError(f"{dataset}: is one image; give FIXED and MOVING, or a folder of pairs")
+        if len(inputs) == 2:
+            dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], beside)
+        elif any(beside.values()):
+            raise InputError("labels, masks and --landmarks go with two files; a folder holds its own")
+        folder = _bundle(bundle, dataset)
+        if folder is None:
+            _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
+            return
+        if refine is None and bundle in completion.SHIPPED:
+            from regpipe.engines.refine import SHIPPED_STEPS as refine
+        loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
+        told = chosen | _refinement(refine, loss) | ({} if finest is None else {"refine_finest": finest})
+        from regpipe.bundle.run import register_with_bundle
+
+        register_with_bundle(folder, dataset, out, told, trust=trust)
+
+
+def _bundle(name: str, dataset: Path) -> Path | None:
+    """The bundle that ``--bundle`` names, one that came with regpipe or a folder; None for ``none``.
+
+    Where none came with regpipe for images of this dimension it is None too, and said.
+    """
+    if name == "none":
+        return None
+    if name not in completion.SHIPPED or Path(name).is_dir():
+        return Path(name)
+    from regpipe.engines.inferers import dimension_of
+    from regpipe.networks.weights import shipped
+
+    dim = dimension_of(str(dataset))
+    found = shipped(name, dim)
+    if found is None:
+        console.say(f"regpipe came without a model of {name} for {dim}D images: each pair is optimised from zero")
+    return found
+
+
+def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
+    """What ``refinement_loss`` is told, checked."""
+    from regpipe.engines.refine import refinement_loss
+
+    chosen: dict[str, Any] = {
+        "similarity": similarity or "lncc",
+        "smoothness": 1.0 if smoothness is None else smoothness,
+    }
+    refinement_loss(**chosen)
+    return chosen
+
+
+def _from_zero(
+    dataset: Path, out: Path, steps: int | None, loss: dict[str, Any], finest: int | None, chosen: dict[str, Any]
+) -> None:
+    from regpipe.engines.refine import ZERO_STEPS
+    from regpipe.inference.from_zero import register_from_zero
+
+    steps = ZERO_STEPS if steps is None else steps
+    register_from_zero(str(dataset), str(out), steps=steps, finest=finest, **loss, **chosen)
+
+
+def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | None]) -> Path:
+    """A datalist of one case."""
+    from regpipe.io import images
+
+    files = {"fixed_image": fixed, "moving_image": moving, **beside}
+    entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
+    for name in entry.values():
+        files_of = images.files(name)
+        if not files_of or not all(file.exists() for file in files_of):
+            raise InputError(f"{name}: no such file, or a folder without DICOM files")
+    path.write_text(json.dumps({"test": [entry]}))
+    return path
+
+
+def _refinement(steps: int | None, loss: dict[str, Any] | None) -> dict[str, Any]:
+    """What a bundle is told of it."""
+    told: dict[str, Any] = {} if steps is None else {"refine": steps}
+    if loss is not None:
+        if not steps:
+            raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
+        words = ", ".join(f"{name}={value!r}" for name, value in loss.items())
+        told["refine_loss"] = (
+            f"$regpipe.engines.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {words})"
+        )
+    return told

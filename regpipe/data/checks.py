@@ -1,0 +1,106 @@
+"""What can be wrong with pairs, found before anything runs: every file is read once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from nibabel.affines import apply_affine
+
+from regpipe.data.pairs import KINDS, SIDES, Case
+from regpipe.io import images
+from regpipe.io.points import read_landmarks
+from regpipe.utils.console import Progress
+from regpipe.utils.errors import InputError
+
+
+class _Facts(NamedTuple):
+    """What is compared between files once they have been read."""
+
+    shape: tuple[int, ...] = ()
+    affine: np.ndarray = np.eye(3)
+    points: int = 0
+    lps: np.ndarray | None = None
+
+
+def check_pairs(
+    cases: Sequence[Case], *, landmark_channels: int | None = None, progress: bool = False
+) -> dict[str, str]:
+    """case -> what is wrong with it, in one line that names the file; empty if all is well.
+
+    Reads every distinct file once. Checks the file itself, a label's and a mask's grid against its image's, that
+    a mask is not empty, the dimension of both images, and that landmarks fit the image and each other in number.
+    """
+    keys = [f"{side}_{kind}" for kind, side in itertools.product(KINDS, SIDES)]
+    files = dict.fromkeys((k.split("_")[1], c[k]) for c in cases for k in keys if k in c)
+    facts: dict[tuple[str, str], _Facts | InputError] = {}
+    for kind, path in Progress(files, what="checking", unit="files") if progress else files:
+        try:
+            facts[kind, path] = _facts(kind, path, landmark_channels)
+        except InputError as problem:
+            facts[kind, path] = problem
+    problems = {c["case"]: _problem(c, facts) for c in cases}
+    return {name: problem for name, problem in problems.items() if problem}
+
+
+def _facts(kind: str, path: str, landmark_channels: int | None) -> _Facts:
+    if kind == "landmarks":
+        points = read_landmarks(path)
+        return _Facts((0,) * points.shape[1], points=len(points), lps=points)
+    if kind == "image":
+        image, channels = images.read_image(path), None
+    else:
+        image, channels = images.read_label(path, landmark_channels=landmark_channels if kind == "label" else None)
+    if kind == "mask" and not image.array.any():
+        raise InputError(f"{path}: this mask is 0 everywhere; mark what shall count, or remove it")
+    return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels))
+
+
+def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -> str | None:
+    """The first thing wrong with a case."""
+    known: dict[str, _Facts] = {}
+    for kind, side in itertools.product(KINDS, SIDES):
+        fact = facts.get((kind, case.get(f"{side}_{kind}", "")))
+        if isinstance(fact, InputError):
+            return str(fact)
+        if fact is not None:
+            known[f"{side}_{kind}"] = fact
+    fixed, moving = known["fixed_image"], known["moving_image"]
+    if len(fixed.shape) != len(moving.shape):
+        return f"{case['moving_image']}: 2-D with 3-D ({case['fixed_image']}); pair like with like"
+    counts = {}
+    for side in SIDES:
+        image, label, points, mask = (known.get(f"{side}_{kind}") for kind in KINDS)
+        assert image is not None
+        for kind, drawn in (("label", label), ("mask", mask)):
+            if drawn and not _same_grid(image, drawn):
+                return f"{case[f'{side}_{kind}']}: not on its image's grid; resample it onto the image"
+        if points and len(points.shape) != len(image.shape):
+            return f"{case[f'{side}_landmarks']}: points and image differ in dimension; mend it"
+        if points and points.lps is not None and _outside(points.lps, image):
+            return f"{case[f'{side}_landmarks']}: most points lie outside the image; are they RAS? LPS mm are wanted"
+        counts[side] = sum(f.points for f in (label, points) if f)
+    return unlike_landmarks(case, counts)
+
+
+def unlike_landmarks(case: Case, counts: Mapping[str, int]) -> str | None:
+    """Message for landmarks that cannot correspond, else None; an image without any has none to compare."""
+    if counts["fixed"] == counts["moving"] or not all(counts.values()):
+        return None
+    file = case.get("moving_landmarks") or case.get("moving_label") or case["moving_image"]
+    held = f"{counts['moving']} landmarks, the fixed side {counts['fixed']}"
+    return f"{file}: holds {held}; make them correspond one to one"
+
+
+def _outside(lps: np.ndarray, image: _Facts) -> bool:
+    """Whether more than half of the points are more than a voxel off the image."""
+    known = lps[~np.isnan(lps).any(1)]
+    at = apply_affine(np.linalg.inv(image.affine), known * [-1.0, -1.0, 1.0][: lps.shape[1]])
+    off = ((at < -1) | (at > np.array(image.shape))).any(1)
+    return bool(len(off) and off.mean() > 0.5)
+
+
+def _same_grid(a: _Facts, b: _Facts) -> bool:
+    return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-3)

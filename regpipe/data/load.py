@@ -1,0 +1,201 @@
+"""Pairs -> tensors on the working grid."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regpipe.data.cache import Store
+from regpipe.data.checks import unlike_landmarks
+from regpipe.data.pairs import KINDS, SIDES, Case
+from regpipe.data.placement import Frames, Read
+from regpipe.io import geometry, images
+from regpipe.io.geometry import extent
+from regpipe.io.images import Grid
+from regpipe.io.points import read_landmarks
+from regpipe.transforms import displacement, homography
+from regpipe.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+class LoadPair:
+    """case -> tensors on the working grid; a callable for ``monai.data.Dataset``.
+
+    Gives ``case`` and, for ``fixed_`` and ``moving_``: ``image`` (1, *S) float32 in [0, 1];
+    ``label`` (1, *S) int32, zeros where there is none; ``landmarks`` (K, D) float32 in working
+    voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the image's field
+    of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1) float64,
+    working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image is seen
+    at ``bend(x)``, see ``transforms.homography``. ``displacement`` (D, *S) where there is a true one, working voxels.
+    With ``cache`` they are kept, per image and field and not per pair, and handed out without a copy: never change them
+    in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``data.cache``.
+
+    Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
+    ``affine``, ``affine_from``, ``affine_metric`` and ``space``: how the moving image's frame is aligned with the fixed
+    one's, see ``data.placement``; each alignment is found once (by each worker of a data loader,
+    without ``cache_dir``). Without a ``grid`` each pair has its own.
+    """
+
+    def __init__(
+        self,
+        grid: Grid | None,
+        *,
+        landmark_channels: int | None = None,
+        cache: bool = True,
+        cache_dir: str | None = None,
+        mask_rims: bool = True,
+        affine: str = "centre",
+        affine_from: str = "images",
+        affine_metric: str = "mi",
+        space: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.grid = grid
+        self.landmark_channels = landmark_channels
+        self.mask_rims = mask_rims
+        self.store = Store(cache_dir) if cache_dir else None
+        self.frames = Frames(grid, affine, source=affine_from, metric=affine_metric, space=space, store=self.store)
+        self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
+
+    def __call__(self, case: Case) -> dict[str, Any]:
+        item: dict[str, Any] = {"case": case["case"]}
+        read = functools.cache(images.read_image)  # both frames and arrays may ask for a file
+        grid = self.grid_of(case)
+        fixed_frame, moving_frame = self.frames(case, read)
+        bend = self.frames.bend(case, read)
+        for side, frame, bent in (("fixed", fixed_frame, None), ("moving", moving_frame, bend)):
+            tensors = self._side(case, side, frame, bent, grid, read)
+            item |= {f"{side}_{key}": value for key, value in tensors.items()}
+        if "displacement" in case:
+            item |= self._true_displacement(case, item, grid)
+        counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
+        unlike = unlike_landmarks(case, counts)
+        if unlike:
+            raise InputError(unlike)
+        if not all(counts.values()):  # one of them has no partner's: no supervision from this pair
+            item |= {f"{side}_landmarks": item[f"{side}_landmarks"][:0] for side in SIDES}
+        return item
+
+    def grid_of(self, case: Case) -> Grid:
+        """The working grid of a case."""
+        return self.frames.grid_of(case)
+
+    def _side(
+        self, case: Case, side: str, frame: np.ndarray, bend: np.ndarray | None, grid: Grid, read: Read
+    ) -> dict[str, Tensor]:
+        files, image = tuple(case.get(f"{side}_{kind}") for kind in KINDS), case[f"{side}_image"]
+        make = functools.partial(self._make, files, side, frame, bend, grid.shape, read)
+        # An image's frame of its own is the same in all pairs; any other, and what is bent, is this pair's alone.
+        if bend is not None or not np.array_equal(frame, self.frames.around(image, grid, read)):
+            return make()
+        return self._kept(files, grid, (frame,), make)
+
+    def _kept(
+        self, files: tuple[Any, ...], grid: Grid, frames: Sequence[np.ndarray], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``make`` gives of these files in these frames; from memory or from the store where it is there."""
+        key = (*files, *(frame.tobytes() for frame in frames))
+        if self.cache is not None and key in self.cache:
+            return self.cache[key]
+        told = {"landmark_channels": self.landmark_channels, "mask_rims": self.mask_rims}
+        about = {"frames": [frame.tolist() for frame in frames], "shape": grid.shape, **told}
+        tensors = make() if self.store is None else self.store.tensors(files, about, make)
+        if self.cache is not None:
+            self.cache[key] = tensors
+        return tensors
+
+    def _make(
+        self,
+        files: Sequence[Any],
+        side: str,
+        frame: np.ndarray,
+        bend: np.ndarray | None,
+        shape: tuple[int, ...],
+        read: Read,
+    ) -> dict[str, Tensor]:
+        image = files[0]
+        seen = _covered(read(image), frame, shape)
+        if not seen:
+            raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
+        if seen < 0.9 and side == "fixed":
+            log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
+        affine = {"affine": torch.from_numpy(frame)}
+        if bend is None:
+            return self._load(files, frame, shape, read) | affine
+        return self._load(files, frame @ bend, shape, read) | affine | {"bend": torch.from_numpy(bend)}
+
+    def _true_displacement(self, case: Case, item: Mapping[str, Any], grid: Grid) -> dict[str, Tensor]:
+        frames = item["fixed_affine"].numpy(), item["moving_affine"].numpy()
+
+        def make() -> dict[str, Tensor]:
+            field, affine = displacement.read_displacement(case["displacement"])
+            u = displacement.grid_displacement(field, affine, *frames, grid.shape)
+            if "moving_bend" in item:
+                u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
+            return {"displacement": torch.from_numpy(u).float()}
+
+        if "moving_bend" in item:
+            return make()
+        return self._kept((case["displacement"],), grid, frames, make)
+
+    def _load(self, files: Sequence[Any], affine: np.ndarray, shape: tuple[int, ...], read: Read) -> dict[str, Tensor]:
+        path, label, landmarks, mask = files
+        image, dim = read(path), len(shape)
+        grey = image._replace(array=images.normalise(image.array))
+        array = images.resample(grey, affine, shape, order=1)
+        labels, points, back = (
+            np.zeros(shape, np.int32),
+            [np.zeros((0, dim))],
+            np.linalg.inv(affine),
+        )
+        if label:
+            found, channels = images.read_label(label, landmark_channels=self.landmark_channels)
+            labels = images.resample(found, affine, shape, order=0)
+            if channels is not None:
+                points.append(geometry.carry(back @ found.affine, channels))
+        if landmarks:
+            lps = read_landmarks(landmarks)
+            points.append(geometry.carry(back, lps * [-1.0, -1.0, 1.0][:dim]))
+        return {
+            "image": torch.from_numpy(array)[None],
+            "label": torch.from_numpy(labels)[None],
+            "landmarks": torch.from_numpy(np.concatenate(points)).float(),
+            "mask": _mask(image, mask, affine, shape, rims=self.mask_rims)[None],
+        }
+
+
+def _mask(image: images.Image, path: str | None, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool) -> Tensor:
+    """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``) and its mask file."""
+    view = image._replace(array=np.ones(image.array.shape, np.uint8))
+    inside = images.resample(view, affine, shape, order=0) > 0 if rims else np.ones(shape, bool)
+    if path:
+        drawn, _ = images.read_label(path)
+        inside &= images.resample(drawn, affine, shape, order=0) != 0
+    if inside.all():  # most are: one number in memory in place of a volume
+        return torch.ones(()).expand(shape)
+    return torch.from_numpy(inside).float()
+
+
+def _covered(image: images.Image, affine: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Share of an image's volume inside the working grid, along the grid's axes."""
+    low, high = extent(image.array.shape, image.affine, affine)
+    inside = np.minimum(high, np.array(shape) - 0.5) - np.maximum(low, -0.5)
+    return float(np.prod(inside.clip(min=0) / (high - low)))
+
+
+def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Batch items of ``LoadPair``: tensors stacked, landmarks NaN-padded, ``case`` a list."""
+    batch: dict[str, Any] = {"case": [item["case"] for item in items]}
+    for key in set.intersection(*({*item} for item in items)):  # not every case has a true displacement
+        if key.endswith("landmarks"):
+            points = [item[key] for item in items]
+            batch[key] = torch.nn.utils.rnn.pad_sequence(points, True, float("nan"))
+        elif key != "case":
+            batch[key] = torch.stack([item[key] for item in items])
+    return batch

@@ -1,0 +1,104 @@
+"""Which pairs an epoch sees: where labels or landmarks come with some only, those get a share of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import ignite.distributed as idist
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+from regpipe.data.pairs import SIDES, Case
+from regpipe.utils.errors import InputError
+
+
+class PairSampler(Sampler[int]):
+    """A random part of the pairs each epoch, without repetition while there are enough, see ``draw``.
+
+    Args:
+        known: which of the pairs are supervised, see ``supervised``.
+        num_samples: how many an epoch.
+        share: of them supervised, where only some pairs are; None: as they come.
+    """
+
+    def __init__(self, known: Tensor, num_samples: int, *, share: float | None = None) -> None:
+        self.known, self.num_samples, self.share = known, num_samples, checked_share(share)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(draw(self.known, self.num_samples, self.share).tolist())
+
+
+class EpochSampler(DistributedSampler):
+    """A random part of the data each epoch, without repetition, of which each process gets its ``share``.
+
+    Drawn from the seed and the epoch alone: the k-th step of an epoch sees the same pairs whatever the number of
+    processes, as long as processes times batch size stay the same. The first ones are repeated where the shares would
+    not be equally long.
+
+    Args:
+        known: which of the pairs are supervised, see ``data.sampling.supervised``.
+        size: pairs an epoch, all processes together.
+        seed: the run's.
+        share: of them supervised, see ``data.sampling.draw``.
+    """
+
+    def __init__(self, known: Tensor, size: int, *, seed: int, share: float | None = None) -> None:
+        super().__init__(cast("Dataset[Tensor]", known), idist.get_world_size(), idist.get_rank(), seed=seed)
+        self.size, self.known, self.share = size, known, checked_share(share)
+        self.num_samples = -(-size // self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = draw(self.known, self.size, self.share, generator)
+        places = torch.arange(self.num_samples) * self.num_replicas + self.rank
+        return iter(drawn[places % len(drawn)].tolist())
+
+
+def needed(weights: Mapping[str, float], *, landmark_channels: int | None) -> dict[str, str]:
+    """The terms of a loss that need labels or landmarks -> which of the two files holds them."""
+    points = "landmarks" if landmark_channels is None else "label"
+    files = {"dice": "label", "anatomy": "label", "landmarks": points}
+    return {term: kind for term, kind in files.items() if weights.get(term)}
+
+
+def supervised(pairs: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None = None) -> Tensor:
+    """(N,) bool: which pairs have, of both images, what a term of the loss needs."""
+    kinds = set(needed(weights, landmark_channels=landmark_channels).values())
+    return torch.tensor([any(all(f"{side}_{kind}" in pair for side in SIDES) for kind in kinds) for pair in pairs])
+
+
+def draw(known: Tensor, size: int, share: float | None, generator: torch.Generator | None = None) -> Tensor:
+    """(size,) indices into ``known`` (N,) bool, in random order, of which a ``share`` are known.
+
+    With few labelled subjects hardly a pair has both labels (20 of 160: one in 65): drawn as they come, supervision
+    would be rare. Each kind is gone through whole, in random order, before one is drawn again. Where all or none are
+    known, or without a share, all are one kind.
+    """
+    kinds = [torch.arange(len(known))]
+    counts = [size]
+    if share is not None and 0 < int(known.sum()) < len(known):
+        kinds = [known.nonzero()[:, 0], (~known).nonzero()[:, 0]]
+        first = math.ceil(share * size)
+        counts = [first, size - first]
+    drawn = [_in_turn(kind, count, generator) for kind, count in zip(kinds, counts, strict=True)]
+    return _in_turn(torch.cat(drawn), size, generator)
+
+
+def _in_turn(items: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """``count`` of the items: random orders of all of them, one after another."""
+    rounds = [items[torch.randperm(len(items), generator=generator)] for _ in range(-(-count // len(items)))]
+    return torch.cat([items[:0], *rounds])[:count]
+
+
+def checked_share(share: float | None) -> float | None:
+    """Raises ``InputError`` where it is no share."""
+    if share is not None and not 0 <= share <= 1:
+        raise InputError(f"supervised_share is {share}: give 0 to 1, or null to draw the pairs as they come")
+    return share

@@ -1,0 +1,249 @@
+"""The adapters between regpipe's functions and MONAI's SupervisedTrainer / SupervisedEvaluator.
+
+``prepare_batch`` makes the network's input of a collated batch (``data.pairs``), ``RegistrationInferer`` turns the
+network's velocity into warped images, and ``losses.terms.RegistrationLoss`` weighs them. The iteration that does so
+in training is ``engines.step.TrainingStep``; what happens around it is in ``engines.handlers``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+
+from regpipe.data.pairs import list_pairs
+from regpipe.engines.refine import Refiner
+from regpipe.fields.algebra import (
+    SQUARINGS,
+    Registration,
+    integrate_both,
+    register,
+    register_midway,
+    resize,
+    warp,
+    warp_both,
+)
+from regpipe.fields.folds import repair
+from regpipe.io import images
+from regpipe.io.images import Grid, load_grid, make_grid
+from regpipe.networks.symmetric import SymmetricNet, unfold
+from regpipe.networks.weights import check_sound, read_state_dict, unwrapped
+from regpipe.phantoms.cohort import BUILTIN_SHAPES
+from regpipe.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def prepare_batch(
+    batch: Mapping[str, Any],
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    **to_kwargs: Any,
+) -> tuple[Tensor, dict[str, Any], tuple[()], dict[str, Any]]:
+    """A collated batch -> (pair (B, 2, *spatial), the whole batch on the device, (), what the inferer is told).
+
+    MONAI's ``prepare_batch``.
+    """
+    target = {
+        key: value.to(device, non_blocking=non_blocking, **to_kwargs) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+    masks = tuple(target[key] for key in ("fixed_mask", "moving_mask") if key in target)
+    return torch.cat([target["fixed_image"], target["moving_image"]], 1), target, (), {"masks": masks}
+
+
+class RegistrationInferer(Inferer):
+    """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
+
+    Whatever the autocast, only the network computes in half precision; what it gives is float32 from there on. What a
+    network gives beyond the velocity, unfolded, is the dict's ``anatomy`` (B, 2 (K + 1), *full): the logits of the
+    structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
+
+    Args:
+        squarings: scaling-and-squaring steps.
+        midway: the network gives SYMNet's two velocities instead of one.
+        cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
+            far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
+        refiner: optimises the velocity of each pair further, starting from the network's, or from zero where the
+            refiner's loss is lower there: ``start`` then says ``network`` or ``zero``, of each pair.
+        repair: remove what folds are left; ``repaired`` (B,) then says how far the fields were moved, voxels at most.
+    """
+
+    def __init__(
+        self,
+        *,
+        squarings: int = SQUARINGS,
+        midway: bool = False,
+        cascades: int = 1,
+        refiner: Refiner | None = None,
+        repair: bool = False,
+    ) -> None:
+        super().__init__()
+        self.squarings = squarings
+        self.cascades = cascades
+        self.refiner = refiner
+        self.repair = repair
+        self.midway = midway
+        if midway and (refiner is not None or cascades > 1):
+            raise InputError("refinement and cascades go on from one velocity, SYMNet gives two: leave them out")
+        if cascades < 1:
+            raise InputError(f"--cascades {cascades}: the network is applied once at least")
+
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
+    ) -> dict[str, Any]:
+        output = network(inputs, *args, **kwargs)
+        dim = (inputs.ndim - 2) * (2 if self.midway else 1)
+        anatomy = {"anatomy": unfold(output[:, dim:].float())} if output.shape[1] > dim else {}
+        fixed, moving = inputs.float().chunk(2, dim=1)
+        velocity = output[:, :dim].float()
+        for _ in range(self.cascades - 1):
+            velocity = velocity + network(midway_images(fixed, moving, velocity), *args, **kwargs)[:, :dim].float()
+        beside: dict[str, Any] = dict(anatomy)
+        with torch.autocast(inputs.device.type, enabled=False):
+            if self.refiner is not None:
+                velocity, beside["start"] = self.refiner.from_better(fixed, moving, velocity, masks=masks, **anatomy)
+            finish = register_midway if self.midway else register
+            result = finish(fixed, moving, velocity, squarings=self.squarings)
+        return {**(without_folds(fixed, moving, result) if self.repair else result._asdict()), **beside}
+
+
+def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor) -> Tensor:
+    """Both images (B, 1, *spatial) moved halfway to each other by exp(-v/2) and exp(v/2): (B, 2, *spatial)."""
+    to_fixed, to_moving = integrate_both(velocity / 2)
+    u = resize(torch.cat([to_moving, to_fixed]), fixed.shape[2:])
+    return torch.cat(warp(torch.cat([fixed, moving]), u).chunk(2), 1)
+
+
+def without_folds(fixed: Tensor, moving: Tensor, result: Registration) -> dict[str, Tensor]:
+    """The registration with both fields repaired (``fields.folds``), and ``repaired`` (B,): see the inferer."""
+    there, back = repair(result.displacement), repair(result.inverse)
+    warped = warp_both(moving, fixed, there.displacement, back.displacement)
+    mended = Registration(result.velocity, there.displacement, back.displacement, *warped)
+    return {**mended._asdict(), "repaired": torch.maximum(there.moved_max, back.moved_max)}
+
+
+class ZeroInferer(Inferer):
+    """Registration without a network: each pair's velocity optimised from zero; the network given is not asked.
+
+    ``repair``: as ``RegistrationInferer``'s.
+    """
+
+    def __init__(self, refiner: Refiner, *, repair: bool = False) -> None:
+        super().__init__()
+        self.refiner = refiner
+        self.repair = repair
+
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
+    ) -> dict[str, Tensor]:
+        fixed, moving = inputs.float().chunk(2, dim=1)
+        result = register(fixed, moving, self.refiner(fixed, moving, masks=masks))
+        return without_folds(fixed, moving, result) if self.repair else result._asdict()
+
+
+def metric_input(output: Mapping[str, Any]) -> dict[str, Any]:
+    """A MONAI evaluator's ``engine.state.output`` -> what ``metrics.measures.CaseMetrics`` is updated with."""
+    return {"pred": output["pred"], "batch": output["label"]}
+
+
+def parameter_groups(network: nn.Module, learning_rate: float, *, encoder_factor: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups, the encoder's with ``encoder_factor`` times the learning rate.
+
+    Transferred weights are near a good place already: give them a factor below 1 (discriminative fine-tuning,
+    Howard & Ruder 2018).
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("encoder.")].append(parameter)
+    rates = {True: learning_rate * encoder_factor, False: learning_rate}
+    return [{"params": params, "lr": rates[key]} for key, params in groups.items() if params]
+
+
+def model_folder(folder: str, dataset_dir: str) -> str:
+    """Where in a bundle's ``models`` the model is that registers these data.
+
+    ``folder`` itself holds the bundle's own training; ``2d`` and ``3d`` in it what the bundle came with, for data of
+    either dimension: taken where there is no training, or one of the other dimension.
+    """
+    own = Path(folder)
+    dim = dimension_of(dataset_dir)
+    shipped = own / f"{dim}d"
+    if not (shipped / "model.pt").is_file():
+        return folder
+    if (own / "model.pt").is_file() and len(trained_grid(folder).shape) == dim:
+        return folder
+    log.info("%s: the model that the bundle came with, trained on synthetic pairs", shipped)
+    return str(shipped)
+
+
+def dimension_of(dataset_dir: str) -> int:
+    """2 or 3: of the first image of a data set that can be read; 2 where none can."""
+    for case in list_pairs(dataset_dir, problems={}):
+        with contextlib.suppress(InputError):  # said when its turn comes
+            return len(images.geometry(case["fixed_image"])[0])
+    return 2
+
+
+def trained_grid(ckpt_dir: str) -> Grid:
+    """The working grid that the model in ``ckpt_dir`` was trained on; a 2D one where nothing is trained yet."""
+    path = Path(ckpt_dir) / "working_grid.json"
+    if path.is_file() or (Path(ckpt_dir) / "model.pt").is_file():  # a model without its grid is an error, not a guess
+        return load_grid(path)
+    return make_grid(BUILTIN_SHAPES[2], (1.0, 1.0))
+
+
+def trained_structures(ckpt_dir: str) -> int:
+    """How many structures the model in ``ckpt_dir`` tells apart; 0 before training."""
+    path = Path(ckpt_dir) / "model.pt"
+    head = read_state_dict(path, old=False).get("anatomy.classes.weight") if path.is_file() else None
+    return 0 if head is None else len(head) - 1
+
+
+def trained_weights(ckpt_dir: str) -> str:
+    """``pretrained`` for a network that ``model.pt`` will be loaded into: its layout, or ``none`` before training."""
+    return require_model(ckpt_dir) if (Path(ckpt_dir) / "model.pt").is_file() else "none"
+
+
+def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
+    """The network that ``model.pt`` in ``ckpt_dir`` belongs to, laid out as in the file but without its weights.
+
+    Raises:
+        InputError: there is no model.
+    """
+    path = _model(ckpt_dir)
+    dim, structures = len(trained_grid(ckpt_dir).shape), trained_structures(ckpt_dir)
+    return SymmetricNet(dim, backbone, pretrained=str(path), structures=structures)
+
+
+def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
+    """The path of the trained model, whose tensors are those of ``network`` where one is given.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is another network's.
+    """
+    path = _model(ckpt_dir)
+    if network is None:
+        check_sound(path)
+        return str(path)
+    states = read_state_dict(path, old=False), unwrapped(network).state_dict()
+    held, wanted = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in states)
+    unlike = next((name for name in {**wanted, **held} if held.get(name) != wanted.get(name)), None)
+    if unlike is not None:
+        shapes = f"{held.get(unlike, 'missing')} where the bundle's network has {wanted.get(unlike, 'none')}"
+        raise InputError(f"{path}: another network's weights ('{unlike}' is {shapes}); give the bundle its own model")
+    return str(path)
+
+
+def _model(ckpt_dir: str) -> Path:
+    path = Path(ckpt_dir) / "model.pt"
+    if not path.is_file():
+        raise InputError(f"{path}: no trained model; run training first, or give --ckpt_dir")
+    return path

@@ -1,0 +1,190 @@
+"""What a model was trained on, kept beside it: evaluating and inference need not be told again, nor be told wrong.
+
+Models are handed on, and folders are named after people: paths are kept as fingerprints, by which those who know a
+path can tell that it was the one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+
+from regpipe.data import manifest
+from regpipe.data.pairs import Case
+from regpipe.io import images
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import absolute, parse_json, replace_file
+
+NAME = "training.json"
+DATA = (
+    "dataset_dir",
+    "holdout",
+    "pairing",
+    "seed",
+    "landmark_channels",
+    "mask_rims",
+    "cascades",
+    "affine",
+    "affine_from",
+    "space",
+    "to_fit_memory",
+    "own_grids",
+)
+# what older records do not say
+LATER: dict[str, Any] = {"mask_rims": False, "cascades": 1, "affine": "centre", "affine_from": "images", "space": None}
+LATER |= {"to_fit_memory": [], "own_grids": False}  # nor do bundles of before them
+KINDS: dict[str, Any] = {"dataset_dir": str | None, "landmark_channels": int | None, "cascades": int}
+KINDS |= {
+    "space": dict | None,
+    "training_images": list,
+    "own_grids": bool,
+}  # what else may be in them would end in the middle of a run
+
+
+def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
+    """Keep the choices ``DATA`` and the images of the training pairs beside the model."""
+    root, known = absolute(data["dataset_dir"]), {**LATER, **data}
+    about = {**{key: known[key] for key in DATA}, "dataset_dir": _way(root, absolute(ckpt_dir))}
+    about |= {"dataset": fingerprint(root), "training_images": [fingerprint(path) for path in _images(cases)]}
+    text = json.dumps(about, indent=1)
+    manifest.forget(Path(ckpt_dir))  # of what was there before this training
+    replace_file(Path(ckpt_dir) / NAME, text.encode())
+
+
+@idist.one_rank_only(with_barrier=True)
+def conclude(
+    folder: str,
+    kind: str,
+    pairs: Mapping[str, Sequence[Case]],
+    settings: Mapping[str, Any],
+    *,
+    device: Any,
+    seconds: float,
+    **about: Any,
+) -> None:
+    """Write the manifest of a training or an evaluation that has ended: see ``data.manifest``.
+
+    Args:
+        folder: of the model, or of the tables.
+        kind: ``training`` or ``evaluation``.
+        pairs: role -> cases, of which all files are hashed.
+        settings: the choices of the run.
+        seconds: what it took.
+        about: what else to keep: seed, and of an evaluation the model's files.
+    """
+    known = [item for role, cases in pairs.items() for item in manifest.sources(role, manifest.paths_of(cases))]
+    processes = idist.get_world_size()
+    machine = manifest.machine(device) | ({"processes": processes} if processes > 1 else {})
+    files = manifest.hashes(Path(folder), manifest.BESIDE if kind == "training" else manifest.TABLES)
+    about |= {"machine": machine, "seconds": round(seconds, 2)}
+    manifest.write(Path(folder), kind, inputs=known, files=files, settings=settings, **about)
+
+
+def fingerprint(path: str | Path) -> str:
+    """16 digits that tell a path from others and not what it is."""
+    return hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def named(source: str) -> str:
+    """A source of weights (``networks.weights``): of a file or bundle its own name and the path's fingerprint."""
+    path = absolute(source)
+    return f"{path.name} {fingerprint(path)}" if path.exists() else str(source)
+
+
+def _way(root: Path, folder: Path) -> str | None:
+    """The way from ``folder`` to the data, where it tells no more than their own name; None where it tells more.
+
+    Data in the folder that holds ``folder``, as a bundle its built-in phantoms, are handed on with it: the whole way.
+    """
+    try:
+        parts = Path(os.path.relpath(root, folder)).parts
+    except ValueError:  # another drive
+        return None
+    up = parts.count(os.pardir)
+    return Path(*parts).as_posix() if up <= 1 or len(parts) - up <= 1 else None
+
+
+def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
+    """What ``write`` kept; defaults without training images where there is nothing and it is not ``required``.
+
+    Raises:
+        InputError: the file is damaged, or missing though required.
+    """
+    path = Path(ckpt_dir) / NAME
+    if required and not path.is_file():
+        raise InputError(f"{path}: missing; copy the whole folder of the model, or train again")
+    if not path.is_file():
+        return {**LATER, "pairing": "all", "landmark_channels": None, "mask_rims": True, "training_images": []}
+    try:
+        known = LATER | parse_json(path.read_bytes())
+        if not {*DATA, "training_images"} <= known.keys():
+            raise KeyError(f"no {min({*DATA, 'training_images'} - known.keys())}")
+        wrong = next((key for key, kind in KINDS.items() if not isinstance(known[key], kind)), None)
+        if wrong:
+            raise TypeError(wrong)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: damaged ({error}); train again") from error
+    if known["dataset_dir"]:
+        known["dataset_dir"] = str(absolute(Path(ckpt_dir) / known["dataset_dir"]))
+    return known
+
+
+def dataset_dir(record: dict[str, Any]) -> str:
+    """Where the data are that the model was trained on.
+
+    Raises:
+        InputError: that is not kept.
+    """
+    if not record["dataset_dir"]:
+        raise InputError(
+            f"{NAME} does not say where the data of the training are, to keep names of folders private: "
+            "give --dataset_dir; the held-out part of them is found"
+        )
+    return str(record["dataset_dir"])
+
+
+def stage_for_others(record: dict[str, Any]) -> str:
+    """The affine stage for any images: that of the training; ``auto`` where all of its images shared a space."""
+    return "auto" if record["affine"] == "none" and record["space"] else str(record["affine"])
+
+
+def default_split(dataset_dir: str, record: dict[str, Any]) -> str:
+    """``validation`` of the data that the model was trained on, ``all`` of any other."""
+    root = absolute(dataset_dir)
+    known = str(root) == record.get("dataset_dir") or fingerprint(root) == record.get("dataset")
+    return "validation" if known else "all"
+
+
+def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> None:
+    """A model is not evaluated on what it was trained on.
+
+    A sequence's fixed image is in every pair of it, and is no leak while the moving ones are held out.
+
+    Raises:
+        InputError: a case's moving image was trained on.
+    """
+    seen = set(record["training_images"])
+    # records of earlier versions hold the paths
+    leaks = [c["case"] for c in cases if seen & {c["moving_image"], fingerprint(c["moving_image"])}]
+    if leaks:
+        raise InputError(
+            f"{len(leaks)} of {len(cases)} pairs hold images that the model was trained on, e.g. {leaks[0]}: "
+            "evaluate with the data, holdout, pairing and seed of the training (the default), or on other data"
+        )
+
+
+def digest(cases: Sequence[Case]) -> str:
+    """A short hash of the pairs' names and of their images' sizes: other data, another digest."""
+    sizes = {path: sum(file.stat().st_size for file in images.files(path)) for path in _images(cases)}
+    known = [(c["case"], sizes[c["fixed_image"]], sizes[c["moving_image"]]) for c in cases]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+
+
+def _images(cases: Sequence[Case]) -> list[str]:
+    return sorted({case[f"{side}_image"] for case in cases for side in ("fixed", "moving")})

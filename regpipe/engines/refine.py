@@ -1,0 +1,265 @@
+"""Per-pair optimisation of the velocity: from the network's answer, or from zero without any network.
+
+The same loss as in training (``losses.terms``), minimised for one pair by Adam over the velocity itself, coarse to
+fine. The network is not touched, and nothing is kept from one pair to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regpipe.fields.algebra import register, resize, resize_image
+from regpipe.losses.terms import KNOWING_FIELDS, RegistrationLoss
+from regpipe.networks.symmetric import VELOCITY_STRIDE
+from regpipe.utils.console import Progress
+from regpipe.utils.errors import InputError
+
+SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
+SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
+SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
+STRUCTURES, BESIDE_STRUCTURES = 10.0, 0.3  # weight of those the network sees; the similarity's, then
+# By dimension. LNCC's window in voxels: 5 x 5 pixels say less than 5 x 5 x 5 voxels. A factor on the regularity:
+# ``diffusion`` is a mean over 4 derivatives in 2D and over 9 in 3D, so that the same weight holds a slice more stiffly.
+WINDOW = {2: 7, 3: 5}
+REGULAR = {2: 0.7, 3: 1.0}
+ZERO_STEPS = 80
+SHIPPED_STEPS = 25  # after the answer of a network that came with regpipe, where nothing is asked for
+FULL_RESOLUTION = 8_000_000  # voxels
+REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
+
+# Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
+# the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
+FLAT = 1e-3
+
+
+Loss = RegistrationLoss | Mapping[int, RegistrationLoss]
+
+
+class Level(NamedTuple):
+    """One resolution: images every ``stride`` voxels, optimised for a share of the steps."""
+
+    stride: int
+    share: float
+
+
+FROM_NETWORK = (Level(2, 0.5), Level(1, 0.5))
+FROM_ZERO = (Level(8, 0.2), Level(4, 0.25), Level(2, 0.3), Level(1, 0.25))
+
+
+class Refiner:
+    """``refiner(fixed, moving, velocity=None) -> velocity``: minimises a loss over the velocity of each pair.
+
+    Without a velocity it starts from zero, through coarser grids. Deterministic: pairs do not touch each other.
+
+    Args:
+        loss: what to minimise, or what for each dimension; terms that need labels or landmarks do not see them.
+        steps: of Adam, over all levels together.
+        rate: Adam's step in voxels of the velocity's grid.
+        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None:
+            full resolution up to ``FULL_RESOLUTION`` voxels, half beyond.
+
+    Raises:
+        InputError: no step, or a loss that needs supervision.
+    """
+
+    def __init__(self, loss: Loss, *, steps: int = 50, rate: float = 0.15, finest: int | None = 1) -> None:
+        if not isinstance(steps, int) or steps < 1:
+            raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
+        losses = dict(loss) if isinstance(loss, Mapping) else {dim: loss for dim in WINDOW}
+        terms = {name for of_dim in losses.values() for name in of_dim.weights}
+        supervised = sorted(({"dice", "anatomy", "landmarks"} | KNOWING_FIELDS) & terms)
+        if supervised:
+            raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
+        self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
+
+    def __call__(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        velocity: Tensor | None = None,
+        *,
+        masks: Sequence[Tensor] = (),
+        anatomy: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, D, *half) for images (B, 1, *spatial).
+
+        ``masks``: fixed and moving, where they count; ``anatomy``: what a network made of both images, see
+        ``regpipe.SymmetricNet``.
+        """
+        pairs = []
+        for i, batch in enumerate(_each(fixed, moving, masks, anatomy)):
+            start = None if velocity is None else velocity[i : i + 1].float()
+            pairs.append(self._refine(batch, start, self.steps))
+        return torch.cat(pairs)
+
+    def from_better(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        velocity: Tensor,
+        *,
+        masks: Sequence[Tensor] = (),
+        anatomy: Tensor | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        """The same from the network's velocity, or from zero where the loss is lower; and which, of each pair.
+
+        From zero it takes ``ZERO_STEPS`` at least.
+        """
+        pairs, starts = [], []
+        for i, batch in enumerate(_each(fixed, moving, masks, anatomy)):
+            mine = velocity[i : i + 1].float()
+            if self._value(batch, mine) <= self._value(batch, torch.zeros_like(mine)):
+                starts.append("network")
+                pairs.append(self._refine(batch, mine, self.steps))
+            else:
+                starts.append("zero")
+                pairs.append(resize(self._refine(batch, None, max(self.steps, ZERO_STEPS)), mine.shape[2:]))
+        return torch.cat(pairs), starts
+
+    @torch.no_grad()
+    def _value(self, batch: Mapping[str, Tensor], velocity: Tensor) -> float:
+        """The loss at half resolution, where refinement begins."""
+        target = pyramid_level(batch, coarser_shape(batch["fixed_image"].shape[2:], FROM_NETWORK[0].stride))
+        result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
+        return float(self.losses[velocity.shape[1]](result._asdict(), target))
+
+    @torch.enable_grad()
+    def _refine(self, batch: Mapping[str, Tensor], velocity: Tensor | None, steps: int) -> Tensor:
+        fixed = batch["fixed_image"]
+        shape, given = fixed.shape[2:], velocity is not None
+        levels = self._levels(shape, given)
+        plan = [(coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, steps), strict=True)]
+        voxels = sum(steps * math.prod(images) for images, steps in plan)
+        with Progress(what="optimising", unit="", total=voxels) as bar:
+            for images, steps in plan:
+                target = pyramid_level(batch, images)
+                if velocity is None:
+                    velocity = fixed.new_zeros(1, len(shape), *coarser_shape(images, VELOCITY_STRIDE))
+                elif not given:
+                    velocity = resize(velocity, coarser_shape(images, VELOCITY_STRIDE))
+                velocity = self._descend(velocity, target, steps, bar)
+        assert velocity is not None  # there is at least one level
+        return velocity if given else resize(velocity, coarser_shape(shape, VELOCITY_STRIDE))
+
+    def _levels(self, shape: Sequence[int], given: bool) -> list[Level]:
+        levels = FROM_NETWORK if given else FROM_ZERO
+        finest = self.finest or (1 if math.prod(shape) <= FULL_RESOLUTION else 2)
+        kept = [v for v in levels if v.stride >= finest and min(shape) >= SMALLEST * v.stride]
+        return kept or [levels[-1]]
+
+    def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int, bar: Progress) -> Tensor:
+        velocity = start.detach().clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([velocity], lr=self.rate, eps=FLAT)
+        points, loss = velocity[0, 0].numel(), self.losses[velocity.shape[1]]
+        for _ in range(steps):
+            optimizer.zero_grad()
+            result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
+            total = points * loss(result._asdict(), target)
+            if not math.isfinite(
+                loss.terms["loss"]
+            ):  # torch's sampler, going backwards from a NaN, writes where it must not
+                raise InputError(f"refinement: {loss.terms} is not finite; look at these images, or leave it out")
+            total.backward()
+            optimizer.step()
+            bar.update(target["fixed_image"].numel())
+        return velocity.detach()
+
+
+def _each(
+    fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None
+) -> Iterator[dict[str, Tensor]]:
+    """One pair at a time: in a joint batch one pair's convergence would tell on another's."""
+    given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
+    given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
+    for i in range(len(fixed)):
+        yield {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
+
+
+def refinement_loss(
+    similarity: str, *, structures: int = 0, smoothness: float = 1.0, spatial_dims: int = 3
+) -> dict[str, float]:
+    """Loss weights for refinement by one similarity, of which the regularity suits the size.
+
+    ``structures``: how many the network tells apart; where any, they are laid onto each other too. ``smoothness`` is a
+    factor on the regularity of ``spatial_dims``: below 1 follows the images further, at a higher SDlogJ.
+
+    Raises:
+        InputError: no such similarity, or the smoothness is not above 0.
+    """
+    if similarity not in SIMILARITY_WEIGHTS:
+        raise InputError(f"--similarity {similarity}: choose among {', '.join(SIMILARITY_WEIGHTS)}")
+    if not 0 < smoothness < math.inf:
+        raise InputError(f"--smoothness {smoothness:g}: give more than 0, a number; 1 is the default")
+    similar = SIMILARITY_WEIGHTS[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
+    seen = {"predicted_dice": STRUCTURES} if structures else {}
+    factor = smoothness * REGULAR[spatial_dims]
+    regularity = {name: factor * weight for name, weight in REGULARITY_WEIGHTS.items()}
+    return {similarity: similar, **seen, **regularity}
+
+
+def make_refiner(
+    steps: int, weights: Mapping[str, float], *, window: int = WINDOW[3], finest: int | None = 1
+) -> Refiner | None:
+    """The refiner that a configuration asks for; None for 0 steps. ``finest``: as ``Refiner``'s."""
+    if not steps:
+        return None
+    return Refiner(RegistrationLoss(weights, window=window), steps=steps, finest=finest)
+
+
+def zero_refiner(
+    similarity: str = "lncc",
+    *,
+    smoothness: float = 1.0,
+    steps: int = ZERO_STEPS,
+    finest: int | None = None,
+) -> Refiner:
+    """The refiner for pairs of any dimension without any network, see ``refinement_loss``; ``finest``: ``Refiner``."""
+    chosen = {dim: refinement_loss(similarity, smoothness=smoothness, spatial_dims=dim) for dim in WINDOW}
+    losses = {dim: RegistrationLoss(weights, window=WINDOW[dim]) for dim, weights in chosen.items()}
+    return Refiner(losses, steps=steps, finest=finest)
+
+
+def shares(levels: Sequence[Level], steps: int) -> list[int]:
+    """``steps`` dealt out to the levels by their shares, at least one each."""
+    total = sum(level.share for level in levels)
+    return [max(1, round(steps * level.share / total)) for level in levels]
+
+
+def coarser_shape(shape: Sequence[int], stride: int) -> tuple[int, ...]:
+    """Points per axis of a grid of the same extent with about ``stride`` times the spacing."""
+    return tuple(max(math.ceil((n - 1) / stride) + 1, min(n, 3)) for n in shape)
+
+
+def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
+    """What the loss needs of a batch on a coarser grid: images smoothed first, masks still 0 or 1."""
+    level = {key: coarsen(batch[key], shape) for key in ("fixed_image", "moving_image")}
+    level |= {key: (resize_image(batch[key], shape) > 0.5).float() for key in batch if key.endswith("mask")}
+    return level | {key: batch[key] for key in batch if key == "anatomy"}
+
+
+def coarsen(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C, *spatial) on a coarser grid of the same extent, first smoothed by 0.4 of the new spacing."""
+    for axis, (old, new) in enumerate(zip(image.shape[2:], shape, strict=True)):
+        sigma = 0.4 * (old - 1) / max(new - 1, 1)
+        if old > new:
+            image = _gaussian(image, 2 + axis, sigma)
+    return resize_image(image, shape)
+
+
+def _gaussian(x: Tensor, axis: int, sigma: float) -> Tensor:
+    """Smooth along one axis, the rim repeated."""
+    radius = math.ceil(3 * sigma)
+    kernel = torch.exp(-(torch.arange(-radius, radius + 1, device=x.device) ** 2) / (2 * sigma**2))
+    n = x.shape[axis]
+    reach = torch.arange(-radius, n + radius, device=x.device).clamp(0, n - 1)
+    padded = x.index_select(axis, reach)
+    weights = kernel / kernel.sum()
+    smooth = torch.zeros_like(x)
+    for i, weight in enumerate(weights):
+        smooth += weight * padded.narrow(axis, i, n)
+    return smooth

@@ -1,0 +1,343 @@
+"""A training run as a whole: what is checked before it, what is saved of it, how it stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, EarlyStopping
+from monai.utils import set_determinism
+from torch.optim.lr_scheduler import LambdaLR
+
+from regpipe.data.checks import check_pairs
+from regpipe.data.pairs import SIDES, Case
+from regpipe.data.sampling import needed
+from regpipe.engines import checkpoints, record
+from regpipe.engines.checkpoints import saved_states
+from regpipe.engines.checkpoints import training_seconds as training_seconds  # where bundles ask for it
+from regpipe.engines.options import refuse_unknown
+from regpipe.io.images import Grid, save_grid
+from regpipe.losses.terms import KNOWING_FIELDS
+from regpipe.metrics import typical
+from regpipe.utils import distributed
+from regpipe.utils.errors import LESS_MEMORY, InputError, explain, one_line_errors, out_of_memory
+from regpipe.utils.files import sweep
+
+log = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 10
+LATER = ("scaler", "curves", "averaged", "structures")  # objects that the states of older versions lack
+
+
+def begin(seed: int) -> None:
+    """Seed every random number generator; let mistakes of the user, misspelt options too, end in a line."""
+    one_line_errors()
+    refuse_unknown()
+    set_determinism(seed=seed)
+
+
+def require(cases: Sequence[Case], *, landmark_channels: int | None = None) -> None:
+    """Read every file once before training starts.
+
+    Raises:
+        InputError: naming the files, if any case has a problem.
+    """
+    here, first = distributed.share(cases), idist.get_rank() == 0
+    problems = distributed.merged(check_pairs(here, landmark_channels=landmark_channels, progress=first))
+    if problems:
+        found = list(dict.fromkeys(problems.values()))
+        more = len(found) - SHOWN_PROBLEMS
+        lines = found[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        raise InputError(f"{len(problems)} of {len(cases)} pairs cannot be used:", *lines)
+
+
+class RandomState:
+    """The states of torch's, CUDA's, numpy's and Python's generators, in types that ``weights_only`` loads."""
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, position, *gauss = np.random.get_state()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, *gauss],
+            "python": list(random.getstate()[1]),
+            "python_gauss": random.getstate()[2],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        random.setstate((3, tuple(state["python"]), state.get("python_gauss")))
+
+
+class Standing:
+    """What a run has reached: its settings, the best metrics so far, the seconds spent.
+
+    Loading the state of a run with other settings is refused.
+    """
+
+    def __init__(self, evaluator: Engine, settings: Mapping[str, Any]) -> None:
+        self.evaluator: Any = evaluator  # MONAI adds the best metric to Ignite's state
+        self.settings = json.dumps(dict(settings), sort_keys=True, default=str)
+        self.best: dict[str, float] = {}
+        self._started, self._before = time.monotonic(), 0.0
+        evaluator.add_event_handler(Events.COMPLETED, self._note_best)
+
+    def _note_best(self, engine: Engine) -> None:
+        state: Any = engine.state
+        if state.best_metric_epoch == state.epoch:
+            self.best = {k: v for k, v in state.metrics.items() if isinstance(v, float) and math.isfinite(v)}
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, all its parts together."""
+        return self._before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.evaluator.state
+        metric = [float(state.best_metric), int(state.best_metric_epoch)]
+        return {"settings": self.settings, "best": self.best, "metric": metric, "seconds": self.seconds}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises ``InputError`` where the state of a run with other settings is given."""
+        old, new = json.loads(state["settings"]), json.loads(self.settings)
+        # what only one of them knows is another version's, no difference
+        changed = [f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+        if changed:
+            raise InputError(f"the run saved here had other settings ({'; '.join(changed)}): {checkpoints.ANEW}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check(state)
+        self.best = state["best"]
+        self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["metric"]
+        self._before, self._started = state["seconds"], time.monotonic()
+
+
+class Run:
+    """A trainer with its evaluator, whose whole state is saved after each epoch and can be gone on from.
+
+    See ``engines.checkpoints``. Make it after the trainer has its other handlers: what those draw from the random
+    state in an epoch belongs to that epoch.
+
+    Args:
+        trainer: MONAI's trainer.
+        evaluator: MONAI's evaluator with a key metric, run by the trainer.
+        objects: what else has a state, by name: network, optimizer, lr_scheduler, curves.
+        folder: where the files are.
+        settings: the choices that make two runs comparable.
+        patience: validations without a better key metric until training stops.
+    """
+
+    def __init__(
+        self,
+        trainer: Engine,
+        evaluator: Engine,
+        *,
+        objects: Mapping[str, Any],
+        folder: str,
+        settings: Mapping[str, Any],
+        patience: int,
+    ) -> None:
+        self.trainer, self.folder = trainer, Path(folder)
+        self.standing = Standing(evaluator, settings)
+        self.stopper = EarlyStopping(patience, _key_metric, trainer)
+        evaluator.add_event_handler(Events.COMPLETED, self.stopper)
+        self.objects = {
+            **objects,
+            "trainer": trainer,
+            "stopper": self.stopper,
+            "progress": self.standing,
+            "random": RandomState(),
+        }
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _save(self) -> None:
+        state = {name: part.state_dict() for name, part in self.objects.items()}
+        if idist.get_rank() == 0:
+            checkpoints.save(self.folder, self.trainer.state.epoch, state)
+
+    @property
+    def best_metrics(self) -> dict[str, float]:
+        """The validation metrics of the best epoch so far, and the training time in seconds."""
+        return {**self.standing.best, "training_seconds": self.standing.seconds}
+
+    def check(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest sound state and its file, None where there is none; ask before anything else is written over.
+
+        Raises:
+            InputError: none can be read, or it belongs to a run with other settings.
+        """
+        found = checkpoints.newest(self.folder)
+        if found is not None:
+            try:
+                self.standing.check(found[1]["progress"])
+            except (KeyError, TypeError) as error:  # not a state of ours
+                raise _unfit(found[0], error) from error
+        return found
+
+    def resume(self) -> int:
+        """Bring back the newest state; returns its epoch, 0 where there is none.
+
+        Raises:
+            InputError: as ``check``.
+        """
+        found = self.check()
+        if idist.get_rank() == 0:  # what a kill left
+            sweep(self.folder, "*")
+            if found is not None:
+                checkpoints.prune(found[0])
+        if found is None:
+            if "curves" in self.objects:  # of a first epoch that was broken off
+                self.objects["curves"].load_state_dict({})
+            return 0
+        file, saved = found
+        state = self.trainer.state
+        wanted, steps = state.max_epochs, state.epoch_length or 0
+        states = saved_states(self.folder)
+        for damaged in states[states.index(file) + 1 :]:
+            log.warning("%s: damaged; going on from %s, the one before", damaged, file.name)
+        try:
+            Checkpoint.load_objects(self.objects, {**dict.fromkeys(LATER, {}), **saved})
+        except Exception as error:  # another network's, of the same settings
+            raise _unfit(file, error) from error
+        state.max_epochs = wanted
+        if steps != state.epoch_length:  # another number of processes, another number of steps
+            state.epoch_length, state.iteration = steps, state.epoch * steps
+        for scheduler in self.objects.values():
+            if isinstance(scheduler, LambdaLR):
+                _follow(scheduler)
+        log.info("going on after epoch %d, from %s", self.trainer.state.epoch, file)
+        return int(self.trainer.state.epoch)
+
+    def train(self) -> None:
+        """Train, going on from the newest saved state where there is one; Ctrl-C ends it with that state kept.
+
+        Raises:
+            InputError: as ``check``; or the saved run is longer than this one shall be.
+            SystemExit: with 130, on Ctrl-C.
+        """
+        epoch, epochs = self.resume(), self.trainer.state.max_epochs or 0
+        if epoch > epochs:
+            message = f"the run saved in {self.folder} has {epoch} epochs already, more than max_epochs {epochs}"
+            raise InputError(f"{message}: give another --ckpt_dir")
+        if epoch == epochs:
+            print(f"all {epochs} epochs are done: give more --max_epochs to go on")
+            return
+        if self._stopped_early():
+            return
+        try:
+            self.trainer.run()
+        except KeyboardInterrupt:
+            print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
+            raise SystemExit(130) from None
+        except Exception as error:
+            why = _fault(error, self.trainer.state.epoch)
+            if why is None:
+                raise
+            raise InputError(f"{why}; the same command goes on from the last whole epoch") from error
+        self._stopped_early()
+        state: Any = self.standing.evaluator.state
+        if state.best_metric_epoch > 0:
+            print(f"best epoch {state.best_metric_epoch}, key metric {state.best_metric:.4f}; weights in {self.folder}")
+        else:
+            raise InputError(
+                "no epoch was validated, so there is no model: more time, --val_interval 1, or less --structures_first"
+            )
+
+    def _stopped_early(self) -> bool:
+        """Whether the patience is used up; says so."""
+        worse, patience = self.stopper.counter, self.stopper.patience
+        if worse >= patience:
+            print(f"stopped: {worse} validations without a better key metric; give more --patience to go on")
+        return worse >= patience
+
+
+def _fault(error: Exception, epoch: int) -> str | None:
+    """What befell a training, of what no program can help; None for anything else."""
+    if out_of_memory(error):
+        return f"out of memory in epoch {epoch}: {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return f"a process that loads data was ended in epoch {epoch}, by lack of memory perhaps: fewer --num_workers"
+    told = explain(error) if isinstance(error, OSError) else None
+    return told and f"epoch {epoch} was broken off: {told}"
+
+
+def _unfit(file: Path, error: Exception) -> InputError:
+    why = str(error).partition("\n")[0] or type(error).__name__
+    return InputError(f"{file}: cannot be gone on from ({why}); {checkpoints.ANEW}")
+
+
+def _follow(scheduler: LambdaLR) -> None:
+    """Set the learning rates as the schedule has them now: one over more epochs differs from the one saved."""
+    for group, rate, rule in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * rule(scheduler.last_epoch)
+
+
+def check_supervision(
+    cases: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None, moved: Any
+) -> None:
+    """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs.
+
+    ``moved``: something true where the images are moved at random.
+    """
+    from_fields = [term for term in sorted(KNOWING_FIELDS) if weights.get(term)]
+    if from_fields and moved:
+        why = "a true displacement no longer holds with --augment or --mirror"
+        raise InputError(f"loss term {from_fields[0]}: {why}; give one of them")
+    kinds = needed(weights, landmark_channels=landmark_channels)
+    needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}
+    needs |= {term: ["displacement"] for term in from_fields}
+    for term, keys in needs.items():
+        if not any(all(key in case for key in keys) for case in cases):
+            key = keys[0]
+            raise InputError(f"loss term {term}: no training pair has {key}; leave the term out, or add the files")
+
+
+def refuse_detached(refiner: object, repair: object) -> None:
+    """Raises ``InputError`` where training would have no gradient."""
+    if refiner is not None or repair:
+        raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
+
+
+@idist.one_rank_only(with_barrier=True)
+def keep_beside_model(ckpt_dir: str, grid: Grid, cases: Sequence[Case], data: dict[str, Any]) -> None:
+    """Write the working grid, what the model is trained on (``engines.record``) and its looks (``metrics.typical``)."""
+    save_grid(Path(ckpt_dir) / "working_grid.json", grid)
+    record.write(ckpt_dir, cases, data)
+    typical.write_images(ckpt_dir, cases)
+
+
+@idist.one_rank_only(with_barrier=True)
+def forget(ckpt_dir: str, log_dir: str) -> None:
+    """Delete a run's states, model and curves: one that begins anew must not be mixed with an old one."""
+    beside = (Path(ckpt_dir) / name for name in ("model.pt", "curves.txt", typical.NAME))
+    for path in (*saved_states(ckpt_dir), *beside, *Path(log_dir).glob("events.out.*")):
+        path.unlink(missing_ok=True)
+
+
+def same_dimension(spatial_dims: int | None, grid: Grid) -> None:
+    """Raises ``InputError`` where the dimension that was asked for is not the data's."""
+    if spatial_dims not in (None, len(grid.shape)):
+        raise InputError(
+            f"--spatial_dims {spatial_dims}, but the data are {len(grid.shape)}D: leave it out, or give other data"
+        )
+
+
+def _key_metric(engine: Engine) -> float:
+    state: Any = engine.state
+    return float(state.metrics[state.key_metric_name])

@@ -1,0 +1,207 @@
+"""Field algebra: warp, compose, integrate, resize, Jacobian. The one convention of regpipe stands here.
+
+Convention
+----------
+- A displacement ``u`` is ``(B, D, *spatial)`` in **voxels of the grid it lives on** (the fixed grid);
+  channel ``i`` moves along array axis ``i``; D is 2 or 3.
+- Fields pull: ``warp(image, u)(x) = image(x + u(x))``.
+- ``compose(u, v)(x) = v(x) + u(x + v(x))``, so that ``warp(warp(I, u), v) = warp(I, compose(u, v))``.
+- A velocity ``v`` is stationary; ``exp(v)`` is its displacement after unit time and ``exp(-v)`` the inverse.
+- Grids are corner-aligned (``align_corners=True``) and images continue beyond the rim (border padding).
+- Everything is computed in float32, whatever the autocast: a half-precision grid is off by 0.1 voxel.
+- On disk, and only there, displacements are LPS millimetres: see ``transforms.displacement``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SQUARINGS = 7
+
+
+class Registration(NamedTuple):
+    """What registering a batch of pairs gives. Fields are in voxels, see the convention above."""
+
+    velocity: (
+        Tensor  # (B, D, *grid), voxels of its own grid, maybe coarser than the images; SYMNet: two, (B, 2 D, *grid)
+    )
+    displacement: Tensor  # (B, D, *spatial): warps moving onto fixed
+    inverse: Tensor  # (B, D, *spatial): warps fixed onto moving
+    warped_moving: Tensor  # (B, C, *spatial)
+    warped_fixed: Tensor  # (B, C, *spatial)
+
+
+# A field is sampled in grid_sample's own units, from -1 to 1 across the grid and the last axis first. Integration stays
+# in them from its first step to its last: MONAI's Warp, whose values these are, converts at each call, which costs as
+# much again as the sampling.
+
+
+@functools.lru_cache(maxsize=8)
+def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the grid's points are (1, D, *shape), and how long a voxel is (1, D, 1, ...), in grid_sample's units."""
+    with torch.inference_mode(False), torch.no_grad():  # it outlives whatever mode it is first asked for in
+        cells = torch.tensor([max(n - 1, 1) for n in reversed(shape)], device=device).view(1, -1, *[1] * len(shape))
+        # divided last, as in MONAI's Warp: 2 i / n is rounded once
+        return 2 * identity_grid(shape, device=device).flip(1) / cells - 1, 2 / cells
+
+
+def sample(image: Tensor, where: Tensor, mode: str = "bilinear") -> Tensor:
+    """(B, C, *any) at places (B, D, *spatial), in grid_sample's units -> (B, C, *spatial)."""
+    return F.grid_sample(image, where.movedim(1, -1), mode=mode, padding_mode="border", align_corners=True)
+
+
+def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear") -> Tensor:
+    """Pull ``image`` (B, C, *spatial) through ``u`` (B, D, *spatial): ``image(x + u(x))``.
+
+    Args:
+        image: any dtype for ``mode="nearest"`` (labels); otherwise floating.
+        u: displacement in voxels, on the image's own grid.
+        mode: ``bilinear`` (linear in any dimension), ``nearest`` or ``bicubic``.
+
+    Raises:
+        ValueError: if the grids differ.
+    """
+    if image.shape[2:] != u.shape[2:] or len(image) != len(u):
+        raise ValueError(f"an image {tuple(image.shape)} is not on the grid of the displacement {tuple(u.shape)}")
+    with torch.autocast(u.device.type, enabled=False):
+        places, voxel = _places(tuple(u.shape[2:]), u.device)
+        return sample(image.float(), torch.addcmul(places, u.float().flip(1), voxel), mode).to(image.dtype)
+
+
+def compose(u: Tensor, v: Tensor) -> Tensor:
+    """``compose(u, v)(x) = v(x) + u(x + v(x))``: the displacement of first v, then u. Both (B, D, *spatial)."""
+    v = v.float()
+    return v + warp(u.float(), v)
+
+
+def integrate(v: Tensor, *, squarings: int = SQUARINGS) -> Tensor:
+    """exp(v) of a stationary velocity (B, D, *spatial) by scaling and squaring (Arsigny 2006), in float32."""
+    with torch.autocast(v.device.type, enabled=False):
+        places, voxel = _places(tuple(v.shape[2:]), v.device)
+        unit = v.float().flip(1) * (voxel / 2**squarings)
+        for _ in range(squarings):
+            unit = unit + sample(unit, places + unit)
+        return (unit / voxel).flip(1)
+
+
+def integrate_both(v: Tensor, *, squarings: int = SQUARINGS) -> tuple[Tensor, Tensor]:
+    """(exp(v), exp(-v)) in one batch."""
+    forward, backward = integrate(torch.cat([v, -v]), squarings=squarings).chunk(2)
+    return forward, backward
+
+
+def resize(u: Tensor, shape: Sequence[int]) -> Tensor:
+    """Resample a field (B, D, *spatial) onto another grid of the same extent; its vectors scale with the grid.
+
+    Corner-aligned: a grid of n points spans n-1 voxels, so axis i scales by ``(shape[i] - 1) / (n_i - 1)``.
+    """
+    u, old, new = u.float(), u.shape[2:], tuple(shape)
+    if tuple(old) == new:
+        return u
+    scale = u.new_tensor([(n - 1) / max(o - 1, 1) for o, n in zip(old, new, strict=True)])
+    return resize_image(u, new) * scale.view(1, -1, *[1] * len(new))
+
+
+def resize_image(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """Resample (B, C, *spatial) linearly onto a grid of the same extent, corner-aligned."""
+    if tuple(image.shape[2:]) == tuple(shape):
+        return image
+    mode = "bilinear" if image.ndim == 4 else "trilinear"
+    return F.interpolate(image, size=tuple(shape), mode=mode, align_corners=True)
+
+
+def identity_grid(shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:
+    """Voxel coordinates (1, D, *shape) of every voxel, float32."""
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+
+
+def sample_at(u: Tensor, points: Tensor) -> Tensor:
+    """Linear interpolation of a field (B, C, *spatial) at points (B, K, D) in voxels -> (B, K, C)."""
+    dim = points.shape[-1]
+    extent = points.new_tensor([max(n - 1, 1) for n in u.shape[2:]])
+    unit = (2 * points / extent - 1).flip(-1)  # grid_sample wants (x, y, z) = last axis first
+    where = unit.reshape(len(unit), -1, *[1] * (dim - 1), dim)
+    values = F.grid_sample(u.float(), where.float(), mode="bilinear", padding_mode="border", align_corners=True)
+    return values.flatten(2).transpose(1, 2)
+
+
+def differences(u: Tensor, axis: int) -> Tensor:
+    """Forward differences along spatial ``axis``; that axis is one shorter."""
+    return torch.diff(u, dim=2 + axis)
+
+
+def jacobian_determinant(u: Tensor, *, scheme: str = "central") -> Tensor:
+    """det(I + grad u) of a displacement (B, D, *spatial) -> (B, *spatial), one-sided at the rim.
+
+    ``scheme``: ``central``, or one of forward / backward differences per axis as a string of ``+`` and ``-``,
+    e.g. ``"++-"`` (Liu et al., IJCV 2024); a voxel without that neighbour takes the other one.
+    """
+    dim = u.shape[1]
+    columns = []
+    for axis in range(dim):
+        step = torch.diff(u.float(), dim=2 + axis)
+        first, last = (
+            step.narrow(2 + axis, 0, 1),
+            step.narrow(2 + axis, step.shape[2 + axis] - 1, 1),
+        )
+        ahead, behind = torch.cat([step, last], 2 + axis), torch.cat([first, step], 2 + axis)
+        if scheme == "central":
+            columns.append((ahead + behind) / 2)
+        else:
+            columns.append(ahead if scheme[axis] == "+" else behind)
+    jacobian = torch.stack(columns, dim=2).movedim((1, 2), (-2, -1))
+    return determinant(jacobian + torch.eye(dim, device=u.device))
+
+
+def determinant(matrix: Tensor) -> Tensor:
+    """Determinant of (..., D, D) for D = 2 or 3, written out (torch.linalg.det is 20 times slower here)."""
+    m = [[matrix[..., i, j] for j in range(matrix.shape[-1])] for i in range(matrix.shape[-1])]
+    if len(m) == 2:
+        return m[0][0] * m[1][1] - m[0][1] * m[1][0]
+    return (
+        m[0][0] * (m[1][1] * m[2][2] - m[1][2] * m[2][1])
+        - m[0][1] * (m[1][0] * m[2][2] - m[1][2] * m[2][0])
+        + m[0][2] * (m[1][0] * m[2][1] - m[1][1] * m[2][0])
+    )
+
+
+def register(fixed: Tensor, moving: Tensor, velocity: Tensor, *, squarings: int = SQUARINGS) -> Registration:
+    """What a symmetric velocity (B, D, *grid) does to images (B, C, *spatial): exp(v) and exp(-v), both warps.
+
+    The velocity may live on a coarser grid of the same extent: it is integrated there and the
+    displacement is resized, which costs an eighth and differs by less than interpolation does.
+    """
+    forward, backward = integrate_both(velocity, squarings=squarings)
+    shape = fixed.shape[2:]
+    return _registration(fixed, moving, velocity, resize(forward, shape), resize(backward, shape))
+
+
+def register_midway(fixed: Tensor, moving: Tensor, velocities: Tensor, *, squarings: int = SQUARINGS) -> Registration:
+    """The same for SYMNet's two velocities (B, 2 D, *spatial), through the midway space (Mok & Chung 2020, eq. 5).
+
+    ``v_FM`` takes fixed halfway to moving and ``v_MF`` moving halfway to fixed; so moving goes onto fixed by
+    ``compose(exp(v_MF), exp(-v_FM))`` and fixed onto moving by ``compose(exp(v_FM), exp(-v_MF))``.
+    """
+    to_moving, to_fixed = velocities.chunk(2, dim=1)
+    both = integrate(torch.cat([to_moving, to_fixed, -to_moving, -to_fixed]), squarings=squarings)
+    fm, mf, fm_back, mf_back = both.chunk(4)
+    return _registration(fixed, moving, velocities, compose(mf, fm_back), compose(fm, mf_back))
+
+
+def _registration(fixed: Tensor, moving: Tensor, velocity: Tensor, forward: Tensor, backward: Tensor) -> Registration:
+    return Registration(velocity, forward, backward, *warp_both(moving, fixed, forward, backward))
+
+
+def warp_both(moving: Tensor, fixed: Tensor, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+    """Moving onto fixed, and fixed onto moving; without a gradient one after the other, in half the memory."""
+    if not torch.is_grad_enabled():
+        return warp(moving, forward), warp(fixed, backward)
+    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([forward, backward])).chunk(2)
+    return warped_moving, warped_fixed

@@ -1,0 +1,297 @@
+"""Register a folder: each case to its own folder of results, finished ones skipped, bad ones reported."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from monai.data import Dataset
+
+from regpipe.data import manifest
+from regpipe.data.checks import check_pairs
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.pairs import Case, list_pairs
+from regpipe.inference.case_files import BY_DEFAULT, DENSE, WRITTEN, clear, save_case
+from regpipe.inference.ladder import require_for_files
+from regpipe.io import images
+from regpipe.metrics import typical
+from regpipe.metrics.cases import write_csv
+from regpipe.transforms import export
+from regpipe.utils import console, distributed, machine
+from regpipe.utils.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
+from regpipe.utils.files import parse_json, replace_file, sha256, sweep
+
+log = logging.getLogger(__name__)
+
+
+class FolderRun:
+    """The pairs of a folder, what becomes of each, and the handler that writes their results.
+
+    ``metrics.json`` is written last: a case that has one is finished and is not registered again; ``manifest.json``
+    before it, see ``data.manifest``.
+    Iterating gives the batches, one case each, of those that are to be done and can be read; the others are
+    in ``failures``. Of several processes each does its share of what was left when they began.
+
+    Args:
+        dataset_dir: see ``regpipe.list_pairs``.
+        load: how a case becomes tensors.
+        output_dir: a folder per case is made in it.
+        model: the weight file; a case finished with another one, or from other files, is done anew.
+        pairing: see ``regpipe.list_pairs``.
+        formats: transforms written per case, also one text with commas: ``displacement``, and ``transforms.export``'.
+        settings: what else the results depend on; a case finished with other ones is done anew.
+        memory_gib: see ``inference.ladder``.
+
+    Raises:
+        InputError: there is no pair in ``dataset_dir`` at all, or no such format.
+    """
+
+    def __init__(
+        self,
+        dataset_dir: str,
+        *,
+        load: LoadPair,
+        output_dir: str,
+        model: str = "",
+        pairing: str = "all",
+        formats: str | Sequence[str] = BY_DEFAULT,
+        settings: Mapping[str, Any] | None = None,
+        memory_gib: float | None = None,
+    ) -> None:
+        if not str(output_dir):
+            raise InputError("the folder for the results has no name; give one, or . for the current folder")
+        if isinstance(formats, str):
+            formats = [name.strip() for name in formats.split(",") if name.strip()]
+        dim = 3 if load.grid is None else len(load.grid.shape)  # of a folder of any pairs each case says
+        export.check_formats([name for name in formats if name != DENSE], dim)
+        self.memory_gib, self._held = memory_gib, machine.held()
+        self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
+        self._settings = {**(settings or {}), "formats": sorted(formats)}
+        self.failures: dict[str, str] = {}
+        self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
+        self._model = manifest.bundle_files(Path(model).parent) if Path(model).is_file() else []
+        self._weights = sha256([Path(model)]) if self._model else ""
+        self._typical = typical.read(Path(model).parent, dim) if self._model else {}
+        self._mine = list(self.cases)
+        # rank 0's list: on that of one that begins later, what others have finished by then would be missing
+        left = distributed.of_first([case["case"] for case in self._todo()])
+        self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
+        self.dataset = Dataset(data=self._todo(), transform=load)
+        self._current, self._began = "", 0.0
+
+    def _result(self, name: str) -> dict[str, Any] | None:
+        """The row of a finished case."""
+        path = self.folder / name / "metrics.json"
+        try:
+            if not path.is_file():
+                return None
+            row = parse_json(path.read_bytes())
+            row.setdefault("warnings", [])  # of a version that had none
+            return row if row.pop("made_from") == self._made_from(self.cases[name]) else None
+        except (OSError, ValueError, AttributeError, KeyError):  # no file of ours, or a damaged one
+            return None
+
+    def _made_from(self, case: Case) -> dict[str, Any]:
+        """What a result depends on: each file's name, size and time, the weights and the settings."""
+        found = {key: _stamps(path) for key, path in case.items() if key != "case"}
+        return {**found, "weights": self._weights, "settings": self._settings}
+
+    def _todo(self) -> list[Case]:
+        names = (name for name in self._mine if name not in self.failures and self._result(name) is None)
+        return [self.cases[name] for name in names]
+
+    # No __len__: a case that fails yields no batch, and Ignite would begin again to fill up an epoch.
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.dataset.data = self._todo()
+        for i, case in enumerate(console.Progress(self.dataset.data, what="registering", unit="pairs")):
+            self._current, self._began = case["case"], time.monotonic()
+            try:
+                problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
+                if problem:
+                    raise InputError(problem[case["case"]])
+                self._require_memory(case)
+                batch = collate_pairs([self.dataset[i]])
+            except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
+                self._fail(case["case"], cause(error) or _told("loaded", error))
+                continue
+            yield batch
+
+    def _require_memory(self, case: Case) -> None:
+        reusable = machine.held_since(self._held)
+        require_for_files(case["fixed_image"], case["moving_image"], memory_gib=self.memory_gib, reusable=reusable)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        name = output["label"]["case"][0]
+        try:
+            self._write(name, output["label"], output["pred"])
+        except InputError as problem:
+            self._give_up(name, problem)
+        except OSError as problem:
+            if disk_full(problem):  # nor can any other case be written
+                self._clean(name)
+                raise
+            # a folder that may not be written, or a file where the case's folder should be
+            self._give_up(name, InputError(f"{self.folder / name}: cannot be written ({problem.strerror})"))
+        except Exception as problem:  # whatever it is, the other cases are done
+            log.debug("%s", name, exc_info=True)
+            self._give_up(name, _told("written", problem))
+        finally:  # not kept while the next case is registered
+            engine.state.output = engine.state.batch = None
+
+    def _write(self, name: str, batch: Mapping[str, Any], prediction: Mapping[str, Any]) -> None:
+        """Everything that a case gives, in place of what an earlier run left."""
+        case, folder = self.cases[name], self.folder / name
+        if (folder / "metrics.json").is_file():
+            console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
+        clear(folder)
+        reduced = prediction.get("to_fit_memory")
+        spared: dict[str, Any] = {"to_fit_memory": reduced} if reduced else {}
+        if "start" in prediction:  # where refinement began
+            spared["start"] = prediction["start"][0]
+        row = save_case(
+            case,
+            batch,
+            prediction,
+            self.load,
+            folder,
+            formats=self.formats,
+            settings={**self._settings, "weights": self._weights, **spared},
+            typical=self._typical,
+        )
+        row |= {**spared, "made_from": self._made_from(case)}
+        self._finish(name, json.dumps(row, indent=1).encode(), prediction)
+        if row["warnings"]:
+            console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
+
+    def _finish(self, name: str, metrics: bytes, prediction: Mapping[str, Any]) -> None:
+        """Write the manifest, and last what says that the case is finished."""
+        folder = self.folder / name
+        manifest.write(
+            folder,
+            "registration",
+            case=name,
+            inputs=manifest.inputs_of(self.cases[name], export.image_hashes(folder)),
+            model=self._model,
+            settings=self._settings,
+            files=manifest.hashes(folder, WRITTEN) | {"metrics.json": hashlib.sha256(metrics).hexdigest()},
+            seed=manifest.SEED,
+            machine=manifest.machine(prediction["displacement"].device),
+            given_up=prediction.get("to_fit_memory") or [],
+            seconds=round(time.monotonic() - self._began, 2),
+        )
+        replace_file(folder / "metrics.json", metrics)
+
+    def _give_up(self, name: str, problem: InputError) -> None:
+        self._clean(name)
+        self._fail(name, problem)
+
+    def _clean(self, name: str) -> None:
+        """Leave nothing of a case that could not be written whole."""
+        with contextlib.suppress(OSError):
+            clear(self.folder / name)
+            (self.folder / name).rmdir()
+
+    def _fail(self, name: str, problem: InputError) -> None:
+        self.failures[name] = str(problem)
+        console.complain("error", f"{name}: {problem}")
+
+    def register(self, evaluator: Engine, *, strict: bool = False) -> None:
+        """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
+
+        Raises:
+            InputError: the output folder cannot be made; the disk is full, and finished cases are kept.
+            SystemExit: with 1, if a case failed or, where ``strict``, has a warning; with 130 on Ctrl-C, finished
+                cases kept.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            message = f"{self.folder}: cannot be made ({problem.strerror}); give another folder for the results"
+            raise InputError(message) from problem
+        if self._finished:
+            print(f"{self._finished} of {len(self.cases)} cases are finished already")
+        try:
+            while self._todo():
+                self._run(evaluator)
+        except KeyboardInterrupt:
+            print("\nstopped: the same command goes on with the cases that are left")
+            raise SystemExit(130) from None
+        except OSError as problem:
+            raise InputError(f"{explain(problem)}; the same command goes on with the cases that are left") from problem
+        self.failures = distributed.merged(self.failures)
+        rows = [row for row in map(self._result, self.cases) if row is not None]
+        self._summary(rows)
+        distributed.leave()
+        if self.failures or (strict and any(row["warnings"] for row in rows)):
+            raise SystemExit(1)
+
+    def _run(self, evaluator: Engine) -> None:
+        """All that is left, or up to a case that the network cannot take: out of memory, say."""
+        self._current = ""
+        try:
+            evaluator.run()
+        except OSError:  # a full disk: nor can any other case be written
+            raise
+        except Exception as error:
+            if not self._current:
+                raise  # not a case's fault
+            log.debug("%s", self._current, exc_info=True)
+            self._fail(self._current, _told("registered", error))
+
+    @idist.one_rank_only()
+    def _summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        spared = Counter(", ".join(row.get("to_fit_memory", [])) for row in rows)
+        if rows:
+            sweep(self.folder, "metrics.csv")
+            table = [{**row, "warnings": len(row["warnings"])} for row in rows]
+            for row in table:
+                row.pop("to_fit_memory", None)
+                row.pop("start", None)
+            write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
+        console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
+        print(
+            f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
+        )
+        zero = sum(row.get("start") == "zero" for row in rows)
+        if zero:
+            print(f"{zero} of them refined from zero: that was more alike than the network's answer (see metrics.json)")
+        for how, count in sorted(spared.items()):
+            if how:
+                print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")
+        warned = sum(bool(row["warnings"]) for row in rows)
+        if warned:
+            print(f"{warned} with warnings, in their metrics.json: look at them (regpipe report {self.folder})")
+        if self.failures:
+            print(f"{len(self.failures)} failed:")
+            print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
+
+
+def _told(done: str, error: BaseException) -> InputError:
+    if out_of_memory(error):
+        return InputError(f"cannot be {done} (out of memory: {REMEDIES})")
+    return InputError(f"cannot be {done} ({root(error)}); leave it out, or report it with what regpipe doctor says")
+
+
+def _stamps(path: str) -> str:
+    """A hash of the name, size and time of each file that a case's entry stands for; names can tell of a patient."""
+    known = [file for file in images.files(path) if file.exists()]
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value  # JSON has no NaN

@@ -1,0 +1,81 @@
+"""Register a folder without any network: each pair is optimised from zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.engines import SupervisedEvaluator
+
+from regpipe.data.load import LoadPair
+from regpipe.engines.inferers import ZeroInferer, prepare_batch
+from regpipe.engines.refine import ZERO_STEPS, zero_refiner
+from regpipe.inference.case_files import BY_DEFAULT
+from regpipe.inference.folder import FolderRun
+from regpipe.inference.ladder import FittingInferer
+from regpipe.utils import distributed
+
+
+def register_from_zero(
+    dataset_dir: str,
+    output_dir: str,
+    *,
+    pairing: str = "all",
+    similarity: str = "lncc",
+    smoothness: float = 1.0,
+    landmark_channels: int | None = None,
+    steps: int = ZERO_STEPS,
+    finest: int | None = None,
+    affine: str = "affine",
+    affine_from: str = "images",
+    affine_metric: str = "mi",
+    formats: str | Sequence[str] = BY_DEFAULT,
+    memory_gib: float | None = None,
+    strict: bool = False,
+) -> None:
+    """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
+
+    ``similarity``, ``smoothness``: see ``engines.refine.refinement_loss``;
+    ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``data.placement``;
+    ``formats``: see ``FolderRun``; ``memory_gib``: see ``inference.ladder``; ``strict``: see ``FolderRun.register``.
+
+    Raises:
+        InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
+        SystemExit: as ``FolderRun.register``.
+    """
+    distributed.join(hours=168)
+    refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest)
+    alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
+    settings = {
+        "network": "none",
+        "refine": steps,
+        "similarity": similarity,
+        "smoothness": smoothness,
+        "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
+        "refine_window": {f"{dim}D": loss.options.window for dim, loss in refiner.losses.items()},
+        "finest": refiner.finest,
+        **alignment,
+        "grid": "of each fixed image",
+        "landmark_channels": landmark_channels,
+    }
+    load = LoadPair(None, landmark_channels=landmark_channels, cache=False, **alignment)
+    folder = FolderRun(
+        dataset_dir,
+        load=load,
+        output_dir=output_dir,
+        pairing=pairing,
+        formats=formats,
+        settings=settings,
+        memory_gib=memory_gib,
+    )
+    evaluator = SupervisedEvaluator(
+        device=distributed.device(),
+        val_data_loader=folder,
+        network=torch.nn.Identity(),
+        inferer=FittingInferer(ZeroInferer(refiner, repair=True), memory_gib=memory_gib),
+        prepare_batch=prepare_batch,
+        val_handlers=[folder],
+        decollate=False,
+    )
+    folder.register(evaluator, strict=strict)

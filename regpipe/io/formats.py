@@ -1,0 +1,251 @@
+"""Files of each format -> shape, RAS affine, and the voxels when they are wanted.
+
+What a file says is passed on as it is; what regpipe accepts is decided in ``io.images``. The
+resolution tag of a picture is ignored: a pixel is 1 mm.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from PIL import Image as Picture
+
+from regpipe.io import headers
+from regpipe.utils import limits
+from regpipe.utils.errors import InputError, out_of_memory
+
+log = logging.getLogger(__name__)
+
+PathLike = str | Path
+
+NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
+ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+DICOM = (".dcm", ".ima")
+PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
+DEFLATE = 1032  # bytes that one byte of gzip's stands for at most
+SUFFIXES = NIFTI + ITK + DICOM + PICTURE
+
+
+class Source(NamedTuple):
+    """A file whose header has been read and whose voxels have not.
+
+    A film, of any format, is 4-D: (X, Y, Z, T), or (X, Y, 1, T) of pictures.
+    """
+
+    shape: tuple[int, ...]  # without singleton axes at the end
+    affine: np.ndarray  # (D+1, D+1) float64, voxel index -> RAS mm
+    dtype: np.dtype
+    voxels: Callable[[int | None], np.ndarray]  # of one frame of a film, or of all of the file
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time: one run opens a file several times."""
+    log.warning(message)
+
+
+def locate(path: PathLike) -> tuple[Path, int | None]:
+    """``film.nii.gz#4`` -> the file, and the frame counted from 0; of any other path None."""
+    path = Path(path)
+    name, _, frame = path.name.rpartition("#")
+    if name and frame.isdecimal() and not path.exists():
+        return path.with_name(name), int(frame)
+    return path, None
+
+
+def unreadable(path: PathLike, cause: Exception) -> InputError:
+    """What is said of a file that a library cannot read."""
+    if out_of_memory(cause):
+        return InputError(f"{path}: what its header says does not fit into memory; mend it, or save it coarser")
+    return InputError(f"{path}: broken or truncated ({one_line(cause)}); export it again")
+
+
+def one_line(cause: Exception) -> str:
+    """An error's text without line breaks, and without where in ITK it arose; its end where it is long."""
+    told = re.sub(r".*ITK ERROR: (\w+\(0x\w+\): )?", "", " ".join(str(cause).split()))
+    return (told or type(cause).__name__)[-160:]
+
+
+def require_voxel_size(path: PathLike, sizes: Sequence[float] | np.ndarray) -> None:
+    """Raises ``InputError`` unless all are lengths in mm, from ten nanometres to a thousand kilometres.
+
+    Spacings are rounded to a nanometre, see ``data.pairs.working_grid``.
+    """
+    if not all(1e-5 <= mm < 1e9 for mm in sizes):
+        raise InputError(f"{path}: voxel size {' x '.join(f'{mm:g}' for mm in sizes)} mm; mend its header")
+
+
+def squeezed(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape without the singleton axes at its end; never less than 2-D for that."""
+    shape = tuple(int(n) for n in shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def is_plane(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is a picture's or a film's of pictures."""
+    return len(shape) == 2 or (len(shape) == 4 and shape[2] == 1)
+
+
+def plane(affine: np.ndarray, upright: np.ndarray) -> np.ndarray:
+    """The (3, 3) affine of a picture that lies in space as ``affine`` (4, 4) says.
+
+    An axial one keeps its place. Any other has no x and y in space: ``upright`` (3, 3) is taken.
+    """
+    across = np.abs(affine[2, :2]) / np.maximum(np.linalg.norm(affine[:3, :2], axis=0), 1e-30)
+    return upright if across.max() > 1e-3 else affine[np.ix_([0, 1, 3], [0, 1, 3])]
+
+
+def open_nifti(path: Path) -> Source:
+    """NIfTI-1, NIfTI-2 and Analyze, placed by the sform, else the qform, else by the spacing alone."""
+    limits.check_nifti(path)
+    image: Any = nib.load(path)
+    shape = squeezed(image.shape)
+    _require_bytes(path, image)
+    affine, spacing = np.asarray(image.affine, np.float64), image.header.get_zooms()
+    _require_spacing(path, image)
+    if is_plane(shape):
+        affine = plane(affine, np.diag([float(spacing[0]), float(spacing[1]), 1.0]))
+    else:
+        _say_which_form(path, image)
+
+    def voxels(frame: int | None) -> np.ndarray:
+        if frame is None:
+            return nifti_array(path, image).reshape(shape)
+        return nifti_array(path, image, (..., frame)).reshape(squeezed(shape[:3]))
+
+    return Source(shape, affine, image.get_data_dtype(), voxels)
+
+
+def nifti_array(path: PathLike, image: Any, part: Any = ...) -> np.ndarray:
+    """The array of a NIfTI whose header is read, or a part of it; a ``.gz`` is unpacked to its end.
+
+    Only there stands its checksum: nibabel stops at the last voxel, and damaged ones would pass for sound.
+    """
+    if not str(path).lower().endswith(".gz"):
+        return np.asanyarray(image.dataobj[part])
+    with gzip.open(path) as stream:
+        array = np.asanyarray(type(image).from_stream(stream).dataobj[part])
+        while stream.read(2**20):
+            pass
+    return array
+
+
+def _require_bytes(path: Path, image: Any) -> None:
+    """Refuse a header that promises more voxels than its file can hold, before memory is asked for them."""
+    file = Path(image.file_map["image"].filename)
+    unpacked = file.stat().st_size * (DEFLATE if file.name.lower().endswith(".gz") else 1)
+    if image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize > unpacked:
+        raise InputError(f"{path}: truncated: its header says {image.shape}, the file holds less; export it again")
+
+
+def _require_spacing(path: Path, image: Any) -> None:
+    """Refuse voxel sizes that are none where they place the image: nibabel takes 0 for 1 mm and says nothing."""
+    coded = isinstance(image.header, nib.Nifti1Header)
+    if coded and image.header["sform_code"] > 0:
+        return
+    with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
+        stored = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+    spacing = stored[: min(len(squeezed(image.shape)), 3)]
+    require_voxel_size(path, spacing if coded else np.abs(spacing))  # of Analyze a negative one is a flip
+
+
+def _say_which_form(path: Path, image: Any) -> None:
+    """Warn of a volume without a place in space, and of one with two."""
+    coded = isinstance(image.header, nib.Nifti1Header)  # Analyze has neither form
+    codes = [int(image.header[f"{form}_code"]) if coded else 0 for form in ("sform", "qform")]
+    if not any(codes):
+        warn_once(f"{path}: neither sform nor qform is set; it is placed by its spacing alone, about its centre")
+    if not all(codes):
+        return
+    try:
+        difference = image.get_sform() - image.get_qform()
+    except (ValueError, nib.spatialimages.HeaderDataError):  # a quaternion that is none
+        difference = np.full((4, 4), np.nan)
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(image.shape[:3]) - 1)
+    apart = np.linalg.norm(difference[:3] @ np.c_[corners, np.ones(8)].T, axis=0).max()
+    if not apart <= 0.1 * min(image.header.get_zooms()[:3]):
+        warn_once(f"{path}: sform and qform are {apart:.3g} mm apart at a corner; the sform is used, as nibabel does")
+
+
+def open_itk(path: Path) -> Source:
+    """MetaImage and NRRD: what ITK reads, turned from LPS."""
+    import itk  # takes a second, and most cohorts are NIfTI
+
+    headers.check_header(path)
+    # not whatever can read it: HDF5 under this name may take its voxels from anywhere
+    kind = itk.MetaImageIO if path.suffix.lower() in (".mha", ".mhd") else itk.NrrdImageIO
+    io = kind.New()
+    if not io.CanReadFile(str(path)):
+        raise InputError(f"{path}: ITK does not recognise its header; export it again")
+    io.SetFileName(str(path))
+    io.ReadImageInformation()
+    if io.GetNumberOfComponents() != 1:
+        raise InputError(f"{path}: {io.GetNumberOfComponents()} values per voxel; save one")
+    dims, affine = itk_geometry(io, path)
+    shape = squeezed(dims)
+    if is_plane(shape) and len(affine) == 4:
+        affine = plane(affine, np.diag([-io.GetSpacing(0), -io.GetSpacing(1), 1.0]))
+
+    def voxels(frame: int | None) -> np.ndarray:
+        # ITK's Python has no int8 or int64 images: read as double, exact for every label.
+        array = itk.array_from_image(itk.imread(str(path), itk.D, imageio=kind.New())).T.reshape(shape)
+        return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
+
+    return Source(shape, affine, np.dtype("f8"), voxels)
+
+
+def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and RAS affine (at most 4, 4) of an ``itk.ImageIOBase`` that has read its header.
+
+    Raises:
+        InputError: a voxel size that is not positive, which ITK would refuse with the voxels or mirror.
+    """
+    shape = tuple(int(io.GetDimensions(i)) for i in range(io.GetNumberOfDimensions()))
+    dim = min(len(shape), 3)
+    spacing = [io.GetSpacing(i) for i in range(dim)]
+    require_voxel_size(path, spacing)
+    affine = np.eye(dim + 1)
+    for i in range(dim):
+        affine[:dim, i] = np.array(io.GetDirection(i)[:dim]) * spacing[i]
+        affine[i, dim] = io.GetOrigin(i)
+    affine[:2] *= -1  # LPS -> RAS
+    return shape, affine
+
+
+def open_picture(path: Path, *, label: bool) -> Source:
+    """PNG, JPEG, BMP, TIFF, GIF, of one frame or several: LPS mm are pixels."""
+    with Picture.open(path) as picture:
+        frames, size, mode = getattr(picture, "n_frames", 1), picture.size, picture.mode
+    indexed = mode in ("L", "F", "1") or mode.startswith("I") or (label and mode == "P")
+    if label and not indexed:
+        raise InputError(f"{path}: a label map in colour ({mode}); save one number per pixel")
+
+    def voxels(frame: int | None) -> np.ndarray:
+        if frames > 1 and frame is None:
+            return np.stack([_pixels(path, i, indexed) for i in range(frames)], -1)[:, :, None]
+        return _pixels(path, frame or 0, indexed)
+
+    shape = size if frames == 1 else (*size, 1, frames)
+    return Source(shape, np.diag([-1.0, -1.0, 1.0]), np.dtype("f4"), voxels)
+
+
+def _pixels(path: Path, frame: int, indexed: bool) -> np.ndarray:
+    with Picture.open(path) as picture:
+        picture.seek(frame)
+        if indexed:
+            return np.array(picture).T
+        rgb = np.array(picture.convert("RGB"))
+        if (rgb != rgb[..., :1]).any():
+            warn_once(f"{path}: is in colour; its luminance is used")
+        return np.array(picture.convert("RGB").convert("L")).T

@@ -1,0 +1,28 @@
+"""Matrices that take voxels to places: what they do to points, and to a grid's corners."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from nibabel.affines import apply_affine
+
+
+def carry(matrix: Any, points: Any) -> Any:
+    """Points (..., D) through a matrix (D+1, D+1); both numpy's or both torch's. NaN stays NaN."""
+    ahead = points @ matrix[:, :-1].T + matrix[:, -1]
+    return ahead[..., :-1] / ahead[..., -1:]
+
+
+def is_affine(matrix: np.ndarray) -> bool:
+    """Whether nothing is divided by."""
+    return not matrix[-1, :-1].any()
+
+
+def extent(shape: Sequence[int], affine: np.ndarray, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest coordinates (D,) of an image's corners, voxels' edges included, in voxels of a frame."""
+    sides = [(-0.5, n - 0.5) for n in shape]
+    corners = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, len(shape))
+    at = apply_affine(np.linalg.inv(frame) @ affine, corners)
+    return at.min(0), at.max(0)

@@ -1,0 +1,331 @@
+"""One file in, one array and one affine out; and the working grid that every image is put onto.
+
+A path is a file, a folder with one DICOM series, or one frame of a film: ``film.nii.gz#4``, counted from 0.
+Arrays are indexed ``[x, y(, z)]``; affines are ``(D+1, D+1)`` float64, voxel index -> RAS mm, columns at right angles,
+whatever the format. A picture (PNG, ...) is ``(W, H)`` with the affine ``diag(-1, -1, 1)``: its LPS mm are its
+pixel indices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.orientations import inv_ornt_aff, io_orientation
+from scipy import ndimage
+
+from regpipe.io import dicom, formats
+from regpipe.io.dicom import is_series
+from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
+from regpipe.io.geometry import carry, is_affine
+from regpipe.utils import limits
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import parse_json, replace_file, require_file
+
+__all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, offered here too
+
+
+LARGEST = 2**31 - 1  # of label ids, which are int32
+FLAT = 0.01  # of a box's volume: what axes at an angle of less than half a degree to each other leave
+GREATEST = 1e30  # value of a voxel; sums of them are float32, too
+
+
+class Image(NamedTuple):
+    """An image or label map and where it lies."""
+
+    array: np.ndarray  # (*S)
+    affine: np.ndarray  # (D+1, D+1) float64, voxel index -> RAS mm
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """Voxel size (D,) in mm along the array axes."""
+        return voxel_size(self.affine)
+
+
+class Grid(NamedTuple):
+    """The working grid of a cohort. Its place in space is each image's own: see ``to_grid``."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]  # mm
+
+
+def stem(path: PathLike) -> str:
+    """The file's name without its suffix (``a.nii.gz`` -> ``a``), with its frame's number; a folder's name."""
+    file, frame = locate(path)
+    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), file.suffix)
+    name = file.name if file.is_dir() else file.name[: len(file.name) - len(suffix)]
+    return name if frame is None else f"{name}_{frame}"
+
+
+def files(path: PathLike) -> list[Path]:
+    """The files that an image's path stands for: of a series its DICOM files, of a frame its film."""
+    file, _ = locate(path)
+    return [*dicom.parts(file)] if file.is_dir() else [file]
+
+
+def read_image(path: PathLike) -> Image:
+    """Read a 2-D or 3-D image -> float32 ``(*S)`` and RAS affine.
+
+    Warns where it takes a liberty: colour becomes grey; a sheared grid is resampled (linearly) onto the nearest
+    one with axes at right angles, as no other tool's transform could name it; sform and qform differ.
+
+    Raises:
+        InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN, infinite, or too
+            large or alike for single precision.
+    """
+    source = _open(path)
+    array = _voxels(source, path)
+    low, high = float(array.min()), float(array.max())  # NaN where one voxel is
+    if not math.isfinite(low + high):
+        raise InputError(f"{path}: holds NaN or infinite values; replace them by the background's")
+    if low == high:
+        raise InputError(f"{path}: is constant ({low:g}); leave it out")
+    if max(-low, high) > GREATEST or high - low < 1 / GREATEST:
+        raise InputError(f"{path}: its values reach from {low:g} to {high:g}, beyond single precision; rescale them")
+    array = array.astype(np.float32)
+    return _straightened(Image(array, source.affine), path, order=1)
+
+
+def read_label(path: PathLike, *, landmark_channels: int | None = None) -> tuple[Image, np.ndarray | None]:
+    """Read a label map -> int32 ``(*S)`` on its image's grid, and the landmarks held as channels.
+
+    In a 4-D file (channels last) channel i becomes label i+1, the later one winning; with
+    ``landmark_channels=n`` only those before n do, and each from n on is one landmark.
+
+    Returns:
+        The map, and the landmarks' centroids ``(K, D)`` in voxels of the map (empty channel:
+        NaN), or None where ``landmark_channels`` is None.
+
+    Raises:
+        InputError: missing, unreadable, not integral, more than 4-D.
+    """
+    source = _open(path, label=True)
+    array = _voxels(source, path)
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
+    if array.dtype.kind != "b" and not -LARGEST <= array.min() <= array.max() <= LARGEST:
+        raise InputError(f"{path}: label ids reach from {array.min()} to {array.max()}; number them below 2^31")
+    channels = []
+    if array.ndim == 4:
+        channels = [_squeeze_plane(array[..., i]) for i in range(array.shape[3])]
+        array = np.zeros(channels[0].shape)
+        for i, channel in enumerate(channels[:landmark_channels]):
+            array[channel != 0] = i + 1
+    labels = _straightened(Image(array.astype(np.int32), source.affine), path, order=0)
+    if landmark_channels is None:
+        return labels, None
+    centroids = _centroids(channels[landmark_channels:], array.ndim)
+    return labels, apply_affine(np.linalg.inv(labels.affine) @ source.affine, centroids)
+
+
+def _squeeze_plane(array: np.ndarray) -> np.ndarray:
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:
+    found = (np.argwhere(c) for c in channels)
+    rows = [at.mean(axis=0) if len(at) else np.full(dim, np.nan) for at in found]
+    return np.array(rows).reshape(-1, dim)
+
+
+def header(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and RAS affine that ``read_image`` gives, from the header alone."""
+    source = _open(path)
+    return _straight_grid(source.shape, source.affine)
+
+
+def geometry(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and spacing (mm) of an image on its working grid's axes, from the header alone."""
+    shape, affine = _canonical(*header(path))
+    return shape, voxel_size(affine)
+
+
+def voxel_size(affine: np.ndarray) -> np.ndarray:
+    """Voxel size (D,) in mm: the lengths of the affine's columns."""
+    return np.linalg.norm(affine[:-1, :-1], axis=0)
+
+
+def _open(path: PathLike, *, label: bool = False) -> Source:
+    """The header, checked; of a film the frame that ``path`` asks for."""
+    file, frame = locate(path)
+    if not file.is_dir():
+        require_file(file)
+    try:
+        source = _reader(file, label)
+    except InputError:
+        raise
+    except Exception as cause:  # four libraries, each with its own errors for a broken file
+        raise unreadable(path, cause) from cause
+    if source.dtype.kind not in "biuf":
+        raise InputError(f"{path}: {source.dtype} voxels; save one real value per voxel")
+    if frame is not None:
+        source = _one_frame(source, file, frame)
+    if len(source.shape) == 4 and not (label and not file.name.lower().endswith(PICTURE)):
+        last = source.shape[3] - 1
+        raise InputError(f"{path}: holds {last + 1} frames; ask for one frame: write #0 to #{last} after its name")
+    if not 2 <= len(source.shape) <= 3 + label or min(source.shape) < 1:
+        raise InputError(f"{path}: its shape is {source.shape}; an image is 2-D or 3-D, or a film of such")
+    if min(source.shape) < 2:
+        remedy = "save it as a 2-D image" if len(source.shape) > 2 else "leave it out"
+        raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); {remedy}")
+    _check_affine(source.affine, path)
+    limits.require_room(path, source.shape)
+    limits.require_room(path, _straight_grid(source.shape[: len(source.affine) - 1], source.affine)[0])
+    return source
+
+
+def _reader(file: Path, label: bool) -> Source:
+    name = file.name.lower()
+    if file.is_dir():
+        if not is_series(file):
+            raise InputError(f"{file}: a folder without DICOM files is no image; give a file")
+        return dicom.open_series(file)
+    if name.endswith(PICTURE):
+        return formats.open_picture(file, label=label)
+    if name.endswith(formats.NIFTI):
+        return formats.open_nifti(file)
+    if name.endswith(formats.ITK):
+        return formats.open_itk(file)
+    if name.endswith(formats.DICOM) or dicom.is_dicom(file):
+        return dicom.open_dicom(file)
+    raise InputError(f"{file}: unknown format; use one of {' '.join(SUFFIXES)}")
+
+
+def _one_frame(source: Source, file: Path, frame: int) -> Source:
+    if len(source.shape) != 4:
+        raise InputError(f"{file}: has no frames (its shape is {source.shape}); leave out #{frame}")
+    if frame >= source.shape[3]:
+        raise InputError(f"{file}: has no frame {frame}; its {source.shape[3]} frames are counted from 0")
+    return source._replace(shape=squeezed(source.shape[:3]), voxels=lambda _: source.voxels(frame))
+
+
+def _check_affine(affine: np.ndarray, path: PathLike) -> None:
+    size = voxel_size(affine)
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > FLAT * np.prod(size):
+        raise InputError(f"{path}: its affine is singular or not finite; mend its header")
+    formats.require_voxel_size(path, size)
+
+
+def _voxels(source: Source, path: PathLike) -> np.ndarray:
+    try:
+        return source.voxels(None)
+    except InputError:
+        raise
+    except Exception as cause:  # as above: a truncated file shows only here
+        raise unreadable(path, cause) from cause
+
+
+def _straightened(image: Image, path: PathLike, *, order: int) -> Image:
+    """The image, resampled if its axes are sheared."""
+    shape, affine = _straight_grid(image.array.shape, image.affine)
+    if affine is image.affine:
+        return image
+    warn_once(f"{path}: its axes are not at right angles; resampled onto the nearest grid that has them, {shape}")
+    return Image(resample(image, affine, shape, order=order), affine)
+
+
+def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """The grid itself, or for a sheared one (cosines above 1e-3) the nearest at right angles that covers it.
+
+    Its directions are the orthogonal polar factor of the sheared ones, its spacing is the same.
+    """
+    size = voxel_size(affine)
+    axes = affine[:-1, :-1] / size
+    if np.abs(axes.T @ axes - np.eye(len(size))).max() <= 1e-3:
+        return shape, affine
+    u, _, v = np.linalg.svd(axes)
+    straight = affine.copy()
+    straight[:-1, :-1] = u @ v * size
+    corners = np.array([*np.ndindex(*[2] * len(size))]) * shape - 0.5
+    at = apply_affine(np.linalg.inv(straight) @ affine, corners)
+    low, high = at.min(0), at.max(0)
+    n = np.ceil(high - low - 1e-3)  # not a voxel more for the last digit of a label's affine
+    straight[:-1, -1] = apply_affine(straight, (low + high - n + 1) / 2)
+    return tuple(int(k) for k in n), straight
+
+
+def _canonical(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine with the axes permuted and flipped to the closest RAS; 2-D to LPS, as pictures are stored."""
+    flip = np.diag([-1.0, -1.0, 1.0]) if len(shape) == 2 else np.eye(4)
+    orientation = io_orientation(flip @ affine)
+    order = np.argsort(orientation[:, 0])
+    return tuple(shape[i] for i in order), affine @ inv_ornt_aff(orientation, shape)
+
+
+def to_grid(image: Image, grid: Grid) -> np.ndarray:
+    """Affine (D+1, D+1), working voxel -> RAS mm, that lays the working grid over this image.
+
+    Along the image's own axes, permuted and flipped to the closest RAS, in 2-D to LPS (a picture's own). The
+    centres coincide; where the grid is not the finer one, to within half an image voxel, so that
+    the first working voxel lies on an image voxel: equal spacing then means copying, without
+    blur and without labels rounded half a voxel to one side.
+
+    Raises:
+        InputError: the grid has another dimension.
+    """
+    shape, affine = _canonical(image.array.shape, image.affine)
+    if len(shape) != len(grid.shape):
+        raise InputError(f"a {len(shape)}-D image does not fit the working grid {grid.shape}")
+    ratio = np.array(grid.spacing) / voxel_size(affine)
+    offset = (np.array(shape) - 1) / 2 - ratio * (np.array(grid.shape) - 1) / 2
+    # 0.4999, not 0.5: a tie must fall to the same side whatever the last digit of the spacing.
+    offset = np.where(ratio > 0.999, np.floor(offset + 0.4999), offset)
+    placed = np.diag([*ratio, 1.0])
+    placed[:-1, -1] = offset
+    return affine @ placed
+
+
+def resample(image: Image, affine: np.ndarray, shape: Sequence[int], *, order: int) -> np.ndarray:
+    """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm), which may be a homography.
+
+    Order 1 for images (the rim continues outside), 0 for labels (0 outside). Nothing is smoothed
+    before a coarser grid.
+    """
+    pull, mode = np.linalg.inv(image.affine) @ affine, "nearest" if order else "grid-constant"
+    if not is_affine(affine):
+        at = carry(pull, np.moveaxis(np.indices(shape), 0, -1))
+        return ndimage.map_coordinates(image.array, np.moveaxis(at, -1, 0), order=order, mode=mode)
+    pull = np.where(np.abs(pull - np.rint(pull)) < 1e-6, np.rint(pull), pull)  # a copy stays a copy
+    if order == 0:  # a tie between two labels falls to the same side however the file is stored
+        pull[:-1, -1] -= 1e-4 * pull[:-1, :-1].sum(axis=1)
+    return ndimage.affine_transform(image.array, pull, output_shape=tuple(shape), order=order, mode=mode)
+
+
+def normalise(array: np.ndarray, *, like: np.ndarray | None = None) -> np.ndarray:
+    """float32 in [0, 1]: percentiles 0.5 and 99.5 (of ``like`` where given) become 0 and 1, or the extremes."""
+    like = array if like is None else like
+    low, high = np.percentile(like, [0.5, 99.5])
+    if high <= low:
+        low, high = float(like.min()), float(like.max())
+    scaled = (array.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1e-30))
+    return np.clip(scaled, 0, 1)
+
+
+def make_grid(shape: Sequence[int], spacing: Sequence[float]) -> Grid:
+    """A checked Grid. Raises InputError where shape and spacing do not go together."""
+    sound = all(0 < n < math.inf for n in (*shape, *spacing))
+    if len(shape) not in (2, 3) or len(shape) != len(spacing) or not sound:
+        raise InputError(f"no working grid has shape {[*shape]} and spacing {[*spacing]}")
+    return Grid(tuple(int(n) for n in shape), tuple(float(mm) for mm in spacing))
+
+
+def save_grid(path: PathLike, grid: Grid) -> None:
+    """Write a grid as JSON: ``{"shape": [...], "spacing": [...]}``."""
+    text = json.dumps({"shape": list(grid.shape), "spacing": list(grid.spacing)}) + "\n"
+    replace_file(path, text.encode())
+
+
+def load_grid(path: PathLike) -> Grid:
+    """Read what ``save_grid`` wrote. Raises InputError for anything else."""
+    try:
+        data = parse_json(Path(path).read_bytes())
+        grid = make_grid(data["shape"], data["spacing"])
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise InputError(f"{path}: no working grid ({one_line(cause)}); make it anew") from cause
+    limits.require_room(path, grid.shape)
+    return grid

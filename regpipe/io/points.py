@@ -1,0 +1,288 @@
+"""Files of points in and out, meshes too: the coordinates are replaced, every other byte of meaning stays.
+
+Points are (K, D) float64 in **LPS mm**, whatever the file counts in. Meshes are changed in place and not through
+ITK: it has no STL, and of a VTK file it loses the header's ``SPACE=RAS``, the names of arrays, and normals.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from regpipe.io import formats
+from regpipe.utils import limits
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import parse_json, replace_file, require_file
+
+RAS = np.array([-1.0, -1.0, 1.0])  # times RAS mm is LPS mm
+SPACES = {"0": RAS, "RAS": RAS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
+DECIMALS = 6  # of mm, in text
+
+
+class PointFile(NamedTuple):
+    """The points of a file, and the file with other points in their place."""
+
+    points: np.ndarray  # (K, 3) or (K, 2) LPS mm; NaN where the file has none
+    render: Callable[[np.ndarray], bytes]
+
+
+def read_points(path: str | Path) -> PointFile:
+    """Read .csv (header x,y or x,y,z; LPS mm), Slicer's .fcsv and .mrk.json, meshes .vtk (legacy) and .stl.
+
+    Meshes are LPS unless their header says ``SPACE=RAS``. Of a mesh the points move, and an STL's normals with
+    them; what a VTK file stores with the points (normals, scalars) stays as it is.
+
+    Raises:
+        InputError: missing, broken, or of another kind.
+    """
+    path = require_file(path)
+    limits.require_size(path)
+    try:
+        return READERS[_kind(path)](path.read_bytes())
+    except InputError as problem:
+        raise InputError(f"{path}: {problem}") from problem
+    except OSError as cause:
+        raise InputError(f"{path}: {cause.strerror}; give an existing file") from cause
+    except (
+        UnicodeDecodeError,
+        csv.Error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+    ) as cause:
+        reason = " ".join(str(cause).split())[-120:] or type(cause).__name__
+        raise InputError(f"{path}: not a readable {_kind(path)} ({reason}); export it again") from cause
+
+
+def read_landmarks(path: str | Path) -> np.ndarray:
+    """Read a CSV with header ``x,y`` or ``x,y,z`` -> (K, D) LPS mm; an empty cell is NaN."""
+    require_file(path)
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise InputError(f"{path}: cannot be read ({formats.one_line(cause)}); save it as CSV in UTF-8") from cause
+    if not rows or not {"x", "y"} <= rows[0].keys():
+        raise InputError(f"{path}: needs the header x,y or x,y,z and a row per landmark (LPS mm)")
+    axes = [a for a in "xyz" if a in rows[0]]
+    try:
+        points = np.array([[float((row[a] or "").strip() or "nan") for a in axes] for row in rows])
+    except ValueError as cause:
+        raise InputError(f"{path}: {formats.one_line(cause)}; coordinates are numbers in LPS mm") from cause
+    if np.isinf(points).any():
+        raise InputError(f"{path}: holds infinite coordinates; leave the cell empty where a landmark is not known")
+    return points
+
+
+def write_points(path: str | Path, file: PointFile, points: np.ndarray) -> None:
+    """Write ``file`` with ``points`` (K, D) LPS mm in place of its own. Same input, same bytes."""
+    replace_file(path, file.render(points))
+
+
+def is_points(path: str | Path) -> bool:
+    """Whether the suffix is one that ``read_points`` reads."""
+    return str(path).lower().endswith(tuple(READERS))
+
+
+def _kind(path: Path) -> str:
+    found = [suffix for suffix in READERS if path.name.lower().endswith(suffix)]
+    if not found:
+        raise InputError(f"unknown format; use one of {' '.join(READERS)}")
+    return found[0]
+
+
+def _csv(data: bytes) -> PointFile:
+    header, *rows = _rows(data.decode("utf-8-sig")) or [[]]
+    names = [name.strip().lower() for name in header]
+    if not {"x", "y"} <= set(names) or not rows:
+        raise InputError("needs the header x,y or x,y,z and a row per point (LPS mm)")
+    columns = [names.index(axis) for axis in "xyz" if axis in names]
+
+    def render(points: np.ndarray) -> bytes:
+        return _text([header, *_replaced(rows, columns, points)]).encode()
+
+    return PointFile(_numbers(rows, columns), render)
+
+
+def _fcsv(data: bytes) -> PointFile:
+    lines = data.decode("utf-8-sig").splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    rows = _rows("\n".join(line for line in lines if not line.startswith("#")))
+    said = {key.strip(): value.strip() for key, _, value in (line[1:].partition("=") for line in comments)}
+    flip = SPACES.get(said.get("CoordinateSystem", "").upper())
+    if flip is None:
+        raise InputError("does not say whether it is LPS or RAS; add the line '# CoordinateSystem = LPS' (or RAS)")
+    names = said.get("columns", "id,x,y,z").split(",")
+    columns = [names.index(axis) for axis in "xyz"]
+
+    def render(points: np.ndarray) -> bytes:
+        return ("\n".join(comments) + "\n" + _text(_replaced(rows, columns, points * flip))).encode()
+
+    return PointFile(_numbers(rows, columns) * flip, render)
+
+
+def _markups(data: bytes) -> PointFile:
+    """Every control point of every markup; an undefined one is NaN and stays. Slicer measures lengths anew."""
+    content = parse_json(data)
+    placed = [
+        (point, SPACES[str(markup.get("coordinateSystem", "LPS")).upper()])
+        for markup in content["markups"]
+        for point in markup.get("controlPoints", [])
+    ]
+    shaped = {markup.get("type") for markup in content["markups"]} & {"Plane", "ROI"}
+    if shaped:
+        raise InputError(f"holds a {min(shaped)}, which does not stay one when it is bent; convert it to a point list")
+    rows = [_defined(point) * flip for point, flip in placed]
+
+    def render(points: np.ndarray) -> bytes:
+        moved = parse_json(data)
+        targets = [point for markup in moved["markups"] for point in markup.get("controlPoints", [])]
+        for point, place, (_, flip) in zip(targets, points, placed, strict=True):
+            if np.isfinite(place).all():
+                point["position"] = np.round(place * flip, DECIMALS).tolist()
+        return (json.dumps(moved, indent=4, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+    return PointFile(np.array(rows).reshape(-1, 3), render)
+
+
+def _defined(point: dict[str, Any]) -> np.ndarray:
+    if point.get("positionStatus", "defined") != "defined" or not point.get("position"):
+        return np.full(3, np.nan)
+    return np.array(point["position"], np.float64).reshape(3)
+
+
+def _vtk(data: bytes) -> PointFile:
+    """Legacy VTK: the block after ``POINTS n type`` is exchanged (binary: big-endian, of the file's own type)."""
+    lines = data.split(b"\n", 3)
+    block = re.search(rb"^POINTS[ \t]+(\d+)[ \t]+(float|double)[ \t]*\r?\n", data, re.MULTILINE)
+    if not lines[0].startswith(b"# vtk DataFile") or block is None or len(lines) < 4:
+        raise InputError("not a legacy VTK mesh with POINTS in float or double; export it as .vtk (legacy)")
+    binary, flip = lines[2].strip().upper() == b"BINARY", _mesh_space(lines[1])
+    kind, start = np.dtype(">f4" if block[2] == b"float" else ">f8"), block.end()
+    size = 3 * int(block[1])
+    if size > len(data) - start:  # more numbers than bytes
+        raise InputError(f"says {size // 3} points and holds fewer; export it again")
+    if binary:
+        end = start + size * kind.itemsize
+        values = np.frombuffer(data[start:end], kind, count=min(size, (len(data) - start) // kind.itemsize))
+    else:
+        numbers = re.match(rb"\s*(?:[^\s]+\s+){%d}" % size, data[start:] + b"\n")
+        end = start + (numbers.end() if numbers else 0)
+        values = np.array(data[start:end].split(), np.float64)
+    if values.size != size:
+        raise InputError(f"says {block[1].decode()} points and holds fewer; export it again")
+
+    def render(points: np.ndarray) -> bytes:
+        moved = np.asarray(points * flip)
+        text = "".join(f"{_words(row)}\n" for row in moved).encode()
+        return data[:start] + (moved.astype(kind).tobytes() if binary else text) + data[end:]
+
+    return PointFile(values.astype(np.float64).reshape(-1, 3) * flip, render)
+
+
+FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+
+
+def _stl(data: bytes) -> PointFile:
+    """STL, binary or text: three corners per facet; its normals follow from them and are made anew."""
+    count = int.from_bytes(data[80:84], "little")
+    if len(data) >= 84 and len(data) == 84 + count * FACET.itemsize:
+        return _binary_stl(data, _mesh_space(data[:80]))
+    if not re.match(rb"\s*solid\b", data) or not re.search(rb"\bendsolid\b", data):
+        raise InputError("neither a whole binary nor a whole text STL; export it again")
+    flip, vertex = _mesh_space(data.split(b"\n", 1)[0]), rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)"
+    corners = np.array(re.findall(vertex, data)).astype(np.float64).reshape(-1, 3, 3)
+    normal = rb"facet\s+normal\s+\S+\s+\S+\s+\S+"
+    if len(re.findall(normal, data)) > len(corners):
+        raise InputError("has facets without three corners; export it again")
+
+    def render(points: np.ndarray) -> bytes:
+        moved = (points * flip).reshape(-1, 3, 3)
+        places, normals = iter(moved.reshape(-1, 3)), iter(_normals(moved))
+        text = re.sub(vertex, lambda _: f"vertex {_words(next(places))}".encode(), data)
+        return re.sub(normal, lambda _: f"facet normal {_words(next(normals))}".encode(), text)
+
+    return PointFile(corners.reshape(-1, 3) * flip, render)
+
+
+def _binary_stl(data: bytes, flip: np.ndarray) -> PointFile:
+    facets = np.frombuffer(data[84:], FACET)
+
+    def render(points: np.ndarray) -> bytes:
+        moved = facets.copy()
+        moved["corners"] = (points * flip).reshape(-1, 3, 3)
+        moved["normal"] = _normals(moved["corners"].astype(np.float64))
+        return data[:84] + moved.tobytes()
+
+    return PointFile(facets["corners"].reshape(-1, 3).astype(np.float64) * flip, render)
+
+
+def _normals(corners: np.ndarray) -> np.ndarray:
+    """Unit normals (N, 3) of triangles (N, 3, 3), right-handed; 0 of one without area."""
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0)
+
+
+def _mesh_space(header: bytes) -> np.ndarray:
+    """Slicer's mark in a mesh's header comment; LPS, as all of ITK's files, without one."""
+    said = re.search(rb"SPACE=(\w+)", header)
+    name = said[1].decode().upper() if said else "LPS"
+    if name not in SPACES:
+        raise InputError(f"its header says SPACE={name[:20]}; export it as LPS or RAS")
+    return SPACES[name]
+
+
+def _words(values: np.ndarray) -> str:
+    return " ".join(_number(value) for value in values)
+
+
+def _number(value: float) -> str:
+    return f"{round(float(value), DECIMALS) + 0.0:.{DECIMALS}f}"  # + 0.0: not "-0.000000"
+
+
+def _rows(text: str) -> list[list[str]]:
+    return [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+
+
+def _numbers(rows: list[list[str]], columns: list[int]) -> np.ndarray:
+    """The coordinates (K, D) in the named columns; an empty cell is NaN."""
+    if any(len(row) <= max(columns) for row in rows):
+        raise InputError("a row has fewer cells than the header; complete it")
+    cells = [[float(row[column].strip() or "nan") for column in columns] for row in rows]
+    return np.array(cells).reshape(-1, len(columns))
+
+
+def _replaced(rows: list[list[str]], columns: list[int], points: np.ndarray) -> list[list[str]]:
+    """The rows with other coordinates (K, D); where a point is NaN, its cells as they were."""
+    moved = [list(row) for row in rows]
+    for row, point in zip(moved, points, strict=True):
+        if np.isfinite(point).all():
+            for column, value in zip(columns, point, strict=True):
+                row[column] = _number(value)
+    return moved
+
+
+def _text(rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+READERS: dict[str, Callable[[bytes], PointFile]] = {
+    ".mrk.json": _markups,
+    ".fcsv": _fcsv,
+    ".csv": _csv,
+    ".vtk": _vtk,
+    ".stl": _stl,
+}

@@ -1,0 +1,2 @@
+from .terms import TERMS as TERMS
+from .terms import RegistrationLoss as RegistrationLoss

@@ -1,0 +1,333 @@
+"""What training minimises: named terms, one weighted sum.
+
+A term is a function ``(registration, target, options) -> scalar``, listed by name in ``TERMS``; its docstring
+says what zero means and in which unit it counts. ``RegistrationLoss`` adds the terms that have a weight. What
+compares images is in ``losses.similarity``, what measures fields in ``losses.regularity``.
+Every term is computed in float32, outside any autocast: LNCC in half precision is noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from regpipe.data.pairs import SIDES
+from regpipe.fields.algebra import Registration, integrate, resize, resize_image, sample_at, warp
+from regpipe.losses import regularity, similarity
+from regpipe.losses.similarity import lncc
+from regpipe.networks.encoders import Encoder
+from regpipe.utils.errors import InputError
+
+Target = Mapping[str, Tensor]  # a collated batch, see data.load
+Dissimilarity = Callable[..., Tensor]  # f(a, b, *, mask) -> scalar, see losses.similarity
+
+
+class Options(NamedTuple):
+    """What the terms may be told."""
+
+    window: int = 9  # LNCC, voxels
+    label_ids: tuple[int, ...] = ()  # structures that label supervision sees; empty: all that the batch holds
+    encoder: Encoder | None = None  # frozen, for features
+
+
+Term = Callable[[Registration, Target, Options], Tensor]
+
+
+def nothing(r: Registration) -> Tensor:
+    """0 with a gradient graph: what a term is for pairs that lack what it needs."""
+    return r.displacement.sum() * 0.0
+
+
+def masks_of(target: Target) -> list[Tensor] | None:
+    """Both images' masks (B, 1, *spatial), fixed first; None where every voxel of the batch counts."""
+    given = [target.get(f"{side}_mask") for side in SIDES]
+    if all(mask is None or bool((mask >= 1).all()) for mask in given):
+        return None
+    shown = [target[f"{side}_image"] for side in SIDES]
+    return [torch.ones_like(x) if mask is None else mask.float() for mask, x in zip(given, shown, strict=True)]
+
+
+@torch.no_grad()
+def overlaps(r: Registration, target: Target) -> tuple[Tensor | None, Tensor | None]:
+    """Where moving on fixed, and fixed on moving, can be compared: one's mask times the other's, warped onto it."""
+    masks = masks_of(target)
+    if masks is None:
+        return None, None
+    fixed, moving = masks
+    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse])).chunk(2)
+    return fixed * warped_moving, moving * warped_fixed
+
+
+def both_ways(r: Registration, target: Target, dissimilarity: Dissimilarity) -> Tensor:
+    """Mean of a dissimilarity over moving-onto-fixed and fixed-onto-moving, where both are in sight."""
+    on_fixed, on_moving = overlaps(r, target)
+    forward = dissimilarity(r.warped_moving, target["fixed_image"], mask=on_fixed)
+    return (forward + dissimilarity(r.warped_fixed, target["moving_image"], mask=on_moving)) / 2
+
+
+def _similarity(dissimilarity: Dissimilarity) -> Term:
+    """The term of a function of two images: both ways."""
+    return lambda r, target, options: both_ways(r, target, dissimilarity)
+
+
+def _of_velocity(measure: Callable[[Tensor], Tensor]) -> Term:
+    """The term of a measure of fields: its mean over the velocities, one, or SYMNet's two; the same on any grid."""
+
+    def term(r: Registration, target: Target, options: Options) -> Tensor:
+        return torch.stack([measure(v) for v in r.velocity.split(r.displacement.shape[1], dim=1)]).mean()
+
+    return term
+
+
+def _of_displacements(measure: Callable[[Tensor], Tensor]) -> Term:
+    """The term of a measure of fields: its mean over both directions."""
+    return lambda r, target, options: torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
+
+
+def _lncc(r: Registration, target: Target, options: Options) -> Tensor:
+    """Local cross-correlation, both ways; in [0, 1]."""
+    return both_ways(r, target, lambda a, b, mask: lncc(a, b, mask=mask, window=options.window))
+
+
+def _features(r: Registration, target: Target, options: Options) -> Tensor:
+    """1 - cosine of the frozen encoder's features, both ways; in [0, 2]."""
+    assert options.encoder is not None  # RegistrationLoss has seen to it
+    encoder = options.encoder
+    return both_ways(r, target, lambda a, b, mask: similarity.feature_similarity(a, b, encoder, mask=mask))
+
+
+def _midway(r: Registration, target: Target, options: Options) -> Tensor:
+    """LNCC of both images in the midway space: exp(v/2) and exp(-v/2), or exp of SYMNet's two velocities."""
+    if r.velocity.shape[1] == r.displacement.shape[1]:
+        halves = torch.cat([r.velocity, -r.velocity]) / 2
+    else:
+        halves = torch.cat(r.velocity.chunk(2, dim=1)[::-1])
+    images, masks = torch.cat([target["moving_image"], target["fixed_image"]]), masks_of(target)
+    u = resize(integrate(halves), images.shape[2:])
+    moving, fixed = warp(images, u).chunk(2)
+    mask = None if masks is None else torch.stack(warp(torch.cat(masks[::-1]), u.detach()).chunk(2)).prod(0)
+    return lncc(moving, fixed, mask=mask, window=options.window)
+
+
+def _magnitude(r: Registration, target: Target, options: Options) -> Tensor:
+    """SYMNet's balance: how much larger one direction's mean absolute displacement is than the other's, voxels."""
+    return (r.displacement.abs().mean() - r.inverse.abs().mean()).abs()
+
+
+def one_hot(labels: Tensor, ids: Sequence[int]) -> Tensor:
+    """(B, 1, *spatial) label map -> (B, len(ids), *spatial) float."""
+    return torch.cat([labels == i for i in ids], 1).float()
+
+
+def _shared_ids(fixed: Tensor, moving: Tensor) -> list[int]:
+    shared = set(fixed.unique().tolist()) & set(moving.unique().tolist())
+    return sorted(int(i) for i in shared if i > 0)
+
+
+def _dice(r: Registration, target: Target, options: Options) -> Tensor:
+    """1 - soft Dice of linearly warped one-hot labels, both ways, over the labels both images of a pair hold."""
+    if not all(f"{side}_label" in target for side in SIDES):
+        return nothing(r)
+    ids = options.label_ids or _shared_ids(target["fixed_label"], target["moving_label"])
+    if not ids:
+        return nothing(r)
+    fixed, moving = (one_hot(target[key], ids) for key in ("fixed_label", "moving_label"))
+    held = (fixed.flatten(2).sum(2) > 0) & (moving.flatten(2).sum(2) > 0)
+    return 1 - warped_overlap(r, fixed, moving)[held].mean() if held.any() else nothing(r)
+
+
+def warped_overlap(r: Registration, fixed: Tensor, moving: Tensor) -> Tensor:
+    """(B, K): soft Dice of K structures (B, K, *spatial), each image's warped onto the other's, mean of both ways."""
+    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse])).chunk(2)
+    return (overlap(fixed, warped_moving) + overlap(moving, warped_fixed)) / 2
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Soft Dice of two (B, K, *spatial) in [0, 1] -> (B, K)."""
+    a, b = a.flatten(2), b.flatten(2)
+    return 2 * (a * b).sum(2) / (a.sum(2) + b.sum(2)).clamp(min=1e-5)
+
+
+def _anatomy(r: Registration, target: Target, options: Options) -> Tensor:
+    """How far each image's structures, as the network sees them, are from its labels: half cross-entropy, half Dice.
+
+    An image without any of ``label_ids`` is left out.
+    """
+    if not all(f"{side}_label" in target for side in SIDES):
+        return nothing(r)
+    labels = torch.cat([target["fixed_label"], target["moving_label"]])  # (2B, 1, *spatial)
+    truth = one_hot(labels, options.label_ids)
+    logits = resize_image(_anatomy_of(target), labels.shape[2:])
+    labelled = truth.flatten(1).amax(1) > 0
+    if not labelled.any():
+        return logits.sum() * 0.0
+    truth, logits = truth[labelled], logits[labelled]
+    entropy = nn.functional.cross_entropy(logits, torch.cat([1 - truth.sum(1, keepdim=True), truth], 1))
+    held = truth.flatten(2).amax(2) > 0
+    return (entropy + 1 - overlap(logits.softmax(1)[:, 1:], truth)[held].mean()) / 2
+
+
+def _predicted_dice(r: Registration, target: Target, options: Options) -> Tensor:
+    """1 - soft Dice of the structures that the network sees in both images, both ways: it needs no label."""
+    tissue = resize_image(_anatomy_of(target).detach().softmax(1)[:, 1:], r.displacement.shape[2:])
+    return 1 - warped_overlap(r, *tissue.chunk(2)).mean()
+
+
+def _anatomy_of(target: Target) -> Tensor:
+    """The network's logits (2B, K + 1, *grid), fixed images first."""
+    if "anatomy" not in target:
+        raise InputError(
+            "loss terms anatomy and predicted_dice need a network with structures: give anatomy a weight and label_ids"
+        )
+    return torch.cat(target["anatomy"].chunk(2, dim=1))
+
+
+def _landmarks(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean distance of corresponding landmarks in voxels, both ways; NaN rows are missing points."""
+    if not all(f"{side}_landmarks" in target for side in SIDES):
+        return nothing(r)
+    ends = (target["fixed_landmarks"], target["moving_landmarks"])
+    valid = ~(ends[0].isnan() | ends[1].isnan()).any(-1)
+    if not valid.any():
+        return nothing(r)
+    distances = []
+    for u, (start, end) in ((r.displacement, ends), (r.inverse, ends[::-1])):
+        moved = start + sample_at(u, start.nan_to_num())
+        distances.append(((moved - end)[valid].square().sum(-1) + 1e-6).sqrt().mean())
+    return torch.stack(distances).mean()
+
+
+def _known_field(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean squared distance to the true displacement ``target["displacement"]``, voxels^2 (phantoms)."""
+    if "displacement" not in target:
+        raise InputError("loss term known_field: these pairs have no displacements/ to learn from; give it no weight")
+    return (r.displacement - target["displacement"]).square().sum(1).mean()
+
+
+def _end_point(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean distance in voxels of both displacements to the true ones, each within its image's mask.
+
+    Both are ``displacement`` and ``inverse`` of ``phantoms.synthetic``; pairs read from files have only the first.
+    """
+    if "displacement" not in target:
+        raise InputError("loss term end_point: these pairs have no displacements/ to learn from; give it no weight")
+    known = [(u, target[name], side) for name, u, side in _ways(r) if name in target]
+    errors = [(((u - true).square().sum(1, keepdim=True) + 1e-4).sqrt(), side) for u, true, side in known]
+    return torch.stack([similarity.masked_mean(e, target.get(f"{side}_mask")) for e, side in errors]).mean()
+
+
+def _ways(r: Registration) -> list[tuple[str, Tensor, str]]:
+    """Each direction's name in a batch, its displacement, and the side whose voxels it starts from."""
+    return [("displacement", r.displacement, "fixed"), ("inverse", r.inverse, "moving")]
+
+
+TERMS: dict[str, Term] = {
+    "lncc": _lncc,
+    "ncc": _similarity(similarity.ncc),  # 1 - global correlation; in [0, 2]
+    "mse": _similarity(similarity.mse),
+    "mi": _similarity(similarity.mi),  # minus mutual information, nats
+    "mind": _similarity(similarity.mind),  # squared difference of MIND-SSC descriptors; in [0, 1]
+    "features": _features,
+    "midway": _midway,
+    "diffusion": _of_velocity(regularity.diffusion),  # voxels per voxel, squared, as those that follow
+    "bending": _of_velocity(regularity.bending),  # on the velocity's grid
+    "elastic": _of_velocity(regularity.elastic),  # mu = lambda = 1
+    "divergence": _of_velocity(regularity.divergence),  # costs local changes of volume, and no shear
+    "jacobian": _of_displacements(regularity.jacobian),  # SYMNet's orientation consistency; 0 without folds
+    "log_jacobian": _of_displacements(regularity.log_jacobian),  # 0 where no volume changes
+    "magnitude": _magnitude,
+    "dice": _dice,
+    "anatomy": _anatomy,
+    "predicted_dice": _predicted_dice,
+    "landmarks": _landmarks,
+    "known_field": _known_field,
+    "end_point": _end_point,
+}
+KNOWING_FIELDS = {"known_field", "end_point"}  # the terms that need pairs with true displacements
+
+
+class RegistrationLoss(nn.Module):
+    """The weighted sum of named terms: ``loss(prediction, target) -> scalar``.
+
+    ``loss.terms`` holds the last call's terms, unweighted, and their sum as ``loss``: what logs and the NaN guard read.
+
+    Args:
+        weights: term name -> weight; a weight of 0 leaves the term out.
+        window: LNCC's window in voxels, odd.
+        label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
+        encoder: what ``features`` looks through. A frozen copy is used; it is no part of this module's parameters.
+
+    Raises:
+        InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window,
+            ``features`` without an encoder.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        window: int = 9,
+        label_ids: Sequence[int] = (),
+        encoder: Encoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = _checked(weights)
+        if window < 1 or window % 2 == 0:
+            raise InputError(f"the window of lncc must be odd, got {window} voxels")
+        if "features" in self.weights and encoder is None:
+            raise InputError(
+                "loss term features: no encoder to look through; give RegistrationLoss(encoder=Encoder(...)) with "
+                "transferred weights, or leave the term out"
+            )
+        if "anatomy" in self.weights and not label_ids:
+            raise InputError("loss term anatomy: give --label_ids, the structures to tell apart")
+        if encoder is not None:
+            encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.options = Options(window, tuple(label_ids), encoder)  # in a tuple it is not registered: nothing trains it
+        self.terms: dict[str, float] = {}
+
+    def forward(self, prediction: Mapping[str, Tensor], target: Target) -> Tensor:
+        registration = Registration(**{name: prediction[name] for name in Registration._fields})
+        if "anatomy" in prediction:  # what the network sees in both images
+            target = {**target, "anatomy": prediction["anatomy"]}
+        with torch.autocast(registration.displacement.device.type, enabled=False):
+            terms = {name: TERMS[name](registration, target, self.options) for name in self.weights}
+            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        self.terms = {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()}
+        return total
+
+
+def _checked(weights: Mapping[str, float]) -> dict[str, float]:
+    """The terms that have a weight. Raises InputError for what cannot be one."""
+    unknown = sorted(set(weights) - set(TERMS))
+    if unknown:
+        raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()):
+        raise InputError(f"loss weights must be finite and not negative, got {dict(weights)}")
+    kept = {name: float(w) for name, w in weights.items() if w > 0}
+    if not kept:
+        raise InputError("every loss weight is 0: give at least one term a weight")
+    return kept
+
+
+def feature_encoder(
+    weights: Mapping[str, float], backbone: str, spatial_dims: int, *, pretrained: str
+) -> Encoder | None:
+    """The encoder that the loss ``weights`` call for, or None where ``features`` has no weight.
+
+    Raises:
+        InputError: ``features`` has a weight, but there are no transferred weights to look through.
+    """
+    if not weights.get("features"):
+        return None
+    if pretrained == "none":
+        raise InputError(
+            "loss term features: random features tell nothing; give --pretrained (imagenet, a file, a bundle), "
+            "or leave the term out"
+        )
+    return Encoder(backbone, spatial_dims, pretrained=pretrained)

@@ -1,0 +1,149 @@
+"""The metrics of many cases: an Ignite metric for MONAI's evaluator, and the per-case CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from ignite.exceptions import NotComputableError
+from ignite.metrics import Metric
+from ignite.metrics.metric import MetricUsage
+
+from regpipe.fields.algebra import Registration
+from regpipe.metrics.measures import HIGHER_IS_BETTER, known, mean_of, measure
+from regpipe.utils.distributed import gathered
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import replace_file
+
+Row = dict[str, Any]  # "case" and one number per metric
+
+
+class CaseMetrics(Metric):
+    """Ignite metric that measures every case and averages over the cases of all processes.
+
+    ``update`` takes ``{"pred": Registration's fields by name, "batch": collated batch}``. At the
+    end of a run ``engine.state.metrics`` holds each mean under its own name, and the key metric
+    under the attached name, turned so that higher is better;
+    ``engine.state.metric_details["cases"]`` holds the rows.
+
+    Args:
+        spacing: mm per voxel of the working grid.
+        key: a name of ``HIGHER_IS_BETTER``, or ``auto``: Dice if any case has labels, else TRE if
+            any has landmarks, else NCC.
+        output_transform: from ``engine.state.output`` to what ``update`` takes.
+
+    Raises:
+        InputError: unknown ``key``; or, after a run, one that no case has.
+    """
+
+    def __init__(
+        self,
+        spacing: Sequence[float],
+        *,
+        key: str = "auto",
+        output_transform: Callable[[Any], Any] = lambda output: output,
+    ) -> None:
+        if key != "auto" and key not in HIGHER_IS_BETTER:
+            names = ", ".join(["auto", *HIGHER_IS_BETTER])
+            raise InputError(f"unknown metric {key!r}; choose one of {names}")
+        self.spacing, self.key = tuple(spacing), key
+        super().__init__(output_transform)
+
+    def reset(self) -> None:
+        self._rows: list[Row] = []
+
+    @torch.no_grad()
+    def update(self, output: Mapping[str, Any]) -> None:
+        pred, batch = output["pred"], output["batch"]
+        for i, case in enumerate(batch["case"]):
+            one = slice(i, i + 1)
+            registration = Registration(*(pred[field][one] for field in Registration._fields))
+            item = {name: value[one] for name, value in batch.items()}
+            self._rows.append({"case": case, **measure(registration, item, self.spacing)})
+
+    def compute(self) -> dict[str, float]:
+        """Mean of each metric over the cases of all processes that have it.
+
+        Raises:
+            NotComputableError: without cases.
+        """
+        return _means(_gather(self._rows))
+
+    def attach(self, engine: Engine, name: str, usage: str | MetricUsage = "epoch_wise") -> None:
+        if name in HIGHER_IS_BETTER:  # the negated TRE must not overwrite the TRE
+            raise ValueError(f"{name!r} is a metric's own name; attach as 'key_metric' or the like")
+        super().attach(engine, name, usage)
+
+    def iteration_completed(self, engine: Engine) -> None:
+        # Ignite's own would take a pair (y_pred, y) and refuses a mapping.
+        self.update(self._output_transform(engine.state.output))
+
+    def completed(self, engine: Engine, name: str) -> None:
+        rows = _gather(self._rows)
+        means = _means(rows)
+        key = _choose_key(means) if self.key == "auto" else self.key
+        if math.isnan(means[key]):
+            raise InputError(f"key metric {key}: no case has what it needs (labels or landmarks); choose another")
+        engine.state.metrics.update(means)
+        engine.state.metrics[name] = means[key] if HIGHER_IS_BETTER[key] else -means[key]
+        details = getattr(engine.state, "metric_details", None) or {}  # MONAI's addition to Ignite
+        engine.state.metric_details = {**details, "cases": rows}  # type: ignore[attr-defined]
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a header, one line per case, then 'mean' and 'std' (n - 1), both without NaNs; NaN is what a case lacks.
+
+    The file is written aside and renamed, so that an old one is replaced whole or not at all.
+
+    Raises:
+        ValueError: without rows.
+    """
+    if not rows:
+        raise ValueError(f"{path}: there are no cases to write")
+    names = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "case"]
+    table = [[row["case"], *(float(row.get(name, math.nan)) for name in names)] for row in rows]
+    columns = list(zip(*(line[1:] for line in table), strict=True))
+    table.append(["mean", *map(mean_of, columns)])
+    table.append(["std", *map(_std, columns)])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["case", *names], *table])
+    replace_file(path, text.getvalue().encode())
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The cases of a ``metrics.csv``, without its ``mean`` and ``std`` lines."""
+    with Path(path).open(newline="", encoding="utf-8") as stream:
+        rows = [{k: v if k == "case" else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    return [row for row in rows if row["case"] not in ("mean", "std")]
+
+
+def _std(values: Iterable[float]) -> float:
+    numbers = known(values)
+    return float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan
+
+
+def _choose_key(means: Mapping[str, float]) -> str:
+    return next((key for key in ("dice", "tre") if not math.isnan(means[key])), "ncc")
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    if not rows:
+        raise NotComputableError("CaseMetrics has seen no case")
+    return {name: mean_of(row[name] for row in rows) for name in HIGHER_IS_BETTER}
+
+
+def _gather(rows: list[Row]) -> list[Row]:
+    # Rows of all processes, in the order of the data, of which each process has every n-th. A distributed sampler
+    # repeats cases so that every process gets equally many; each case counts once.
+    parts = gathered(rows)
+    if len(parts) == 1:
+        return list(rows)
+    dealt = (row for turn in itertools.zip_longest(*parts) for row in turn if row is not None)
+    return list({row["case"]: row for row in dealt}.values())

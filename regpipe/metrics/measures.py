@@ -1,0 +1,298 @@
+"""Measures of a registration, as functions on one case. ``metrics.cases`` runs them on many.
+
+They take torch tensors or numpy arrays **without a batch axis** and give Python numbers.
+Displacements are in voxels (convention: ``fields.algebra``); lengths come out in mm by ``spacing``,
+the mm per voxel of the working grid. Labels are warped by **nearest neighbour** everywhere: linear
+interpolation would raise Dice by about 0.008.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance
+from scipy.ndimage import find_objects
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from regpipe.fields.algebra import Registration, compose, determinant, jacobian_determinant, sample_at, warp
+from regpipe.io.geometry import carry
+
+Array = np.ndarray | Tensor
+
+# Every metric of a case; the same names in the log, CSV, TensorBoard and report.
+HIGHER_IS_BETTER: dict[str, bool] = {
+    "dice_before": True,
+    "dice": True,  # mean over the labels of both images, labels warped by nearest neighbour
+    "hd95_before": False,
+    "hd95": False,  # mm
+    "tre_before": False,
+    "tre": False,  # mm
+    "ncc_before": True,
+    "ncc": True,
+    "folds_percent": False,
+    "ndv_percent": False,
+    "sdlogj": False,
+    "sdlogj_l2r": False,
+    "inverse_consistency": False,  # mm
+}
+
+# ----------------------------------------------------------------------------- overlap and distance
+
+
+def shared_labels(fixed_label: Array, moving_label: Array) -> list[int]:
+    """Labels (> 0) that both original images hold, ascending: only these can match."""
+    fixed, moving = (set(torch.as_tensor(x).unique().tolist()) for x in (fixed_label, moving_label))
+    return sorted(int(i) for i in fixed & moving if i > 0)
+
+
+def dice(fixed_label: Array, warped_label: Array, ids: Sequence[int]) -> dict[int, float]:
+    """Dice overlap 2|A & B| / (|A| + |B|) per label of ``ids``; NaN where neither map holds it.
+
+    Args:
+        fixed_label, warped_label: integer maps of one shape. Warp labels by nearest neighbour: the
+            interpolation moves Dice by 0.007 to 0.009, so numbers compare only under the same one.
+    """
+    fixed, warped = torch.as_tensor(fixed_label), torch.as_tensor(warped_label)
+    scores = {}
+    for i in ids:
+        a, b = fixed == i, warped == i
+        total = int(a.sum()) + int(b.sum())
+        scores[i] = 2 * int((a & b).sum()) / total if total else math.nan
+    return scores
+
+
+def hd95(fixed_label: Array, warped_label: Array, ids: Sequence[int], spacing: Sequence[float]) -> dict[int, float]:
+    """95 % Hausdorff distance in mm per label: the larger directed 95th percentile (MONAI's).
+
+    NaN where a label is missing from either map, so read it beside Dice, which is 0 for a label
+    that vanished.
+    """
+    shape = torch.as_tensor(fixed_label).shape[-len(spacing) :]
+    fixed, warped = (torch.as_tensor(x).cpu().reshape(1, 1, *shape) for x in (fixed_label, warped_label))
+    scores = {}
+    boxes = [find_objects(x[0, 0].numpy()) for x in (fixed, warped)]
+    for i in ids:
+        held = [found[i - 1] for found in boxes if i <= len(found) and found[i - 1] is not None]
+        box = (slice(None), slice(None), *_around(held))
+        scores[i] = math.nan if len(held) < 2 else _hausdorff(warped[box] == i, fixed[box] == i, spacing)
+    return scores
+
+
+def _around(boxes: Sequence[tuple[slice, ...]]) -> list[slice]:
+    """The box that holds them all and a voxel more: of 98 structures each fills a small part of a head."""
+    return [
+        slice(max(0, min(s.start for s in sides) - 1), max(s.stop for s in sides) + 1)
+        for sides in zip(*boxes, strict=True)
+    ]
+
+
+def _hausdorff(a: Tensor, b: Tensor, spacing: Sequence[float]) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's own call to its own old argument
+        return compute_hausdorff_distance(
+            a, b, include_background=True, percentile=95, spacing=[float(s) for s in spacing]
+        ).item()
+
+
+def tre(
+    fixed_points: Array,
+    moving_points: Array,
+    displacement: Array,
+    spacing: Sequence[float] | Array,
+    *,
+    bend: Array | None = None,
+) -> np.ndarray:
+    """Target registration error |p + u(p) - q| in mm, one per landmark known in both images.
+
+    Args:
+        fixed_points, moving_points: p and q, (K, D) in voxels; rows with a NaN are dropped.
+        displacement: u (D, *spatial), interpolated linearly at p.
+        spacing: mm per voxel of the moving points, (D,); or the matrix (D, D) that makes mm of their voxels.
+        bend: (3, 3) where the moving image was seen through a homography, see ``transforms.homography``.
+    """
+    u = _batched(displacement)
+    p, q = (torch.as_tensor(x).to(u) for x in (fixed_points, moving_points))
+    known = ~(p.isnan().any(1) | q.isnan().any(1))
+    p, q = p[known], q[known]
+    if not len(p):
+        return np.empty(0)
+    mm = torch.as_tensor(spacing).to(u)
+    found = p + sample_at(u, p[None])[0]
+    if bend is not None:
+        found, q = (carry(torch.as_tensor(bend).to(u), points) for points in (found, q))
+    error = (found - q) @ (mm.diag() if mm.ndim == 1 else mm.T)
+    return error.norm(dim=1).double().cpu().numpy()
+
+
+def ncc(a: Array, b: Array) -> float:
+    """Global normalised cross-correlation in [-1, 1]; 0 if an image is constant."""
+    x, y = (torch.as_tensor(image).double().flatten() for image in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(x.norm() * y.norm())
+    return float(x @ y) / scale if scale > 0 else 0.0
+
+
+# --------------------------------------------------------------------------------------- regularity
+
+
+def folds_percent(displacement: Array) -> float:
+    """% of voxels with det(I + grad u) <= 0 by central differences, unclipped. u (D, *spatial).
+
+    Central differences skip the voxel itself and miss folds (the checkerboard problem): see
+    ``ndv_percent``.
+    """
+    safe = jacobian_determinant(_batched(displacement)) > 0  # NaN is not safe
+    return 100 * (~safe).double().mean().item()
+
+
+def ndv_percent(displacement: Array) -> float:
+    """Non-diffeomorphic volume of u (D, *spatial) in % of the volume spanned by the voxel centres.
+
+    Each cell between voxel centres can be cut into simplices in two ways: into 2 triangles (D = 2),
+    or into 4 corner tetrahedra and a central one (D = 3). The map is linear on each simplex; those
+    it turns inside out add the volume they cover, averaged over the two ways. 0 if and only if no
+    simplex flips (a digital diffeomorphism).
+
+    Source: Liu, Chen, Wei, Carass, Prince, 'On finite difference Jacobian computation in deformable
+    image registration', IJCV 2024. Only whole cells count: nothing is assumed beyond the rim.
+    """
+    u = _batched(displacement)
+    dim = u.shape[1]
+    dets = [_corner_determinant(u, "".join(signs)) for signs in itertools.product("+-", repeat=dim)]
+    if dim == 3:
+        dets += [_central_determinant(u, apex) for apex in (0, 1)]
+    flipped = sum(float((-det).clamp(min=0).sum(dtype=torch.float64)) for det in dets)
+    cells = math.prod(n - 1 for n in u.shape[2:])
+    return 100 * flipped / (2 * math.factorial(dim) * cells)
+
+
+def _corner_determinant(u: Tensor, signs: str) -> Tensor:
+    # The corner of a cell from which the edges lead forward (+) or backward (-) along each axis.
+    return _at_corner(jacobian_determinant(u, scheme=signs), [int(sign == "-") for sign in signs])
+
+
+def _central_determinant(u: Tensor, apex: int) -> Tensor:
+    # Vertices: the cell's corner (apex, apex, apex) and the three that differ in two coordinates.
+    corner = _at_corner(u, [apex] * 3)
+    others = [[apex if i == k else 1 - apex for i in range(3)] for k in range(3)]
+    edges = torch.stack([_at_corner(u, c) - corner for c in others], dim=-1).movedim(1, -2)
+    sign = 1 - 2 * apex  # seen from the far corner the same edges are left-handed
+    return sign * determinant(edges + sign * (1 - torch.eye(3, device=u.device)))
+
+
+def _at_corner(x: Tensor, corner: Sequence[int]) -> Tensor:
+    # Value (..., *spatial) at one corner (0 or 1 per axis) of every cell -> (..., *(spatial - 1)).
+    sizes = x.shape[-len(corner) :]
+    for axis, (c, n) in enumerate(zip(corner, sizes, strict=True), start=-len(corner)):
+        x = x.narrow(axis, c, n - 1)
+    return x
+
+
+def sdlogj(displacement: Array) -> float:
+    """Standard deviation of log det(I + grad u) over all voxels; folds count as log(1e-9)."""
+    det = jacobian_determinant(_batched(displacement)).double()
+    return det.clamp(min=1e-9).log().std(correction=0).item()
+
+
+def sdlogj_l2r(displacement: Array) -> float:
+    """Learn2Reg's 'SDlogJ': std of log(clip(det + 3, 1e-9, 1e9)) without the 2 outer voxels.
+
+    The + 3 makes it far smaller than ``sdlogj``: only this one compares with numbers published by
+    the challenge. NaN if no voxel is left. Source: ``evaluation.py`` of the Learn2Reg challenge.
+    """
+    det = jacobian_determinant(_batched(displacement))[0].double()
+    inner = det[(slice(2, -2),) * det.ndim]
+    return (inner + 3).clamp(1e-9, 1e9).log().std(correction=0).item() if inner.numel() else math.nan
+
+
+def inverse_consistency(displacement: Array, inverse: Array, spacing: Sequence[float]) -> float:
+    """Mean length in mm of compose(u, u_inv) and compose(u_inv, u). Both (D, *spatial)."""
+    u, u_inv = _batched(displacement), _batched(inverse)
+    mm = u.new_tensor(list(spacing)).view(1, -1, *[1] * (u.ndim - 2))
+    residuals = [compose(u, u_inv) * mm, compose(u_inv, u) * mm]
+    return sum(r.norm(dim=1).double().mean().item() for r in residuals) / 2
+
+
+def _batched(displacement: Array) -> Tensor:
+    return torch.as_tensor(displacement).float()[None]
+
+
+# ------------------------------------------------------------------------------ one case, all cases
+
+
+def bootstrap_interval(
+    values: Array | Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean, low, high): the mean with its percentile bootstrap interval. NaNs are dropped.
+
+    One value: low = high = mean. None: three NaNs.
+    """
+    numbers = known(np.asarray(values, dtype=float))
+    mean = float(numbers.mean()) if len(numbers) else math.nan
+    if len(numbers) < 2:
+        return mean, mean, mean
+    interval = bootstrap(
+        (numbers,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=level,
+        method="percentile",
+        rng=seed,
+    ).confidence_interval
+    return mean, float(interval.low), float(interval.high)
+
+
+def measure(registration: Registration, item: Mapping[str, Any], spacing: Sequence[float]) -> dict[str, float]:
+    """Every metric of ``HIGHER_IS_BETTER`` for one case: one row of the CSV.
+
+    Args:
+        registration: of batch size 1.
+        item: a batch of size 1 as ``data.pairs.collate_pairs`` gives it, on any device.
+        spacing: mm per voxel of the working grid.
+
+    Returns:
+        name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage,
+        projective included: what measures the displacement measures what was found beyond it.
+    """
+    u, inverse = registration.displacement[0], registration.inverse[0]
+    fixed, moving = (item[f"{side}_image"].to(u.device) for side in ("fixed", "moving"))
+    labels = item["fixed_label"].to(u.device), item["moving_label"].to(u.device)
+    points = item["fixed_landmarks"][0], item["moving_landmarks"][0]
+    ids = shared_labels(*labels)
+    bend = item["moving_bend"][0] if "moving_bend" in item else None
+    in_moving = item["moving_affine"][0, :-1, :-1] if "moving_affine" in item else spacing  # where errors are lengths
+    warped_label = warp(labels[1], registration.displacement, mode="nearest")
+    return {
+        "dice_before": mean_of(dice(*labels, ids).values()),
+        "dice": mean_of(dice(labels[0], warped_label, ids).values()),
+        "hd95_before": mean_of(hd95(*labels, ids, spacing).values()),
+        "hd95": mean_of(hd95(labels[0], warped_label, ids, spacing).values()),
+        "tre_before": mean_of(tre(*points, torch.zeros_like(u), in_moving, bend=bend)),
+        "tre": mean_of(tre(*points, u, in_moving, bend=bend)),
+        "ncc_before": ncc(fixed, moving),
+        "ncc": ncc(fixed, registration.warped_moving),
+        "folds_percent": folds_percent(u),
+        "ndv_percent": ndv_percent(u),
+        "sdlogj": sdlogj(u),
+        "sdlogj_l2r": sdlogj_l2r(u),
+        "inverse_consistency": inverse_consistency(u, inverse, spacing),
+    }
+
+
+def known(values: Iterable[float]) -> np.ndarray:
+    """The values that are not NaN."""
+    array = np.asarray(list(values), dtype=float)
+    return array[~np.isnan(array)]
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """Mean without NaNs; NaN if nothing is left."""
+    numbers = known(values)
+    return float(numbers.mean()) if len(numbers) else math.nan

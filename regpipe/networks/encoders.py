@@ -1,0 +1,243 @@
+"""The transferred backbones, resnet18, vgg16 and alexnet, and a plain one, in 2D and 3D, behind one contract.
+
+Contract of an encoder
+----------------------
+``encoder(image (B, 1, *spatial)) -> list of features``, finest first; feature ``i`` is
+``(B, channels[i], *ceil(spatial / strides[i]))`` for any input size, odd sizes included.
+``channels`` and ``strides`` are attributes; whoever uses an encoder reads these and never its name.
+
+The layers are torchvision's own, ``plain``'s, the yardstick, SYMNet's. Three things are done to them:
+
+- grey for RGB: the stem's three input channels are summed, and images in [0, 1] are shifted and
+  scaled by the mean of ImageNet's statistics, so that a pretrained stem sees what it was trained on;
+- inflation to 3D (Carreira & Zisserman 2017): kernels are repeated along the new axis and divided by its
+  length, so that a volume constant along that axis gives the 2D features (away from its two ends);
+- centred padding, so that feature ``i`` looks at the image around voxel ``stride * i`` and no size is too small
+  (VGG16's 2 x 2 windows begin at that voxel: it looks half a stride further on).
+
+Batch statistics make no sense with one pair in a batch: BatchNorm is frozen when weights are transferred
+(its statistics belong to them) and replaced by GroupNorm when they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from regpipe.networks.weights import lay_in, read_weights
+from regpipe.utils.errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226  # the means over the three colours
+MAX_STRIDE = 16
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class Backbone(NamedTuple):
+    """How to cut a network into stages, finest first, and how coarse each is."""
+
+    build: Callable[[], nn.Module]
+    stages: Callable[[nn.Module], list[nn.Module]]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    # VGG16's stride-1 first stage costs more than all else together, and the velocity lives at half
+    # resolution anyhow: its images are averaged 2x first. The other two begin with a strided stem.
+    halve_first: bool = False
+
+
+def _resnet18_stages(net: Any) -> list[nn.Module]:
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu)
+    return [stem, nn.Sequential(net.maxpool, net.layer1), net.layer2, net.layer3, net.layer4]
+
+
+def _vgg16_stages(net: Any) -> list[nn.Module]:
+    layers = list(net.features)
+    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    for i in pools:
+        layers[i].ceil_mode = True  # an odd last row is kept
+    starts = [0, *pools[:-1]]
+    return [nn.Sequential(*layers[a:b]) for a, b in zip(starts, pools, strict=True)]
+
+
+def _alexnet_stages(net: Any) -> list[nn.Module]:
+    layers = list(net.features)
+    layers[0].padding = (5, 5)
+    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    for i in pools:
+        layers[i].padding = 1
+    return [nn.Sequential(*layers[a:b]) for a, b in zip([0, *pools[:-1]], pools, strict=True)]
+
+
+class Plain(nn.Module):
+    """The way down of SYMNet's U-Net (Mok & Chung, CVPR 2020) for one RGB image: pairs of 3 x 3 convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths, strides = (3, 8, 16, 32, 64), (1, 2, 2, 2)
+        down = [two_convolutions(2, a, b, b, stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)]
+        self.down = nn.ModuleList(down)
+        self.bottom = two_convolutions(2, 64, 128, 64, stride=2)
+
+
+def two_convolutions(spatial_dims: int, first: int, middle: int, last: int, stride: int = 1) -> nn.Sequential:
+    """SYMNet's block."""
+    conv = CONV[spatial_dims]
+    return nn.Sequential(
+        conv(first, middle, 3, stride=stride, padding=1),
+        nn.ReLU(),
+        conv(middle, last, 3, padding=1),
+        nn.ReLU(),
+    )
+
+
+def _plain_stages(net: Any) -> list[nn.Module]:
+    return [nn.Sequential(net.down[0], net.down[1]), net.down[2], net.down[3], net.bottom]
+
+
+BACKBONES: dict[str, Backbone] = {
+    "resnet18": Backbone(torchvision.models.resnet18, _resnet18_stages, (64, 64, 128, 256, 512), (2, 4, 8, 16, 32)),
+    "vgg16": Backbone(
+        torchvision.models.vgg16,
+        _vgg16_stages,
+        (64, 128, 256, 512, 512),
+        (2, 4, 8, 16, 32),
+        halve_first=True,
+    ),
+    "alexnet": Backbone(torchvision.models.alexnet, _alexnet_stages, (64, 192, 256), (4, 8, 16)),
+    "plain": Backbone(Plain, _plain_stages, (16, 32, 64, 64), (2, 4, 8, 16)),
+}
+TRANSFERRED = tuple(name for name in BACKBONES if name != "plain")  # weights of these are published
+
+
+class Encoder(nn.Module):
+    """A backbone's stages up to ``max_stride``; see the contract above.
+
+    Args:
+        backbone: a key of ``BACKBONES``.
+        spatial_dims: 2 or 3.
+        pretrained: ``none``, ``imagenet``, ``medicalnet`` or a file; see ``networks.weights``.
+        freeze: how many stages, finest first, keep their weights during training.
+        max_stride: coarser stages are cut off: a feature map of two or three voxels tells nothing of motion.
+
+    Raises:
+        InputError: unknown backbone, dimension, or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        spatial_dims: int,
+        *,
+        pretrained: str = "none",
+        freeze: int = 0,
+        max_stride: int = MAX_STRIDE,
+    ) -> None:
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise InputError(f"unknown backbone '{backbone}': choose one of {', '.join(BACKBONES)}")
+        if spatial_dims not in (2, 3):
+            raise InputError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
+        spec = BACKBONES[backbone]
+        kept = [i for i, stride in enumerate(spec.strides) if stride <= max_stride]
+        if not 0 <= freeze <= len(kept):
+            raise InputError(f"freeze is {freeze}: {backbone} has {len(kept)} stages here")
+        self.channels = tuple(spec.channels[i] for i in kept)
+        self.strides = tuple(spec.strides[i] for i in kept)
+        with torch.device("meta"):  # the classifiers, nine tenths of all weights, are never made
+            net = spec.build()
+        stages = nn.ModuleList(spec.stages(net)[: len(kept)])
+        names = _original_names(net, stages)
+        state = read_weights(pretrained, backbone, spatial_dims)
+        stages.to_empty(device="cpu")
+        _take_grey(stages)
+        keep_norm = state is not None and any(name.endswith("running_mean") for name in state)
+        self.stages = nn.ModuleList(adapt(stage, spatial_dims, keep_statistics=keep_norm) for stage in stages)
+        self.stages.apply(_initialise)
+        if state is not None:
+            lay_in(self.stages, state, names, source=pretrained)
+        self.halve_first = spec.halve_first
+        self.stages[:freeze].requires_grad_(False)
+        self.train()  # which keeps transferred BatchNorm from learning, from the first image on
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Frozen stages, and the statistics of transferred BatchNorm, stay as they are."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return list(self.features(image))
+
+    def features(self, image: Tensor) -> Iterator[Tensor]:
+        """The same one by one: whoever lets go of each before the next needs half the memory."""
+        x = (image - IMAGENET_MEAN) / IMAGENET_STD
+        if self.halve_first:
+            x = halve(x)
+        for stage in self.stages:
+            x = stage(x)
+            yield x
+
+
+def _original_names(net: nn.Module, stages: nn.Module) -> dict[str, str]:
+    """Module path within ``stages`` -> path within torchvision's ``net``, of which they are parts."""
+    original = {module: name for name, module in net.named_modules()}
+    return {name: original[m] for name, m in stages.named_modules() if m in original}
+
+
+def _take_grey(stages: nn.Module) -> None:
+    """Give the stem one input channel; its weights are laid in afterwards."""
+    stem = next(m for m in stages.modules() if isinstance(m, nn.Conv2d))
+    stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True))
+    stem.in_channels = 1
+
+
+def adapt(module: nn.Module, spatial_dims: int, *, keep_statistics: bool) -> nn.Module:
+    """A stage's layers for ``spatial_dims``: convolutions and pools inflated, BatchNorm kept or replaced."""
+    for name, child in module.named_children():
+        setattr(module, name, adapt(child, spatial_dims, keep_statistics=keep_statistics))
+    if isinstance(module, nn.ReLU):
+        return nn.ReLU(inplace=True)  # each stage begins with what leaves its input alone
+    if isinstance(module, nn.BatchNorm2d):
+        return _norm(module, spatial_dims, keep_statistics)
+    if spatial_dims == 3 and isinstance(module, nn.Conv2d):
+        return _conv3d(module)
+    if spatial_dims == 3 and isinstance(module, nn.MaxPool2d):
+        size, stride, padding = (_first(v) for v in (module.kernel_size, module.stride, module.padding))
+        return nn.MaxPool3d(size, stride, padding, ceil_mode=module.ceil_mode)
+    return module
+
+
+def _first(value: int | tuple[int, ...]) -> int:
+    return value if isinstance(value, int) else value[0]  # every kernel here is square
+
+
+def _conv3d(conv: nn.Conv2d) -> nn.Conv3d:
+    size, stride, padding = (_first(v) for v in (conv.kernel_size, conv.stride, conv.padding))  # type: ignore[arg-type]
+    return nn.Conv3d(conv.in_channels, conv.out_channels, size, stride, padding, bias=conv.bias is not None)
+
+
+def _norm(norm: nn.BatchNorm2d, spatial_dims: int, keep_statistics: bool) -> nn.Module:
+    if not keep_statistics:
+        return nn.GroupNorm(16, norm.num_features)
+    return {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[spatial_dims](norm.num_features)
+
+
+def halve(image: Tensor) -> Tensor:
+    """Average of 2 voxels along every axis, (B, C, *n) -> (B, C, *ceil(n / 2)); an odd last one stays as it is."""
+    odd = [int(n) % 2 for n in reversed(image.shape[2:])]  # an int also while tracing
+    padded = F.pad(image, [end for n in odd for end in (0, n)], mode="replicate")
+    return {4: F.avg_pool2d, 5: F.avg_pool3d}[image.ndim](padded, 2)
+
+
+def _initialise(module: nn.Module) -> None:
+    # He et al. 2015
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

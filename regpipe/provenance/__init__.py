@@ -1,0 +1,1 @@
+"""Holding results to their manifests, and making them again."""

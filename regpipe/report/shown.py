@@ -1,0 +1,67 @@
+"""What there is to see of a registered case, on the fixed image's own grid: what its files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from nibabel.affines import apply_affine
+
+from regpipe.fields.algebra import Registration, sample_at
+from regpipe.io.images import Image, normalise, resample
+from regpipe.metrics.measures import tre
+from regpipe.report.views import SIDES
+
+
+class Shown(NamedTuple):
+    """A registered pair on the fixed image's grid."""
+
+    affine: np.ndarray  # (D+1, D+1), voxel index -> RAS mm
+    images: Mapping[str, np.ndarray]  # of SIDES: (*S) in [0, 1]
+    labels: Mapping[str, np.ndarray]  # of SIDES, those there are: (*S) whole numbers
+    displacement: np.ndarray  # (D, *S) LPS mm, alignment included
+    determinant: np.ndarray  # (*S) of the map beyond the alignment
+    alignment: np.ndarray  # (D+1, D+1), fixed point -> moving point, RAS mm
+
+
+class Landmarks(NamedTuple):
+    """Landmarks known in both images; places are RAS mm of the fixed image, (K, D)."""
+
+    fixed: np.ndarray
+    before: np.ndarray  # the moving ones, carried back by the alignment alone
+    warped: np.ndarray  # the moving ones, carried back by the whole registration
+    errors: np.ndarray  # (K, 2) mm in the moving image, before and after
+
+
+def shown_images(fixed: Image, moving: Image, warped: np.ndarray, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """The three images in [0, 1], the last two on the moving image's scale; ``matrix``: fixed point -> moving point.
+
+    Like the warped one, the image before registration is 0 where the moving image does not reach.
+    """
+    place, shape = matrix @ fixed.affine, fixed.array.shape
+    inside = resample(moving._replace(array=np.ones(moving.array.shape, np.uint8)), place, shape, order=0)
+    before = resample(moving, place, shape, order=1) * inside
+    scaled = (normalise(image, like=moving.array) for image in (before, warped))
+    return dict(zip(SIDES, (normalise(fixed.array), *scaled), strict=True))
+
+
+def shown_labels(fixed: Image, moving: Image, warped: np.ndarray, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """The three label maps on the grid of the fixed one."""
+    before = resample(moving, matrix @ fixed.affine, fixed.array.shape, order=0)
+    return dict(zip(SIDES, (fixed.array, before, warped), strict=True))
+
+
+def shown_landmarks(batch: Mapping[str, Any], registration: Registration) -> Landmarks:
+    """The landmarks of a batch of one pair, those that both images have."""
+    p, q = (batch[f"{side}_landmarks"][0].cpu() for side in ("fixed", "moving"))
+    known = ~(p.isnan().any(1) | q.isnan().any(1))
+    p, q = p[known], q[known]
+    u, inverse = registration.displacement[0].cpu(), registration.inverse[:1].cpu()
+    bend = batch["moving_bend"][0] if "moving_bend" in batch else None
+    mm = batch["moving_affine"][0, :-1, :-1].cpu()
+    errors = [tre(p, q, field, mm, bend=bend) for field in (u.new_zeros(u.shape), u)]
+    frame = batch["fixed_affine"][0].cpu().numpy()
+    back = q + sample_at(inverse, q[None])[0] if len(q) else q
+    at_p, at_q, at_back = (apply_affine(frame, points.double().numpy()) for points in (p, q, back))
+    return Landmarks(at_p, at_q, at_back, np.stack(errors, axis=-1))

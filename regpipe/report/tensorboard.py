@@ -1,0 +1,182 @@
+"""What a run tells TensorBoard while it goes on, beside MONAI's scalars: metrics, pictures, histograms, a profile.
+
+``docs/dashboard.md`` says which tab answers which question; what is written once is in ``report.tensorboard_pages``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+from torch.profiler import profile
+from torch.utils.tensorboard import SummaryWriter
+
+from regpipe.fields.algebra import jacobian_determinant
+from regpipe.report import pictures
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import replace_file
+
+MOST_VALUES = 50_000  # in a histogram: more change nothing and take time
+
+
+def tag_terms(terms: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Scalar names as TensorBoard groups them: one chart a name, one group a prefix."""
+    return {f"{prefix}/{name}": value for name, value in terms.items()}
+
+
+class MetricLog:
+    """Writes the evaluator's metrics that are numbers, each its own curve ``validation/<metric>`` over epochs."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.writer = writer
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        for name, value in tag_terms(engine.state.metrics, "validation").items():
+            if math.isfinite(value):
+                self.writer.add_scalar(name, value, engine.state.epoch)
+        self.writer.flush()
+
+
+class Curves:
+    """What a run has told TensorBoard, as a part of its saved state: going on takes back what came after that state.
+
+    So each step is drawn once, however often a kill makes it be done. ``curves.txt`` beside the states names the run's
+    event files; others in the same folder are left alone.
+
+    Args:
+        writer: the run's.
+        folder: where its states are.
+    """
+
+    def __init__(self, writer: SummaryWriter, folder: str) -> None:
+        self.writer, self.names = writer, Path(folder) / "curves.txt"
+        self._files: list[Path] = []
+
+    def state_dict(self) -> dict[str, int]:
+        """Event files, by name, and how many bytes of each there are."""
+        if idist.get_rank() > 0:
+            return {}
+        self.writer.flush()
+        return {file.name: file.stat().st_size for file in self._files if file.exists()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Cut the run's event files to what they were; those of later are deleted."""
+        if idist.get_rank() > 0:
+            return
+        folder, own = Path(self.writer.log_dir), Path(self.writer._get_file_writer().event_writer._file_name)
+        written = self.names.read_text().splitlines() if self.names.exists() else []
+        for name in set(written) - {own.name, *state}:
+            (folder / name).unlink(missing_ok=True)
+        for name, size in state.items():
+            if (folder / name).exists() and (folder / name).stat().st_size > size:
+                os.truncate(folder / name, size)
+        self._files = [*(folder / name for name in state), own]
+        replace_file(self.names, "".join(f"{file.name}\n" for file in self._files).encode())
+
+
+class PictureLog:
+    """Writes fixed, moving, warped, checkerboard, overlay, grid and Jacobian of the first validation cases.
+
+    With ``spacing`` also how far they move and how their volume changes, as histograms.
+
+    Args:
+        writer: where to.
+        cases: how many of the first cases, the same ones each time.
+        spacing: mm per voxel of the working grid.
+    """
+
+    def __init__(self, writer: SummaryWriter, *, cases: int = 2, spacing: Sequence[float] | None = None) -> None:
+        self.writer, self.cases, self.spacing = writer, cases, spacing
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        case, epoch = engine.state.iteration, engine.state.epoch
+        if case > self.cases:
+            return
+        output: Any = engine.state.output
+        for name, picture in case_pictures(output["label"], output["pred"]).items():
+            self.writer.add_image(f"case_{case}/{name}", picture, epoch, dataformats="HWC")
+        if self.spacing is not None:
+            for name, values in case_values(output["pred"]["displacement"], self.spacing).items():
+                self.writer.add_histogram(f"case_{case}/{name}", values, epoch)
+
+
+def case_pictures(batch: Mapping[str, Any], prediction: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """``report.pictures.pictures`` of the first case of a batch."""
+
+    def array(tensor: Tensor) -> np.ndarray:
+        return tensor[0].detach().cpu().float().numpy()
+
+    return pictures.pictures(
+        array(batch["fixed_image"])[0],
+        array(batch["moving_image"])[0],
+        array(prediction["warped_moving"])[0],
+        array(prediction["displacement"]),
+    )
+
+
+def case_values(displacement: Tensor, spacing: Sequence[float]) -> dict[str, np.ndarray]:
+    """Length of the displacement in mm and log det J at voxels of the first case of (B, D, *S), for histograms.
+
+    Voxels that fold have no logarithm: they are the curve ``validation/folds_percent``.
+    """
+    u = displacement[:1].detach().cpu().float()
+    mm = torch.tensor([float(s) for s in spacing]).view(1, -1, *[1] * (u.ndim - 2))
+    det = jacobian_determinant(u)
+    values = {"displacement_mm": (u * mm).norm(dim=1), "log_jacobian": det[det > 0].log()}
+    return {name: _thinned(value.flatten()).numpy() for name, value in values.items() if value.numel()}
+
+
+def _thinned(values: Tensor) -> Tensor:
+    return values[:: -(-len(values) // MOST_VALUES)]
+
+
+class Profile:
+    """Times the operations of some training steps, where that is asked for.
+
+    What takes longest goes to the Text tab, every call to ``profile.json`` beside the events, for ui.perfetto.dev.
+
+    Args:
+        writer: where to.
+        steps: how many, after one that warms up; 0 for none.
+    """
+
+    def __init__(self, writer: SummaryWriter, *, steps: int = 0) -> None:
+        if not (isinstance(steps, int) and steps >= 0):
+            raise InputError(f"--profile_steps {steps}: give a whole number, or 0 for none")
+        self.writer, self.steps = writer, steps
+
+    def attach(self, engine: Engine) -> None:
+        if self.steps and idist.get_rank() == 0:
+            self._begun, self._profile = 0, profile()
+            engine.add_event_handler(Events.ITERATION_STARTED, self._step)
+            engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self._end)
+
+    def _step(self, engine: Engine) -> None:
+        self._begun += 1
+        if self._begun == 2:
+            self._profile.start()
+        elif self._begun == self.steps + 2:
+            self._end(engine)
+
+    def _end(self, engine: Engine) -> None:
+        if self._begun < 2 or not self.steps:
+            return
+        self.steps = 0
+        self._profile.stop()
+        longest = self._profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+        self.writer.add_text("profile", "\n".join(f"    {line}" for line in longest.splitlines()), engine.state.epoch)
+        self._profile.export_chrome_trace(str(Path(self.writer.log_dir) / "profile.json"))

@@ -1,0 +1,166 @@
+"""What TensorBoard is told once a run: its charts, the run in words, the table that runs are compared by, the graph."""
+
+from __future__ import annotations
+
+import math
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from matplotlib.figure import Figure
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from regpipe.data.pairs import Case
+from regpipe.report.tensorboard import tag_terms
+from regpipe.utils.versions import versions
+
+SIMILARITY = "lncc|ncc|mse|mi|mind|features|midway"  # terms of ``losses.terms``
+REGULARITY = "diffusion|bending|elastic|divergence|jacobian|log_jacobian|magnitude"
+# The Custom Scalars tab. TensorBoard draws every run that it shows into each of these charts, so that the backbones of
+# a comparison stand in one; what is given are regular expressions of tags.
+LAYOUT = {
+    "Accuracy, held-out pairs": {
+        "Dice": ["Multiline", ["validation/dice$"]],
+        "HD95, mm": ["Multiline", ["validation/hd95$"]],
+        "TRE, mm": ["Multiline", ["validation/tre$"]],
+        "error of known displacements, training pairs, voxels": ["Multiline", ["training/end_point$"]],
+    },
+    "Similarity": {
+        "NCC, held-out pairs": ["Multiline", ["validation/ncc$"]],
+        "similarity terms, training pairs": ["Multiline", [f"training/({SIMILARITY})$"]],
+    },
+    "Regularity": {
+        "SDlogJ, held-out pairs": ["Multiline", ["validation/sdlogj$"]],
+        "folds, % of voxels": ["Multiline", ["validation/folds_percent$"]],
+        "inverse error, mm": ["Multiline", ["validation/inverse_consistency$"]],
+        "regularity terms, training pairs": ["Multiline", [f"training/({REGULARITY})$"]],
+    },
+}
+# The HParams tab: its columns, and the settings that it shows first. Of both TensorBoard shows five until one asks.
+BEST = ("dice", "hd95", "tre", "ncc", "sdlogj", "folds_percent", "ndv_percent", "training_seconds")
+COSTS = ("seconds_per_pair", "parameters_millions", "gflop")
+QUESTIONS = ("backbone", "freeze", "learning_rate", "pretrained", "transfer")
+
+
+def describe(
+    writer: SummaryWriter, configuration: Mapping[str, Any], training: Sequence[Case], held_out: Sequence[Case]
+) -> None:
+    """The layout of the Custom Scalars tab; configuration, data and environment in the Text tab.
+
+    Of a path only its last part is told: logs are shown to others, and folders are named after people.
+
+    Args:
+        writer: where to.
+        configuration: names and values.
+        training, held_out: the pairs.
+    """
+    writer.add_custom_scalars(LAYOUT)
+    pages = {"configuration": configuration, "data": _data(training, held_out), "environment": _environment()}
+    for name, page in pages.items():
+        writer.add_text(f"about/{name}", _table({key: plain(value) for key, value in page.items()}))
+    writer.flush()
+
+
+def plain(value: Any) -> bool | int | float | str:
+    """The value as TensorBoard takes it; of a path its last part alone."""
+    if isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    return PurePath(text).name if "/" in text or "\\" in text else text
+
+
+def _data(training: Sequence[Case], held_out: Sequence[Case]) -> dict[str, Any]:
+    """Counts; the cases that the pictures show are the first held-out ones."""
+    found: dict[str, Any] = {}
+    for name, cases in {"training": training, "held-out": held_out}.items():
+        images = {case[f"{side}_image"] for case in cases for side in ("fixed", "moving")}
+        found[f"{name} pairs"], found[f"images in {name} pairs"] = len(cases), len(images)
+        for kind in ("label", "landmarks", "mask"):
+            found[f"{name} pairs with {kind}"] = sum(
+                {f"fixed_{kind}", f"moving_{kind}"} <= case.keys() for case in cases
+            )
+    return found | {f"case_{i}": case["case"] for i, case in enumerate(held_out[:2], 1)}
+
+
+def _environment() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    machine = {"system": f"{platform.system()} {platform.machine()}", "CPU threads": torch.get_num_threads()}
+    machine |= {"GPU": gpu, "processes": idist.get_world_size()}
+    return {**versions(), **machine}
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def log_graph(writer: SummaryWriter, network: nn.Module, shape: Sequence[int]) -> None:
+    """The network's operations on one pair of a working grid, for the Graphs tab; traced, on its own device."""
+    if idist.get_rank() > 0:
+        return
+    training, device = network.training, next(network.parameters()).device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: other shapes have other graphs
+        writer.add_graph(network.eval(), torch.zeros(1, 2, *shape, device=device))
+    writer.flush()
+    network.train(training)
+
+
+def log_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """The run's row in the HParams tab: settings, the best epoch's metrics as ``best/<metric>``.
+
+    The row has room for ``log_evaluation``'s numbers.
+    """
+    if idist.get_rank() > 0:
+        return
+    best = tag_terms({name: metrics[name] for name in BEST if math.isfinite(metrics.get(name, math.nan))}, "best")
+    for name, value in best.items():
+        writer.add_scalar(name, value)
+    later = [name.replace("best/", "evaluation/") for name in best if name != "best/training_seconds"]
+    columns = [*later, *(f"evaluation/{name}" for name in COSTS), *best]  # the first five are shown at once
+    row = hparams({name: plain(value) for name, value in settings.items()}, dict.fromkeys(columns, 0.0))
+    _ask(row[0])
+    for summary in row:
+        writer._get_file_writer().add_summary(summary)
+    writer.flush()
+
+
+def _ask(experiment: Any) -> None:
+    """Mark the settings in ``QUESTIONS``, so that TensorBoard shows these, and not the first ones of the alphabet."""
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for setting in data.experiment.hparam_infos:
+        setting.differs = setting.name in QUESTIONS
+    plugin.content = data.SerializeToString()
+
+
+def log_evaluation(writer: SummaryWriter, metrics: Mapping[str, Sequence[float]], costs: Mapping[str, float]) -> None:
+    """``evaluation/<metric>``: means over the held-out pairs, and what the network costs.
+
+    Args:
+        writer: where to.
+        metrics: name -> (mean, low, high).
+        costs: ``COSTS`` and their values.
+    """
+    means = {name: metrics[name][0] for name in BEST if name in metrics}
+    for name, value in tag_terms({**means, **costs}, "evaluation").items():
+        writer.add_scalar(name, value)
+    writer.flush()
+
+
+def log_comparison(folder: str | Path, table: str, figures: Mapping[str, Figure]) -> None:
+    """A comparison's table in the Text tab, its figures in the Images tab."""
+    for old in Path(folder).glob("events.out.tfevents.*"):
+        old.unlink()  # one comparison, not all that were ever made
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_custom_scalars(LAYOUT)
+        writer.add_text("comparison", table)
+        for name, figure in figures.items():
+            writer.add_figure(f"comparison/{name}", figure)

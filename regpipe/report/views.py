@@ -1,0 +1,251 @@
+"""What the report lets people scroll through: slices of a registered case along each axis, as it was written.
+
+A *plane* is a direction to look in: axial, coronal and sagittal of a volume, or the ``image`` itself in 2-D. A *layer*
+is one thing to see in it. The slices of one layer lie side by side in one picture, its *atlas*, so that scrolling
+loads nothing. All lies on the fixed image's grid, its axes turned to the closest RAS, and is shown as in radiology:
+the patient's right on the left, anterior and superior up. A 2-D image is shown as in an image viewer.
+
+``view.json`` says how the atlases are laid out. They are 8-bit and bounded (``TILE``, ``SLICES``): to look at, not to
+measure in.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from nibabel.affines import apply_affine
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from PIL import Image as Picture
+from PIL import ImageDraw
+
+from regpipe.io.images import voxel_size
+from regpipe.utils.files import replace_file
+
+if TYPE_CHECKING:  # brings torch, which reading needs not
+    from regpipe.report.shown import Landmarks, Shown
+
+FORMAT = "regpipe view 1"
+FOLDER, NAME = "view", "view.json"  # in a case's folder
+SIDES = ("fixed", "before", "warped")  # before: the moving image through the alignment alone
+SLICES = 40  # of a plane, at most
+TILE = {2: 1024, 3: 192}  # pixels of the longer side of a slice, at most; by dimension
+LINE_TILE = {2: 768, 3: 320}  # of what is drawn in lines, always
+GRID_LINES = 16  # along the shorter side
+QUALITY = 88  # of the grey pictures' WebP
+FOREGROUND = 0.1  # of an image in [0, 1]
+LARGEST = 2.0  # volume change with a colour of its own
+FOLD = (230, 25, 25)
+# Okabe and Ito's orange and sky blue: told apart by everybody. The moving side is dashed besides.
+COLOURS = {"fixed": (230, 159, 0), "before": (86, 180, 233), "warped": (86, 180, 233)}
+GRID_COLOUR = (255, 215, 0)
+PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across each
+LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
+
+
+class Plane(NamedTuple):
+    """A direction to look in."""
+
+    name: str
+    axes: tuple[int, int]  # of the array: to the right and downwards on the screen
+    across: int | None  # the axis that is scrolled along; None in 2-D
+    slices: list[int]
+
+    def cut(self, array: np.ndarray, at: int) -> np.ndarray:
+        """One slice of (*S), or of the last axes of (D, *S), in array order."""
+        if self.across is None:
+            return array
+        return np.moveaxis(array, self.across - 3, 0)[at]  # a view; np.take copies a turned volume whole
+
+    def upright(self, plane: np.ndarray) -> np.ndarray:
+        """(A, B) in array order -> (H, W) as on the screen."""
+        return plane.T if self.across is None else plane.T[::-1, ::-1]
+
+
+def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -> None:
+    """Write the atlases of a case into ``folder``, and last what they are: ``view.json``."""
+    affine, shown = _canonical(shown)
+    spacing, dim = voxel_size(affine), len(affine) - 1
+    about = []
+    for plane in _planes(shown.images["fixed"]):
+        shape = [shown.images["fixed"].shape[axis] for axis in plane.axes]
+        size = [shape[i] * spacing[axis] for i, axis in enumerate(plane.axes)]  # mm
+        tile = _fitting(shape, TILE[dim], enlarge=False)
+        fine = _fitting(size, LINE_TILE[dim], enlarge=True)
+        columns = math.ceil(math.sqrt(len(plane.slices)))
+        for name, picture in _atlases(plane, shown, affine, (tile, fine), columns):
+            replace_file(folder / f"{plane.name}_{name}", picture)
+        about.append(
+            {"name": plane.name, "axes": plane.axes, "across": plane.across, "slices": plane.slices}
+            | {"shape": shape, "mm": size, "tile": tile, "fine": fine, "columns": columns}
+            | {"letters": LETTERS.get(plane.name, "")}
+        )
+    layers = ["grid", "jacobian", *SIDES, *(f"outline_{side}" for side in shown.labels)]
+    content = {"format": FORMAT, "planes": about, "layers": {name: _file(name) for name in layers}}
+    content["landmarks"] = [] if landmarks is None else _rows(landmarks, np.linalg.inv(affine))
+    replace_file(folder / NAME, json.dumps(content, separators=(",", ":")).encode())
+
+
+def _file(layer: str) -> str:
+    """The end of an atlas's name."""
+    return f"{layer}.webp" if layer in SIDES else f"{layer}.png"
+
+
+def _canonical(shown: Shown) -> tuple[np.ndarray, Shown]:
+    """The affine and arrays with the axes closest to RAS, in 2-D to LPS, as pictures are stored."""
+    shape = shown.determinant.shape
+    flip = np.diag([-1.0, -1.0, 1.0]) if len(shape) == 2 else np.eye(4)
+    orientation = io_orientation(flip @ shown.affine)
+
+    def turned(array: np.ndarray) -> np.ndarray:
+        return apply_orientation(array, orientation)
+
+    return shown.affine @ inv_ornt_aff(orientation, shape), shown._replace(
+        images={side: turned(image) for side, image in shown.images.items()},
+        labels={side: turned(label) for side, label in shown.labels.items()},
+        displacement=np.stack([turned(channel) for channel in shown.displacement]),
+        determinant=turned(shown.determinant),
+    )
+
+
+def _planes(fixed: np.ndarray) -> list[Plane]:
+    """Where to look: of a volume the slices that show something, at most ``SLICES`` of them."""
+    if fixed.ndim == 2:
+        return [Plane("image", (0, 1), None, [0])]
+    planes = []
+    for name, across in PLANES.items():
+        a, b = (axis for axis in range(3) if axis != across)
+        held = np.flatnonzero((fixed > FOREGROUND).any(axis=(a, b)))
+        first, last = (held[0], held[-1]) if len(held) else (0, fixed.shape[across] - 1)
+        at = np.linspace(first, last, min(SLICES, last - first + 1)).round().astype(int)
+        planes.append(Plane(name, (a, b), across, at.tolist()))
+    return planes
+
+
+def _fitting(size: list[float], longest: int, *, enlarge: bool) -> list[int]:
+    """Width and height in pixels, in proportion, the longer ``longest`` at most, or just that."""
+    scale = longest / max(size)
+    scale = scale if enlarge else min(1.0, scale)
+    return [max(1, round(side * scale)) for side in size]
+
+
+def _atlases(
+    plane: Plane, shown: Shown, affine: np.ndarray, tiles: tuple[list[int], list[int]], columns: int
+) -> list[tuple[str, bytes]]:
+    """The end of the file's name and the bytes of every layer of a plane."""
+    tile, fine = tiles
+
+    def atlas(array: np.ndarray, draw: Any) -> np.ndarray:
+        return _together([draw(plane.upright(plane.cut(array, at))) for at in plane.slices], columns)
+
+    found = [(_file(side), _webp(atlas(image, lambda cut: _grey(cut, tile)))) for side, image in shown.images.items()]
+    for side, label in shown.labels.items():
+        drawn = atlas(label, lambda cut, side=side: _outline(cut, fine, dashed=side != "fixed"))
+        found.append((_file(f"outline_{side}"), _png(drawn, [(0, 0, 0, 0), (*COLOURS[side], 255)])))
+    drawn = atlas(shown.determinant, lambda cut: _volume_change(cut, tile))
+    found.append((_file("jacobian"), _png(drawn, [(*FOLD, 255), *((*rgb, 255) for rgb in _diverging())])))
+    back = np.linalg.inv(affine) @ np.linalg.inv(shown.alignment)
+    lines = _together([_grid(plane, shown, at, affine, back, fine) for at in plane.slices], columns)
+    found.append((_file("grid"), _png(lines // 64, [(*GRID_COLOUR, 85 * level) for level in range(4)])))
+    return found
+
+
+# --------------------------------------------------------------------------------- one slice, (H, W)
+
+
+def _grey(cut: np.ndarray, tile: list[int]) -> np.ndarray:
+    levels = (255 * np.clip(np.nan_to_num(cut), 0, 1)).round().astype(np.uint8)
+    return np.asarray(Picture.fromarray(levels).resize((tile[0], tile[1]), Picture.Resampling.BOX))
+
+
+def _outline(cut: np.ndarray, fine: list[int], *, dashed: bool) -> np.ndarray:
+    """1 along the edges between the label's voxels, a pixel wide."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(fine[::-1], cut.shape, strict=True))
+    label = cut[np.ix_(rows, columns)]
+    edge = np.zeros(label.shape, bool)
+    edge[:-1] |= label[:-1] != label[1:]
+    edge[:, :-1] |= label[:, :-1] != label[:, 1:]
+    if dashed:
+        edge &= np.add(*np.indices(edge.shape)) // 4 % 3 < 2
+    return edge.astype(np.uint8)
+
+
+def _volume_change(cut: np.ndarray, tile: list[int]) -> np.ndarray:
+    """0 where anything in the pixel is folded, else 1 (det 0) to 255 (``LARGEST`` and more)."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(tile[::-1], cut.shape, strict=True))
+    least = np.minimum.reduceat(np.minimum.reduceat(cut, rows, axis=0), columns, axis=1)
+    level = 1 + 254 * np.clip(np.nan_to_num(cut[np.ix_(rows, columns)]) / LARGEST, 0, 1)
+    return np.where(least > 0, level.round(), 0).astype(np.uint8)  # NaN is a fold
+
+
+def _diverging() -> list[tuple[int, int, int]]:
+    """Purple (shrunk) over white (as it was) to green (grown): the colours of det 0 to ``LARGEST``."""
+    values = colormaps["PRGn"](np.linspace(0, 1, 255))[:, :3]
+    return [tuple(int(c) for c in rgb) for rgb in (255 * values).round()]  # type: ignore[misc]
+
+
+def stops() -> list[str]:
+    """The colours of the Jacobian's bar from det 0 to ``LARGEST``, as CSS writes them."""
+    return ["#{:02x}{:02x}{:02x}".format(*_diverging()[round(254 * i / 8)]) for i in range(9)]
+
+
+def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:
+    """The lines of the fixed grid where the registration beyond the alignment takes them: how strong, 0 to 255."""
+    d = plane.cut(shown.displacement, at)  # (D, A, B)
+    flip = np.array([-1.0, -1.0, 1.0][: len(d)])
+    shape = np.array(d.shape[1:])
+    mm = voxel_size(affine)[list(plane.axes)]
+    apart = np.maximum(1, np.rint((shape * mm).min() / GRID_LINES / mm)).astype(int)
+    picture = Picture.new("L", (2 * fine[0], 2 * fine[1]))
+    pen = ImageDraw.Draw(picture)
+    for i in range(2):
+        along = np.unique(np.linspace(0, shape[1 - i] - 1, 96).round().astype(int))
+        for start in range(apart[i] // 2, shape[i], apart[i]):
+            index = np.empty((len(along), 2), int)
+            index[:, i], index[:, 1 - i] = start, along
+            voxel = np.full((len(along), len(d)), float(at))
+            voxel[:, list(plane.axes)] = index
+            carried = apply_affine(back, apply_affine(affine, voxel) + flip * d[:, index[:, 0], index[:, 1]].T)
+            share = (carried[:, list(plane.axes)] + 0.5) / shape
+            share = share if plane.across is None else 1 - share
+            pen.line([tuple(xy) for xy in share * 2 * fine], fill=255, width=2)
+    return np.asarray(picture.reduce(2))
+
+
+# ------------------------------------------------------------------------------- atlas, points, file
+
+
+def _together(tiles: list[np.ndarray], columns: int) -> np.ndarray:
+    height, width = tiles[0].shape
+    sheet = np.zeros((height * math.ceil(len(tiles) / columns), width * columns), np.uint8)
+    for i, tile in enumerate(tiles):
+        row, column = i // columns * height, i % columns * width
+        sheet[row : row + height, column : column + width] = tile
+    return sheet
+
+
+def _rows(landmarks: Landmarks, to_voxel: np.ndarray) -> list[dict[str, Any]]:
+    """A row per landmark: its places in voxels of the view's axes, its errors in mm."""
+    places = [apply_affine(to_voxel, points).round(2).tolist() for points in landmarks[:3]]
+    keys = (*SIDES, "errors")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*places, landmarks.errors.round(3).tolist(), strict=True)]
+
+
+def _webp(grey: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Picture.fromarray(grey).save(data, format="WEBP", quality=QUALITY, method=2)
+    return data.getvalue()
+
+
+def _png(levels: np.ndarray, colours: list[tuple[int, int, int, int]]) -> bytes:
+    """Indices (H, W) into RGBA colours."""
+    picture, data = Picture.fromarray(levels, mode="P"), io.BytesIO()
+    picture.putpalette([c for rgba in colours for c in rgba[:3]])
+    bits = next(n for n in (1, 2, 4, 8) if len(colours) <= 1 << n)
+    picture.save(data, format="PNG", bits=bits, compress_level=4, transparency=bytes(rgba[3] for rgba in colours))
+    return data.getvalue()

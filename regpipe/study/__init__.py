@@ -1,0 +1,1 @@
+"""The comparison of backbones, the study, their pages and figures."""

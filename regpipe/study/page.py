@@ -1,0 +1,197 @@
+"""What a study says to people: a page of tables and figures, made of its two CSVs alone."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from regpipe.engines.evaluation import interval
+from regpipe.report import figures
+from regpipe.study.effects import CELL, COSTS, DRAWS, KIND, LEVEL, Effect
+from regpipe.study.runs import METRICS
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import replace_file
+
+PAGE = ("study.md", "*_[23]d.svg", "*_[23]d.png")  # what is made of the CSVs alone
+MARKUP = re.compile(r"[<>&|`$\[\]\\]")  # in a name: it would act in the page, or in a figure
+
+Row = dict[str, Any]  # a line of ``study.csv``
+Panels = dict[str, dict[str, dict[int, figures.Interval]]]  # as ``figures.curves`` takes them
+WORDS = ("effect", "backbone", "transfer")  # the columns that are no numbers
+CAPTIONS = {
+    "dice": "Dice over the number of training subjects, mean and 95 % interval",
+    "transfer": "Difference of Dice that transferred weights make, with 95 % intervals",
+    "depth": "Difference of Dice from the plain encoder, with 95 % intervals",
+    "cost": "Dice against parameters, GFLOP and processor seconds of training",
+}
+HOW = """Dice is the mean over the held-out pairs of each run's last weights. An effect is the mean difference between
+two kinds of run over seeds and held-out pairs, the same pairs and seeds on both sides. In brackets: 95 % percentile
+intervals of {draws} bootstrap draws. Each draw takes seeds with replacement and, independently, held-out subjects with
+replacement; a pair counts as often as the product of its two subjects' counts says (the pigeonhole bootstrap, Owen
+2007), because pairs that share a subject are not independent. The interval of a Dice holds how much subjects differ,
+which all kinds of run share and a difference does not hold: two kinds whose intervals overlap may well differ. With
+three seeds an interval says little about other seeds: look at the runs in `study.csv` too."""
+
+
+def write_page(out: str | Path) -> str:
+    """Write ``study.md`` and its figures, from ``study.csv`` and ``effects.csv`` in ``out``; returns the page.
+
+    Raises:
+        InputError: one of the two is missing, or not as ``regpipe study`` writes it.
+    """
+    out = Path(out)
+    runs = _read(out / "study.csv", [*CELL, "pairs", *METRICS, *COSTS])
+    found = _read(out / "effects.csv", ["dims", *Effect._fields])
+    parts = []
+    for dims in sorted({run["dims"] for run in runs}):
+        mine = [run for run in runs if run["dims"] == dims]
+        here = [Effect(*(row[name] for name in Effect._fields)) for row in found if row["dims"] == dims]
+        drawn = {"dice": dice_figure(here), **effect_figures(here), "cost": cost_figure(mine, here)}
+        for stem, figure in drawn.items():
+            figures.save(figure, out / f"{stem}_{dims}d")
+        parts.append(_section(dims, mine, here, list(drawn)))
+    page = "\n\n".join([*parts, HOW.format(draws=DRAWS)]) + "\n"
+    replace_file(out / "study.md", page.encode())
+    return page
+
+
+def _read(path: Path, columns: Sequence[str]) -> list[Row]:
+    if not path.is_file():
+        raise InputError(f"{path}: missing; regpipe study writes it, beside the other CSV")
+    with path.open(newline="", encoding="utf-8") as stream:
+        lines = csv.DictReader(stream)
+        absent = [name for name in columns if name not in (lines.fieldnames or ())]
+        if absent:
+            raise InputError(f"{path}: has no column {', '.join(absent)}; take the file as regpipe study writes it")
+        try:
+            return [
+                {name: _word(line[name]) if name in WORDS else _number(line[name]) for name in columns}
+                for line in lines
+            ]
+        except (ValueError, TypeError, AttributeError) as cause:
+            raise InputError(
+                f"{path}: line {lines.line_num}: {cause}; take the file as regpipe study writes it"
+            ) from cause
+
+
+def _word(text: str) -> str:
+    if MARKUP.search(text):
+        raise ValueError(f"{text!r} is no name")
+    return text
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def _section(dims: int, runs: Sequence[Row], found: Sequence[Effect], drawn: Sequence[str]) -> str:
+    first = runs[0]
+    about = f"{first['pairs']} held-out pairs, {first['steps']:.0f} steps a run; "
+    about += f"Dice before registration {first['dice_before']:.3f}."
+    shown = [f"![{CAPTIONS[stem]}]({stem}_{dims}d.svg)" for stem in drawn]
+    tables = [_dice_table(found), _cost_table(runs), _effect_table(found)]
+    return "\n\n".join([f"## {dims}D", about, *(table for table in tables if table), *shown])
+
+
+def _levels(found: Iterable[Effect]) -> dict[tuple[str, str], dict[int, figures.Interval]]:
+    """(backbone, transfer) -> subjects -> Dice with its interval."""
+    lines: dict[tuple[str, str], dict[int, figures.Interval]] = {}
+    for e in found:
+        if e.effect == LEVEL:
+            lines.setdefault((e.backbone, e.transfer), {})[e.subjects] = (e.mean, e.low, e.high)
+    return {kind: lines[kind] for kind in sorted(lines, key=_order)}
+
+
+def _order(kind: tuple[str, str]) -> tuple[int, int]:
+    return [*figures.MARKERS].index(kind[0]), [*figures.COLOURS].index(kind[1])
+
+
+def _dice_table(found: Sequence[Effect]) -> str:
+    lines = _levels(found)
+    sizes = sorted({size for line in lines.values() for size in line})
+    rows = [["Dice", *(f"{size} subjects" for size in sizes)]]
+    for kind, line in lines.items():
+        rows.append([", ".join(kind), *(interval(line[size], 3) if size in line else "" for size in sizes)])
+    return _markdown(rows)
+
+
+def _cost_table(runs: Sequence[Row]) -> str:
+    lines = [["", "parameters M", "trained M", "GFLOP", "training s", "CPU s", "HD95 mm", "SDlogJ", "folds %"]]
+    names = ("seconds", "cpu_seconds", "hd95", "sdlogj", "folds_percent")
+    for backbone, transfer in sorted({(run["backbone"], run["transfer"]) for run in runs}, key=_order):
+        mine = [run for run in runs if (run["backbone"], run["transfer"]) == (backbone, transfer)]
+        numbers = [mine[0]["parameters"] / 1e6, mine[0]["trainable"] / 1e6, mine[0]["gflop"]]
+        numbers += [np.mean([run[name] for run in mine]) for name in names]
+        digits = (2, 2, 2, 1, 1, 2, 3, 4)
+        shown = [f"{number:.{n}f}" for number, n in zip(numbers, digits, strict=True)]
+        lines.append([f"{backbone}, {transfer}", *shown])
+    return _markdown(lines)
+
+
+def _effect_table(found: Sequence[Effect]) -> str:
+    lines = [["Dice", "of", "subjects", "seeds", "difference"]]
+    for e in found:
+        if e.effect != LEVEL:
+            shown = interval((e.mean, e.low, e.high), 4)
+            lines.append([e.effect, _of(e), str(e.subjects), str(e.seeds), shown])
+    return _markdown(lines) if len(lines) > 1 else ""
+
+
+def _of(e: Effect) -> str:
+    """What both sides of a difference have in common."""
+    return e.transfer if e.effect.endswith("plain") else e.backbone
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
+
+
+# ------------------------------------------------------------------------------ figures
+
+
+def dice_figure(found: Sequence[Effect]) -> Figure:
+    """Dice over the number of training subjects, a panel per backbone, a line per transfer."""
+    panels: Panels = {}
+    for (backbone, transfer), line in _levels(found).items():
+        panels.setdefault(backbone, {})[transfer] = line
+    return figures.curves(panels, ylabel="Dice, held-out pairs", columns=2)
+
+
+def effect_figures(found: Sequence[Effect]) -> dict[str, Figure]:
+    """``transfer``: against scratch; ``depth``: against the plain encoder; what was not compared is left out."""
+    asked: dict[str, Panels] = {"transfer": {}, "depth": {}}
+    for e in sorted((e for e in found if e.effect != LEVEL), key=lambda e: _order((e.backbone, e.transfer))):
+        panels = asked["depth" if e.effect.endswith("plain") else "transfer"]
+        panels.setdefault(e.effect, {}).setdefault(_of(e), {})[e.subjects] = (e.mean, e.low, e.high)
+    label = "difference of Dice"
+    return {
+        name: figures.curves(panels, ylabel=label, columns=len(panels), zero=True)
+        for name, panels in asked.items()
+        if panels
+    }
+
+
+def cost_figure(runs: Sequence[Row], found: Sequence[Effect]) -> Figure:
+    """Dice against what it costs, with the largest number of subjects."""
+    most = max(run["subjects"] for run in runs)
+    points = []
+    for (backbone, transfer), line in _levels(found).items():
+        if most in line:
+            mine = [run for run in runs if tuple(run[name] for name in KIND) == (backbone, transfer, most)]
+            costs = {
+                "parameters, millions": mine[0]["parameters"] / 1e6,
+                "GFLOP a pair": mine[0]["gflop"],
+                "training, processor s": float(np.mean([run["cpu_seconds"] for run in mine])),
+            }
+            points.append(figures.Point(backbone, costs, line[most], transfer))
+    return figures.cost(points, ylabel=f"Dice, {most} training subjects")

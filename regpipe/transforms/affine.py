@@ -1,0 +1,270 @@
+"""Before the network: the one matrix that brings two images to the same place, found by elastix.
+
+The alignment matrix ``T`` (D+1, D+1) is in RAS mm and takes a fixed point to its moving point. Files' own places
+in space count, so images may differ in shape, spacing, direction and field of view; intensities are arbitrary.
+
+    reduced to a common size -> from each start a coarse rigid search -> the most similar one -> rigid -> affine
+
+A stage whose result is less similar than what it began with is dropped. Nothing depends on how an image is stored
+(it is turned to the closest RAS first) or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from regpipe.io.images import Image
+from regpipe.io.itk_bridge import itk_affine, lps_matrix, to_itk
+from regpipe.transforms.likeness import Side, Sides, make_sides, overlap, reduced, similarity
+from regpipe.utils.console import Progress
+from regpipe.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+STAGES = ("none", "centre", "rigid", "similarity", "affine")
+SOUGHT = {"rigid": ("Euler",), "similarity": ("Euler", "Similarity"), "affine": ("Euler", "Affine")}  # elastix's names
+METRICS = {"mi": "AdvancedMattesMutualInformation", "ncc": "AdvancedNormalizedCorrelation"}
+COARSE = 40  # voxels a side (the geometric mean) where the starts are compared
+FINE = {2: 256, 3: 100}  # and where the result is found: an affine map needs no finer one
+LITTLE = 0.3  # overlap below which a person should look
+
+
+class Alignment(NamedTuple):
+    """What ``align`` found."""
+
+    matrix: np.ndarray  # (D+1, D+1) RAS mm, fixed point -> moving point
+    overlap: float  # Dice of both masks (without: fields of view) in mm, after alignment
+    before: float  # the similarity of the start (see ``transforms.likeness``), and
+    after: float  # that of the result: never less, but for ``centre``, which looks at no voxel
+
+
+class _Search(NamedTuple):  # what one run of elastix spends
+    levels: int
+    iterations: int  # at each level
+    samples: int  # at each iteration
+    erode: bool  # the masks, by up to 9 voxels: the last digit's gain, but by its rim a small image is found at all
+
+    @property
+    def work(self) -> int:
+        return self.levels * self.iterations * self.samples
+
+
+LOOK = _Search(levels=3, iterations=100, samples=1500, erode=False)
+FIND = _Search(levels=3, iterations=200, samples=4000, erode=True)
+
+
+def align(
+    fixed: Image,
+    moving: Image,
+    stage: str = "affine",
+    *,
+    metric: str = "mi",
+    fixed_mask: np.ndarray | None = None,
+    moving_mask: np.ndarray | None = None,
+    start: np.ndarray | None = None,
+    seed: int = 0,
+) -> Alignment:
+    """Align two images (2-D or 3-D) up to ``stage``; the same arguments give the same matrix.
+
+    Args:
+        stage: ``none``: the start, or the files' own places. ``centre``: the middles of both fields of view are
+            put upon each other. ``rigid``, ``similarity``, ``affine``: found by elastix, from the best of three
+            starts (own places, middles, centres of mass).
+        metric: ``mi``, mutual information; ``ncc``, correlation, for images of one contrast.
+        fixed_mask: (*S) of the fixed image, nonzero where it counts; without, where it is not dark.
+        moving_mask: the same of the moving image; without, everywhere.
+        start: a matrix to begin with instead, e.g. from ``from_landmarks``.
+
+    Raises:
+        InputError: an unknown stage or metric, unlike dimensions, a mask that is empty or on another grid, or
+            images that share nothing after alignment.
+    """
+    _check(fixed, moving, stage, metric, start)
+    fine, seen = make_sides(fixed, moving, fixed_mask, moving_mask, size=FINE[fixed.array.ndim])
+    coarse = Sides(*(reduced(side, COARSE) for side in seen))
+    begin = np.eye(fixed.array.ndim + 1) if start is None else np.asarray(start, np.float64)
+    matrix = begin
+    if stage == "centre":
+        matrix = _shift(*(_middle(side) for side in fine))
+    elif stage != "none":
+        starts = _starts(*coarse) if start is None else [begin]
+        work = len(starts) * LOOK.work + len(SOUGHT[stage]) * FIND.work
+        with Progress(what="aligning", unit="", total=work) as bar:
+            found = [_improved(coarse, m, "Euler", metric, LOOK, seed, bar) for m in starts]
+            matrix = max(found, key=lambda m: similarity(*coarse, m, metric))
+            if similarity(*seen, matrix, metric) < similarity(*seen, begin, metric):
+                matrix = begin
+            for kind in SOUGHT[stage]:
+                matrix = _improved(seen, matrix, kind, metric, FIND, seed, bar)
+    shared = overlap(*fine, matrix)
+    _judge(shared, stage)
+    return Alignment(matrix, shared, *(similarity(*seen, m, metric) for m in (begin, matrix)))
+
+
+def from_landmarks(fixed: np.ndarray, moving: np.ndarray, stage: str) -> np.ndarray:
+    """The matrix of ``stage`` that takes fixed to moving landmarks with the least squared distance.
+
+    Rigid and similarity: Umeyama, PAMI 1991, eq. 40-42, without mirroring. A row with NaN in either is left out.
+
+    Args:
+        fixed: (K, D) LPS mm.
+        moving: (K, D) LPS mm, row by row the same places.
+
+    Returns:
+        (D+1, D+1) RAS mm; fit for ``start`` of ``align``.
+
+    Raises:
+        InputError: an unknown stage, unlike shapes, or points too few or too flat to determine the matrix.
+    """
+    fixed, moving = np.asarray(fixed, np.float64), np.asarray(moving, np.float64)
+    if stage not in STAGES:
+        raise InputError(f"stage {stage!r} is unknown; use one of {' '.join(STAGES)}")
+    if fixed.shape != moving.shape or fixed.ndim != 2:
+        raise InputError(f"landmarks: {fixed.shape} fixed and {moving.shape} moving ones; give the same places in both")
+    known = np.isfinite(fixed).all(axis=1) & np.isfinite(moving).all(axis=1)
+    x, y = fixed[known], moving[known]
+    dim = x.shape[1]
+    _check_spread(x, y, {"none": -1, "centre": 0, "affine": dim}.get(stage, dim - 1))
+    matrix = np.eye(dim + 1)
+    if stage == "none":
+        return matrix
+    linear = _linear(x - x.mean(axis=0), y - y.mean(axis=0), stage)
+    matrix[:-1, :-1], matrix[:-1, -1] = linear, y.mean(axis=0) - linear @ x.mean(axis=0)
+    return lps_matrix(matrix)
+
+
+def _check_spread(x: np.ndarray, y: np.ndarray, rank: int) -> None:
+    """Raises InputError unless both point sets (K, D) are there and span ``rank`` dimensions."""
+    if len(x) <= rank:
+        raise InputError(f"landmarks: {len(x)} are known in both images; this stage needs {rank + 1}")
+    for points in (x, y) if rank > 0 else ():
+        spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
+        if spread[rank - 1] <= 1e-6 * max(spread[0], 1e-6):
+            raise InputError(f"landmarks: lie on one point, line or plane; place them in {rank} dimensions")
+
+
+def _linear(x: np.ndarray, y: np.ndarray, stage: str) -> np.ndarray:
+    """(D, D) with ``y = linear x`` in the least-squares sense, of centred points (K, D)."""
+    if stage == "centre":
+        return np.eye(x.shape[1])
+    if stage == "affine":
+        return np.linalg.lstsq(x, y, rcond=None)[0].T
+    u, stretch, v = np.linalg.svd(y.T @ x)
+    sign = np.ones(len(stretch))
+    sign[-1] = np.sign(np.linalg.det(u) * np.linalg.det(v))  # -1: the best orthogonal map is a mirror
+    scale = (stretch * sign).sum() / (x**2).sum() if stage == "similarity" else 1.0
+    return scale * (u * sign) @ v
+
+
+def _check(fixed: Image, moving: Image, stage: str, metric: str, start: np.ndarray | None) -> None:
+    for name, value, known in (("stage", stage, STAGES), ("metric", metric, METRICS)):
+        if value not in known:
+            raise InputError(f"{name} {value!r} is unknown; use one of {' '.join(known)}")
+    dims = fixed.array.ndim, moving.array.ndim
+    if dims[0] != dims[1]:
+        raise InputError(f"a {dims[1]}-D moving image does not align with a {dims[0]}-D fixed one; pair like with like")
+    if start is None:
+        return
+    if stage == "centre":
+        raise InputError("stage 'centre' takes no start; use 'none' to keep the start as it is")
+    if np.shape(start) != (dims[0] + 1,) * 2 or not np.abs(np.linalg.det(start)) > 0:
+        raise InputError(f"start: shape {np.shape(start)}; give an invertible matrix {(dims[0] + 1,) * 2} in RAS mm")
+
+
+def _middle(side: Side) -> np.ndarray:
+    return side.affine[:-1] @ [*(np.array(side.array.shape) - 1) / 2, 1.0]
+
+
+def _mass(side: Side) -> np.ndarray:
+    """The centre (D,) RAS mm of what is bright within the mask."""
+    return side.affine[:-1] @ [*ndimage.center_of_mass((side.array + 1e-6) * side.mask), 1.0]
+
+
+def _shift(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
+    matrix = np.eye(len(fixed) + 1)
+    matrix[:-1, -1] = moving - fixed
+    return matrix
+
+
+def _starts(fixed: Side, moving: Side) -> list[np.ndarray]:
+    """Where to begin: own places if they overlap, middles, centres of mass; none twice (to a coarse voxel)."""
+    own = np.eye(fixed.array.ndim + 1)
+    kept = [own] if overlap(fixed, moving, own) > 0 else []
+    apart = Image(fixed.array, fixed.affine).spacing.max()
+    for matrix in (_shift(of(fixed), of(moving)) for of in (_middle, _mass)):
+        if all(np.linalg.norm((matrix - other)[:-1, -1]) > apart for other in kept):
+            kept.append(matrix)
+    return kept
+
+
+def _improved(
+    pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int, bar: Progress
+) -> np.ndarray:
+    """``matrix`` and upon it elastix's transform of ``kind``; as it was where that is not more similar."""
+    try:
+        found = _elastix(pair, matrix, kind, metric, search, seed)
+    except RuntimeError:  # too few samples fall into the moving image or its mask; its message says only "see log"
+        why = "for want of overlap, or of slices (four at least)"
+        log.warning("elastix gave up on the %s transform, most likely %s; the one before is kept", kind, why)
+        return matrix
+    finally:
+        bar.update(search.work)
+    before, after = (similarity(*pair, m, metric) for m in (matrix, found))
+    if after <= before:
+        log.info("the %s transform is no improvement (%.4f to %.4f); the one before is kept", kind, before, after)
+    return found if after > before else matrix
+
+
+def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
+    """One run of elastix from ``matrix`` -> the whole matrix. Raises RuntimeError where elastix gives up."""
+    import itk
+
+    fixed, moving = (to_itk(side.array, side.affine) for side in pair)
+    method: Any = itk.ElastixRegistrationMethod[type(fixed), type(moving)].New(fixed, moving)
+    for side, give in zip(pair, (method.SetFixedMask, method.SetMovingMask), strict=True):
+        if not side.mask.all():
+            give(to_itk(side.mask, side.affine))
+    stages = itk.ParameterObject.New()
+    settings = stages.GetDefaultParameterMap("rigid")  # adaptive stochastic gradient descent, random samples
+    chosen = {
+        "Transform": f"{kind}Transform",
+        "Metric": METRICS[metric],
+        "NumberOfResolutions": search.levels,
+        "MaximumNumberOfIterations": search.iterations,
+        "NumberOfSpatialSamples": search.samples,
+        "AutomaticTransformInitialization": "false",
+        "RequiredRatioOfValidSamples": 0.05,
+        "ErodeMask": str(search.erode).lower(),
+        "RandomSeed": seed + 1,  # elastix takes 0 for none
+        "UseMultiThreadingForMetrics": "false",  # sums over threads depend on how many there are
+        "WriteResultImage": "false",
+    }
+    for name, value in chosen.items():
+        settings[name] = [str(value)]
+    stages.AddParameterMap(settings)
+    method.SetParameterObject(stages)
+    method.SetExternalInitialTransform(itk_affine(matrix))
+    method.SetLogToConsole(False)
+    method.Update()
+    return _matrix_of(method.GetCombinationTransform(), len(matrix) - 1)
+
+
+def _matrix_of(transform: Any, dim: int) -> np.ndarray:
+    """A linear ITK transform of any class as its matrix (D+1, D+1) in RAS mm, read off at D+1 points."""
+    lps = np.eye(dim + 1)
+    lps[:-1, -1] = transform.TransformPoint([0.0] * dim)
+    for i, point in enumerate(np.eye(dim)):
+        lps[:-1, i] = np.array(transform.TransformPoint(point.tolist())) - lps[:-1, -1]
+    return lps_matrix(lps)
+
+
+def _judge(shared: float, stage: str) -> None:
+    """Warns where the images share little. Raises InputError where they share nothing."""
+    if shared == 0:
+        raise InputError(f"the images share no place after stage {stage!r}; try 'centre', masks or landmarks as start")
+    if shared < LITTLE:
+        log.warning("the aligned images overlap by %.2f only (Dice); look at them, or give masks or landmarks", shared)

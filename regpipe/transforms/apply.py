@@ -1,0 +1,239 @@
+"""Carry images, label maps, points and meshes through a registration; chain registrations.
+
+Each image is resampled once, by ITK, whatever the transform is made of. Points go the opposite way of the images'
+map of points: with a case at hand its other direction is used, so that a point lands where the moved image shows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from regpipe.io import itk_bridge
+from regpipe.io.images import SUFFIXES, header, stem
+from regpipe.io.points import READERS, is_points, read_points, write_points
+from regpipe.transforms import displacement
+from regpipe.transforms.read import Space, composite_bytes, find, read_transform
+from regpipe.transforms.resample import INTERPOLATIONS, read_voxels, resample, result_suffix, write_voxels
+from regpipe.utils import console
+from regpipe.utils.errors import InputError, out_of_memory
+from regpipe.utils.files import absolute, replace_file
+
+log = logging.getLogger(__name__)
+
+NO_MEMORY = "out of memory: free some, or give a --reference with fewer voxels"
+
+
+class _Carrier(NamedTuple):
+    """What all inputs are carried by."""
+
+    images: Any  # itk.Transform that pulls images onto the grid; None where only points are carried
+    points: Any  # itk.Transform that maps points; None where only images are carried
+    grid: Space | None  # of the resampled images
+    source: Space | None  # where the inputs lie, as far as known
+    interpolation: str
+
+
+def apply(
+    transform: str | Path,
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    to: str = "fixed",
+    reference: str | Path | None = None,
+    interpolation: str = "auto",
+    problems: dict[str, str] | None = None,
+) -> list[Path]:
+    """Carry files ``to`` the ``fixed`` or the ``moving`` image; what they are follows from their suffix.
+
+    Args:
+        transform: a case's folder or its transform.json; or a transform file, which maps points as the file says.
+        inputs: images and label maps; points (.csv, .fcsv, .mrk.json) and meshes (.vtk, .stl), see ``io.points``.
+        out: a folder, made where needed; with a single input also a file name.
+        reference: the image whose grid the results get; by default the target's of the case. A file needs it.
+        interpolation: of images: see ``transforms.resample``.
+        problems: gets a line for each input that cannot be carried, and the others are; None: the first raises.
+
+    Returns:
+        The files written. Images are float32 (pictures: rounded), label maps of their own type.
+
+    Raises:
+        InputError: no such transform (see ``find``, ``read_transform``), no reference; a broken or unfitting input.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise InputError(f"--interpolation {interpolation}: choose among {', '.join(INTERPOLATIONS)}")
+    paths, out = [Path(path) for path in inputs], Path(out)
+    carrier = _carrier(transform, paths, to, reference, interpolation)
+    single = out.name.lower().endswith((*SUFFIXES, *READERS)) and not out.is_dir()
+    if single and len(paths) > 1:
+        raise InputError(f"{out}: {len(paths)} results do not go into one file; give a folder")
+    given = {absolute(path) for path in paths}
+    written: list[Path] = []
+    files: list[dict[str, Any]] = []
+    console.tell(files=files)
+    for path in console.Progress(paths, what="carrying", unit="files"):
+        try:
+            target = out if single else out / _result_name(path, carrier.grid)
+            if target in written or absolute(target) in given:
+                raise InputError(f"{path}: its result would overwrite {target}; give another --out")
+            done = _carry_points(path, target, carrier) if is_points(path) else _carry_image(path, target, carrier)
+            console.say(f"{path} -> {target} ({done})")
+            written.append(target)
+            files.append({"input": path, "output": target, "how": done})
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError) and not out_of_memory(error):
+                raise
+            problem = error if isinstance(error, InputError) else InputError(f"{path}: {NO_MEMORY}")
+            if problems is None:
+                raise problem from error
+            problems[str(path)] = str(problem)
+    return written
+
+
+def compose(transforms_: Sequence[str | Path], out: str | Path, *, reference: str | Path | None = None) -> Path:
+    """Chain transforms, given in the order in which they move an image, into one file.
+
+    Args:
+        transforms_: case folders (their way to the fixed image) and transform files. As maps of points they act in
+            the reverse order: the last one's fixed point goes through all of them to the first one's moving point.
+        out: .h5, an ITK composite of all parts, nothing resampled; or .nii.gz, one displacement in LPS mm per voxel.
+        reference: the image whose grid the displacement has; by default the fixed image of the last case.
+
+    Raises:
+        InputError: a transform that cannot be read, of another dimension than the first; no reference; a suffix.
+    """
+    out = Path(out)
+    dense = out.name.lower().endswith(displacement.WRITABLE)
+    if not dense and out.suffix.lower() != ".h5":
+        raise InputError(f"{out}: name it .h5 (a composite) or .nii.gz (a displacement)")
+    moves = [find(path) for path in transforms_]
+    parts = [read_transform(move.images) for move in moves]
+    for move, part in zip(moves, parts, strict=True):
+        if part.GetInputSpaceDimension() != parts[0].GetInputSpaceDimension():
+            raise InputError(f"{move.images}: is {part.GetInputSpaceDimension()}-D, the first transform is not")
+    for first, second in itertools.pairwise(moves):
+        if first.target and second.source and not _alike(first.target, second.source):
+            log.warning(
+                "%s: does not begin where %s ends: another grid; is the order right?", second.images, first.images
+            )
+    chain = itk_bridge.composite(*reversed(parts))
+    chain.FlattenTransformQueue()  # a file holds no composite within a composite
+    if not dense:
+        replace_file(out, composite_bytes(chain))
+        return out
+    grid = _grid(reference, moves[-1].target, chain)
+    displacement.write_displacement(out, _displacement(chain, grid), grid.affine)
+    return out
+
+
+def _alike(one: Space, other: Space) -> bool:
+    return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-3)
+
+
+def _displacement(transform: Any, grid: Space) -> np.ndarray:
+    """``transform(p) - p`` at each voxel of a grid -> (D, *S) float32 LPS mm."""
+    import itk
+
+    dim = len(grid.shape)
+    sampler = itk.TransformToDisplacementFieldFilter[itk.Image[itk.Vector[itk.F, dim], dim], itk.D].New()
+    sampler.SetTransform(transform)
+    sampler.SetReferenceImage(itk_bridge.to_itk(np.zeros(grid.shape, np.uint8), grid.affine))
+    sampler.SetUseReferenceImage(True)
+    sampler.Update()
+    return itk.array_from_image(sampler.GetOutput()).T
+
+
+def _carrier(
+    transform: str | Path, paths: Sequence[Path], to: str, reference: str | Path | None, interpolation: str
+) -> _Carrier:
+    """Reads what the inputs need and no more: each way of a large case takes its time."""
+    move = find(transform, to)
+    points = [is_points(path) for path in paths]
+    point_map = read_transform(move.points) if any(points) else None
+    if all(points):
+        return _Carrier(None, point_map, None, move.source, interpolation)
+    image_map = read_transform(move.images)
+    grid = _grid(reference, move.target, image_map)
+    return _Carrier(image_map, point_map, grid, move.source, interpolation)
+
+
+def _grid(reference: str | Path | None, target: Space | None, transform: Any) -> Space:
+    if reference is not None:
+        target = Space(*header(reference))
+    if target is None:
+        raise InputError("a transform file does not say on which grid the result lies: give --reference IMAGE")
+    if len(target.shape) != transform.GetInputSpaceDimension():
+        name = reference or "the target image"
+        raise InputError(f"{name}: is {len(target.shape)}-D, the transform is {transform.GetInputSpaceDimension()}-D")
+    return target
+
+
+def _result_name(path: Path, grid: Space | None) -> str:
+    return path.name if is_points(path) or grid is None else stem(path) + result_suffix(path, grid)
+
+
+def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
+    """Resamples one file; returns the interpolation."""
+    assert carrier.grid is not None
+    image, dtype, method = read_voxels(path, carrier.interpolation)
+    dim = carrier.images.GetInputSpaceDimension()
+    if image.array.ndim != dim:
+        raise InputError(f"{path}: is {image.array.ndim}-D, the transform is {dim}-D; give an image of its kind")
+    result = resample(image, carrier.images, carrier.grid, method)
+    if image.array.any() and not result.any():
+        log.warning("%s: nothing of it lies on the result's grid; is it in the space of the moved image?", path)
+    write_voxels(target, result, carrier.grid.affine, dtype)
+    return method
+
+
+def _carry_points(path: Path, target: Path, carrier: _Carrier) -> str:
+    """Moves one file of points; returns how many."""
+    if not target.name.lower().endswith(path.suffix.lower()):
+        raise InputError(f"{target}: points keep their format; name it {path.suffix}")
+    file = read_points(path)
+    if carrier.source is not None:
+        _warn_outside(path, file.points, carrier.source)
+    try:
+        moved = map_points(file.points, carrier.points)
+    except InputError as problem:
+        raise InputError(f"{path}: {problem}") from problem
+    write_points(target, file, moved)
+    return f"{len(moved)} points"
+
+
+def map_points(points: np.ndarray, transform: Any) -> np.ndarray:
+    """Points (K, D) LPS mm through an ``itk.Transform``; NaN stays NaN. 3-D points of one plane take a 2-D one.
+
+    Raises:
+        InputError: another dimension.
+    """
+    dim = transform.GetInputSpaceDimension()
+    known = np.isfinite(points).all(axis=1)
+    flat = points.shape[1] == 3 and len(np.unique(points[known, 2])) <= 1  # files that always have a z
+    if points.shape[1] != dim and not (dim == 2 and flat):
+        raise InputError(f"is {points.shape[1]}-D, the transform is {dim}-D; give points of its images")
+    moved = points.copy()
+    moved[known, :dim] = [list(transform.TransformPoint(point)) for point in points[known, :dim].tolist()]
+    return moved
+
+
+def _warn_outside(path: Path, points: np.ndarray, source: Space) -> None:
+    dim = len(source.shape)
+    known = points[np.isfinite(points).all(axis=1), :dim]
+    if known.shape[1] < dim or not len(known):
+        return
+    ras = known * np.array([-1.0, -1.0, 1.0])[:dim]
+    at = np.linalg.solve(source.affine, np.c_[ras, np.ones(len(ras))].T)[:dim].T
+    outside = ((at < -0.5) | (at > np.array(source.shape) - 0.5)).any(axis=1)
+    if outside.mean() > 0.5:
+        log.warning(
+            "%s: %d of %d points lie outside the image they should be of; LPS mm? the right --to?",
+            path,
+            outside.sum(),
+            len(known),
+        )

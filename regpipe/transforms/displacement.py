@@ -1,0 +1,219 @@
+"""From the network's displacement to files in native space, and through them images and points.
+
+Inside regpipe a displacement is in voxels of the working grid (see ``fields.algebra``). Here it
+becomes ITK's: at each voxel of the fixed image's own grid the vector ``d`` (D, *S) in **LPS mm**
+from the fixed point to the moving one, ``p_m = p_f + d(p_f)``. Affines stay voxel index -> RAS mm;
+RAS and LPS differ by ``L = diag(-1, -1, 1)``. The other direction is the same with the two images
+exchanged and the inverse displacement. No function here changes its arguments.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image as Picture
+from scipy import ndimage
+
+from regpipe.fields.algebra import jacobian_determinant
+from regpipe.io.formats import nifti_array
+from regpipe.io.images import PICTURE, Image, PathLike
+from regpipe.utils import limits
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import replace_file
+
+WRITABLE = (".nii.gz", ".nii")
+VECTOR = 1007  # the NIfTI intent whose values ITK takes as they are, that is as LPS; 1006 is RAS
+
+
+def native_displacement(u: np.ndarray, fixed_affine: np.ndarray, moving_affine: np.ndarray, image: Image) -> np.ndarray:
+    """The network's displacement on the fixed image's own grid, in LPS mm.
+
+    ``d = L (moving_affine (i + u(i)) - p)`` at each native voxel's place ``p = fixed_affine i``.
+
+    Args:
+        u: (D, *grid), voxels of the working grid; linear between them, its rim's value outside.
+        fixed_affine: (D+1, D+1), working voxel -> RAS mm of the fixed image.
+        moving_affine: the same of the moving image.
+        image: the fixed image (of its array only the shape counts).
+
+    Returns:
+        (D, *S) float32, S the shape of ``image``.
+    """
+    places = _move(image.affine, _indices(image.array.shape))
+    at = _move(np.linalg.inv(fixed_affine), places)
+    moved = _move(moving_affine, at + _interpolate(u, at))
+    return _flip(moved - places).astype(np.float32)
+
+
+def native_jacobian(d: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """det of the map ``p -> p + d(p)`` at each voxel of d's grid -> (*S) float32; 1 keeps the volume."""
+    u = np.tensordot(np.linalg.inv(affine[:-1, :-1]), _flip(np.asarray(d, np.float64)), axes=1)  # in voxels
+    return jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
+
+
+def grid_displacement(
+    d: np.ndarray, affine: np.ndarray, fixed_affine: np.ndarray, moving_affine: np.ndarray, shape: Sequence[int]
+) -> np.ndarray:
+    """The other way: ``d`` (D, *S) LPS mm on the grid of ``affine`` -> u (D, *shape) in working voxels.
+
+    ``u = moving_affine^-1 (p + L d(p)) - i`` at each working voxel's place ``p = fixed_affine i``.
+    """
+    at = _indices(shape)
+    places = _flip(_move(fixed_affine, at)).reshape(len(at), -1).T  # (K, D) LPS mm
+    moved = map_points(places, d, affine).T.reshape(at.shape)
+    return _move(np.linalg.inv(moving_affine), _flip(moved)) - at
+
+
+def resample_through(moving: Image, d: np.ndarray, affine: np.ndarray, *, order: int) -> np.ndarray:
+    """The moving image pulled once through ``d`` (D, *S) LPS mm onto its grid -> (*S).
+
+    Order 1 for images, 0 for labels; 0 outside the moving image, as ITK's resampling has it: a
+    voxel reaches half its size beyond its centre. ``affine`` is that of d's grid.
+
+    Raises:
+        InputError: the image's dimension is not the displacement's.
+    """
+    shape = moving.array.shape
+    if len(shape) != len(d):
+        raise InputError(f"a {len(d)}-D transform does not apply to a {len(shape)}-D image")
+    places = _move(affine, _indices(d.shape[1:])) + _flip(d)
+    at = _move(np.linalg.inv(moving.affine), places)
+    last = _column(np.array(shape) - 0.5, at.ndim)
+    inside = ((at >= -0.5) & (at <= last)).all(axis=0)
+    # Not mode="constant": that loses the rim of an untouched image to the last digit of `at`.
+    values = ndimage.map_coordinates(moving.array, at, order=order, mode="nearest")
+    return np.where(inside, values, values.dtype.type(0))
+
+
+def map_points(points: np.ndarray, d: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Fixed points (K, D) LPS mm -> their moving points, with ``d`` (D, *S) LPS mm on ``affine``.
+
+    Linear between voxels; beyond the grid its rim's value (ITK: none at all). NaN stays NaN.
+    """
+    lps = np.asarray(points, np.float64).T  # (D, K)
+    at = _move(np.linalg.inv(affine), _flip(lps))
+    return (lps + _interpolate(d, np.nan_to_num(at))).T
+
+
+def write_displacement(path: PathLike, d: np.ndarray, affine: np.ndarray) -> None:
+    """Write ``d`` (D, *S) LPS mm as the NIfTI vector field that ITK, ANTs and 3D Slicer read.
+
+    Shape (X, Y, Z, 1, 3), or (X, Y, 1, 1, 2) for 2-D; float32; intent 1007. Same input, same bytes.
+
+    Raises:
+        InputError: the suffix is not .nii or .nii.gz.
+    """
+    if not str(path).lower().endswith(WRITABLE):
+        raise InputError(f"{path}: displacements are NIfTI; name it .nii.gz")
+    shape = (*d.shape[1:], 1, 1)[:4]
+    vectors = np.moveaxis(np.asarray(d, np.float32), 0, -1).reshape(*shape, len(d))
+    _write_nifti(path, vectors, affine, intent="vector")
+
+
+def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Read what ``write_displacement`` (or ITK) wrote -> d (D, *S) float32 LPS mm, RAS affine.
+
+    Raises:
+        InputError: missing or broken, or another kind of NIfTI.
+    """
+    try:
+        limits.check_nifti(Path(path))
+        image = nib.Nifti1Image.from_filename(path)
+        limits.require_room(path, image.shape, 4)
+        vectors = nifti_array(path, image).astype(np.float32)
+    except InputError:
+        raise
+    except Exception as cause:  # nibabel's, gzip's and the system's errors for a broken file
+        reason = " ".join(str(cause).split())
+        raise InputError(f"{path}: not a readable NIfTI ({reason}); register again") from cause
+    dim = vectors.shape[-1]
+    intent = int(image.header["intent_code"])
+    if vectors.ndim != 5 or dim not in (2, 3) or vectors.shape[dim:4] != (1,) * (4 - dim):
+        raise InputError(f"{path}: shape {vectors.shape} is no displacement field's (X, Y, Z, 1, 3)")
+    if intent != VECTOR:
+        raise InputError(f"{path}: NIfTI intent {intent}; give a vector field in LPS mm ({VECTOR})")
+    keep = [*range(dim), 3]
+    d = np.moveaxis(vectors.reshape(*vectors.shape[:dim], dim), -1, 0)
+    return np.ascontiguousarray(d), image.affine[np.ix_(keep, keep)]
+
+
+def write_image(path: PathLike, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write an image or label map (*S) as NIfTI, its dtype kept, or as a grey picture by suffix.
+
+    A picture (2-D only) has no affine, and is 8-bit, or 16-bit where a value exceeds 255; real
+    values are rounded. Same input, same bytes.
+
+    Raises:
+        InputError: an unknown suffix, or an array that the picture format cannot hold.
+    """
+    name = str(path).lower()
+    if name.endswith(WRITABLE):
+        kept = array.astype(np.uint8) if array.dtype == bool else array
+        _write_nifti(path, kept, affine)
+    elif name.endswith(PICTURE):
+        replace_file(path, _picture(path, array))
+    else:
+        raise InputError(f"{path}: unknown format; use one of {' '.join(WRITABLE + PICTURE)}")
+
+
+def _indices(shape: Sequence[int]) -> np.ndarray:
+    return np.indices(shape, dtype=np.float64)
+
+
+def _column(values: np.ndarray, ndim: int) -> np.ndarray:
+    return values.reshape(-1, *[1] * (ndim - 1))
+
+
+def _move(affine: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """``affine`` (D+1, D+1) applied to coordinates (D, ...)."""
+    matrix = np.asarray(affine, np.float64)
+    return np.tensordot(matrix[:-1, :-1], at, axes=1) + _column(matrix[:-1, -1], at.ndim)
+
+
+def _flip(vectors: np.ndarray) -> np.ndarray:
+    """RAS <-> LPS of vectors or points (D, ...): ``L = diag(-1, -1, 1)``, or its 2-D block."""
+    return _column(np.array([-1.0, -1.0, 1.0][: len(vectors)]), vectors.ndim) * vectors
+
+
+def _interpolate(field: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """A field (D, *S) at voxel coordinates (D, ...), linear, the rim's value outside."""
+    channels = [np.asarray(channel, np.float64) for channel in field]
+    return np.stack([ndimage.map_coordinates(c, at, order=1, mode="nearest") for c in channels])
+
+
+def _write_nifti(path: PathLike, array: np.ndarray, affine: np.ndarray, *, intent: str = "none") -> None:
+    placed = np.eye(4)
+    dim = len(affine) - 1
+    keep = [*range(dim), 3]
+    placed[np.ix_(keep, keep)] = affine
+    image = nib.Nifti1Image(array, placed, dtype=array.dtype)
+    image.header.set_intent(intent)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(placed, code="scanner")
+    image.set_qform(placed, code="scanner")
+    if not np.allclose(image.get_qform(), placed, atol=1e-3):
+        image.set_qform(None, code=0)  # sheared: a quaternion cannot say it, so it says nothing
+    data = image.to_bytes()
+    if str(path).lower().endswith(".gz"):
+        data = gzip.compress(data, compresslevel=1, mtime=0)  # no time stamp: same bytes
+    replace_file(path, data)
+
+
+def _picture(path: PathLike, array: np.ndarray) -> bytes:
+    values = np.rint(array)
+    if array.ndim != 2 or values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{path}: a picture holds 2-D values from 0 to 65535; name it .nii.gz")
+    pixels = values.astype(np.uint8 if values.max() <= 255 else np.uint16).T  # rows are y
+    data = io.BytesIO()
+    try:
+        kind = Picture.registered_extensions()[Path(path).suffix.lower()]
+        Picture.fromarray(np.ascontiguousarray(pixels)).save(data, format=kind)
+    except OSError as cause:  # e.g. 16 bits in a JPEG
+        raise InputError(f"{path}: {cause}; name it .png or .nii.gz") from cause
+    return data.getvalue()

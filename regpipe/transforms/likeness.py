@@ -1,0 +1,132 @@
+"""How alike two images are where one matrix lays them over each other, and how much of them meets.
+
+A matrix (D+1, D+1) is in RAS mm and takes a fixed point to its moving point; a homography is one too. Both images are
+first turned to the closest RAS and reduced to about one size, so that nothing depends on how they are stored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from regpipe.io.images import Image, normalise
+from regpipe.io.itk_bridge import from_itk, to_itk
+from regpipe.utils.errors import InputError
+
+BINS = 32
+DARK = 0.08  # of an image's range: below it lies background
+
+
+class Side(NamedTuple):  # one image of the pair at one size, and where it counts
+    array: np.ndarray  # (*S) float32 in [0, 1]
+    mask: np.ndarray  # (*S) bool
+    affine: np.ndarray
+
+
+class Sides(NamedTuple):  # both at one size
+    fixed: Side
+    moving: Side
+
+
+def make_sides(
+    fixed: Image, moving: Image, fixed_mask: np.ndarray | None, moving_mask: np.ndarray | None, *, size: int
+) -> tuple[Sides, Sides]:
+    """Both images at about ``size`` voxels a side; and the same where they are to be compared.
+
+    Without a mask that is where the fixed image is not dark.
+
+    Args:
+        fixed_mask: (*S), nonzero where the fixed image counts; None: everywhere.
+        moving_mask: the same of the moving image.
+
+    Raises:
+        InputError: a mask that is empty or on another grid.
+    """
+    pair = Sides(_side(fixed, fixed_mask, "fixed", size), _side(moving, moving_mask, "moving", size))
+    return pair, pair if fixed_mask is not None else pair._replace(fixed=_foreground(pair.fixed))
+
+
+def _side(image: Image, mask: np.ndarray | None, name: str, size: int) -> Side:
+    """Upright, reduced and scaled to [0, 1]. Raises InputError for a mask that is empty or on another grid."""
+    mask = np.ones(image.array.shape, bool) if mask is None else np.asarray(mask) != 0
+    if mask.shape != image.array.shape:
+        raise InputError(f"{name} mask: shape {mask.shape}, its image's is {image.array.shape}; give it on that grid")
+    if not mask.any():
+        raise InputError(f"{name} mask: is empty; mark where the image counts, or give none")
+    turn = nib.orientations.io_orientation(image.affine)
+    array, mask = (nib.orientations.apply_orientation(a, turn) for a in (image.array, mask))
+    affine = image.affine @ nib.orientations.inv_ornt_aff(turn, image.array.shape)
+    side = reduced(Side(array.astype(np.float32), mask, affine), size)
+    return side._replace(array=normalise(side.array))
+
+
+def reduced(side: Side, size: int) -> Side:
+    """Blocks averaged until an axis has about ``size`` voxels, and the voxels are about cubes; at least 8 remain."""
+    import itk
+
+    image, shape = Image(side.array, side.affine), np.array(side.array.shape)
+    target = np.prod(shape * image.spacing) ** (1 / len(shape)) / size
+    factors = np.clip(np.rint(target / image.spacing), 1, np.maximum(shape // 8, 1)).astype(int).tolist()
+    small, share = (
+        from_itk(itk.bin_shrink_image_filter(to_itk(a.astype(np.float32), side.affine), shrink_factors=factors))
+        for a in (side.array, side.mask)
+    )
+    mask = share.array >= min(0.5, share.array.max())  # a mask thinner than a block stays
+    return Side(small.array, mask, small.affine)
+
+
+def _foreground(side: Side) -> Side:
+    """The mask becomes what is not dark, and a rim: a wide dark background would drown what lies in it."""
+    return side._replace(mask=ndimage.binary_dilation(side.array > DARK, iterations=2))
+
+
+def _meet(fixed: Side, moving: Side, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the fixed mask's N voxels fall in the moving image.
+
+    Returns:
+        (D, N) voxels; (N,) whether in the moving mask; (N,) volume in mm^D of the moving space.
+    """
+    pull = np.linalg.inv(moving.affine) @ matrix @ fixed.affine
+    ahead = pull[:, :-1] @ np.array(np.nonzero(fixed.mask)) + pull[:, -1:]
+    w = np.where(ahead[-1] > 0, ahead[-1], np.inf)  # beyond the horizon of a homography there is nothing
+    at = ahead[:-1] / w
+    inside = ndimage.map_coordinates(moving.mask.astype(np.uint8), at, order=0, mode="grid-constant") > 0
+    return at, inside & np.isfinite(w), abs(np.linalg.det(matrix @ fixed.affine)) / w ** len(matrix)
+
+
+def similarity(fixed: Side, moving: Side, matrix: np.ndarray, metric: str) -> float:
+    """Mutual information (nats) or correlation where both images are, times the share of the fixed one that is.
+
+    The share stands for what the fixed voxels outside the moving image tell about it, which is nothing; without
+    it two rims that touch would be the best match of all.
+    """
+    at, inside, _ = _meet(fixed, moving, matrix)
+    if inside.sum() < 2:
+        return 0.0
+    x = fixed.array[fixed.mask][inside]
+    y = ndimage.map_coordinates(moving.array, at[:, inside], order=1, mode="nearest")
+    value = information(x, y) if metric == "mi" else _correlation(x, y)
+    return float(value * inside.mean())
+
+
+def information(x: np.ndarray, y: np.ndarray) -> float:
+    """Mutual information in nats of values (N,) in [0, 1], from a joint histogram."""
+    bins = [np.minimum((v * BINS).astype(int), BINS - 1) for v in (x, y)]
+    joint = np.bincount(bins[0] * BINS + bins[1], minlength=BINS**2).reshape(BINS, BINS) / len(x)
+    apart = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    seen = joint > 0
+    return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.corrcoef(x, y)[0, 1]) if min(x.std(), y.std()) > 0 else 0.0
+
+
+def overlap(fixed: Side, moving: Side, matrix: np.ndarray) -> float:
+    """Dice of the fixed mask, brought to the moving image, and the moving one, by volume."""
+    _, inside, volume = _meet(fixed, moving, matrix)
+    of_moving = moving.mask.sum() * abs(np.linalg.det(moving.affine))
+    return float(min(2 * volume[inside].sum() / (volume.sum() + of_moving), 1.0))

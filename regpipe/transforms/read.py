@@ -1,0 +1,156 @@
+"""Transforms from disk: the folder of a registered case, or any transform file that ITK or ANTs wrote.
+
+A transform is named by what it does to an image. As a map of points it goes the other way: ``moving_to_fixed``
+takes a point of the fixed image to its moving point, and by that pulls the moving image onto the fixed grid.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from regpipe.io import itk_bridge
+from regpipe.transforms import claims
+from regpipe.transforms.displacement import WRITABLE, read_displacement
+from regpipe.utils import limits
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import parse_json, sha256
+
+CASE = "transform.json"
+FORMAT = "regpipe transform 1"
+HDF5 = (".h5", ".hdf5")
+ITK = HDF5 + (".tfm", ".txt", ".mat")
+SIDES = ("fixed", "moving")
+SMALL = 1000  # numbers; longer lists are compressed
+
+
+class Space(NamedTuple):
+    """A grid of voxels in space."""
+
+    shape: tuple[int, ...]
+    affine: np.ndarray  # (D+1, D+1) float64, voxel index -> RAS mm
+
+
+class Move(NamedTuple):
+    """What carries things from one image to the other: files and grids. A file alone knows no grids."""
+
+    images: Path  # its map of points takes the target to the source, and so pulls the source's images
+    points: Path  # its map of points takes the source to the target
+    source: Space | None = None
+    target: Space | None = None
+
+
+def find(path: str | Path, to: str = "fixed") -> Move:
+    """The files that carry images and points ``to`` the ``fixed`` or the ``moving`` image, checked by their hashes.
+
+    ``path``: a case's folder, its ``transform.json``, or a transform file; that goes one way, which is called
+    ``fixed``, and maps points as the file says: for most files from the fixed image to the moving one.
+
+    Raises:
+        InputError: missing, no case, damaged since it was written; the other way of a file.
+    """
+    path = Path(path)
+    if to not in SIDES:
+        raise InputError(f"--to {to}: choose fixed or moving")
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give the folder of a registered case or a transform file")
+    if path.is_dir():
+        path = path / CASE
+    if path.suffix.lower() == ".json":
+        return _case(path, to)
+    if to != "fixed":
+        raise InputError(f"{path}: a transform file goes one way; give the folder of the case, or the other way's file")
+    return Move(path, path)
+
+
+def _case(path: Path, to: str) -> Move:
+    if not path.is_file():
+        raise InputError(f"{path}: missing; give the folder of a registered case or a transform file")
+    there, back = ("moving_to_fixed", "fixed_to_moving") if to == "fixed" else ("fixed_to_moving", "moving_to_fixed")
+    try:
+        content = parse_json(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise InputError(f"{path}: is of format {str(content['format'])[:40]!r}, not {FORMAT!r}; update regpipe")
+        spaces = {side: _space(content[side]) for side in SIDES}
+        if "itk" not in content[there]:
+            raise InputError(f"{path}: its case was written without the format itk; register again with it")
+        files = {way: _checked(path.parent, content[way]) for way in (there, back)}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as cause:
+        if isinstance(cause, InputError):
+            raise
+        raise InputError(f"{path}: damaged ({type(cause).__name__}: {str(cause)[:200]}); register again") from cause
+    source = spaces["moving" if to == "fixed" else "fixed"]
+    return Move(files[there], files[back], source, spaces[to])
+
+
+def _space(content: dict[str, Any]) -> Space:
+    affine = np.array(content["affine"], np.float64)
+    shape = tuple(int(n) for n in content["shape"])
+    if affine.shape != (len(shape) + 1,) * 2:
+        raise ValueError(f"affine of shape {affine.shape} for an image of shape {shape}")
+    limits.require_room("its image", shape)
+    return Space(shape, affine)
+
+
+def _checked(folder: Path, way: dict[str, Any]) -> Path:
+    path = folder / Path(way["itk"]).name  # of this folder and no other
+    if not path.is_file():
+        raise InputError(f"{path}: missing; copy the whole folder of the case, or register again")
+    if sha256([path]) != way["sha256"][way["itk"]]:
+        raise InputError(f"{path}: is not the file that {CASE} knows: damaged or exchanged; register again")
+    return path
+
+
+def read_transform(path: str | Path) -> Any:
+    """A transform file as ``itk.Transform``, LPS mm: ITK's .h5 .tfm .txt .mat, or a NIfTI displacement (intent 1007).
+
+    Raises:
+        InputError: missing, broken, several transforms without an order, an unknown suffix.
+    """
+    import itk
+
+    path = Path(path)
+    name = path.name.lower()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if name.endswith(WRITABLE):
+        return itk_bridge.itk_field(*read_displacement(path))
+    if not name.endswith(ITK):
+        raise InputError(f"{path}: no transform file; use one of {' '.join(ITK + WRITABLE)}")
+    try:
+        claims.check(path)  # opens HDF5, too: of a broken one ITK prints a page before it raises
+        transforms = itk.transformread(str(path))
+    except InputError:
+        raise
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as cause:
+        reason = str(cause).strip().splitlines()[-1].strip()[-120:]
+        raise InputError(f"{path}: not a readable transform ({reason}); export it again") from cause
+    if len(transforms) != 1:
+        raise InputError(f"{path}: holds {len(transforms)} transforms; save one, or one composite")
+    return transforms[0]
+
+
+def composite_bytes(transform: Any) -> bytes:
+    """An ``itk.CompositeTransform`` as the bytes of a .h5 file, the same for the same transform.
+
+    ITK's own file stamps the time and the machine: what it says of the transform is copied out of it.
+    """
+    import h5py
+    import itk
+
+    data = io.BytesIO()
+    with tempfile.TemporaryDirectory() as aside:
+        path = Path(aside) / "composite.h5"
+        itk.transformwrite([transform], str(path))
+        with h5py.File(path) as stamped, h5py.File(data, "w") as plain:
+            for i, part in stamped["TransformGroup"].items():
+                for name, values in part.items():
+                    packed = {"compression": "gzip", "shuffle": True} if values.size > SMALL else {}
+                    about = {"data": values[()], "dtype": values.dtype, "track_times": False}
+                    plain.create_dataset(f"TransformGroup/{i}/{name}", **about, **packed)
+    return data.getvalue()

@@ -1,0 +1,154 @@
+"""Several processes, started by ``torchrun``, that train one model or share out a folder.
+
+Without ``torchrun`` there is one process, and nothing here changes what it does. Rank and world size are Ignite's
+(``idist``); whatever gathers or waits must be reached by every process, in the same order.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from regpipe.utils.errors import ENDED_TOGETHER, InputError
+
+T = TypeVar("T")
+
+
+def join(*, hours: float, nccl: bool = False) -> None:
+    """Meet the other processes that ``torchrun`` started; does nothing without it, nor a second time.
+
+    From here on the other ranks than 0 print nothing but warnings and errors, and a process that ``torchrun`` ends,
+    because another one has ended, says so in a line, wherever it waits.
+
+    Args:
+        hours: how long one waits for another before it gives up.
+        nccl: exchange tensors between GPUs, one for each process, where there are any; else, and for anything but
+            tensors, gloo does.
+
+    Raises:
+        InputError: more processes on this machine than GPUs.
+    """
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    # Not idist.initialize: under Slurm it takes the rank of the task that runs torchrun for this process's own.
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus:
+        if nccl and int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+            raise InputError(f"more processes than the {gpus} GPUs of this machine: give --nproc_per_node {gpus}")
+        torch.cuda.set_device(local % gpus)
+    dist.init_process_group("nccl" if nccl and gpus else "gloo", timeout=timedelta(hours=hours))
+    idist.sync()  # now: when rank 0 alone asks Ignite for something first, it would wait for the others
+    _say_when_ended()
+    if idist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        logging.getLogger("regpipe").setLevel(logging.WARNING)
+
+
+def leave() -> None:
+    """Wait until every process is here, then part; does nothing where nobody was met."""
+    if dist.is_initialized():
+        idist.barrier()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on the end of another one is no news
+        idist.finalize()
+
+
+def _say_when_ended() -> None:
+    """End at once on SIGTERM, with a line. A handler in Python would not run while the process waits for another."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(write)
+
+    def watch() -> None:
+        while os.read(read, 1)[0] != signal.SIGTERM:
+            pass
+        os.write(2, f"error: {ENDED_TOGETHER}\n".encode())
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU. Ask after ``join``."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def of_first(value: T) -> T:
+    """Rank 0's value, for all."""
+    if idist.get_world_size() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if idist.get_world_size() == 1:
+        return [value]
+    held: list[Any] = [None] * idist.get_world_size()
+    dist.all_gather_object(held, value)
+    return held
+
+
+def merged(part: dict[str, T]) -> dict[str, T]:
+    """The entries of all processes."""
+    return {name: value for held in gathered(part) for name, value in held.items()}
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This process's part of what all of them hold: every ``world size``-th, and each in one part only."""
+    return list(items[idist.get_rank() :: idist.get_world_size()])
+
+
+def validation_indices(count: int) -> list[int]:
+    """This process's ``share`` of ``count`` cases; one that gets none sees another's, for it must run as the others do.
+
+    ``CaseMetrics`` counts a case once.
+    """
+    return share(range(count)) or [idist.get_rank() % count]
+
+
+def parallel(network: nn.Module, *, in_parts: bool = False) -> nn.Module:
+    """The network as the trainer shall see it: gradients averaged over processes, weights rank 0's at the start.
+
+    For the trainer only: what saves, loads, clips and evaluates takes the network itself, without the wrapper's prefix.
+    ``in_parts``: there are steps in which some of its weights take no part.
+    """
+    if idist.get_world_size() == 1:
+        return network
+    on_gpu = next(network.parameters()).is_cuda
+    # No buffer ever changes, the only BatchNorm is frozen: do not send them. Torch 2.15 has another name for that.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False, "find_unused_parameters": in_parts}
+    return DistributedDataParallel(network, [torch.cuda.current_device()] if on_gpu else None, **options)
+
+
+class NoWriter:
+    """TensorBoard's writer on a process that does not write: takes anything, does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def writer(log_dir: str) -> Any:
+    """TensorBoard's writer on rank 0, which alone makes the file; ``NoWriter`` on the others."""
+    if idist.get_rank() > 0:
+        return NoWriter()
+    from torch.utils.tensorboard import SummaryWriter  # a second or two
+
+    return SummaryWriter(log_dir)

@@ -1,0 +1,133 @@
+"""Files that are there whole or not at all, archives that can be told from damaged ones, and what is in files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from regpipe.utils.errors import InputError
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """The hash of the bytes of these files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def replace_file(path: str | Path, data: bytes) -> None:
+    """Write a whole file or leave what was there: aside, to the disk, then renamed. Folders are made.
+
+    Once it returns, the file outlasts a crash of the machine.
+
+    Raises:
+        OSError: with the file's own name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:  # a write that fails names no file, and what lies aside is no name for a user
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+    _folder_to_disk(path.parent)
+
+
+def _folder_to_disk(folder: Path) -> None:
+    """Make a rename in it last; not every system and file system knows how."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: str | Path, *patterns: str) -> None:
+    """Remove what a killed process left aside of files with such names; call it where no other process writes them."""
+    for pattern in patterns:
+        for aside in Path(folder).glob(f".{pattern}.*"):
+            if aside.suffix[1:].isdecimal():
+                aside.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, state: Any) -> None:
+    """``torch.save`` by ``replace_file``; what it writes is an archive, see ``damage``."""
+    import torch  # takes seconds, and most of those who write files need none
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with an archive of ``torch.save``'s; None where each part of it has the checksum it was given.
+
+    ``torch.load`` does not look at the checksums: of a file with some bits turned over it gives other weights. Parts
+    that are compressed are not looked at: torch writes none, and would unpack them to any size.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            if sum(part.file_size for part in archive.infolist()) > Path(path).stat().st_size:
+                return "its parts are compressed"
+            bad = archive.testzip()
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged file fails in many ways
+        return str(error) or type(error).__name__
+    return None if bad is None else f"the checksum of its part {Path(bad).name} does not hold"
+
+
+def absolute(path: str | Path) -> Path:
+    """The whole path without links; one in a loop of links, or of an unknown ``~user``, stays and does not exist."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def require_file(path: str | Path) -> Path:
+    """The path of a file that can be read to its end.
+
+    Raises:
+        InputError: nothing there, not readable, or a folder, a pipe, a device: opening a pipe would wait for ever.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give an existing one")
+    if not path.is_file():
+        raise InputError(f"{path}: is no file but a folder, a pipe or a device; give a file")
+    try:
+        path.open("rb").close()
+    except OSError as cause:
+        raise InputError(f"{path}: {cause.strerror}; make it readable") from cause
+    return path
+
+
+def parse_json(data: bytes) -> Any:
+    """What JSON says, in any of its encodings, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python follows.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as cause:
+        raise ValueError("nested too deeply") from cause

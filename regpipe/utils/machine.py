@@ -1,0 +1,106 @@
+"""What memory there is: of this process, of the machine, of a container or a job, of a GPU."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+def held() -> int:
+    """Resident bytes of this process now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def held_since(before: int) -> int:
+    """How much more that is than ``before``: freed by the tasks since then, kept by the C library, used again."""
+    return max(0, held() - before)
+
+
+def free(device: str | torch.device = "cpu") -> int:
+    """Bytes that may still be taken: of the GPU, or of the machine and what a container or job is limited to."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min(_machine(_table(Path("/proc/meminfo"))), *_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+
+
+def room(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
+    """Bytes that a run may still take: what is ``free``, or what is left of ``memory_gib`` for the whole process."""
+    if memory_gib is None:
+        return free(device)
+    cuda = torch.device(device).type == "cuda"
+    return int(memory_gib * GIB) - (torch.cuda.memory_allocated(device) if cuda else held())
+
+
+def share(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
+    """What each of the processes that ``torchrun`` starts on this machine may take, asked before any of them begins.
+
+    ``memory_gib`` is for one process; what is free is for all that use the device.
+    """
+    return room(memory_gib, device) // (1 if memory_gib is not None else _beside(torch.device(device)))
+
+
+def _beside(device: torch.device) -> int:
+    """How many processes of this job share the machine's memory, or a GPU's."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return math.ceil(here / torch.cuda.device_count()) if device.type == "cuda" else here
+
+
+def _machine(table: Mapping[str, int]) -> int:
+    if "MemAvailable" in table:
+        return table["MemAvailable"] * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # no Linux: all that is built in
+
+
+def _limits(root: Path, listed: Path) -> list[int]:
+    """What is left of each control group that this process is in; no limit gives nothing, but a huge number first."""
+    left = [2**62]
+    entries = listed.read_text().splitlines() if listed.exists() else []
+    groups = [entry.split(":", 2)[2].strip("/").split("/") for entry in entries if entry.count(":") >= 2]
+    paths = {
+        "",
+        *("/".join(group[:n]) for group in groups for n in range(1, len(group) + 1)),
+    }
+    for path in sorted(paths):
+        for limit, used, caches in (
+            ("memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
+            (
+                "memory/memory.limit_in_bytes",
+                "memory/memory.usage_in_bytes",
+                ("total_inactive_file", "total_active_file"),
+            ),
+        ):
+            top, _, name = limit.rpartition("/")
+            folder = root / top / path
+            most = _number(folder / name)
+            if most is not None:
+                spent = _number(root / top / path / used.rpartition("/")[2]) or 0
+                stat = _table(folder / "memory.stat")
+                left.append(most - spent + sum(stat.get(cache, 0) for cache in caches))
+    return left
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def _table(path: Path) -> dict[str, int]:
+    """``name: number`` or ``name number`` a line."""
+    try:
+        rows = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
