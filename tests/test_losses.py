@@ -67,6 +67,7 @@ def example(shape: Sequence[int], *, half: bool = True, masks: bool = False) -> 
     target = {"fixed_image": fixed, "moving_image": moving, "fixed_landmarks": points, "moving_landmarks": points + 0.5}
     target |= {"fixed_label": (3 * fixed).int(), "moving_label": (3 * moving).int()}
     target["anatomy"] = 4 * noise(2, 6, *grid, seed=6) - 2
+    target |= {f"{side}_clean": smooth(2, 1, shape, seed=9 + i) for i, side in enumerate(("fixed", "moving"))}
     target |= {way: 4 * smooth(2, len(shape), shape, seed=7 + i) - 2 for i, way in enumerate(WAYS)}
     if masks:
         seen = smooth(4, 1, shape, seed=5) > 0.4
@@ -219,6 +220,17 @@ def test_the_end_point_error_is_a_distance_in_voxels_both_ways_within_the_masks(
     assert float(term("end_point", r, {**half, "fixed_mask": 1 - left})) == pytest.approx(2.505, abs=1e-3)
     with pytest.raises(InputError, match="end_point.*displacements"):
         term("end_point", r, {})
+
+
+def test_clean_images_count_and_not_what_they_look_like() -> None:
+    r, target = example(SHAPES[0])
+    still = fields_only(torch.zeros_like(r.displacement))
+    same = {**target, "moving_clean": 1 - target["fixed_clean"] / 2}  # of another gain
+    found = float(term("clean", still, same))
+    assert found < 0.3 * float(term("clean", still, target))
+    assert float(term("clean", still, {**same, "fixed_image": target["moving_image"]})) == found
+    with pytest.raises(InputError, match="clean.*configs/synthetic.yaml"):
+        term("clean", still, {})
 
 
 def test_the_known_field_counts_squared_voxels_and_must_be_known() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regpipe.fields.algebra import register, resize, resize_image
-from regpipe.losses.terms import KNOWING_FIELDS, RegistrationLoss
+from regpipe.losses.terms import OF_TRAINING, RegistrationLoss
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -72,7 +72,7 @@ class Refiner:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
         losses = dict(loss) if isinstance(loss, Mapping) else {dim: loss for dim in WINDOW}
         terms = {name for of_dim in losses.values() for name in of_dim.weights}
-        supervised = sorted(({"dice", "anatomy", "landmarks"} | KNOWING_FIELDS) & terms)
+        supervised = sorted(OF_TRAINING & terms)
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest

@@ -191,6 +191,8 @@ def training(
             batch = _batch(shape, batch_size)
             if KNOWING_FIELDS & {*getattr(criterion, "weights", {})}:
                 batch["displacement"] = torch.empty(batch_size, len(shape), *shape)
+            if "clean" in getattr(criterion, "weights", {}):
+                batch |= {f"{side}_clean": torch.empty_like(batch[f"{side}_image"]) for side in ("fixed", "moving")}
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 found = inferer(pair, fake)

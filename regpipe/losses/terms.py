@@ -35,6 +35,8 @@ class Options(NamedTuple):
     encoder: Encoder | None = None  # frozen, for features
 
 
+FLAT = 1e-3  # variance below which a window of a clean image counts as flat: grey values are in [0, 1]
+
 Term = Callable[[Registration, Target, Options], Tensor]
 
 
@@ -221,6 +223,20 @@ def _end_point(r: Registration, target: Target, options: Options) -> Tensor:
     return torch.stack([similarity.masked_mean(e, target.get(f"{side}_mask")) for e, side in errors]).mean()
 
 
+def _clean(r: Registration, target: Target, options: Options) -> Tensor:
+    """LNCC of both scenes in one contrast and without noise, both ways, as ``phantoms.synthetic`` has them; in [0, 1].
+
+    What the images themselves look like does not matter: a similarity of like contrasts teaches any contrast onto any.
+    """
+    if not all(f"{side}_clean" in target for side in SIDES):
+        raise InputError("loss term clean: only pairs of configs/synthetic.yaml have clean images; give it no weight")
+    fixed, moving = (target[f"{side}_clean"] for side in SIDES)
+    warped = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse]))
+    on_fixed, on_moving = overlaps(r, target)
+    mask = None if on_fixed is None or on_moving is None else torch.cat([on_fixed, on_moving])
+    return lncc(warped, torch.cat([fixed, moving]), mask=mask, window=options.window, epsilon=FLAT)
+
+
 def _ways(r: Registration) -> list[tuple[str, Tensor, str]]:
     """Each direction's name in a batch, its displacement, and the side whose voxels it starts from."""
     return [("displacement", r.displacement, "fixed"), ("inverse", r.inverse, "moving")]
@@ -247,8 +263,10 @@ TERMS: dict[str, Term] = {
     "landmarks": _landmarks,
     "known_field": _known_field,
     "end_point": _end_point,
+    "clean": _clean,
 }
 KNOWING_FIELDS = {"known_field", "end_point"}  # the terms that need pairs with true displacements
+OF_TRAINING = {"dice", "anatomy", "landmarks", "clean"} | KNOWING_FIELDS  # those that need what no new pair has
 
 
 class RegistrationLoss(nn.Module):

@@ -42,6 +42,7 @@ MARGIN = 1.5  # a scene is so many times the image's size: what moves into the i
 LARGEST_MOTION = 0.2  # of the image's longest side
 STEEPEST = 0.7  # largest difference of a velocity between neighbours: exp(0.7) is twice the length
 SAME_CONTRAST = 0.35  # share of the pairs
+UNLIKE = 12.0  # largest of the bends that an image has of its own, voxels; 0.7 of the pairs have some
 AIR = 0.5  # share of the scenes that are a body in air
 
 
@@ -118,8 +119,9 @@ def make_batch(
 ) -> dict[str, Any]:
     """``size`` pairs on one grid, collated as by ``data.load.collate_pairs``; the same draws, the same bytes.
 
-    ``{fixed,moving}_{image,label,mask}`` (B, 1, *shape), ``displacement`` and ``inverse`` (B, D, *shape) in voxels:
-    what warps moving onto fixed, and fixed onto moving.
+    ``{fixed,moving}_{image,label,mask}`` (B, 1, *shape); ``{fixed,moving}_clean``, the same scenes in one contrast and
+    without what a scanner adds; ``displacement`` and ``inverse`` (B, D, *shape) in voxels: what warps moving onto
+    fixed, and fixed onto moving, but for the fine bends that each image of an ``UNLIKE`` pair has of its own.
 
     Args:
         shape: 2 or 3 sides in voxels, 16 at least.
@@ -146,11 +148,18 @@ def make_pair(shape: Sequence[int], *, generator: Generator, same_contrast: floa
     if chance(g, 0.5):  # what is evaluated at warped places looks alike, but not to the last bit
         sides, there, back = {"fixed": sides["moving"], "moving": sides["fixed"]}, back, there
     pair = {"displacement": there, "inverse": back}
+    common, unlike = draw_greys(scene, g), uniform(g, 0, UNLIKE) if chance(g, 0.7) else 0.0
     for side, (tissue, means) in sides.items():
-        label = label_map(scene, tissue)
+        label = label_map(scene, tissue + unlike * _own_bends(shape, stretch, g))
         image, mask = scan(scene, label, tissue, means, generator=g)
-        pair |= {f"{side}_image": image, f"{side}_label": label, f"{side}_mask": mask}
+        clean = blur(common[label.long()], 0.6)
+        pair |= {f"{side}_image": image, f"{side}_label": label, f"{side}_mask": mask, f"{side}_clean": clean}
     return pair
+
+
+def _own_bends(shape: Sequence[int], stretch: Tensor, g: Generator) -> Tensor:
+    """Fine displacements (1, D, *shape) of one image alone, of about a voxel: no patient is a warp of another."""
+    return smooth_noise(shape, len(shape), uniform(g, 4, 10) * stretch, generator=g)
 
 
 def make_phantom(shape: Sequence[int], *, seed: Sequence[int]) -> Phantom:
@@ -187,7 +196,7 @@ def random_displacements(shape: Sequence[int], stretch: Tensor, *, generator: Ge
     for scale in (8, 16, 32, 64):
         if chance(g, 0.7):
             waves = smooth_noise(half, dim, scale / 2 * stretch, generator=g)
-            velocity += scale * uniform(g, 0, 1) * waves
+            velocity += scale**0.3 * uniform(g, 0, 1) * waves
     most = LARGEST_MOTION / 2 * max(shape) * uniform(g, 0, 1) ** 2  # in voxels of the half grid
     velocity *= most / velocity.square().sum(1).amax().sqrt().clamp(min=1e-6)
     steepest = max(float(differences(velocity, axis).abs().amax()) for axis in range(dim))

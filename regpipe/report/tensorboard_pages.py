@@ -21,7 +21,7 @@ from regpipe.data.pairs import Case
 from regpipe.report.tensorboard import tag_terms
 from regpipe.utils.versions import versions
 
-SIMILARITY = "lncc|ncc|mse|mi|mind|features|midway"  # terms of ``losses.terms``
+SIMILARITY = "lncc|ncc|mse|mi|mind|features|midway|clean"  # terms of ``losses.terms``
 REGULARITY = "diffusion|bending|elastic|divergence|jacobian|log_jacobian|magnitude"
 # The Custom Scalars tab. TensorBoard draws every run that it shows into each of these charts, so that the backbones of
 # a comparison stand in one; what is given are regular expressions of tags.
