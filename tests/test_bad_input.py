@@ -52,7 +52,7 @@ def done(bad_folder: Path) -> tuple[Told, Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder, "check_pairs", check_and_lose)
-        return regpipe("register", bad_folder, "-o", out, "--refine", 2, "--affine", "none"), out
+        return regpipe("register", bad_folder, "-o", out, "--bundle", "none", "--refine", 2, "--affine", "none"), out
 
 
 PLACES = {name: (place, word) for name, (place, _, word) in FILES.items()}

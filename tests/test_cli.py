@@ -88,7 +88,7 @@ def test_without_a_bundle_each_pair_is_optimised_from_zero_even_over_a_large_mot
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     data, out = write_cohort(tmp_path / "data", kind="mr", shape=(64, 64), n_pairs=2, motion=22), tmp_path / "out"
-    assert regpipe(monkeypatch, "register", data, "-o", out, "--affine", "none") == 0
+    assert regpipe(monkeypatch, "register", data, "-o", out, "--bundle", "none", "--affine", "none") == 0
     for row in read_rows(out / "metrics.csv"):
         assert row["tre_before"] > 10 and row["tre"] < 1.5  # voxels of 1 mm
         assert row["ndv_percent"] == 0 and row["repaired"] >= 0
@@ -99,7 +99,7 @@ def test_without_a_bundle_a_bad_file_is_reported_and_the_others_are_done(
 ) -> None:
     data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=3)
     (data / "moving_images" / "case_001.nii.gz").write_bytes(b"no image")
-    command = ["register", data, "-o", tmp_path / "out", "--refine", 4]
+    command = ["register", data, "-o", tmp_path / "out", "--bundle", "none", "--refine", 4]
     assert regpipe(monkeypatch, *command) == 1
     assert [row["case"] for row in read_rows(tmp_path / "out" / "metrics.csv")] == ["case_000", "case_002"]
     assert "moving_images/case_001.nii.gz" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_each_pair_has_its_own_grid_and_one_that_cannot_be_done_leaves_the_other
         nib.save(nib.Nifti1Image(volume[:, 0, :, None], coarse), folder / "case_001.nii.gz")
     for file in (data / "displacements").glob("*"):
         file.unlink()
-    command = ["register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "none"]
+    command = ["register", data, "-o", tmp_path / "out", "--bundle", "none", "--refine", 4, "--affine", "none"]
     assert regpipe(monkeypatch, *command) == 1
     assert "plane.nii.gz: is one voxel thick" in capsys.readouterr().out
     assert [row["case"] for row in read_rows(tmp_path / "out" / "metrics.csv")] == ["case_000", "case_001"]
@@ -167,7 +167,7 @@ def test_a_registration_done_anew_leaves_nothing_of_the_old_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     data, case = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=1), tmp_path / "out" / "case_000"
-    command = ["register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "none"]
+    command = ["register", data, "-o", tmp_path / "out", "--bundle", "none", "--refine", 4, "--affine", "none"]
     assert regpipe(monkeypatch, *command, "--formats", "itk,ants") == 0
     (case / "notes.txt").write_text("mine")
     assert regpipe(monkeypatch, *command, "--formats", "displacement") == 0

@@ -78,7 +78,19 @@ def test_some_cases_that_fail_are_named_beside_those_that_are_done(monkeypatch, 
     (data / "moving_images" / "case_001.nii.gz").write_bytes(b"no image")
     for file in (data / "fixed_labels").iterdir():
         file.unlink()  # then Dice is no number
-    command = ("--json", "register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "none")
+    command = (
+        "--json",
+        "register",
+        data,
+        "-o",
+        tmp_path / "out",
+        "--bundle",
+        "none",
+        "--refine",
+        4,
+        "--affine",
+        "none",
+    )
     found = answer(monkeypatch, capfd, *command)
     result = found["result"]
     assert found["status"] == 1 and found["error"] is None and result["folder"] == str(tmp_path / "out")
@@ -230,7 +242,8 @@ def test_of_several_processes_the_first_one_shows_progress(monkeypatch) -> None:
 def test_everything_that_takes_long_shows_progress(monkeypatch, tmp_path, capfd) -> None:
     data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=2)
     assert "writing phantoms: 2 of 2 pairs" in capfd.readouterr().err
-    assert run(monkeypatch, "register", data, "-o", tmp_path / "out", "--refine", 4, "--affine", "rigid") == 0
+    command = ("register", data, "-o", tmp_path / "out", "--bundle", "none")
+    assert run(monkeypatch, *command, "--refine", 4, "--affine", "rigid") == 0
     err = capfd.readouterr().err
     for words in ("registering: 1 of 2 pairs", "aligning: 100 %", "optimising: 100 %"):
         assert words in err, words

@@ -158,7 +158,17 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, monai_bundle: Command) -> 
             patch.setattr(socket.socket, name, done.refuse)
         for name in ("getaddrinfo", "gethostbyname", "create_connection"):
             patch.setattr(socket, name, done.refuse)
-        regpipe("register", data, "-o", out / "from_zero", "--formats", "displacement,itk,ants", *OPTIONS)
+        regpipe(
+            "register",
+            data,
+            "-o",
+            out / "from_zero",
+            "--bundle",
+            "none",
+            "--formats",
+            "displacement,itk,ants",
+            *OPTIONS,
+        )
         files = [
             data / "fixed_images" / "volume.nii.gz",
             data / "more" / "volume.mha",

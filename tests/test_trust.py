@@ -153,7 +153,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_a_warning_is_on_stderr_in_the_files_in_the_report_and_strictly_in_the_exit_status(
     halved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ("register", halved, "-o", tmp_path / "out", "--affine", "none", "--refine", 5)
+    command = ("register", halved, "-o", tmp_path / "out", "--bundle", "none", "--affine", "none", "--refine", 5)
     assert run(monkeypatch, *command) == 0
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if line.startswith("warning")]
