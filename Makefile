@@ -11,8 +11,10 @@ $(BIN)/regpipe: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	@touch $@
 
-# Train the three bundles on synthetic ultrasound, compare them, register new pairs with the best.
+# Register two real pairs; train the three bundles on synthetic ultrasound, compare them, register new pairs with the best.
 demo: $(BIN)/regpipe
+	$(BIN)/regpipe register docs/examples/real/lung_ct -o $(DEMO)/lung
+	$(BIN)/regpipe register docs/examples/real/brain_ultrasound -o $(DEMO)/ultrasound
 	$(BIN)/regpipe phantom $(DEMO)/training --pairs 150
 	$(BIN)/regpipe phantom $(DEMO)/new --pairs 6 --seed 1
 	$(BIN)/regpipe compare $(DEMO)/training -o $(DEMO)/comparison --set max_epochs=16 --set pairs_per_epoch=40
@@ -21,7 +23,7 @@ demo: $(BIN)/regpipe
 	@cat $(DEMO)/comparison/comparison.md
 	@echo
 	@echo "transforms  $(DEMO)/registered/case_000/moving_to_fixed.h5, fixed_to_moving.h5 (ITK, Slicer), 1Warp.nii.gz ... (ANTs)"
-	@echo "pictures    $(DEMO)/registered/case_000/sheet.png"
+	@echo "pictures    $(DEMO)/lung/followup_to_baseline/sheet.png, $(DEMO)/registered/case_000/sheet.png"
 	@echo "metrics     $(DEMO)/registered/metrics.csv"
 	@echo "dashboard   $(BIN)/regpipe dashboard $(DEMO)/comparison"
 
