@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_losses import example, term
 
+from helpers.terms import example, term
 from regpipe.losses.terms import RegistrationLoss
 from regpipe.utils.errors import InputError
 

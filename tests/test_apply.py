@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import typer
-from conftest import save
-from registered import (
+from typer.testing import CliRunner
+
+from helpers.folders import save
+from helpers.registered import (
     Pair,
     inner_points,
     lps_place,
@@ -19,8 +21,6 @@ from registered import (
     voxels,
     write_csv,
 )
-from typer.testing import CliRunner
-
 from regpipe.cli import apply as apply_command
 from regpipe.io import itk_bridge
 from regpipe.io.images import read_image

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import badinput
 import numpy as np
 import pytest
 import torch
-from badinput import is_one_line, put, regpipe
-from conftest import deforming_bundle
 
+from helpers import badinput
+from helpers.badinput import is_one_line, put, regpipe
+from helpers.bundles import deforming_bundle
 from regpipe.io.images import Grid
 from regpipe.networks.symmetric import SymmetricNet
 

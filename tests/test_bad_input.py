@@ -1,7 +1,8 @@
 """Whatever is wrong with what a user gives: one line that names it and says what to do, and the rest is done.
 
-The bad files are in ``badinput.FILES``, all of them in one folder with two good pairs; what else can be given wrongly
-is in the tables here and in ``test_bad_bundles``. Nothing leaves a traceback, and nothing a result that is none.
+The bad files are in ``helpers.badinput.FILES``, all of them in one folder with two good pairs; what else can be given
+wrongly is in the tables here and in ``test_bad_bundles``. Nothing leaves a traceback, and nothing a result that is
+none.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import badinput
 import numpy as np
 import pytest
-from badinput import FILES, GOOD, Told, is_one_line, put, regpipe
-from conftest import Command, deforming_bundle, train
 
+from helpers import badinput
+from helpers.badinput import FILES, GOOD, Told, is_one_line, put, regpipe
+from helpers.bundles import Command, deforming_bundle, train
 from regpipe.bundle.write import write_bundle
 from regpipe.data.checks import check_pairs
 from regpipe.data.pairs import list_pairs

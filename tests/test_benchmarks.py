@@ -14,7 +14,9 @@ import pytest
 import torch
 from monai.engines import SupervisedTrainer
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from helpers.places import BENCHMARKS
+
+sys.path.insert(0, str(BENCHMARKS))
 
 import accuracy
 import judging

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import save, subjects
 
+from helpers.bids import VOLUME, describe, put
+from helpers.folders import save, subjects
 from regpipe.data.bids import write_datalist
 from regpipe.data.checks import check_pairs
 from regpipe.data.pairs import list_pairs
 from regpipe.utils.errors import InputError
-
-SHAPE = (6, 6, 6)
-VOLUME = np.arange(216, dtype=np.float32).reshape(SHAPE)
-
-
-def describe(folder: Path, **more: object) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"Name": "made up", "BIDSVersion": "1.8.0", **more})
-    (folder / "dataset_description.json").write_text(text)
-    return folder
-
-
-def put(root: Path, subject: str, session: str, ending: str) -> Path:
-    """``sub-S[_ses-T]_ENDING.nii.gz`` at its place."""
-    name = "_".join([f"sub-{subject}", *([f"ses-{session}"] if session else []), ending])
-    folder = root / f"sub-{subject}" / (f"ses-{session}" if session else "") / "anat"
-    return save(folder / f"{name}.nii.gz", VOLUME.astype(np.uint8 if "dseg" in ending else np.float32))
 
 
 @pytest.fixture(scope="module")

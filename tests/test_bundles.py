@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import QUICK, Command, as_if_in_its_own_process, deforming_bundle, evaluate, infer, train
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from helpers.bundles import Command, deforming_bundle, evaluate, infer, train
+from helpers.inprocess import as_if_in_its_own_process
+from helpers.places import QUICK, ROOT
 from regpipe.bundle.write import write_all, write_bundle
 from regpipe.io.images import Grid
 from regpipe.losses.terms import KNOWING_FIELDS
@@ -29,7 +31,7 @@ from regpipe.networks.symmetric import SymmetricNet
 from regpipe.phantoms.cohort import write_cohort
 from regpipe.utils.errors import InputError
 
-COMMITTED = Path(__file__).parents[1] / "bundles"
+COMMITTED = ROOT / "bundles"
 CHECKED = ("configs", "docs", "LICENSE")  # models/ and eval/ come from use
 
 

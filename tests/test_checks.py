@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import frames, save, two_folders, volume
 
+from helpers.folders import frames, save, two_folders, volume
 from regpipe.data.checks import check_pairs
 from regpipe.data.pairs import list_pairs
 from regpipe.io.images import Image, read_image

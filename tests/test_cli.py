@@ -8,9 +8,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import as_if_in_its_own_process, deforming_bundle
 from typer.testing import CliRunner
 
+from helpers.bundles import deforming_bundle
+from helpers.commandline import regpipe
 from regpipe.cli import main as cli
 from regpipe.io.images import Grid
 from regpipe.metrics.cases import read_rows
@@ -21,14 +22,6 @@ from regpipe.transforms.displacement import read_displacement
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return deforming_bundle(tmp_path_factory.mktemp("model") / "bundle", Grid((32, 32), (1.0, 1.0)))
-
-
-def regpipe(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Exit status of ``regpipe ARGUMENTS``."""
-    monkeypatch.setattr("sys.argv", ["regpipe", *(str(a) for a in arguments)])
-    with as_if_in_its_own_process(), pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 HELP = {

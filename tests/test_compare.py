@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUICK, Command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
+from helpers.bundles import Command
+from helpers.places import QUICK
 from regpipe.bundle.run import bundle_in
 from regpipe.cli import main as cli
 from regpipe.engines.evaluation import SHOWN

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_console import run
 
+from helpers.commandline import regpipe as run
 from regpipe.cli import completion
 
 

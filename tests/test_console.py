@@ -10,23 +10,24 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-from conftest import as_if_in_its_own_process, save
-from reported import write_case
-from test_bids import describe, put
-from test_comparepage import RESULTS
 
+from helpers.bids import describe, put
+from helpers.commandline import regpipe as run
+from helpers.compared import RESULTS
+from helpers.folders import save
+from helpers.places import ROOT
+from helpers.reported import write_case
 from regpipe.cli import main as cli
 from regpipe.phantoms.cohort import write_cohort
 from regpipe.study.compare_page import write_csv
 from regpipe.utils import console, versions
 
-DOCS = Path(__file__).parents[1] / "docs" / "commandline.md"
+DOCS = ROOT / "docs" / "commandline.md"
 
 
 SHIFT = """#Insight Transform File V1.0
@@ -35,13 +36,6 @@ Transform: TranslationTransform_double_2_2
 Parameters: 1 2
 FixedParameters:
 """
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["regpipe", *map(str, arguments)])
-    with as_if_in_its_own_process(), pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 def schema() -> dict[str, Any]:

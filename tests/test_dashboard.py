@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from browsing import chromium
 from ignite.engine import Engine
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from helpers.browsing import chromium
 from regpipe.cli import dashboard
 from regpipe.report.tensorboard import MetricLog, PictureLog
 from regpipe.report.tensorboard_pages import (

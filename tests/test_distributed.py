@@ -14,11 +14,11 @@ from typing import Any
 import ignite.distributed as idist
 import pytest
 import torch
-from conftest import as_if_in_its_own_process
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
-from processes import together
 
+from helpers.inprocess import as_if_in_its_own_process
+from helpers.processes import together
 from regpipe.bundle.write import write_bundle
 from regpipe.data import sampling
 from regpipe.engines import run

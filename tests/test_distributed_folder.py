@@ -13,16 +13,17 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from conftest import Command, deforming_bundle, infer
 from monai.bundle import run as run_bundle
-from processes import together
 
+from helpers.bundles import Command, deforming_bundle, infer
+from helpers.places import ROOT
+from helpers.processes import together
 from regpipe.inference import folder
 from regpipe.io.images import Grid
 from regpipe.metrics.cases import read_rows
 from regpipe.utils.errors import ENDED_TOGETHER, InputError, explain
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from monai.engines import SupervisedTrainer
-from processes import together
 from test_distributed import data as data
 
+from helpers.processes import together
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch

@@ -10,15 +10,17 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import docpages
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import Command, as_if_in_its_own_process
-from docpages import PAGES, ROOT, blocks
 from markdown.extensions.toc import slugify
 from PIL import Image as Picture
 
+from helpers import docpages
+from helpers.bundles import Command
+from helpers.docpages import PAGES, blocks
+from helpers.inprocess import as_if_in_its_own_process
+from helpers.places import ROOT
 from regpipe.cli import main as cli
 from regpipe.phantoms.cohort import write_cohort
 

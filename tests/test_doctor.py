@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import as_if_in_its_own_process
 
+from helpers.inprocess import as_if_in_its_own_process
 from regpipe.cli import checkup, doctor
 from regpipe.cli import main as cli
 from regpipe.cli.checkup import Check

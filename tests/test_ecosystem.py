@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import QUICK, as_if_in_its_own_process, deforming_bundle
 from monai.bundle import create_workflow, load, run
 from monai.handlers import MLFlowHandler
 from packaging.requirements import Requirement
 
 import regpipe
+from helpers.bundles import deforming_bundle
+from helpers.inprocess import as_if_in_its_own_process
+from helpers.places import QUICK, ROOT
 from regpipe.bundle.write import write_bundle
 from regpipe.engines.options import refuse_unknown
 from regpipe.io.images import Grid
@@ -119,7 +121,7 @@ def test_the_saved_configuration_is_found_where_monai_wrote_an_expression_as_tex
 
 def test_the_options_of_tracking_are_known_with_tracking_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regpipe.engines.options.find_spec", lambda name: object())
-    config = str(Path(__file__).parents[1] / "bundles" / "symreg_vgg16" / "configs" / "train.yaml")
+    config = str(ROOT / "bundles" / "symreg_vgg16" / "configs" / "train.yaml")
     command = ["monai/bundle/__main__.py", "run", "training", "--config_file", config, "--experiment_name", "mine"]
     refuse_unknown([*command, "--tracking", "mlflow", "--run_name", "a"])
     with pytest.raises(InputError, match="experiment_name: no such option"):
@@ -156,20 +158,18 @@ def test_mlflow_gets_settings_terms_metrics_and_the_configuration(tmp_path: Path
 
 # ------------------------------------------------------------------------------------- what the project says of itself
 
-TOP = Path(__file__).parents[1]
-
 
 def test_citation_and_changelog_are_of_this_version() -> None:
-    cited = yaml.safe_load((TOP / "CITATION.cff").read_text())
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == regpipe.__version__ and cited["license"] == "Apache-2.0"
-    assert regpipe.__version__ in (TOP / "docs" / "changelog.md").read_text()
+    assert regpipe.__version__ in (ROOT / "docs" / "changelog.md").read_text()
 
 
 def test_the_lock_holds_what_the_project_asks_for_each_by_hash() -> None:
-    lock = (TOP / "docs" / "examples" / "requirements.lock").read_text()
+    lock = (ROOT / "docs" / "examples" / "requirements.lock").read_text()
     locked = [(m[1], m[2], m[3]) for m in re.finditer(r"^([\w.-]+)==(\S+)(.*(?:\n .*)*)", lock, re.M)]
     assert len(locked) > 80 and all("--hash=sha256:" in rest for *_, rest in locked)
-    project = (TOP / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     for text in project.partition("\ndependencies = [")[2].partition("\n]")[0].splitlines():
         wanted = re.search(r'"(.+?)"', text)
         if wanted:
@@ -179,7 +179,7 @@ def test_the_lock_holds_what_the_project_asks_for_each_by_hash() -> None:
 
 
 def test_the_container_builds_from_files_that_are_there_and_runs_the_command() -> None:
-    lines = (TOP / "docs" / "examples" / "Containerfile").read_text().splitlines()
+    lines = (ROOT / "docs" / "examples" / "Containerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
-    assert "docs/examples/requirements.lock" in copied and all((TOP / name).exists() for name in copied)
+    assert "docs/examples/requirements.lock" in copied and all((ROOT / name).exists() for name in copied)
     assert 'ENTRYPOINT ["regpipe"]' in lines and "USER regpipe" in lines

@@ -1,4 +1,4 @@
-"""The formats of FSL, FreeSurfer and Learn2Reg, by the closed formula of ``test_exports``."""
+"""The formats of FSL, FreeSurfer and Learn2Reg, by the closed formula of ``helpers.exported``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 from scipy import ndimage
-from test_exports import WAY, dense, image_files, lps, placed, pulled_and_pulling, setup
 
+from helpers.exported import WAY, dense, image_files, lps, placed, pulled_and_pulling, setup
 from regpipe.transforms import export
 from regpipe.transforms.displacement import resample_through
 from regpipe.transforms.export import ImageFile

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, deforming_bundle, infer
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
-from test_runs import Trained, assert_same, train
-from test_runs import restored as restored  # brings back what a run changes in this process
 from torch.utils.data import get_worker_info
 
+from helpers.bundles import Command, deforming_bundle, infer
+from helpers.places import BENCHMARKS
+from helpers.training import Trained, assert_same, train
 from regpipe.bundle.write import write_bundle
 from regpipe.data.augment import RandomAffine
 from regpipe.engines import run
@@ -30,6 +30,8 @@ from regpipe.utils import files
 from regpipe.utils.distributed import NoWriter
 from regpipe.utils.errors import cause, explain, one_line_errors
 
+pytestmark = pytest.mark.usefixtures("restored")
+
 EPOCHS = 3
 Fault = Callable[..., Any]
 
@@ -39,11 +41,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> tuple
     """What a training leaves, and its curves."""
     bundle = write_bundle("alexnet", tmp_path_factory.mktemp("undisturbed") / "bundle")
     return train(bundle, cohort, EPOCHS), curves(bundle)
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    return write_bundle("alexnet", tmp_path / "bundle")
 
 
 def curves(bundle: Path) -> list[tuple[str, int, bytes]]:
@@ -325,7 +322,7 @@ def test_what_a_kill_left_aside_in_a_case_is_gone_when_it_is_done(
 
 @pytest.mark.slow  # a process that loads everything, and its forks
 def test_killed_at_random_moments_both_end_as_if_undisturbed(tmp_path) -> None:
-    script = Path(__file__).parent / "benchmarks" / "kills.py"
+    script = BENCHMARKS / "kills.py"
     words = [sys.executable, str(script), "--kills", "3", "--epochs", "2", "--cases", "2", "-o", str(tmp_path / "k")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

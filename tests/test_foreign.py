@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import deforming_bundle
-from test_cli import regpipe
 
+from helpers.bundles import deforming_bundle
+from helpers.commandline import regpipe
+from helpers.places import ROOT
 from regpipe.bundle.own import difference, require_own
 from regpipe.bundle.run import bundle_in
 from regpipe.bundle.write import rendered, write_bundle
@@ -25,7 +26,7 @@ from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
 CONFIGS = ("inference.yaml",)
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = ROOT / "bundles"
 
 
 @pytest.fixture(scope="module")

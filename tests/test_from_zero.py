@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_inference import finished
 
+from helpers.folders import finished
 from regpipe.data.load import LoadPair
 from regpipe.inference.from_zero import register_from_zero
 from regpipe.metrics.cases import read_rows

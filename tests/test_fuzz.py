@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from helpers.places import BENCHMARKS
+
+sys.path.insert(0, str(BENCHMARKS))
 
 import fuzz
 

@@ -11,12 +11,12 @@ import itk
 import numpy as np
 import pydicom
 import pytest
-from conftest import RNG
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
+from helpers.folders import RNG
 from regpipe.io import headers, images
 from regpipe.utils.errors import InputError
 

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Command, deforming_bundle, infer, save
 from nibabel.affines import apply_affine
 from PIL import Image as Picture
 from scipy import ndimage
-from test_transforms import itk_resampled
 
+from helpers.bundles import Command, deforming_bundle, infer
+from helpers.folders import finished, save
+from helpers.judges import itk_resampled
 from regpipe.bundle.write import write_bundle
 from regpipe.inference import folder as folder_module
 from regpipe.io.images import Grid, read_image
@@ -47,10 +48,6 @@ def data(tmp_path: Path, cohort: Path) -> Path:
         for i in range(3):
             shutil.copy(cohort / name / f"case_00{i}.nii.gz", tmp_path / "data" / name)
     return tmp_path / "data"
-
-
-def finished(out: Path) -> set[str]:
-    return {path.parent.name for path in out.glob("*/metrics.json")}
 
 
 def smooth(shape: tuple[int, ...], seed: int) -> np.ndarray:

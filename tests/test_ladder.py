@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, deforming_bundle, infer, train
 
 import regpipe.transforms.apply as carrying
+from helpers.bundles import Command, deforming_bundle, infer, train
 from regpipe.bundle.write import write_bundle
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
 from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Command, train
 
+from helpers.bundles import Command, train
 from regpipe.bundle.write import write_bundle
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import list_pairs

@@ -18,8 +18,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import RNG, save
 
+from helpers.folders import RNG, save
 from regpipe.data.pairs import list_pairs
 from regpipe.engines import checkpoints
 from regpipe.io import images

@@ -9,9 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import frames, real, save, two_folders, volume
 from nibabel.affines import apply_affine
 
+from helpers.folders import frames, save, two_folders, volume
+from helpers.places import real
 from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs, working_grid

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.places import BENCHMARKS
 from regpipe.cli.main import main
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
 from regpipe.engines.refine import zero_refiner
@@ -20,7 +21,7 @@ from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import machine
 from regpipe.utils.errors import InputError
 
-BENCHMARK = Path(__file__).parent / "benchmarks" / "memory.py"
+BENCHMARK = BENCHMARKS / "memory.py"
 
 
 def test_the_most_that_lived_at_a_time_is_counted() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Command, save, train, volume
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from helpers.bundles import Command, train
+from helpers.folders import save, volume
 from regpipe.bundle.write import write_bundle
 from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 from pathlib import Path
 
 import nibabel as nib
@@ -15,13 +14,13 @@ import torch
 import torchvision
 from torch import Tensor
 
+from helpers.places import DATA
 from regpipe.fields.algebra import register, register_midway, resize_image
 from regpipe.networks import symmetric
 from regpipe.networks.correlation import local_correlations
 from regpipe.networks.encoders import BACKBONES
 from regpipe.networks.symmetric import SymmetricNet, SymNet, fold, load_symnet, unfold
 
-DATA = Path(os.environ.get("REGPIPE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZES: dict[int, list[tuple[int, ...]]] = {
     2: [(40, 33), (37, 50), (9, 5), (1, 2)],
     3: [(20, 17, 13), (33, 18, 15), (5, 3, 2)],

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.places import BENCHMARKS
 from regpipe import integrate
 from regpipe.io.images import make_grid
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.phantoms.cohort import write_cohort
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+sys.path.insert(0, str(BENCHMARKS))
 
 import fields_bounds
 import long_run

@@ -10,9 +10,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import frames, real, save, subjects, two_folders, volume
-from test_dicom import write_series
 
+from helpers.folders import frames, save, subjects, two_folders, volume
+from helpers.places import real
+from helpers.series import write_series
 from regpipe.data import pairs
 from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair

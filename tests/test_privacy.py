@@ -15,12 +15,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import Command, as_if_in_its_own_process
 from PIL import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
-from test_dicom import write_series
 
+from helpers.bundles import Command
+from helpers.inprocess import as_if_in_its_own_process
+from helpers.series import write_series
 from regpipe.cli import main as cli
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.phantoms.cohort import write_cohort

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Command, infer, train
 from nibabel.affines import apply_affine
-from registered import nifti, voxels, write_csv
 from scipy import ndimage
-from test_cli import regpipe
-from test_projective import FIXED, FIXED_SHAPE, LPS, MOVING, TRUTH, best_affine, errors
 
+from helpers.bundles import Command, infer, train
+from helpers.commandline import regpipe
+from helpers.plane import FIXED, FIXED_SHAPE, LPS, MOVING, TRUTH, best_affine, errors
+from helpers.registered import nifti, voxels, write_csv
 from regpipe.bundle.write import write_bundle
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.placement import Frames

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reported import write_case
 from typer.testing import CliRunner
 
+from helpers.reported import write_case
 from regpipe.cli.main import app
 from regpipe.metrics.thresholds import THRESHOLDS, Threshold
 from regpipe.report.qc_page import _number, chart, read_cases, write_report

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import Opened, chromium
-from reported import write_case
 
+from helpers.browsing import Opened, chromium
+from helpers.reported import write_case
 from regpipe.metrics.thresholds import THRESHOLDS
 from regpipe.report.qc_page import write_report
 

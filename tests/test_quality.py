@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.places import ROOT
 from regpipe.metrics.thresholds import METRICS, THRESHOLDS, Threshold, judge, said, thresholds, with_gains
 from regpipe.utils.errors import InputError
 
@@ -89,7 +90,7 @@ def test_every_default_has_a_reason_and_steps_in_order() -> None:
 
 
 def test_the_documentation_has_the_same_steps_and_reasons() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    page = (ROOT / "docs" / "report.md").read_text()
     for name, limit in THRESHOLDS.items():
         steps = [part for part in said(name, limit).split(", ")] + [""]
         unit = f", {METRICS[name].unit}" if METRICS[name].unit == "mm" else ""

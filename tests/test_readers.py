@@ -9,11 +9,11 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import save
 from nibabel.affines import apply_affine
 from nibabel.orientations import inv_ornt_aff
 from PIL import Image as Picture
 
+from helpers.folders import save
 from regpipe.io import images
 from regpipe.io.formats import locate
 from regpipe.io.images import Grid, Image, files, geometry, header, read_image, read_label, resample, stem, to_grid

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, evaluate, two_folders
 
+from helpers.bundles import Command, evaluate
+from helpers.folders import two_folders
 from regpipe import InputError, list_pairs
 from regpipe.engines import record
 from regpipe.phantoms.cohort import write_cohort

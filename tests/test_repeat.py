@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, as_if_in_its_own_process, evaluate, save
-from test_verify import RUNS, content, rewrite
 from typer.testing import CliRunner
 
+from helpers.bundles import Command, evaluate
+from helpers.folders import save
+from helpers.inprocess import as_if_in_its_own_process
+from helpers.manifests import RUNS, content, rewrite
 from regpipe import InputError
 from regpipe.cli import main as cli
 from regpipe.data import manifest

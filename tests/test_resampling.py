@@ -8,9 +8,10 @@ import itk
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import save
 from PIL import Image as Picture
-from registered import (
+
+from helpers.folders import save
+from helpers.registered import (
     Pair,
     at,
     lps_place,
@@ -18,7 +19,6 @@ from registered import (
     simpleitk,
     voxels,
 )
-
 from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.transforms.apply import apply

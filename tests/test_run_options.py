@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_runs import Trained, assert_same, equal, kill_at, refusal, train, workflow
-from test_runs import bundle as bundle
-from test_runs import restored as restored  # brings back what a run changes in this process
 
+from helpers.training import Trained, assert_same, equal, kill_at, refusal, train, workflow
 from regpipe.bundle.write import write_bundle
+
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 def test_a_run_in_half_precision_and_groups_goes_on_as_if_there_had_been_no_stop(bundle, cohort, tmp_path) -> None:

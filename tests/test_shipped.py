@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, deforming_bundle, infer, save, volume
-from test_cli import regpipe
 
+from helpers.bundles import Command, deforming_bundle, infer
+from helpers.commandline import regpipe
+from helpers.folders import save, volume
 from regpipe.cli import completion
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save
 
+from helpers.folders import save
 from regpipe.data.pairs import list_pairs
 from regpipe.io.images import read_image, read_label
 from regpipe.study.slices import write_slices

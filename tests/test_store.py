@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import frames, two_folders
 from torch.utils.data import DataLoader
 
+from helpers.folders import frames, two_folders
 from regpipe.data.cache import Store
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs, working_grid

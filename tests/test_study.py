@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save
 from scipy.ndimage import gaussian_filter
 
+from helpers.folders import save
+from helpers.places import ROOT
 from regpipe.data.pairs import list_pairs
 from regpipe.provenance.verify import verify
 from regpipe.study import runs
@@ -22,7 +23,7 @@ from regpipe.study.runs import Task, run, run_all
 from regpipe.study.study import choose, study
 from regpipe.utils.errors import InputError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 GRID = {"backbone": ["alexnet", "plain"], "subjects": ["3", "all"], "seed": ["0"]}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from helpers.places import ROOT
 from regpipe.cli import main as cli
 from regpipe.report import figures
 from regpipe.study import page
@@ -20,7 +21,7 @@ from regpipe.study.page import write_page
 from regpipe.study.runs import METRICS
 from regpipe.utils.errors import InputError
 
-PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "study"
+PUBLISHED = ROOT / "docs" / "results" / "study"
 
 RNG = np.random.default_rng(0)
 ENDS = [["a", "b"], ["b", "a"], ["a", "c"], ["d", "c"]]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from test_runs import Trained, assert_same, kill_at, train
-from test_runs import restored as restored  # brings back what a run changes in this process
 
+from helpers.places import ROOT
+from helpers.training import Trained, assert_same, kill_at, train
 from regpipe.bundle.write import write_bundle
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import list_pairs
@@ -22,6 +22,8 @@ from regpipe.phantoms import synthetic
 from regpipe.phantoms.cohort import write_cohort
 from regpipe.phantoms.synthetic import Batches, make_batch
 from regpipe.utils.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("restored")
 
 SHAPES = [(64, 50), (33, 40, 28)]
 EACH = pytest.mark.parametrize("shape", SHAPES)
@@ -140,7 +142,7 @@ def test_contrasts_are_alike_at_first() -> None:
     assert seen == [1.0, 0.5, synthetic.SAME_CONTRAST, synthetic.SAME_CONTRAST]
 
 
-OVERLAY = Path(__file__).parents[1] / "configs" / "synthetic.yaml"
+OVERLAY = ROOT / "configs" / "synthetic.yaml"
 
 
 def test_a_training_by_the_overlay_goes_on_from_a_kill_as_if_there_had_been_none(tmp_path, monkeypatch) -> None:

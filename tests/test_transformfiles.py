@@ -10,7 +10,8 @@ import itk
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from registered import (
+
+from helpers.registered import (
     Pair,
     at,
     inner_points,
@@ -20,7 +21,6 @@ from registered import (
     turned,
     voxels,
 )
-
 from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.transforms import export

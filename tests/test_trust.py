@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import as_if_in_its_own_process, deforming_bundle, save
-from reported import write_case
-from test_typical import SHAPE, pairs, smooth
 
-from regpipe.cli import main as cli
+from helpers.alike import SHAPE, pairs, smooth
+from helpers.bundles import deforming_bundle
+from helpers.commandline import regpipe as run
+from helpers.folders import save
+from helpers.reported import write_case
 from regpipe.io.images import Grid, Image, read_image
 from regpipe.metrics import trust, typical
 from regpipe.metrics.cases import read_rows
@@ -141,13 +142,6 @@ def halved(tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Path:
     image = read_image(file)
     save(file, image.array[:16], np.diag([-1.0, -1.0, 1.0, 1.0]))
     return root
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["regpipe", *map(str, arguments)])
-    with as_if_in_its_own_process(), pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 def test_a_warning_is_on_stderr_in_the_files_in_the_report_and_strictly_in_the_exit_status(

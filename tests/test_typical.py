@@ -10,21 +10,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import save
 from ignite.engine import Engine
-from scipy import ndimage
 
+from helpers.alike import SHAPE, pairs, smooth
 from regpipe.fields.algebra import Registration, register
 from regpipe.io.images import Image
 from regpipe.metrics import typical
 from regpipe.metrics.typical import TypicalPairs, look, numbers
 from regpipe.utils.errors import InputError
-
-SHAPE = (24, 30, 20)
-
-
-def smooth(shape: tuple[int, ...], seed: int, sigma: float = 2) -> np.ndarray:
-    return ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), sigma).astype(np.float32)
 
 
 def image(seed: int = 0, spacing: tuple[float, ...] = (1.0, 1.5, 2.0)) -> Image:
@@ -120,16 +113,6 @@ def test_what_lies_outside_the_moving_image_is_not_covered_and_does_not_count() 
     del inside["fixed_mask"], inside["moving_mask"]
     registration = Registration(*(part[:, :, :10] for part in moved(item, (0, 0))))
     assert found["mi_before"] == pytest.approx(numbers(inside, registration, (1, 1))["mi_before"])
-
-
-def pairs(folder: Path, n: int) -> list[dict[str, str]]:
-    found = []
-    for i in range(n):
-        files = {f"{side}_image": str(folder / f"{side}{i}.nii.gz") for side in ("fixed", "moving")}
-        save(Path(files["fixed_image"]), smooth(SHAPE, 0) + 0.1 * smooth(SHAPE, i + 1), np.diag([1, 1, 2 + i, 1]))
-        save(Path(files["moving_image"]), smooth(SHAPE, 99) + 0.1 * smooth(SHAPE, i + 1))
-        found.append({"case": f"c{i}", **files})
-    return found
 
 
 SIZES = {"spacing": 2, "extent": 2, "brightness": 5, "texture": 1, "content": 1}

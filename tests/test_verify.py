@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, deforming_bundle, infer
 
+from helpers.bundles import Command, deforming_bundle, infer
+from helpers.manifests import RUNS, content, rewrite
 from regpipe import InputError
 from regpipe.data import manifest
 from regpipe.inference.from_zero import register_from_zero
@@ -53,10 +54,6 @@ def out(tmp_path: Path, done: Path) -> Path:
     return shutil.copytree(done, tmp_path / "out")
 
 
-def content(case: Path) -> dict[str, Any]:
-    return json.loads((case / "manifest.json").read_text())
-
-
 def test_each_input_of_a_case_is_read_for_hashing_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,12 +70,6 @@ def test_each_input_of_a_case_is_read_for_hashing_once(
     inputs = sorted(path for path in hashed if path.is_relative_to(mine))
     roles = {source["role"] for source in content(tmp_path / "out" / "case_000")["inputs"]}
     assert len(inputs) == len(roles) and inputs == sorted(set(inputs))
-
-
-def rewrite(case: Path, told: dict[str, Any]) -> None:
-    """A manifest as somebody writes it who knows how."""
-    told["configuration"] = hashlib.sha256(json.dumps(told["settings"], sort_keys=True).encode()).hexdigest()
-    (case / "manifest.json").write_text(json.dumps(told))
 
 
 def test_a_manifest_names_every_input_and_every_file_of_the_result_by_its_hash(done: Path, data: Path) -> None:
@@ -241,9 +232,6 @@ def test_cases_of_different_settings_are_refused_in_a_line(out: Path, trained: P
         rerun.rerun(out, data=data)
     with pytest.raises(InputError, match="leave out --bundle"):
         rerun.rerun(out / "case_001", data=data, bundle=trained)
-
-
-RUNS = {"_target_": "pathlib.Path.touch", "self": {"_target_": "pathlib.Path", "_args_": ["owned"]}}
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import as_if_in_its_own_process
 from PIL import Image as Picture
 
+from helpers.inprocess import as_if_in_its_own_process
 from regpipe.cli import main as cli
 from regpipe.utils.errors import printable
 

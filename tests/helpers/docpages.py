@@ -15,10 +15,10 @@ import monai.bundle
 import typer.main
 from monai.bundle import ConfigParser
 
+from helpers.places import ROOT
 from regpipe.cli import main as cli
 from regpipe.engines.options import MONAI, refuse_unknown_ids
 
-ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles" / "symreg_resnet18"
 PAGES = [ROOT / "README.md", BUNDLE / "docs" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
