@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 COMMANDS = ("run", "verify_metadata", "verify_net_in_out", "ckpt_export")
 
 # The same examples every time, and no clock: a test fails for what it finds, not for where it runs. For a deeper
-# search: HYPOTHESIS_PROFILE=search python -m pytest tests/test_properties.py
+# search: HYPOTHESIS_PROFILE=search python -m pytest tests/whole/test_properties.py
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=30, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -24,17 +24,10 @@ from regpipe.data import sampling
 from regpipe.engines import run
 from regpipe.engines.handlers import Budget
 from regpipe.networks.symmetric import SymmetricNet
-from regpipe.phantoms.cohort import write_cohort
 from regpipe.utils import distributed
 from regpipe.utils.errors import ENDED_TOGETHER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pairs: three to train on and five to validate."""
-    return write_cohort(tmp_path_factory.mktemp("data") / "cohort", shape=(32, 32), n_pairs=8)
 
 
 # what is gathered, and what is agreed on

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from monai.engines import SupervisedTrainer
-from test_distributed import data as data
 
 from helpers.processes import together
 from regpipe.data.load import LoadPair, collate_pairs
