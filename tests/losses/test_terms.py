@@ -1,0 +1,336 @@
+"""Loss terms against closed forms; their symmetry; masks; and that they drive a registration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.terms import WAYS, example, noise, smooth, term
+from regpipe.fields.algebra import Registration, identity_grid, register, register_midway, resize, warp
+from regpipe.losses.terms import TERMS, RegistrationLoss, feature_encoder, overlaps
+from regpipe.networks.encoders import Encoder
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.utils.errors import InputError
+
+SHAPES = [(20, 17), (12, 10, 11)]
+EACH = pytest.mark.parametrize("shape", SHAPES)
+COMPARING = {"lncc", "ncc", "mse", "mi", "mind", "features", "midway"}  # the terms that look at images
+BOTH_WAYS = [name for name in TERMS if name != "known_field"]
+
+
+def fields_only(u: Tensor, inverse: Tensor | None = None, velocity: Tensor | None = None) -> Registration:
+    image = torch.zeros(len(u), 1, *u.shape[2:])
+    return Registration(u if velocity is None else velocity, u, -u if inverse is None else inverse, image, image)
+
+
+def constant(shape: Sequence[int], *vector: float) -> Tensor:
+    return torch.tensor(vector).view(1, -1, *[1] * len(shape)).expand(1, -1, *shape)
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_terms_are_the_same_to_the_bit_inside_an_autocast(name) -> None:
+    r, target = example(SHAPES[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = term(name, r, target)
+    assert inside.dtype == torch.float32 and float(inside) == float(term(name, r, target))
+
+
+@pytest.mark.parametrize(("name", "shape", "masks"), list(itertools.product(BOTH_WAYS, SHAPES, (False, True))))
+def test_swapping_the_images_changes_no_term(name, shape, masks) -> None:
+    r, target = example(shape, masks=masks)
+    other = Registration(-r.velocity, r.inverse, r.displacement, r.warped_fixed, r.warped_moving)
+    swapped = {f"{'moving' if k[0] == 'f' else 'fixed'}_{k.split('_')[1]}": v for k, v in target.items() if "_" in k}
+    swapped |= {way: target[back] for way, back in zip(WAYS, WAYS[::-1], strict=True)}
+    swapped["anatomy"] = torch.cat(target["anatomy"].chunk(2, dim=1)[::-1], 1)
+    assert float(term(name, r, target)) == pytest.approx(float(term(name, other, swapped)), rel=1e-5, abs=1e-7)
+
+
+@EACH
+def test_a_linear_velocity_has_smoothness_in_closed_form_on_finer_grids_too(shape) -> None:
+    dim = len(shape)
+    matrix = torch.linspace(-0.3, 0.4, dim * dim).view(dim, dim)
+    v = torch.einsum("ij,bj...->bi...", matrix, identity_grid(shape))
+    for velocity in (v, resize(v, [2 * n - 1 for n in shape]), resize(v, [3 * n - 2 for n in shape])):
+        r = fields_only(v, velocity=velocity)
+        # the mean over axes and components of dv_i/dx_j squared
+        assert float(term("diffusion", r, {})) == pytest.approx(float(matrix.square().mean()), rel=1e-3)
+        assert float(term("bending", r, {})) == pytest.approx(0, abs=1e-7)
+        strain = float((matrix + matrix.T).square().sum() / 4 + matrix.trace() ** 2 / 2)  # mu = lambda = 1
+        assert float(term("elastic", r, {})) == pytest.approx(strain, rel=2e-3)
+        assert float(term("divergence", r, {})) == pytest.approx(float(matrix.trace() ** 2), rel=2e-3)
+
+
+@EACH
+def test_the_jacobian_term_is_0_without_folds_and_1_for_a_reflection(shape) -> None:
+    assert float(term("jacobian", example(shape)[0], {})) == 0
+    x = identity_grid(shape)
+    reflection = torch.cat([shape[0] - 1 - 2 * x[:, :1], torch.zeros_like(x[:, 1:])], 1)  # det J = -1, its own inverse
+    assert float(term("jacobian", fields_only(reflection, reflection), {})) == pytest.approx(1, rel=1e-5)
+    assert float(term("jacobian", fields_only(reflection, 0 * x), {})) == pytest.approx(0.5, rel=1e-5)
+
+
+@EACH
+def test_log_jacobian_counts_both_ways_and_a_scaling_as_much_as_its_inverse(shape) -> None:
+    x, dim = identity_grid(shape), len(shape)
+    for s in (2.0, 0.5):
+        r = fields_only((s - 1) * x, (1 / s - 1) * x)
+        assert float(term("log_jacobian", r, {})) == pytest.approx((dim * math.log(2)) ** 2, rel=2e-3)
+    assert float(term("log_jacobian", fields_only(x, 0 * x), {})) == pytest.approx(
+        (dim * math.log(2)) ** 2 / 2, rel=2e-3
+    )
+
+
+def test_magnitude_is_0_for_opposite_fields_and_else_their_difference() -> None:
+    u = noise(1, 2, 8, 8) - 0.5
+    assert float(term("magnitude", fields_only(u), {})) == 0
+    assert float(term("magnitude", fields_only(constant((8, 8), 3.0, -3.0), u * 0 + 1), {})) == pytest.approx(2)
+
+
+def test_midway_sees_a_match_where_both_images_go_half_of_the_way() -> None:
+    image, velocity = smooth(1, 1, (40, 40)), constant((40, 40), 4.0, 0.0)
+    fixed, moving = image.roll(-2, 2), image.roll(2, 2)  # both are 2 voxels from the image in the middle
+    target = {"fixed_image": fixed, "moving_image": moving}
+    there, back = (float(term("midway", register(fixed, moving, v), target)) for v in (velocity, -velocity))
+    assert there < 0.15 < 0.6 < back  # what rolled round at the rim remains
+
+
+def test_two_opposite_velocities_of_symnet_count_like_the_one_they_stand_for() -> None:
+    r, target = example((20, 18), half=False)
+    both = torch.cat([-r.velocity, r.velocity], 1) / 2  # fixed to the middle, moving to the middle
+    symnet = register_midway(target["fixed_image"], target["moving_image"], both)
+    assert float(term("midway", symnet, target)) == pytest.approx(float(term("midway", r, target)), rel=1e-5)
+    for name in ("diffusion", "bending", "elastic"):
+        assert float(term(name, symnet, target)) == pytest.approx(float(term(name, r, target)) / 4, rel=1e-5)
+
+
+def boxes(shift: int, *, only: int = 0) -> Tensor:
+    """Label 1, 8 x 10 voxels in 24 x 24, and label ``only`` elsewhere."""
+    label = torch.zeros(1, 1, 24, 24, dtype=torch.int32)
+    label[..., 4 + shift : 12 + shift, 5:15] = 1
+    label[..., 20:, 18:] = only
+    return label
+
+
+def test_dice_is_0_for_equal_labels_and_in_closed_form_for_a_shifted_box() -> None:
+    u = torch.zeros(1, 2, 24, 24)
+    for shift, expected in ((0, 0.0), (2, 1 - 6 / 8), (8, 1.0)):  # of 8 rows, 8 - shift overlap
+        target = {"fixed_label": boxes(0), "moving_label": boxes(shift)}
+        assert float(term("dice", fields_only(u), target)) == pytest.approx(expected, abs=1e-6)
+        moved = fields_only(constant((24, 24), float(shift), 0.0))
+        assert float(term("dice", moved, target)) == pytest.approx(0, abs=1e-6)
+
+
+def test_labels_that_one_image_lacks_do_not_count() -> None:
+    u = fields_only(torch.zeros(1, 2, 24, 24))
+    target = {"fixed_label": boxes(0, only=2), "moving_label": boxes(2, only=3)}
+    for options in ({}, {"label_ids": (1, 2, 3)}):
+        assert float(term("dice", u, target, **options)) == pytest.approx(0.25)
+    # in a batch each pair has its own: the second pair shares only label 2
+    second = boxes(0, only=2) * (boxes(0) != 1)
+    batch = {"fixed_label": torch.cat([boxes(0), boxes(0, only=2)]), "moving_label": torch.cat([boxes(2), second])}
+    assert float(term("dice", fields_only(torch.zeros(2, 2, 24, 24)), batch)) == pytest.approx(0.25 / 2)
+
+
+def test_dice_has_a_gradient_that_lowers_it_and_without_labels_it_is_0() -> None:
+    u = torch.zeros(1, 2, 24, 24, requires_grad=True)
+    target = {"fixed_label": boxes(0), "moving_label": boxes(2)}
+    term("dice", fields_only(u), target).backward()
+    assert u.grad is not None and float(u.grad[:, 0].sum()) < 0  # further along axis 0, where the box is
+    alone = {"fixed_label": boxes(0), "moving_label": 2 * boxes(0)}
+    for labels, ids in itertools.product(({k: 0 * v for k, v in target.items()}, alone), ((), (7,))):
+        nothing = term("dice", fields_only(u), labels, label_ids=ids)
+        (gradient,) = torch.autograd.grad(nothing, u)
+        assert float(nothing.detach()) == 0 and not gradient.any()
+
+
+def test_landmarks_are_the_distance_left_and_missing_points_do_not_count() -> None:
+    points = 2 + 10 * noise(1, 4, 3)
+    target = {"fixed_landmarks": points.clone(), "moving_landmarks": points + torch.tensor([2.0, 3.0, -6.0])}
+    u = torch.zeros(1, 3, 16, 16, 16, requires_grad=True)
+    assert float(term("landmarks", fields_only(u), target)) == pytest.approx(7, rel=1e-5)  # |(2, 3, -6)|
+    found = fields_only(constant((16, 16, 16), 2.0, 3.0, -6.0))
+    assert float(term("landmarks", found, target)) == pytest.approx(0, abs=2e-3)
+    target["fixed_landmarks"][0, 1] = target["moving_landmarks"][0, 2] = torch.nan
+    loss = term("landmarks", fields_only(u), target)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(7, rel=1e-5) and u.grad is not None and u.grad.isfinite().all()
+    for none in (points[:, :0], points * torch.nan):
+        assert float(term("landmarks", fields_only(u), {"fixed_landmarks": none, "moving_landmarks": none})) == 0
+
+
+def test_the_end_point_error_is_a_distance_in_voxels_both_ways_within_the_masks() -> None:
+    shape = (12, 10)
+    u, nothing = constant(shape, 3.0, 4.0), constant(shape, 0.0, 0.0)
+    r = fields_only(u)  # its inverse is -u
+    assert float(term("end_point", r, {"displacement": u, "inverse": -u})) == pytest.approx(0.01)  # smoothed at 0
+    assert float(term("end_point", r, {"displacement": nothing, "inverse": -u})) == pytest.approx(2.505, abs=1e-3)
+    assert float(term("end_point", r, {"displacement": nothing})) == pytest.approx(5, abs=1e-3)
+    left = torch.zeros(1, 1, *shape)
+    left[:, :, :6] = 1
+    half = {"displacement": torch.cat([nothing[:, :, :6], u[:, :, 6:]], 2), "inverse": nothing}
+    assert float(term("end_point", r, {**half, "fixed_mask": left})) == pytest.approx(5, abs=1e-3)
+    assert float(term("end_point", r, {**half, "fixed_mask": 1 - left})) == pytest.approx(2.505, abs=1e-3)
+    with pytest.raises(InputError, match="end_point.*displacements"):
+        term("end_point", r, {})
+
+
+def test_clean_images_count_and_not_what_they_look_like() -> None:
+    r, target = example(SHAPES[0])
+    still = fields_only(torch.zeros_like(r.displacement))
+    same = {**target, "moving_clean": 1 - target["fixed_clean"] / 2}  # of another gain
+    found = float(term("clean", still, same))
+    assert found < 0.3 * float(term("clean", still, target))
+    assert float(term("clean", still, {**same, "fixed_image": target["moving_image"]})) == found
+    with pytest.raises(InputError, match="clean.*configs/synthetic.yaml"):
+        term("clean", still, {})
+
+
+def test_the_known_field_counts_squared_voxels_and_must_be_known() -> None:
+    u = constant((8, 8), 3.0, -4.0)
+    assert float(term("known_field", fields_only(u), {"displacement": 0 * u})) == pytest.approx(25)
+    with pytest.raises(InputError, match="known_field.*displacements"):
+        term("known_field", fields_only(u), {})
+
+
+def rolled(*, masks: bool) -> tuple[Registration, dict[str, Tensor]]:
+    """One scene from two places: 6 rows further on in moving, whose last 8 rows are garbage; registered truly."""
+    scene, garbage = smooth(1, 1, (60, 20)), noise(1, 1, 8, 20, seed=7)
+    fixed, moving = scene[:, :, 6:46], torch.cat([scene[:, :, :32], garbage], 2)
+    target = {"fixed_image": fixed, "moving_image": moving}
+    if masks:
+        clean = (torch.arange(40) < 32).float().view(1, 1, 40, 1).expand(1, 1, 40, 20)
+        rows = torch.arange(40).view(1, 1, 40, 1).expand_as(clean)
+        # fixed row i is scene row i + 6, moving row j scene row j: rows beyond the other's end have no partner
+        target |= {"moving_mask": clean * (rows >= 6), "fixed_mask": (rows < 26).float()}
+    velocity = constant((40, 20), 6.0, 0.0).clone()
+    return register(fixed, moving, velocity), target
+
+
+@pytest.mark.parametrize("name", ["lncc", "ncc", "mse", "midway"])
+def test_what_a_mask_leaves_out_does_not_count_wherever_it_is_warped_to(name) -> None:
+    (r, target), (_, masked) = rolled(masks=False), rolled(masks=True)
+    assert float(term(name, r, masked)) < 2e-3 < 2e-2 < float(term(name, r, target))
+
+
+def test_the_masks_of_both_images_are_multiplied_on_the_grid_of_each() -> None:
+    r, target = rolled(masks=True)
+    on_fixed, on_moving = overlaps(r, target)
+    assert on_fixed is not None and on_moving is not None and not on_fixed.requires_grad
+    fixed, moving = target["fixed_mask"], target["moving_mask"]
+    torch.testing.assert_close(on_fixed, fixed * warp(moving, r.displacement), atol=1e-5, rtol=0)
+    assert on_fixed[0, 0, :, 5].nonzero().flatten().tolist() == list(range(26))  # moving's rows 6 to 31
+    assert on_moving[0, 0, :, 5].nonzero().flatten().tolist() == list(range(6, 32))
+
+
+@pytest.mark.parametrize("name", sorted(COMPARING))
+def test_masks_of_ones_take_the_way_without_masks(name) -> None:
+    r, target = example((20, 18))
+    ones = {f"{side}_mask": torch.ones_like(target["fixed_image"]) for side in ("fixed", "moving")}
+    assert overlaps(r, target | ones) == (None, None)
+    assert float(term(name, r, target | ones)) == float(term(name, r, target))
+    alone = {"fixed_mask": example((20, 18), masks=True)[1]["fixed_mask"]}
+    assert float(term(name, r, target | alone)) != float(term(name, r, target))  # the other's are ones
+
+
+@pytest.mark.parametrize("name", sorted(COMPARING))
+def test_with_nothing_in_sight_a_similarity_is_0_with_a_graph(name) -> None:
+    _, target = example((20, 18))
+    velocity = torch.zeros(2, 2, 20, 18, requires_grad=True)
+    target |= {"fixed_mask": torch.zeros(2, 1, 20, 18), "moving_mask": torch.ones(2, 1, 20, 18)}
+    loss = term(name, register(target["fixed_image"], target["moving_image"], velocity), target)
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    assert float(loss.detach()) == 0 and not gradient.any()
+
+
+def test_only_terms_that_compare_images_look_at_images_and_masks() -> None:
+    r, target = example((20, 18), masks=True)
+    blank = {**target, "fixed_image": 0 * target["fixed_image"], "moving_image": 0 * target["moving_image"]}
+    blind = r._replace(warped_moving=0 * r.warped_moving, warped_fixed=0 * r.warped_fixed)
+    for name in TERMS:
+        if name != "known_field":
+            same = float(term(name, r, target)) == float(term(name, blind, blank))
+            assert same == (name not in COMPARING), name
+
+
+def test_a_loss_uses_a_frozen_copy_of_the_encoder_that_is_none_of_its_parameters() -> None:
+    encoder = Encoder("alexnet", 2)
+    loss = RegistrationLoss({"features": 1.0}, encoder=encoder)
+    assert not list(loss.parameters()) and not loss.state_dict()
+    assert all(p.requires_grad for p in encoder.parameters()) and encoder.training  # the caller's is left alone
+    held = loss.options.encoder
+    assert held is not None and not held.training and not any(p.requires_grad for p in held.parameters())
+    with pytest.raises(InputError, match=r"features: no encoder.*encoder=Encoder"):
+        RegistrationLoss({"lncc": 1.0, "features": 1.0})
+
+
+def test_an_encoder_is_made_only_for_features_and_only_from_transferred_weights(tmp_path: Path) -> None:
+    assert feature_encoder({"lncc": 1.0, "features": 0.0}, "alexnet", 2, pretrained="none") is None
+    with pytest.raises(InputError, match=r"features.*--pretrained"):
+        feature_encoder({"features": 1.0}, "alexnet", 2, pretrained="none")
+    torch.save(SymmetricNet(2, "alexnet").state_dict(), tmp_path / "model.pt")
+    encoder = feature_encoder({"features": 1.0}, "alexnet", 2, pretrained=str(tmp_path / "model.pt"))
+    assert encoder is not None and encoder.strides == (4, 8, 16)
+
+
+def test_a_batch_without_supervision_at_all_has_none() -> None:
+    r, target = example((20, 18))
+    images = {key: value for key, value in target.items() if key.endswith("image")}
+    u = r.displacement.clone().requires_grad_()
+    for name in ("dice", "landmarks"):
+        loss = term(name, r._replace(displacement=u), images)
+        assert float(loss.detach()) == 0 and not torch.autograd.grad(loss, u)[0].any()
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms_and_remembers_them() -> None:
+    r, target = example(SHAPES[0])
+    loss = RegistrationLoss({"mse": 0.5, "diffusion": 3, "lncc": 0})
+    total = loss(r._asdict(), target)
+    assert list(loss.terms) == ["mse", "diffusion", "loss"]
+    mse = ((r.warped_moving - target["fixed_image"]) ** 2 + (r.warped_fixed - target["moving_image"]) ** 2).mean() / 2
+    assert loss.terms["mse"] == pytest.approx(float(mse), rel=1e-5)
+    expected = 0.5 * loss.terms["mse"] + 3 * loss.terms["diffusion"]
+    assert float(total) == loss.terms["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_terms_weights_and_windows_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown loss terms \['lnc'\].*lncc, ncc, mse, mi, mind.*known_field"):
+        RegistrationLoss({"lnc": 1, "mse": 1})
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite and not negative"):
+            RegistrationLoss({"lncc": weight})
+    for weights in ({}, {"lncc": 0.0}):
+        with pytest.raises(ValueError, match="give at least one term"):
+            RegistrationLoss(weights)
+    for window in (8, 0, -3):
+        with pytest.raises(ValueError, match="window.*odd"):
+            RegistrationLoss({"lncc": 1}, window=window)
+
+
+@pytest.mark.parametrize("name", ["lncc", "ncc", "mse", "mi", "mind"])
+def test_the_loss_falls_on_two_discs(name) -> None:
+    def disc(*centre: float) -> Tensor:
+        x, y = identity_grid((32, 32))[0] - torch.tensor(centre).view(2, 1, 1)
+        return torch.sigmoid(8 - (x * x + y * y).sqrt())[None, None]  # radius 8
+
+    def dice(velocity: Tensor) -> float:
+        labels = {"fixed_label": (fixed > 0.5).int(), "moving_label": (moving > 0.5).int()}
+        return 1 - float(term("dice", register(fixed, moving, velocity), labels))
+
+    fixed, moving = disc(15, 15), disc(18, 13)
+    target = {"fixed_image": fixed, "moving_image": moving}
+    velocity = torch.zeros(1, 2, 9, 9, requires_grad=True)
+    optimizer = torch.optim.Adam([velocity], lr=0.05)
+    loss, losses = RegistrationLoss({name: 1.0, "diffusion": 0.05}), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(register(fixed, moving, velocity)._asdict(), target).backward()
+        optimizer.step()
+        losses.append(loss.terms["loss"])
+    assert losses[-1] < losses[0] - 0.2 * abs(losses[0])
+    assert dice(torch.zeros_like(velocity)) < 0.8 < 0.9 < dice(velocity.detach())

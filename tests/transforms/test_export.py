@@ -1,0 +1,251 @@
+"""Truth: the pair's closed formula, interpolated by scipy; judges: ITK, SimpleITK, ANTs, nitransforms, fslpy, surfa."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ants
+import itk
+import nitransforms
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+from nibabel.affines import apply_affine
+from scipy import ndimage
+
+from helpers.exported import WAY, Setup, dense, image_files, lps, pulled_and_pulling, setup
+from regpipe.io import itk_bridge
+from regpipe.io.images import Image
+from regpipe.transforms import export
+from regpipe.transforms.displacement import resample_through
+from regpipe.utils.errors import InputError
+
+BOTH = pytest.mark.parametrize("dim", [2, 3])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[int, Path]:
+    """A folder per dimension, with the formats that need no package of their own."""
+    folders = {}
+    for dim, formats in ((2, ("itk", "ants")), (3, ("itk", "ants", "fsl", "l2r"))):
+        folders[dim] = tmp_path_factory.mktemp(f"case{dim}")
+        export.write_transforms(
+            folders[dim], setup(dim).pair, *image_files(setup(dim)), formats=formats, stage="affine"
+        )
+    return folders
+
+
+def interpolated(field: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """A field (D, *S) at voxels (K, D), linear, its rim's value outside."""
+    return np.stack([ndimage.map_coordinates(c.astype(float), at.T, order=1, mode="nearest") for c in field], -1)
+
+
+def all_over(image: Image, k: int = 300) -> np.ndarray:
+    """Random places (K, D) in RAS mm, anywhere in the image."""
+    shape = np.array(image.array.shape)
+    return apply_affine(image.affine, np.random.default_rng(3).uniform(-0.5, shape - 0.5, (k, len(shape))))
+
+
+def truth(case: Setup, way: str) -> tuple[np.ndarray, np.ndarray]:
+    """Points in LPS mm, and where the network's own displacement takes them."""
+    if way == "moving_to_fixed":
+        points, start, end, u = all_over(case.fixed), case.fixed_frame, case.moving_frame, case.u
+    else:
+        points, start, end, u = all_over(case.moving), case.moving_frame, case.fixed_frame, case.inverse_u
+    at = apply_affine(np.linalg.inv(start), points)
+    return lps(points), lps(apply_affine(end, at + interpolated(u, at)))
+
+
+def described(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "transform.json").read_text())
+
+
+def through_ants(folder: Path, way: str, points: np.ndarray) -> np.ndarray:
+    about = described(folder)[way]
+    table = pd.DataFrame(points, columns=list("xyz")[: points.shape[1]])
+    files = [str(folder / name) for name in about["ants"]]
+    moved = ants.apply_transforms_to_points(points.shape[1], table, files, whichtoinvert=about["ants_invert"])
+    return moved.to_numpy()[:, : points.shape[1]]
+
+
+# The pair
+
+
+@BOTH
+@WAY
+def test_points_go_where_the_networks_displacement_takes_them(dim, way):
+    points, expected = truth(setup(dim), way)
+    _, _, move = pulled_and_pulling(setup(dim), way)
+    np.testing.assert_allclose(move(setup(dim).pair, points), expected, atol=1e-4)
+    assert np.abs(expected - points).max() > 5
+
+
+@BOTH
+def test_the_grid_is_the_working_grid_grown_until_it_reaches_beyond_both_images(dim):
+    case = setup(dim)
+    for image, to_fixed in ((case.fixed, np.eye(dim + 1)), (case.moving, np.linalg.inv(case.pair.matrix))):
+        ends = [(-0.5, n - 0.5) for n in image.array.shape]
+        corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, dim)
+        at = apply_affine(np.linalg.inv(case.pair.frame) @ to_fixed @ image.affine, corners)
+        assert (at >= 2).all() and (at <= np.array(case.pair.forward.shape[1:]) - 3).all()
+    first = np.rint(apply_affine(np.linalg.inv(case.pair.frame) @ case.fixed_frame, np.zeros(dim))).astype(int)
+    inner = tuple(slice(a, a + n) for a, n in zip(first, case.u.shape[1:], strict=True))
+    vectors = np.tensordot(case.fixed_frame[:-1, :-1], case.u, axes=1).T  # RAS mm
+    np.testing.assert_allclose(lps(case.pair.forward[(slice(None), *inner)].T), vectors, atol=1e-5)
+
+
+@BOTH
+def test_a_moving_image_of_many_times_the_size_does_not_blow_up_the_grid(dim):
+    case = setup(dim)
+    spaces = (case.fixed.array.shape, case.fixed.affine), (tuple(20 * n for n in case.u.shape[1:]), case.moving_frame)
+    pair = export.pair_transform(case.u, case.inverse_u, case.fixed_frame, case.moving_frame, *spaces)
+    assert pair.forward.size < 8 * case.u.size
+    points, expected = truth(case, "moving_to_fixed")
+    np.testing.assert_allclose(export.moving_points(pair, points), expected, atol=1e-4)
+
+
+@BOTH
+def test_there_and_back_is_where_one_was(dim):
+    case = setup(dim)
+    middle = np.random.default_rng(8).uniform(0.25, 0.75, (500, dim)) * (np.array(case.u.shape[1:]) - 1)
+    points = lps(apply_affine(case.fixed_frame, middle))
+    back = export.fixed_points(case.pair, export.moving_points(case.pair, points))
+    off = apply_affine(np.linalg.inv(case.fixed_frame), lps(back)) - middle
+    assert np.percentile(np.linalg.norm(off, axis=1), 99) < 0.1
+    assert np.linalg.norm(interpolated(case.u, middle), axis=1).max() > 1
+
+
+# Files, read by others
+
+
+@BOTH
+@WAY
+def test_itk_and_simpleitk_and_ants_take_points_where_the_formula_does(dim, way, written):
+    points, expected = truth(setup(dim), way)
+    path = str(written[dim] / described(written[dim])[way]["itk"])
+    for read in (itk.transformread(path)[0], sitk.ReadTransform(path)):
+        moved = [list(read.TransformPoint([float(v) for v in p])) for p in points]
+        np.testing.assert_allclose(moved, expected, atol=1e-3)
+    np.testing.assert_allclose(through_ants(written[dim], way, points), expected, atol=1e-3)
+    composite = ants.apply_transforms_to_points(
+        dim, pd.DataFrame(points, columns=list("xyz")[:dim]), [path], whichtoinvert=[False]
+    )
+    np.testing.assert_allclose(composite.to_numpy()[:, :dim], expected, atol=1e-3)
+
+
+@WAY
+def test_nitransforms_takes_the_grids_voxels_where_the_formula_does(way, written):
+    case = setup(3)  # its fields are cubic between voxels, and 3-D only
+    voxels = np.random.default_rng(9).integers(0, case.pair.forward.shape[1:], (200, 3))
+    points = apply_affine(case.pair.frame, voxels)
+    if way == "fixed_to_moving":
+        points = apply_affine(case.pair.matrix, points)
+    _, _, move = pulled_and_pulling(case, way)
+    chain = nitransforms.manip.TransformChain.from_filename(written[3] / f"{way}.h5", fmt="itk")
+    np.testing.assert_allclose(lps(chain.map(points)), move(case.pair, lps(points)), atol=1e-3)
+
+
+@BOTH
+@WAY
+def test_simpleitk_and_ants_resample_images_as_the_formula_does(dim, way, written):
+    case = setup(dim)
+    pulled, pulling, _ = pulled_and_pulling(case, way)
+    d, inside = dense(case, way)
+    expected = resample_through(pulled, d, pulling.affine, order=1)
+    about = described(written[dim])[way]
+    source, grid = (sitk_image(image) for image in (pulled, pulling))
+    read = sitk.ReadTransform(str(written[dim] / about["itk"]))
+    by_sitk = sitk.GetArrayFromImage(sitk.Resample(source, grid, read, sitk.sitkLinear)).T
+    by_ants = ants.apply_transforms(
+        ants.from_sitk(grid),
+        ants.from_sitk(source),
+        [str(written[dim] / name) for name in about["ants"]],
+        whichtoinvert=about["ants_invert"],
+    ).numpy()
+    assert inside.mean() > 0.3
+    np.testing.assert_allclose(by_sitk[inside], expected[inside], atol=1e-3)  # of a range of 1
+    np.testing.assert_allclose(by_ants[inside], expected[inside], atol=1e-3)
+
+
+def sitk_image(image: Image) -> sitk.Image:
+    placed_lps = itk_bridge.lps_matrix(image.affine, places=False)
+    made = sitk.GetImageFromArray(np.ascontiguousarray(image.array.T))
+    made.SetSpacing(image.spacing.tolist())
+    made.SetOrigin(placed_lps[:-1, -1].tolist())
+    made.SetDirection((placed_lps[:-1, :-1] / image.spacing).ravel().tolist())
+    return made
+
+
+@BOTH
+def test_a_blob_comes_to_lie_where_the_points_say(dim, written):
+    case = setup(dim)
+    middle = lps(apply_affine(case.fixed.affine, (np.array(case.fixed.array.shape) - 1) / 2))
+    there = export.moving_points(case.pair, middle[None])[0]
+    at = np.indices(case.moving.array.shape).reshape(dim, -1).T
+    far = np.linalg.norm(lps(apply_affine(case.moving.affine, at)) - there, axis=1)
+    blob = Image(np.exp(-(far**2) / 8).reshape(case.moving.array.shape), case.moving.affine)
+    read = sitk.ReadTransform(str(written[dim] / "moving_to_fixed.h5"))
+    pulled = sitk.GetArrayFromImage(sitk.Resample(sitk_image(blob), sitk_image(case.fixed), read)).T
+    found = lps(apply_affine(case.fixed.affine, np.array(ndimage.center_of_mass(pulled))))
+    assert np.linalg.norm(found - middle) < 0.3  # mm; the field bends the blob itself
+    assert np.linalg.norm(there - middle) > 2
+
+
+@BOTH
+def test_the_same_pair_gives_the_same_bytes_at_another_time(dim, tmp_path):
+    formats = ["itk", "ants"] if dim == 2 else ["itk", "ants", "fsl", "l2r"]
+    formats += ["freesurfer"] if dim == 3 and importlib.util.find_spec("surfa") else []
+    for name in "ab":
+        export.write_transforms(tmp_path / name, setup(dim).pair, *image_files(setup(dim)), formats=formats)
+        time.sleep(1.1 if name == "a" else 0)  # time stamps are in seconds
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(names) == (6 if dim == 2 else 9 + 2 * ("freesurfer" in formats))
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@BOTH
+def test_transform_json_says_which_files_they_are(dim, written):
+    content = described(written[dim])
+    case = setup(dim)
+    assert content["format"] == "regpipe transform 1"
+    assert content["fixed"]["file"] == "fixed.nii.gz" and content["moving"]["shape"] == [*case.moving.array.shape]
+    np.testing.assert_array_equal(content["moving"]["affine"], case.moving.affine)
+    np.testing.assert_array_equal(content["alignment"]["matrix"], case.pair.matrix)
+    assert content["alignment"]["stage"] == "affine"
+    files = {**content["moving_to_fixed"]["sha256"], **content["fixed_to_moving"]["sha256"]}
+    assert {*files, "transform.json"} == {path.name for path in written[dim].iterdir()}
+    for name, digest in files.items():
+        assert hashlib.sha256((written[dim] / name).read_bytes()).hexdigest() == digest
+
+
+def test_an_image_is_named_without_its_folder_and_hashed_whole(tmp_path):
+    path = tmp_path / "secret" / "scan.nii.gz"
+    path.parent.mkdir()
+    path.write_bytes(b"voxels")
+    about = export.image_file(path, setup(2).fixed)
+    assert about.file == "scan.nii.gz"
+    assert about.sha256 == hashlib.sha256(b"voxels").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("dim", "formats", "said"),
+    [(3, ["itk", "m3z"], "'m3z'; choose among itk, ants"), (2, ["itk", "fsl"], "fsl: is 3-D only")],
+)
+def test_a_format_that_cannot_be_is_refused_before_anything_is_written(dim, formats, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        export.write_transforms(tmp_path / "case", setup(dim).pair, *image_files(setup(dim)), formats=formats)
+    assert not (tmp_path / "case").exists()
+
+
+def test_freesurfer_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "surfa", None)
+    with pytest.raises(InputError, match="pip install surfa"):
+        export.check_formats(["freesurfer"], 3)
