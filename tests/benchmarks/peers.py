@@ -73,13 +73,16 @@ def _both_still(_: Any, pair: Pair, u: np.ndarray) -> Field:
 # ---------------------------------------------------------------------------------------------------- ANTs
 
 
-def ants_peer(kind: str) -> Peer:
+def ants_peer(kind: str, *, correlation: int = 0) -> Peer:
     """``ants.registration`` of one kind, everything else by default.
+
+    ``correlation``: radius in voxels of the correlation (CC) that takes the place of mutual information, if any.
 
     SyN: affine, then mutual information, 40 x 20 x 0 iterations: none at full resolution. SyNCC: rigid, affine, then
     CC of radius 4, 2100 x 1200 x 1200 x 20. SyNOnly: SyN without its affine stage, which on images that share little
     may go astray.
     """
+    metric = {"syn_metric": "CC", "syn_sampling": correlation} if correlation else {}
 
     def load(_: Place) -> Any:
         os.environ["ANTS_RANDOM_SEED"] = "1"  # mutual information is sampled at random
@@ -89,7 +92,7 @@ def ants_peer(kind: str) -> Peer:
         masks = {"mask": pair.fixed_mask, "moving_mask": pair.moving_mask}
         given = {name: ants.from_numpy(m, spacing=pair.spacing) for name, m in masks.items() if m is not None}
         images = (ants.from_numpy(image, spacing=pair.spacing) for image in (pair.fixed, pair.moving))
-        return dict(ants.registration(*images, type_of_transform=kind, **given))
+        return dict(ants.registration(*images, type_of_transform=kind, **given, **metric))
 
     return Peer(load, solve, _ants_field)
 
@@ -241,6 +244,7 @@ METHODS: dict[str, Peer] = {
     "ants_affine": ants_peer("Affine"),
     "syn_mi": ants_peer("SyN"),
     "syn_cc": ants_peer("SyNCC"),
+    "syn_cc_short": ants_peer("SyN", correlation=4),
     "syn_only": ants_peer("SyNOnly"),
     "elastix": Peer(_load_elastix, _elastix, _elastix_field),
     "convexadam": Peer(_load_convexadam, _convexadam, _convexadam_field),
@@ -251,7 +255,7 @@ METHODS: dict[str, Peer] = {
     "regpipe_zero": refined_peer(None),
 }
 PACKAGES = {
-    **dict.fromkeys(("ants_affine", "syn_mi", "syn_cc", "syn_only"), "antspyx"),
+    **dict.fromkeys(("ants_affine", "syn_mi", "syn_cc", "syn_cc_short", "syn_only"), "antspyx"),
     "elastix": "itk-elastix",
     "convexadam": "convexAdam",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ TESTED = ("dice", *SPLIT_DICE, "hd95", "tre", "sdlogj")
 Row = dict[str, Any]
 
 
-def read_cases(path: Path) -> list[Row]:
-    """The lines of ``cases.csv``; none where there is no such file.
+def read_cases(path: Path, columns: Sequence[str] = COLUMNS, text: Sequence[str] = TEXT) -> list[Row]:
+    """The lines of ``cases.csv``; none where there is no such file. All ``columns`` but those of ``text`` are numbers.
 
     Raises:
         InputError: other columns, from another version.
@@ -42,30 +42,37 @@ def read_cases(path: Path) -> list[Row]:
         return []
     with path.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) != tuple(columns):
             raise InputError(f"{path}: has other columns; give another -o")
-        return [{key: value if key in TEXT else float(value) for key, value in row.items()} for row in reader]
+        return [{key: value if key in text else float(value) for key, value in row.items()} for row in reader]
 
 
 def write_cases(path: Path, rows: Sequence[Row]) -> None:
     """All lines anew, the file replaced whole: it is small, and a kill leaves the old one."""
+    replace_file(path, csv_lines([COLUMNS, *(cells_of(row, COLUMNS) for row in rows)]).encode())
+
+
+def cells_of(row: Row, columns: Sequence[str]) -> list[str]:
+    return [f"{row[k]:.6g}" if isinstance(row[k], float) else str(row[k]) for k in columns]
+
+
+def csv_lines(lines: Iterable[Sequence[str]]) -> str:
     text = io.StringIO(newline="")
-    lines = [[f"{row[k]:.6g}" if isinstance(row[k], float) else row[k] for k in COLUMNS] for row in rows]
-    csv.writer(text).writerows([COLUMNS, *lines])
-    replace_file(path, text.getvalue().encode())
+    csv.writer(text).writerows(lines)
+    return text.getvalue()
 
 
 def page(rows: Sequence[Row], methods: Sequence[str], reference: str) -> str:
     """``accuracy.md``: a line per method, then paired differences from the reference on the pairs both have."""
     shown = [name for name in HEADINGS if len(known(row[name] for row in rows))]
     head = ["method", "pairs", *(HEADINGS[name][0] for name in shown), "peak GiB", "made from"]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     for method in methods:
         own = [row for row in rows if row["method"] == method]
         if own:
-            cells = [_interval([row[name] for row in own], HEADINGS[name][1]) for name in shown]
+            cells = [mean_cell([row[name] for row in own], HEADINGS[name][1]) for name in shown]
             peak = max(row["peak_mib"] for row in own) / 1024
-            lines.append(_line([method, str(len(own)), *cells, f"{peak:.2f}", own[0]["made_from"]]))
+            lines.append(line([method, str(len(own)), *cells, f"{peak:.2f}", own[0]["made_from"]]))
     notes = (
         "Mean [95 % bootstrap interval over pairs]. Pairs share subjects, so intervals and p values are optimistic. "
         "Labels warped by nearest neighbour; one thread; seconds without imports, reading and writing; an empty cell: "
@@ -74,11 +81,11 @@ def page(rows: Sequence[Row], methods: Sequence[str], reference: str) -> str:
     return "\n".join([*lines, "", notes, "", *_differences(rows, methods, reference)])
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _interval(values: Sequence[float], digits: int) -> str:
+def mean_cell(values: Sequence[float], digits: int) -> str:
     return interval(bootstrap_interval(values), digits) if len(known(values)) else ""
 
 
@@ -94,8 +101,8 @@ def _differences(rows: Sequence[Row], methods: Sequence[str], reference: str) ->
             a, b = paired(rows, method, reference, name)
             if len(a):
                 digits = HEADINGS[name][1] + 1
-                cells = [method, HEADINGS[name][0], str(len(a)), _interval((a - b).tolist(), digits)]
-                lines.append(_line([*cells, f"{signed_rank(a - b):.2g}"]))
+                cells = [method, HEADINGS[name][0], str(len(a)), mean_cell((a - b).tolist(), digits)]
+                lines.append(line([*cells, f"{signed_rank(a - b):.2g}"]))
     return lines
 
 

@@ -12,7 +12,7 @@ import argparse
 import csv
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -32,15 +32,35 @@ Pair = tuple[str, Tensor, Tensor, Tensor | None]  # name, fixed and moving (1, 1
 
 
 def brain(data: Path) -> Iterator[Pair]:
-    volume = tensor(data / "ultrasound_3d" / "brain_case3.nii.gz")
-    fixed = coarsen(volume, [n // 3 for n in volume.shape[2:]])  # 1.2 mm: minutes, not hours
+    fixed = reduced_brain(data, 3)  # 1.2 mm: minutes, not hours
     for seed in range(FIELDS):
         generator = torch.Generator().manual_seed(seed)
-        knots = torch.randn(1, 3, *[KNOTS] * 3, generator=generator)
-        velocity = resize_image(knots, fixed.shape[2:])
-        there, back = integrate_both(velocity * LARGEST / velocity.abs().max())
-        noise = 1 + 0.1 * torch.randn(fixed.shape, generator=generator)
-        yield f"brain, known field {seed}", fixed, (warp(fixed, back) * noise).clamp(0, 1), there
+        velocity = smooth_velocity(fixed.shape[2:], generator)
+        velocity = velocity * LARGEST / velocity.abs().max()
+        yield f"brain, known field {seed}", fixed, *moved(fixed, velocity, generator)
+
+
+def reduced_brain(data: Path, factor: int) -> Tensor:
+    volume = tensor(data / "ultrasound_3d" / "brain_case3.nii.gz")
+    return coarsen(volume, [n // factor for n in volume.shape[2:]])
+
+
+def smooth_velocity(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random (1, D, *shape), of no certain size."""
+    knots = torch.randn(1, len(shape), *[KNOTS] * len(shape), generator=generator)
+    return resize_image(knots, shape)
+
+
+def moved(fixed: Tensor, velocity: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(the image moved by the velocity, with fresh multiplicative noise; the displacement that warps it back)."""
+    there, back = integrate_both(velocity)
+    noise = 1 + 0.1 * torch.randn(fixed.shape, generator=generator)
+    return (warp(fixed, back) * noise).clamp(0, 1), there
+
+
+def tissue(fixed: Tensor) -> Tensor:
+    """(1, *S): where the ultrasound sees something."""
+    return (fixed > 0.05)[:, 0]
 
 
 def echo(data: Path) -> Iterator[Pair]:
@@ -75,8 +95,7 @@ def row(name: str, fixed: Tensor, moving: Tensor, truth: Tensor | None) -> dict[
     result |= {"ncc_before": correlation(fixed, moving), "ncc": correlation(fixed, found["warped_moving"])}
     result |= {"folds_percent": folds_percent(u[0]), "ndv_percent": ndv_percent(u[0]), "sdlogj": sdlogj(u[0])}
     if truth is not None:
-        tissue = (fixed > 0.05)[:, 0]
-        size, error = ((x.square().sum(1).sqrt()[tissue]) for x in (truth, u - truth))
+        size, error = ((x.square().sum(1).sqrt()[tissue(fixed)]) for x in (truth, u - truth))
         result |= {"true_median": float(size.median()), "error_median": float(error.median())}
         result |= {"error_p95": float(error.kthvalue(int(0.95 * len(error))).values)}
     return result
