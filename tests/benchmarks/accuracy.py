@@ -32,8 +32,10 @@ from tables import COSTS, Row, page, read_cases, write_cases
 import regpipe
 from regpipe import InputError, LoadPair, collate_pairs
 from regpipe.bundle.write import write_bundle
-from regpipe.engines import record
+from regpipe.engines import record, refine
+from regpipe.fields import algebra, folds
 from regpipe.io.images import load_grid
+from regpipe.losses import regularity, similarity, terms
 from regpipe.study.compare import run_bundle
 from regpipe.utils.errors import one_line_errors
 from regpipe.utils.files import replace_file
@@ -65,7 +67,9 @@ def register_apart(method: str, pair: peers.Pair, place: peers.Place) -> tuple[p
             return field, {name: float(data[name]) for name in COSTS}
 
 
-REFINING = ("refine", "losses", "similarity", "regularity", "repair", "fields")  # the modules that refinement is
+REFINING = [  # the code that refinement is
+    Path(str(module.__file__)) for module in (refine, terms, similarity, regularity, folds, algebra)
+]
 
 
 def made_from(method: str, place: peers.Place) -> str:
@@ -79,7 +83,7 @@ def made_from(method: str, place: peers.Place) -> str:
     weights = place.symnet if method == "symnet" else None
     if place.bundles and method not in ("identity", "symnet", "regpipe_zero"):
         weights = model_folder(method, place.bundles) / "model.pt"
-    code = [Path(regpipe.__file__).parent / f"{name}.py" for name in REFINING if method.endswith(("_refined", "_zero"))]
+    code = REFINING if method.endswith(("_refined", "_zero")) else []
     return " ".join([f"regpipe {regpipe.__version__}", *(_digest(file) for file in (weights, *code) if file)])
 
 

@@ -47,16 +47,26 @@ class RealPair(NamedTuple):
     load: Callable[[], Loaded]
 
 
+class Folders(NamedTuple):
+    """Where the sets are, and where alignments are kept, which take longer than what comes after."""
+
+    data: Path
+    kept: Path
+
+
 class RealSet(NamedTuple):
-    pairs: Callable[[Path], list[RealPair]]  # of the folder of all sets
+    pairs: Callable[[Folders], list[RealPair]]
     metrics: tuple[str, ...]  # that count
 
 
 # ---- pairs of files
 
 
-def from_files(cases: Sequence[Case], stage: str, landmark_channels: int | None = None) -> list[RealPair]:
-    load = LoadPair(None, landmark_channels=landmark_channels, affine=stage, cache=False)
+def from_files(
+    cases: Sequence[Case], stage: str, *, landmark_channels: int | None = None, kept: Path | None = None
+) -> list[RealPair]:
+    folder = str(kept) if kept and stage == "affine" else None
+    load = LoadPair(None, landmark_channels=landmark_channels, affine=stage, cache=False, cache_dir=folder)
     return [RealPair(case["case"], functools.partial(_load, load, case)) for case in cases]
 
 
@@ -64,35 +74,35 @@ def _load(load: LoadPair, case: Case) -> Loaded:
     return Loaded(collate_pairs([load(case)]), load.grid_of(case))
 
 
-def hippocampus(data: Path, stage: str) -> list[RealPair]:
+def hippocampus(at: Folders, stage: str) -> list[RealPair]:
     """The pairs of docs/results/accuracy.md: 40 of those of the 40 subjects held out there."""
-    held = open_data(data / "hippocampus_mr", choices("hippocampus_mr"), HIPPOCAMPI)
-    return from_files(held.cases, stage)
+    held = open_data(at.data / "hippocampus_mr", choices("hippocampus_mr"), HIPPOCAMPI)
+    return from_files(held.cases, stage, kept=at.kept)
 
 
-def slices(data: Path) -> list[RealPair]:
-    return from_files(list_pairs(data / "brain_mr_2d"), "none")
+def slices(at: Folders) -> list[RealPair]:
+    return from_files(list_pairs(at.data / "brain_mr_2d"), "none")
 
 
-def heads(data: Path) -> list[RealPair]:
+def heads(at: Folders) -> list[RealPair]:
     """The six of docs/results/accuracy.md."""
-    return from_files(open_data(data / "brain_mr_3d", choices("brain_mr_3d"), HEADS).cases, "none")
+    return from_files(open_data(at.data / "brain_mr_3d", choices("brain_mr_3d"), HEADS).cases, "none")
 
 
-def prostates(data: Path, stage: str) -> list[RealPair]:
+def prostates(at: Folders, stage: str) -> list[RealPair]:
     """The 18 of docs/results/accuracy.md."""
-    held = open_data(data / "prostate_mrus", choices("prostate_mrus"), None)
-    return from_files(held.cases, stage, held.landmark_channels)
+    held = open_data(at.data / "prostate_mrus", choices("prostate_mrus"), None)
+    return from_files(held.cases, stage, landmark_channels=held.landmark_channels, kept=at.kept)
 
 
-def liver(data: Path) -> list[RealPair]:
-    cases = list_pairs(data / "ultrasound_2d" / "liver", pairing="first")
+def liver(at: Folders) -> list[RealPair]:
+    cases = list_pairs(at.data / "ultrasound_2d" / "liver", pairing="first")
     spread = np.linspace(0, len(cases) - 1, min(FRAMES, len(cases))).round().astype(int)
     return from_files([cases[i] for i in spread], "none")
 
 
-def echo(data: Path) -> list[RealPair]:
-    film = data / "ultrasound_3d" / "tee_4d.nii.gz"
+def echo(at: Folders) -> list[RealPair]:
+    film = at.data / "ultrasound_3d" / "tee_4d.nii.gz"
     frames = range(1, nib.load(film).shape[3])  # type: ignore[attr-defined]
     first = {"fixed_image": f"{film}#0"}
     return from_files([{"case": f"frame_{i}", **first, "moving_image": f"{film}#{i}"} for i in frames], "none")
@@ -111,8 +121,8 @@ def batch_of(fixed: Tensor, moving: Tensor) -> Loaded:
     return Loaded(batch, Grid(shape, (1.0,) * len(shape)))
 
 
-def known_fields(data: Path) -> list[RealPair]:
-    return [RealPair(f"field_{seed}", functools.partial(_known_field, data, seed)) for seed in range(FIELDS)]
+def known_fields(at: Folders) -> list[RealPair]:
+    return [RealPair(f"field_{seed}", functools.partial(_known_field, at.data, seed)) for seed in range(FIELDS)]
 
 
 def _known_field(data: Path, seed: int) -> Loaded:
@@ -125,11 +135,11 @@ def _known_field(data: Path, seed: int) -> Loaded:
     return Loaded({**batch, "displacement": there}, grid)
 
 
-def restraint(data: Path, dims: int) -> list[RealPair]:
+def restraint(at: Folders, dims: int) -> list[RealPair]:
     """Two images of each of three sets against themselves, each time with fresh noise."""
     return [
         RealPair(f"{name}_noise_{100 * sigma:.0f}", functools.partial(_twice, read, sigma))
-        for name, read in STILLS[dims](data).items()
+        for name, read in STILLS[dims](at.data).items()
         for sigma in NOISE
     ]
 

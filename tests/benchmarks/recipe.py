@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from realpairs import Loaded, rician, slices
+from realpairs import Folders, Loaded, rician, slices
 
 from regpipe import RegistrationLoss, SymmetricNet
 from regpipe.engines.handlers import WeightAverage
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.process_time()
     network = train(given)
     spent = time.process_time() - began
-    every = slices(given.data)
+    every = slices(Folders(given.data, Path()))
     chosen = np.random.default_rng(0).permutation(len(every))[: given.pairs]
     seen = [every[i].load() for i in chosen]
     plain, inverted = (np.mean([overlap(network, one, inverted=way) for one in seen], 0) for way in (False, True))

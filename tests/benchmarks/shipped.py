@@ -8,9 +8,10 @@ MODEL.pt is the state dict of a ``regpipe.SymmetricNet``. The sets are ``realpai
 gamma changed; that is all that is changed: stages before the network, and every measure, look at the images as they
 are. Seconds are of the processor, for the answer alone (displacements and warped images both ways), no reading.
 
-``OUT/cases_{2,3}d.csv`` grows by a line per answer, ``OUT/table_{2,3}d.md`` is made of all its lines. The same command
-goes on where it stopped; what fails is told of, has no line, and stops nothing else. A line belongs to the weights of
-its network (``made_from``), not to this package's code: give another ``--out`` where that has changed.
+``OUT/cases_{2,3}d.csv`` grows by a line per answer, ``OUT/table_{2,3}d.md`` is made of all its lines; ``OUT/aligned``
+keeps the affine stage's work. The same command goes on where it stopped; what fails is told of, has no line, and stops
+nothing else. A line belongs to the weights of its network (``made_from``), not to this package's code: give another
+``--out`` where that has changed.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import peers
 import torch
 from accuracy import DATA, REFINING, made_from
 from judging import SPLIT_DICE, judge
-from peers import Field, Place, run
-from realpairs import SETS, Loaded, RealPair
+from peers import Field
+from realpairs import SETS, Folders, Loaded, RealPair
 from sets import as_pair
 from tables import HEADINGS, Row, cells_of, csv_lines, line, mean_cell, read_cases
 from torch import Tensor, nn
 from ultrasound import tissue
 
-import regpipe
 from regpipe import InputError, SymmetricNet
 from regpipe.engines.evaluation import SHOWN
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer, prepare_batch
@@ -106,9 +107,8 @@ def load_network(path: Path, backbone: str, dims: int) -> nn.Module:
 
 
 def zero_answer() -> Answer:
-    code = [Path(regpipe.__file__).parent / f"{name}.py" for name in REFINING]
     inferer = ZeroInferer(zero_refiner(), repair=True)
-    return Answer("from zero", f"regpipe {sha256(code)[:12]}", functools.partial(infer, inferer, nn.Identity()))
+    return Answer("from zero", f"regpipe {sha256(REFINING)[:12]}", functools.partial(infer, inferer, nn.Identity()))
 
 
 @torch.no_grad()
@@ -122,10 +122,10 @@ def infer(inferer: Callable[..., Mapping[str, Tensor]], network: nn.Module, seen
 
 def ants_answer(method: str) -> Answer:
     def solve(seen: Loaded) -> tuple[Field, float]:
-        field, costs = run(method, as_pair(seen.batch, seen.grid, masks=False), Place())
+        field, costs = peers.run(method, as_pair(seen.batch, seen.grid, masks=False), peers.Place())
         return field, costs["cpu_seconds"]
 
-    return Answer(method, made_from(method, Place()), solve)
+    return Answer(method, made_from(method, peers.Place()), solve)
 
 
 # ---- what an answer is worth
@@ -305,9 +305,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")  # read when ITK is imported
     given = options_of(argv)
     answers, failed = answers_of(given), list[str]()
+    at = Folders(given.data, given.out / "aligned")
     for name in given.sets or SETS[given.dims]:
         with going_on(name, failed):
-            pairs = drawn(SETS[given.dims][name].pairs(given.data), given.pairs)
+            pairs = drawn(SETS[given.dims][name].pairs(at), given.pairs)
             run_set(name, pairs, answers, given.out / f"cases_{given.dims}d.csv", failed)
     write_page(given.out, given.dims)
     if failed:
