@@ -140,36 +140,43 @@ def register(
             dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], beside)
         elif any(beside.values()):
             raise InputError("labels, masks and --landmarks go with two files; a folder holds its own")
-        folder = _bundle(bundle, dataset)
-        if folder is None:
+        found = _bundle(bundle, dataset)
+        if found is None:
             _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
             return
-        if refine is None and bundle in completion.SHIPPED:
-            from regpipe.engines.refine import SHIPPED_STEPS as refine
-        loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
-        told = chosen | _refinement(refine, loss) | ({} if finest is None else {"refine_finest": finest})
         from regpipe.bundle.run import register_with_bundle
 
+        folder, told = found
+        steps = told.get("refine") if refine is None else refine
+        loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
+        told |= chosen | _refinement(steps, loss) | ({} if finest is None else {"refine_finest": finest})
         register_with_bundle(folder, dataset, out, told, trust=trust)
 
 
-def _bundle(name: str, dataset: Path) -> Path | None:
-    """The bundle that ``--bundle`` names, one that came with regpipe or a folder; None for ``none``.
+def _bundle(name: str, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The bundle that ``--bundle`` names, a folder or one that came with regpipe, and what it is told; None: from zero.
 
-    Where none came with regpipe for images of this dimension it is None too, and said.
+    The names of those that came with regpipe go before folders of the same name. Where none came for the images'
+    dimension, or images are of both, that is said.
     """
     if name == "none":
         return None
-    if name not in completion.SHIPPED or Path(name).is_dir():
-        return Path(name)
-    from regpipe.engines.inferers import dimension_of
+    if name not in completion.SHIPPED:
+        return Path(name), {}
+    from regpipe.engines.inferers import dimensions_of
+    from regpipe.engines.refine import SHIPPED_STEPS
     from regpipe.networks.weights import shipped
 
-    dim = dimension_of(str(dataset))
+    dims = dimensions_of(str(dataset))
+    if len(dims) > 1:
+        console.say("images of both 2D and 3D, and a network is for either: each pair is optimised from zero")
+        return None
+    (dim,) = dims
     found = shipped(name, dim)
     if found is None:
         console.say(f"regpipe came without a model of {name} for {dim}D images: each pair is optimised from zero")
-    return found
+        return None
+    return found, {"ckpt_dir": str(found.absolute() / "models" / f"{dim}d"), "refine": SHIPPED_STEPS}
 
 
 def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ in training is ``engines.step.TrainingStep``; what happens around it is in ``eng
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
-from regpipe.data.pairs import list_pairs
+from regpipe.data.pairs import SIDES, list_pairs
 from regpipe.engines.refine import Refiner
 from regpipe.fields.algebra import (
     SQUARINGS,
@@ -174,7 +175,9 @@ def model_folder(folder: str, dataset_dir: str) -> str:
     either dimension: taken where there is no training, or one of the other dimension.
     """
     own = Path(folder)
-    dim = dimension_of(dataset_dir)
+    if not any((own / name / "model.pt").is_file() for name in ("2d", "3d")):
+        return folder
+    dim = min(dimensions_of(dataset_dir, most=1))
     shipped = own / f"{dim}d"
     if not (shipped / "model.pt").is_file():
         return folder
@@ -184,12 +187,15 @@ def model_folder(folder: str, dataset_dir: str) -> str:
     return str(shipped)
 
 
-def dimension_of(dataset_dir: str) -> int:
-    """2 or 3: of the first image of a data set that can be read; 2 where none can."""
-    for case in list_pairs(dataset_dir, problems={}):
+def dimensions_of(dataset_dir: str, *, most: int | None = None) -> set[int]:
+    """2, 3 or both: of the images of a data set that can be read, of the first ``most``; 2 where none can."""
+    found: set[int] = set()
+    cases = list_pairs(dataset_dir, pairing="first", problems={})
+    known = dict.fromkeys(case[f"{side}_image"] for case in cases for side in SIDES)
+    for path in itertools.islice(known, most):
         with contextlib.suppress(InputError):  # said when its turn comes
-            return len(images.geometry(case["fixed_image"])[0])
-    return 2
+            found.add(len(images.geometry(path)[0]))
+    return found or {2}
 
 
 def trained_grid(ckpt_dir: str) -> Grid:

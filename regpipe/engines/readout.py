@@ -1,4 +1,4 @@
-"""A network's metrics on other data while it trains: curves that nothing is chosen by."""
+"""A network's metrics on other data while it trains: curves that no epoch is chosen by."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regpipe.metrics.measures import mean_of, measure
 
 
 class Readout:
-    """Curves ``readout/<name>/<metric>`` of a network on other data while it trains; nothing is chosen by them.
+    """Curves ``readout/<name>/<metric>`` of a network on other data while it trains; no epoch is chosen by them.
 
     Attach it to the trainer. Each pair is registered on a grid of its own.
 

@@ -289,12 +289,20 @@ def _follow(scheduler: LambdaLR) -> None:
 
 
 def check_supervision(
-    cases: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None, moved: Any
+    cases: Sequence[Case],
+    weights: Mapping[str, float],
+    *,
+    landmark_channels: int | None,
+    moved: Any,
+    dataset: Any = None,
 ) -> None:
     """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs.
 
-    ``moved``: something true where the images are moved at random.
+    ``moved``: something true where the images are moved at random; ``dataset``: what the pairs come from, which may
+    make ``clean`` images (``phantoms.synthetic.Batches``).
     """
+    if weights.get("clean") and not getattr(dataset, "clean", False):
+        raise InputError("loss term clean: only pairs of configs/synthetic.yaml have clean images; give it no weight")
     from_fields = [term for term in sorted(KNOWING_FIELDS) if weights.get(term)]
     if from_fields and moved:
         why = "a true displacement no longer holds with --augment or --mirror"

@@ -42,7 +42,7 @@ MARGIN = 1.5  # a scene is so many times the image's size: what moves into the i
 LARGEST_MOTION = 0.2  # of the image's longest side
 STEEPEST = 0.7  # largest difference of a velocity between neighbours: exp(0.7) is twice the length
 SAME_CONTRAST = 0.35  # share of the pairs
-UNLIKE = 12.0  # largest of the bends that an image has of its own, voxels; 0.7 of the pairs have some
+UNLIKE = 12.0  # largest factor on the bends that an image has of its own; 0.7 of the pairs have some
 AIR = 0.5  # share of the scenes that are a body in air
 
 
@@ -68,6 +68,8 @@ class Batches(Dataset[dict[str, Any]]):
         InputError: a number that is not above 0; images that are neither 2D nor 3D.
     """
 
+    clean = True  # its pairs have clean images
+
     def __init__(self, spatial_dims: int, *, batches: int, batch_size: int = 1, device: Any = "cpu") -> None:
         if spatial_dims not in SIDES:
             raise InputError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
@@ -90,8 +92,7 @@ class Batches(Dataset[dict[str, Any]]):
 class LikeFirst:
     """At first all pairs of a training have one contrast; by ``epochs`` their share has fallen to ``SAME_CONTRAST``.
 
-    Where any contrast meets any other from the start a network finds nothing to follow: after 700 batches of 4 its
-    displacements were still zero, after 150 with this they were not (docs/results/shipped.md).
+    A network learns sooner where to look when what it looks for looks alike: docs/results/shipped.md.
     """
 
     def __init__(self, batches: Batches, epochs: int) -> None:
@@ -158,7 +159,10 @@ def make_pair(shape: Sequence[int], *, generator: Generator, same_contrast: floa
 
 
 def _own_bends(shape: Sequence[int], stretch: Tensor, g: Generator) -> Tensor:
-    """Fine displacements (1, D, *shape) of one image alone, of about a voxel: no patient is a warp of another."""
+    """Fine noise (1, D, *shape) of about unit variance that bends the borders of one image alone, and may fold them.
+
+    No patient is a warp of another. The texture stays where the motion has it.
+    """
     return smooth_noise(shape, len(shape), uniform(g, 4, 10) * stretch, generator=g)
 
 
@@ -300,8 +304,8 @@ def _body(shape: Sequence[int], stretch: Tensor, g: Generator) -> tuple[Callable
         for depth in thick:
             layers.append(torch.minimum(outer - reach, reach - (outer - depth)))
             outer -= depth
-        # only signs tell: where a layer is, its height is above all else
-        beyond = [torch.where(layer > 0, 1e3, -1e3) for layer in (reach - 1, *layers)]
+        # where a layer is, its height is above all else; no step, for heights are interpolated
+        beyond = [1e3 * layer for layer in (reach - 1, *layers)]
         return torch.cat([*beyond, inner], 1)
 
     return around, 1 + shells

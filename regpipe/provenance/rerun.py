@@ -18,7 +18,7 @@ from regpipe.bundle.run import register_with_bundle
 from regpipe.bundle.write import all_shipped
 from regpipe.data import manifest
 from regpipe.inference.from_zero import register_from_zero
-from regpipe.provenance.verify import MODELS, Sources, manifests, metrics_of, model_problem
+from regpipe.provenance.verify import MODELS, Sources, manifests, metrics_of, model_problem, nearest
 from regpipe.transforms.displacement import read_displacement
 from regpipe.utils.errors import InputError
 
@@ -93,7 +93,8 @@ def rerun(
         except KeyError as missing:
             raise InputError(f"{given}: its settings lack {missing}; register again with this version") from missing
         if bundle is not None:
-            register_with_bundle(bundle, listed, target, chosen, trust=trust)
+            models, _ = nearest(first["model"], bundle)  # its own training may have come since
+            register_with_bundle(bundle, listed, target, chosen | {"ckpt_dir": str(models.absolute())}, trust=trust)
         else:
             register_from_zero(str(listed), str(target), steps=chosen.pop("refine"), **chosen)
         return [_compared(folder, content, target / content["case"]) for folder, content in old.items()]

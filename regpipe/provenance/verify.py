@@ -165,7 +165,13 @@ def _of_inputs(folder: Path, inputs: Iterable[Mapping[str, str]], sources: Sourc
 
 
 def model_problem(used: Iterable[Mapping[str, str]], bundle: Path) -> str:
-    """Which of the model's files that a manifest names are not those of a bundle, of its nearest model; empty: all are.
+    """Which of the model's files that a manifest names are not those of a bundle; empty: all are. See ``nearest``."""
+    _, other = nearest(used, bundle)
+    return f"has another {', '.join(other)}" if other else ""
+
+
+def nearest(used: Iterable[Mapping[str, str]], bundle: Path) -> tuple[Path, list[str]]:
+    """Where in a bundle the model is that a manifest names, or the one most like it; and the files that differ.
 
     Raises:
         InputError: the bundle has no model.
@@ -176,8 +182,7 @@ def model_problem(used: Iterable[Mapping[str, str]], bundle: Path) -> str:
     found = [place for place in (folder, *(folder / name for name in SHIPPED)) if (place / "model.pt").is_file()]
     if not found:
         raise InputError(f"{folder / 'model.pt'}: missing; --bundle wants a trained bundle")
-    other = min((_unlike(used, place) for place in found), key=len)
-    return f"has another {', '.join(other)}" if other else ""
+    return min(((place, _unlike(used, place)) for place in found), key=lambda each: len(each[1]))
 
 
 def _unlike(used: Iterable[Mapping[str, str]], models: Path) -> list[str]:

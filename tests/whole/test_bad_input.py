@@ -118,7 +118,7 @@ def of_options(cohort: Path, bundle: Path, root: Path) -> dict[str, tuple[list[o
     """name -> command and what its line must have."""
     new, one = write_bundle("resnet18", root / "new"), cohort / "fixed_images" / "case_000.nii.gz"
     options: dict[str, tuple[list[object], str]] = {
-        "steps": (["--refine", 0], "at least one step"),
+        "steps": (["--bundle", "none", "--refine", 0], "at least one step"),
         "smoothness": (["--smoothness", 0], "--smoothness 0: give more than 0"),
         "infinite smoothness": (["--smoothness", "inf"], "--smoothness inf"),
         "similarity": (["--similarity", "corr"], "choose among lncc, mind"),

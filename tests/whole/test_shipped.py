@@ -15,7 +15,7 @@ from regpipe.cli import completion
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs
 from regpipe.engines import record
-from regpipe.engines.inferers import RegistrationInferer, dimension_of, model_folder, trained_grid
+from regpipe.engines.inferers import RegistrationInferer, dimensions_of, model_folder, trained_grid
 from regpipe.fields.algebra import Registration
 from regpipe.io.images import Grid
 from regpipe.metrics.cases import read_rows
@@ -70,7 +70,7 @@ def test_the_model_is_that_of_the_datas_dimension_and_ones_own_goes_first(tmp_pa
     models, volumes = bundle / "models", tmp_path / "volumes"
     for side in ("fixed", "moving"):
         save(volumes / f"{side}_images" / "a.nii.gz", volume((8, 8, 8)))
-    assert dimension_of(str(two_sizes)) == 2 and dimension_of(str(volumes)) == 3
+    assert dimensions_of(str(two_sizes)) == {2} and dimensions_of(str(volumes)) == {3}
     assert model_folder(str(models), str(two_sizes)) == str(models / "2d")
     assert model_folder(str(models), str(volumes)) == str(models)  # whose own training would say what is missing
     own = deforming_bundle(tmp_path / "own", GRID) / "models"
@@ -160,3 +160,29 @@ def test_training_begins_from_what_came_with_regpipe(tmp_path, monkeypatch) -> N
         SymmetricNet(3, "alexnet", pretrained="shipped", transfer="network")
     with pytest.raises(InputError, match="came without a model of vgg16"):
         SymmetricNet(2, "vgg16", pretrained="shipped")
+
+
+def test_ones_own_training_since_is_not_what_was_used(tmp_path, two_sizes, monkeypatch) -> None:
+    box = shipped_bundle(tmp_path / "box" / "symreg_resnet18", gain=1.0)
+    monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "box",))
+    assert regpipe(monkeypatch, "register", two_sizes, "-o", tmp_path / "out", "--affine", "none", "--refine", 0) == 0
+    for file in (deforming_bundle(tmp_path / "own", GRID) / "models").iterdir():
+        file.rename(box / "models" / file.name)
+    assert not rerun(tmp_path / "out" / "case_000")[0].different
+    assert regpipe(monkeypatch, "register", two_sizes, "-o", tmp_path / "new", "--affine", "none", "--refine", 0) == 0
+    used = [
+        json.loads((tmp_path / name / "case_000" / "manifest.json").read_text())["model"] for name in ("out", "new")
+    ]
+    assert used[0] == used[1]
+
+
+def test_images_of_both_dimensions_are_optimised_from_zero_and_it_is_said(
+    tmp_path, two_sizes, monkeypatch, capsys
+) -> None:
+    shipped_bundle(tmp_path / "box" / "symreg_resnet18")
+    monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "box",))
+    for side in ("fixed", "moving"):
+        save(two_sizes / f"{side}_images" / "volume.nii.gz", volume((16, 16, 16)))
+    command = ["register", two_sizes, "-o", tmp_path / "out", "--refine", 2, "--affine", "none"]
+    assert regpipe(monkeypatch, *command) == 0
+    assert "both 2D and 3D" in capsys.readouterr().out
