@@ -13,13 +13,11 @@ Shapes: images (1, 1, *S), fields (1, D, *S) in voxels, the convention of ``fiel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
@@ -31,14 +29,14 @@ from regpipe.fields.algebra import (
     integrate_both,
     resize,
     resize_image,
-    sample,
     sample_at,
     warp,
 )
+from regpipe.phantoms.noise import MARGIN, blur, chance, integer, noise_function, normal, smooth_noise, uniform
+from regpipe.phantoms.scanner import scan
 from regpipe.phantoms.scenes import Phantom
 from regpipe.utils.errors import InputError
 
-MARGIN = 1.5  # a scene is so many times the image's size: what moves into the image was there before
 LARGEST_MOTION = 0.2  # of the image's longest side
 STEEPEST = 0.7  # largest difference of a velocity between neighbours: exp(0.7) is twice the length
 SAME_CONTRAST = 0.35  # share of the pairs
@@ -152,7 +150,7 @@ def make_pair(shape: Sequence[int], *, generator: Generator, same_contrast: floa
     common, unlike = draw_greys(scene, g), uniform(g, 0, UNLIKE) if chance(g, 0.7) else 0.0
     for side, (tissue, means) in sides.items():
         label = label_map(scene, tissue + unlike * _own_bends(shape, stretch, g))
-        image, mask = scan(scene, label, tissue, means, generator=g)
+        image, mask = scan(label, scene.texture(tissue), means, generator=g)
         clean = blur(common[label.long()], 0.6)
         pair |= {f"{side}_image": image, f"{side}_label": label, f"{side}_mask": mask, f"{side}_clean": clean}
     return pair
@@ -335,9 +333,6 @@ def _highest(heights: Tensor) -> Tensor:
     return label
 
 
-# ---- what the scanner makes of them
-
-
 def draw_greys(scene: Scene, g: Generator) -> Tensor:
     """A grey value in [0, 1] for each label (K,): spread evenly, or as they come, when some borders vanish."""
     count = scene.labels
@@ -354,170 +349,9 @@ def jitter(values: Tensor, amount: float, g: Generator) -> Tensor:
     return values + amount * torch.randn(values.shape, generator=g, device=g.device)
 
 
-def scan(scene: Scene, label: Tensor, tissue: Tensor, greys: Tensor, *, generator: Generator) -> tuple[Tensor, Tensor]:
-    """An image in [0, 1] and its mask, both (1, 1, *S)."""
-    g, shape = generator, label.shape[2:]
-    image = greys[label.long()]
-    image = image + uniform(g, 0, 0.12) * scene.texture(tissue) * (image > 0.05)
-    image = blur(image, uniform(g, 0.35, 1.1))
-    if chance(g, 0.25):
-        image = _coarse(image, g)
-    bias = smooth_noise(shape, 1, torch.full((len(shape),), 0.5 * max(shape)), generator=g)
-    image = image * torch.exp(uniform(g, 0, 0.3) * bias)
-    noise = math.exp(uniform(g, math.log(0.003), math.log(0.08)))
-    if chance(g, 0.2):
-        image = _ultrasound(image, g)
-    else:
-        image = image + noise * torch.randn(image.shape, generator=g, device=g.device)
-    image = normalise(image) ** math.exp(0.35 * float(normal(g, 1)))
-    if chance(g, 0.15):
-        image = 1 - image
-    return _cut(image, g) if chance(g, 0.2) else (image, torch.ones_like(image))
-
-
-def normalise(image: Tensor) -> Tensor:
-    """(1, 1, *S) in [0, 1] by percentiles 0.5 and 99.5, as ``io.images.normalise``; of 8000 voxels at most."""
-    values = image.flatten()
-    values = values[:: max(1, len(values) // 8000)].sort().values
-    low, high = (values[round(share * (len(values) - 1))] for share in (0.005, 0.995))
-    return ((image - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-
-
-def _coarse(image: Tensor, g: Generator) -> Tensor:
-    """As scanned at a lower resolution, along one axis (thick slices) or along all."""
-    shape = list(image.shape[2:])
-    axis, factor = integer(g, 0, len(shape)), uniform(g, 1.5, 4)
-    fewer = [max(4, round(n / factor)) if axis in (i, len(shape)) else n for i, n in enumerate(shape)]
-    mode = "bilinear" if len(shape) == 2 else "trilinear"
-    for i, (n, m) in enumerate(zip(shape, fewer, strict=True)):
-        if n != m:
-            image = smooth(image, 2 + i, 0.4 * n / m)
-    return resize_image(F.interpolate(image, size=fewer, mode=mode, align_corners=True), shape)
-
-
-def _ultrasound(image: Tensor, g: Generator) -> Tensor:
-    """Speckle and log compression, half of the time in a convex probe's sector; 0 outside."""
-    echo = 10 ** ((normalise(image) - 1) * uniform(g, 0.8, 1.8))  # 16 to 36 dB between black and white
-    scatter = torch.randn(2, *image.shape[1:], generator=g, device=g.device)
-    for axis in range(2, image.ndim):
-        scatter = smooth(scatter, axis, uniform(g, 0.3, 1.2))
-    envelope = echo * (scatter / scatter.std()).norm(dim=0, keepdim=True)
-    image = normalise(torch.log10(envelope + 10 ** -uniform(g, 1.5, 3)))
-    return image * _sector(image.shape[2:], g) if chance(g, 0.5) else image
-
-
-def _sector(shape: Sequence[int], g: Generator) -> Tensor:
-    """1 in the sector of a probe above the middle of an axis (1, 1, *shape)."""
-    dim, axis = len(shape), integer(g, 0, len(shape) - 1)
-    q = (
-        2 * identity_grid(shape, device=g.device) / (torch.tensor(shape, device=g.device) - 1).view(1, -1, *[1] * dim)
-        - 1
-    )
-    if chance(g, 0.5):
-        q = -q
-    apex = uniform(g, 1.1, 2.0)
-    along = q[:, axis : axis + 1] + apex
-    across = (q.square().sum(1, keepdim=True) - q[:, axis : axis + 1].square()).clamp(min=0).sqrt()
-    depth, angle = torch.hypot(along, across), torch.atan2(across, along)
-    seen = (
-        (depth > apex - 1 + uniform(g, 0, 0.2)) & (depth < apex + uniform(g, 0.8, 1.2)) & (angle < uniform(g, 0.4, 0.9))
-    )
-    return seen.float()
-
-
-def _cut(image: Tensor, g: Generator) -> tuple[Tensor, Tensor]:
-    """A smaller field of view: beyond it nothing, or the rim repeated, and a mask of 0."""
-    mask = torch.ones_like(image)
-    for axis in range(image.ndim - 2):
-        if chance(g, 0.5):
-            n = image.shape[2 + axis]
-            lost = integer(g, 0, n // 5)
-            places = torch.arange(n, device=g.device)
-            kept = places.clamp(min=lost) if chance(g, 0.5) else places.clamp(max=n - 1 - lost)
-            image = image.index_select(2 + axis, kept)
-            mask = mask * (kept == places).float().view(-1, *[1] * (image.ndim - 3 - axis))
-    return image * mask if chance(g, 0.5) else image, mask
-
-
-# ---- random parts
-
-
-def noise_function(
-    shape: Sequence[int], channels: int, scale: Tensor, *, generator: Generator
-) -> Callable[[Tensor], Tensor]:
-    """Smooth noise of about unit variance, as a function of places (1, D, *any) in voxels -> (1, channels, *any).
-
-    ``scale`` (D,): the distance in voxels over which it changes.
-    """
-    steps = [max(3, math.ceil(MARGIN * n / max(float(s), 1.0)) + 1) for n, s in zip(shape, scale, strict=True)]
-    table = torch.randn(1, channels, *steps, generator=generator, device=generator.device)
-    table = _rounded(table) if max(steps) <= 24 else table
-    side = torch.tensor(shape, device=generator.device) - 1.0
-
-    def noise(places: Tensor) -> Tensor:
-        column = [1, -1, *[1] * len(shape)]
-        unit = (2 * places / side.view(column) - 1) / MARGIN
-        return sample(table, unit.flip(1))
-
-    return noise
-
-
-def _rounded(table: Tensor) -> Tensor:
-    """The same noise on a finer table, without the kinks of linear interpolation."""
-    finer = resize_image(table, [3 * n - 2 for n in table.shape[2:]])
-    for axis in range(2, table.ndim):
-        finer = smooth(finer, axis, 1.2)
-    return finer * 1.4
-
-
-def smooth_noise(shape: Sequence[int], channels: int, scale: Tensor, *, generator: Generator) -> Tensor:
-    """(1, channels, *shape) noise that changes over ``scale`` (D,) voxels, of about unit variance."""
-    steps = [max(2, math.ceil(n / max(float(s), 1.0)) + 1) for n, s in zip(shape, scale, strict=True)]
-    table = torch.randn(1, channels, *steps, generator=generator, device=generator.device)
-    finer = resize_image(table, [min(n, 3 * m - 2) for n, m in zip(shape, steps, strict=True)])
-    for axis in range(2, finer.ndim):
-        finer = smooth(finer, axis, 1.2)
-    return 1.4 * resize_image(finer, shape)
-
-
-def smooth(x: Tensor, axis: int, sigma: float) -> Tensor:
-    """Gaussian along one axis, the rim repeated."""
-    radius = max(1, math.ceil(2.5 * sigma))
-    taps = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
-    n = x.shape[axis]
-    reach = torch.arange(-radius, n + radius, device=x.device).clamp(0, n - 1)
-    padded, total = x.index_select(axis, reach), torch.zeros_like(x)
-    for i, weight in enumerate((taps / taps.sum()).tolist()):
-        total.add_(padded.narrow(axis, i, n), alpha=weight)
-    return total
-
-
-def blur(image: Tensor, sigma: float) -> Tensor:
-    for axis in range(2, image.ndim):
-        image = smooth(image, axis, sigma)
-    return image
-
-
 def _stretch(g: Generator, dim: int) -> Tensor:
     """(dim,) How much longer things are along each axis: voxels need not be cubes."""
     stretch = torch.ones(dim)
     if chance(g, 0.3):
         stretch[integer(g, 0, dim - 1)] = 1 / uniform(g, 1, 3)
     return stretch
-
-
-def uniform(g: Generator, low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand(1, generator=g, device=g.device))
-
-
-def integer(g: Generator, low: int, high: int) -> int:
-    """From ``low`` to ``high``, both included."""
-    return int(torch.randint(low, high + 1, (1,), generator=g, device=g.device))
-
-
-def chance(g: Generator, share: float) -> bool:
-    return uniform(g, 0, 1) < share
-
-
-def normal(g: Generator, *size: int) -> Tensor:
-    return torch.randn(*size, generator=g, device=g.device)
