@@ -218,9 +218,12 @@ def _end_point(r: Registration, target: Target, options: Options) -> Tensor:
     """
     if "displacement" not in target:
         raise InputError("loss term end_point: these pairs have no displacements/ to learn from; give it no weight")
-    known = [(u, target[name], side) for name, u, side in _ways(r) if name in target]
-    errors = [(((u - true).square().sum(1, keepdim=True) + 1e-4).sqrt(), side) for u, true, side in known]
-    return torch.stack([similarity.masked_mean(e, target.get(f"{side}_mask")) for e, side in errors]).mean()
+    errors = []
+    for name, u, side in (("displacement", r.displacement, "fixed"), ("inverse", r.inverse, "moving")):
+        if name in target:
+            error = ((u - target[name]).square().sum(1, keepdim=True) + 1e-4).sqrt()
+            errors.append(similarity.masked_mean(error, target.get(f"{side}_mask")))
+    return torch.stack(errors).mean()
 
 
 def _clean(r: Registration, target: Target, options: Options) -> Tensor:
@@ -235,11 +238,6 @@ def _clean(r: Registration, target: Target, options: Options) -> Tensor:
     on_fixed, on_moving = overlaps(r, target)
     mask = None if on_fixed is None or on_moving is None else torch.cat([on_fixed, on_moving])
     return lncc(warped, torch.cat([fixed, moving]), mask=mask, window=options.window, epsilon=FLAT)
-
-
-def _ways(r: Registration) -> list[tuple[str, Tensor, str]]:
-    """Each direction's name in a batch, its displacement, and the side whose voxels it starts from."""
-    return [("displacement", r.displacement, "fixed"), ("inverse", r.inverse, "moving")]
 
 
 TERMS: dict[str, Term] = {

@@ -17,7 +17,7 @@ from regpipe.data.pairs import list_pairs
 from regpipe.engines import record
 from regpipe.metrics.cases import read_rows
 from regpipe.networks.weights import read_state_dict
-from regpipe.provenance.verify import MODELS, model_problem, nearest
+from regpipe.provenance.verify import MODELS, nearest, unlike
 from regpipe.utils import console
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json
@@ -88,12 +88,12 @@ def evaluate(
     """
     _require_ours(old, content)
     bundle = (bundle_in(bundle) if bundle else old.absolute().parent.parent).absolute()
-    problem = model_problem(content["model"], bundle)
-    if problem:
-        raise InputError(f"{bundle}: {problem}; give the --bundle that was evaluated")
+    models, other = nearest(content["model"], bundle)
+    if other:
+        raise InputError(f"{bundle}: {unlike(other)}; give the --bundle that was evaluated")
     parts = {"evaluated": (chosen["split"], chosen["max_val_pairs"])}
-    chosen["dataset_dir"] = _same_data(nearest(content["model"], bundle)[0], chosen, content["inputs"], data, parts)
-    chosen |= {"ckpt_dir": str(nearest(content["model"], bundle)[0].absolute()), "output_dir": str(target.absolute())}
+    chosen["dataset_dir"] = _same_data(models, chosen, content["inputs"], data, parts)
+    chosen |= {"ckpt_dir": str(models.absolute()), "output_dir": str(target.absolute())}
     with tempfile.TemporaryDirectory() as aside:
         own = write_bundle(str(chosen["backbone"]), Path(aside) / "bundle")
         _run(own, ["train.yaml", "evaluate.yaml"], "evaluating", chosen)

@@ -18,7 +18,7 @@ from regpipe.bundle.run import register_with_bundle
 from regpipe.bundle.write import all_shipped
 from regpipe.data import manifest
 from regpipe.inference.from_zero import register_from_zero
-from regpipe.provenance.verify import MODELS, Sources, manifests, metrics_of, model_problem, nearest
+from regpipe.provenance.verify import MODELS, Sources, manifests, metrics_of, nearest, unlike
 from regpipe.transforms.displacement import read_displacement
 from regpipe.utils.errors import InputError
 
@@ -79,8 +79,9 @@ def rerun(
     beside = next(iter(old)).absolute().parent.parent  # of the folder of cases
     sources = Sources(beside, NEAR) if data is None else Sources(data.absolute())
     entries = [_entry(content, sources) for content in old.values()]
+    models = Path()
     if first["model"]:
-        bundle = _with_model(bundle, first["model"])
+        bundle, models = _with_model(bundle, first["model"])
     elif bundle is not None:
         raise InputError(f"{given}: was registered without a network; leave out --bundle")
     with tempfile.TemporaryDirectory() as aside:
@@ -93,7 +94,6 @@ def rerun(
         except KeyError as missing:
             raise InputError(f"{given}: its settings lack {missing}; register again with this version") from missing
         if bundle is not None:
-            models, _ = nearest(first["model"], bundle)  # its own training may have come since
             register_with_bundle(bundle, listed, target, chosen | {"ckpt_dir": str(models.absolute())}, trust=trust)
         else:
             register_from_zero(str(listed), str(target), steps=chosen.pop("refine"), **chosen)
@@ -138,19 +138,20 @@ def _entry(content: Mapping[str, Any], sources: Sources) -> dict[str, str]:
     return entry
 
 
-def _with_model(bundle: Path | None, used: Sequence[Mapping[str, str]]) -> Path:
-    """The bundle, which holds the model that was used; where none is given one that came with regpipe."""
+def _with_model(bundle: Path | None, used: Sequence[Mapping[str, str]]) -> tuple[Path, Path]:
+    """The bundle that holds the model that was used, and where in it: its own training may have come since.
+
+    Where none is given it is one that came with regpipe.
+    """
     # another version's configuration may well come to the same
     used = [item for item in used if item["file"] != manifest.CONFIG]
-    if bundle is None:
-        found = next((one for one in all_shipped() if not model_problem(used, one)), None)
-        if found is None:
-            raise InputError("these cases were registered with a network; give it with --bundle")
-        return found
-    problem = model_problem(used, bundle)
-    if problem:
-        raise InputError(f"{bundle}: {problem}; give the bundle that the cases were registered with")
-    return bundle
+    for one in all_shipped() if bundle is None else [bundle]:
+        models, other = nearest(used, one)
+        if not other:
+            return one, models
+        if bundle is not None:
+            raise InputError(f"{bundle}: {unlike(other)}; give the bundle that the cases were registered with")
+    raise InputError("these cases were registered with a network; give it with --bundle")
 
 
 def _chosen(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -166,8 +166,12 @@ def _of_inputs(folder: Path, inputs: Iterable[Mapping[str, str]], sources: Sourc
 
 def model_problem(used: Iterable[Mapping[str, str]], bundle: Path) -> str:
     """Which of the model's files that a manifest names are not those of a bundle; empty: all are. See ``nearest``."""
-    _, other = nearest(used, bundle)
-    return f"has another {', '.join(other)}" if other else ""
+    return unlike(nearest(used, bundle)[1])
+
+
+def unlike(files: Sequence[str]) -> str:
+    """That these files are others, in words; empty for none."""
+    return f"has another {', '.join(files)}" if files else ""
 
 
 def nearest(used: Iterable[Mapping[str, str]], bundle: Path) -> tuple[Path, list[str]]:
