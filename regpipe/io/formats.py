@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image as Picture
 
-from regpipe.io import headers
+from regpipe.io import headers, nifti_place
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError, out_of_memory
 
@@ -107,17 +107,14 @@ def plane(affine: np.ndarray, upright: np.ndarray) -> np.ndarray:
 
 
 def open_nifti(path: Path) -> Source:
-    """NIfTI-1, NIfTI-2 and Analyze, placed by the sform, else the qform, else by the spacing alone."""
+    """NIfTI-1, NIfTI-2 and Analyze, placed as ITK places them, see ``io.nifti_place``."""
     limits.check_nifti(path)
     image: Any = nib.load(path)
     shape = squeezed(image.shape)
     _require_bytes(path, image)
-    affine, spacing = np.asarray(image.affine, np.float64), image.header.get_zooms()
-    _require_spacing(path, image)
+    affine = nifti_affine(path, image)
     if is_plane(shape):
-        affine = plane(affine, np.diag([float(spacing[0]), float(spacing[1]), 1.0]))
-    else:
-        _say_which_form(path, image)
+        affine = plane(affine, np.diag([*np.linalg.norm(affine[:3, :2], axis=0), 1.0]))
 
     def voxels(frame: int | None) -> np.ndarray:
         if frame is None:
@@ -149,33 +146,21 @@ def _require_bytes(path: Path, image: Any) -> None:
         raise InputError(f"{path}: truncated: its header says {image.shape}, the file holds less; export it again")
 
 
-def _require_spacing(path: Path, image: Any) -> None:
-    """Refuse voxel sizes that are none where they place the image: nibabel takes 0 for 1 mm and says nothing."""
-    coded = isinstance(image.header, nib.Nifti1Header)
-    if coded and image.header["sform_code"] > 0:
-        return
+def nifti_affine(path: PathLike, image: Any) -> np.ndarray:
+    """RAS affine (4, 4) by ITK's rules; what other programs might see otherwise is said once.
+
+    Raises:
+        InputError: voxel sizes that are none: nibabel and ITK take 0 for 1 mm and say nothing.
+    """
     with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
-        stored = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
-    spacing = stored[: min(len(squeezed(image.shape)), 3)]
-    require_voxel_size(path, spacing if coded else np.abs(spacing))  # of Analyze a negative one is a flip
-
-
-def _say_which_form(path: Path, image: Any) -> None:
-    """Warn of a volume without a place in space, and of one with two."""
-    coded = isinstance(image.header, nib.Nifti1Header)  # Analyze has neither form
-    codes = [int(image.header[f"{form}_code"]) if coded else 0 for form in ("sform", "qform")]
-    if not any(codes):
-        warn_once(f"{path}: neither sform nor qform is set; it is placed by its spacing alone, about its centre")
-    if not all(codes):
-        return
-    try:
-        difference = image.get_sform() - image.get_qform()
-    except (ValueError, nib.spatialimages.HeaderDataError):  # a quaternion that is none
-        difference = np.full((4, 4), np.nan)
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(image.shape[:3]) - 1)
-    apart = np.linalg.norm(difference[:3] @ np.c_[corners, np.ones(8)].T, axis=0).max()
-    if not apart <= 0.1 * min(image.header.get_zooms()[:3]):
-        warn_once(f"{path}: sform and qform are {apart:.3g} mm apart at a corner; the sform is used, as nibabel does")
+        header = type(image.header).from_fileobj(file, check=False)  # checking exchanges voxel sizes below 0
+    require_voxel_size(path, np.abs(header["pixdim"][1 : 1 + min(len(squeezed(image.shape)), 3)]))
+    by_nibabel = np.asarray(image.affine, np.float64)
+    affine = nifti_place.itk_place(header, by_nibabel)
+    told = nifti_place.told(header, affine, by_nibabel, image.shape)
+    if told:
+        warn_once(f"{path}: {told}")
+    return affine
 
 
 def open_itk(path: Path) -> Source:

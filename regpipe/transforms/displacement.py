@@ -21,7 +21,7 @@ from PIL import Image as Picture
 from scipy import ndimage
 
 from regpipe.fields.algebra import jacobian_determinant
-from regpipe.io.formats import nifti_array
+from regpipe.io.formats import nifti_affine, nifti_array
 from regpipe.io.images import PICTURE, Image, PathLike
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
@@ -127,6 +127,7 @@ def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
         image = nib.Nifti1Image.from_filename(path)
         limits.require_room(path, image.shape, 4)
         vectors = nifti_array(path, image).astype(np.float32)
+        affine = nifti_affine(path, image)
     except InputError:
         raise
     except Exception as cause:  # nibabel's, gzip's and the system's errors for a broken file
@@ -140,7 +141,7 @@ def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: NIfTI intent {intent}; give a vector field in LPS mm ({VECTOR})")
     keep = [*range(dim), 3]
     d = np.moveaxis(vectors.reshape(*vectors.shape[:dim], dim), -1, 0)
-    return np.ascontiguousarray(d), image.affine[np.ix_(keep, keep)]
+    return np.ascontiguousarray(d), affine[np.ix_(keep, keep)]
 
 
 def write_image(path: PathLike, array: np.ndarray, affine: np.ndarray) -> None:

@@ -130,7 +130,7 @@ def test_two_places_of_a_nifti_are_said_and_one_or_equal_ones_are_not(
     moved = turned(3)
     moved[0, 3] += 4
     for name, sform, qform, word in (
-        ("both", (turned(3), 1), (moved, 1), "sform and qform are 4 mm apart at a corner; the sform is used"),
+        ("both", (turned(3), 1), (moved, 1), "sform and qform are 4 mm apart at a corner, the sform is used"),
         ("equal", (turned(3), 1), (turned(3), 1), ""),
         ("sform", (turned(3), 2), (None, 0), ""),
         ("qform", (None, 0), (moved, 1), ""),

@@ -1,0 +1,181 @@
+"""Every header of a NIfTI, against SimpleITK: a point of our transform files must be where ITK has it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
+
+from regpipe.io.images import header, read_image
+from regpipe.transforms import displacement
+from regpipe.utils.errors import InputError
+
+SHAPE = (7, 6, 5)
+ARRAY = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+SIZE = (2, 1.5, 3)
+
+
+def turned(*degrees: float) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() * SIZE
+    affine[:3, 3] = [-20, 30, 12]
+    return affine
+
+
+ONE, OTHER = turned(10, -20, 30), turned(0, 0, 15)
+LEFT = ONE @ np.diag([-1, 1, 1, 1.0])
+SHEARED = ONE + np.outer(ONE[:, 0], [0, 0, 0.2, 0])
+SIZES = {"positive": (1, *SIZE), "negative": (1, -2, 1.5, 3), "other": (1, 1, 1, 1), "no qfac": (0, *SIZE)}
+
+
+def headers() -> dict[str, dict[str, Any]]:
+    """Name -> form, code, unit and pixdim."""
+    places = {"neither": {}, "sform": {"s": ONE, "sc": 1}, "qform": {"q": ONE, "qc": 1}}
+    found: dict[str, dict[str, Any]] = {
+        f"{name}, unit {unit}, {size}": {**place, "unit": unit, "size": SIZES[size]}
+        for (name, place), unit, size in itertools.product(places.items(), range(4), SIZES)
+    }
+    for sc, qc in itertools.product(range(1, 5), range(1, 5)):
+        found[f"both {sc} {qc}"] = {"s": OTHER, "sc": sc, "q": ONE, "qc": qc}
+        found[f"equal {sc} {qc}"] = {"s": ONE, "sc": sc, "q": ONE, "qc": qc}
+    found |= {"left": {"s": LEFT, "sc": 1}, "left q": {"q": LEFT, "qc": 1}}
+    return found | {"sheared with a qform": {"s": SHEARED, "sc": 1, "q": ONE, "qc": 1}}
+
+
+def write(path: Path, about: dict[str, Any], array: np.ndarray = ARRAY, kind: Any = nib.Nifti1Image) -> Path:
+    """The header as it is said, behind nibabel's back."""
+    image = kind(array, None)
+    for form in "sq":
+        if form in about:
+            getattr(image.header, f"set_{form}form")(about[form], code=about[f"{form}c"])
+    whole, n = image.to_bytes(), image.header.sizeof_hdr
+    fields = np.frombuffer(whole[:n], image.header.template_dtype).copy()
+    pixdim = about.get("size", (1, *SIZE))
+    fields["pixdim"][0, : len(pixdim)] = pixdim
+    fields["sform_code"], fields["qform_code"] = about.get("sc", 0), about.get("qc", 0)
+    fields["xyzt_units"] = about.get("unit", 2)
+    path.write_bytes(fields.tobytes() + whole[n:])
+    return path
+
+
+def by_itk(path: Path) -> np.ndarray:
+    """RAS affine of what SimpleITK reads."""
+    image = sitk.ReadImage(str(path))
+    dim = image.GetDimension()
+    affine = np.eye(dim + 1)
+    affine[:dim, :dim] = np.array(image.GetDirection()).reshape(dim, dim) * image.GetSpacing()
+    affine[:dim, dim] = image.GetOrigin()
+    affine[:2] *= -1
+    return affine
+
+
+def apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...] = SHAPE) -> float:
+    corners = np.array([*np.ndindex(*[2] * len(shape))]) * (np.array(shape) - 1)
+    return float(np.abs((one - other)[:-1] @ np.c_[corners, np.ones(len(corners))].T).max())
+
+
+@pytest.mark.parametrize("about", headers().values(), ids=headers())
+def test_a_nifti_lies_where_itk_has_it(tmp_path: Path, about: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.nii", about)
+    unit = {1: 1e3, 3: 1e-3}.get(about.get("unit", 2), 1)
+    assert apart(read_image(path).affine, by_itk(path)) < 1e-3 * unit
+    assert apart(read_image(path).affine, header(path)[1]) == 0
+
+
+@pytest.mark.parametrize("place", [{}, {"s": ONE, "sc": 1}, {"q": ONE, "qc": 1, "unit": 3}], ids=str)
+def test_nifti_2_follows_the_same_rules(tmp_path: Path, place: dict[str, Any]) -> None:
+    one, two = (write(tmp_path / f"{k.__name__}.nii", place, kind=k) for k in (nib.Nifti1Image, nib.Nifti2Image))
+    assert apart(read_image(two).affine, by_itk(one)) < 1e-3
+
+
+@pytest.mark.parametrize("size", [(2, 1.5, 3), (-2, 1.5, 3)])
+@pytest.mark.parametrize("orient", range(7))
+def test_analyze_and_pairs_follow_itk(tmp_path: Path, size: tuple[float, ...], orient: int) -> None:
+    nib.save(nib.AnalyzeImage(ARRAY, np.diag([2, 1.5, 3, 1])), tmp_path / "a.hdr")
+    data = bytearray((tmp_path / "a.hdr").read_bytes())
+    data[80:92] = np.array(size, "<f4").tobytes()
+    data[252] = orient
+    (tmp_path / "a.hdr").write_bytes(data)
+    assert apart(read_image(tmp_path / "a.hdr").affine, by_itk(tmp_path / "a.hdr")) < 1e-3
+    nib.save(nib.Nifti1Pair(ARRAY, ONE), tmp_path / "b.img")
+    assert apart(read_image(tmp_path / "b.img").affine, by_itk(tmp_path / "b.img")) < 1e-3
+
+
+@pytest.mark.parametrize("about", [{}, {"q": OTHER, "qc": 1}, {"s": OTHER, "sc": 2, "unit": 3}], ids=str)
+def test_a_picture_in_a_nifti_lies_where_itk_has_it(tmp_path: Path, about: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.nii", about, ARRAY[:, :, 0])
+    assert apart(read_image(path).affine, by_itk(path), SHAPE[:2]) < 1e-3
+
+
+def test_voxels_without_a_size_are_refused_whatever_the_form_says(tmp_path: Path) -> None:
+    for about in ({}, {"s": ONE, "sc": 1}, {"q": ONE, "qc": 1}):
+        with pytest.raises(InputError, match="voxel size 0 x 1.5 x 3 mm; mend its header"):
+            read_image(write(tmp_path / "a.nii", {**about, "size": (1, 0, 1.5, 3)}))
+
+
+def test_what_itk_and_nibabel_see_otherwise_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for about, words in (
+        ({"s": ONE, "sc": 1}, ""),
+        ({"s": ONE, "sc": 4, "q": ONE, "qc": 4}, ""),
+        ({}, "neither sform nor qform is set; placed as ITK, ANTs and Slicer place it, up to 14.1 mm from where nib"),
+        ({"s": OTHER, "sc": 2, "q": ONE, "qc": 1}, "mm apart at a corner, the qform is used; placed as ITK"),
+        ({"s": OTHER, "sc": 1, "q": ONE, "qc": 1}, "mm apart at a corner, the sform is used"),
+        ({"s": ONE, "sc": 1, "unit": 3}, "its unit is microns; placed as ITK"),
+        ({"s": ONE, "sc": 1, "size": (1, 1, 1, 1)}, "placed as ITK"),
+    ):
+        caplog.clear()
+        path = write(tmp_path / f"{len(list(tmp_path.iterdir()))}.nii", about)
+        read_image(path)
+        read_image(path)
+        assert words in caplog.text and len(caplog.records) == bool(words), caplog.text
+
+
+def test_a_displacement_lies_where_itk_has_it(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(ARRAY[..., None, None].repeat(3, -1), None)
+    image.header.set_zooms((*SIZE, 1, 1))
+    image.header.set_intent("vector")
+    nib.save(image, tmp_path / "field.nii")
+    assert apart(displacement.read_displacement(tmp_path / "field.nii")[1], by_itk(tmp_path / "field.nii")) < 1e-3
+
+
+NRRD = """NRRD0005
+type: float
+dimension: 3
+{space}
+sizes: 7 6 5
+space directions: {directions}
+space origin: (-20,30,12)
+endian: little
+encoding: raw
+
+"""
+
+
+@pytest.mark.parametrize("matrix", [ONE, LEFT, SHEARED], ids=["right-handed", "left-handed", "sheared"])
+@pytest.mark.parametrize(
+    "space",
+    [
+        "space: left-posterior-superior",
+        "space: RAS",
+        "space: left-anterior-superior",
+        "space dimension: 3",
+        'space: RAS\nspace units: "um" "um" "um"',
+    ],
+)
+def test_a_nrrd_lies_where_itk_has_it(tmp_path: Path, space: str, matrix: np.ndarray) -> None:
+    directions = " ".join(f"({','.join(f'{v:.9g}' for v in column)})" for column in matrix[:3, :3].T)
+    path = tmp_path / "a.nrrd"
+    path.write_bytes(NRRD.format(space=space, directions=directions).encode() + ARRAY.tobytes("F"))
+    image = read_image(path)
+    if matrix is not SHEARED:
+        assert apart(image.affine, by_itk(path)) < 1e-3
+        return
+    inside = by_itk(path) @ [3, 3, 2, 1]  # resampled: a voxel's value is found where ITK has the voxel
+    at = np.linalg.inv(image.affine) @ inside
+    assert ((at[:3] > 0) & (at[:3] < image.array.shape)).all()
