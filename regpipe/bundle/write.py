@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from regpipe.networks.weights import shipped
 from regpipe.utils.errors import InputError
 
 PLACEHOLDER = "@BACKBONE@"
+METADATA, NOT_MEASURED = "configs/metadata.json", '"eval_metrics": {}'
 
 
 def write_bundle(backbone: str, folder: str | Path) -> Path:
     """Write the bundle of a backbone into ``folder``; files of the template that are there are replaced.
+
+    What the metadata say of a model's measured performance stays.
 
     Raises:
         InputError: unknown backbone.
@@ -23,9 +27,12 @@ def write_bundle(backbone: str, folder: str | Path) -> Path:
     folder = Path(folder)
     with resources.as_file(resources.files("regpipe.bundle") / "template") as template:
         for source in sorted(path for path in template.rglob("*") if path.is_file()):
-            target = folder / source.relative_to(template)
+            name = source.relative_to(template).as_posix()
+            text, target = rendered(name, backbone), folder / name
+            if name == METADATA:
+                text = with_measured(text, measured(folder))
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(rendered(source.relative_to(template).as_posix(), backbone), encoding="utf-8")
+            target.write_text(text, encoding="utf-8")
     (folder / "models").mkdir(exist_ok=True)
     return folder
 
@@ -34,6 +41,17 @@ def rendered(name: str, backbone: str) -> str:
     """A file of the template, ``configs/train.yaml``, as it stands in the bundle of a backbone."""
     text = (resources.files("regpipe.bundle") / "template" / name).read_text(encoding="utf-8")
     return text.replace(PLACEHOLDER, backbone)
+
+
+def measured(bundle: Path) -> dict[str, float]:
+    """The ``eval_metrics`` of a bundle's metadata; none where it has no metadata."""
+    path = bundle / METADATA
+    return dict(json.loads(path.read_text(encoding="utf-8")).get("eval_metrics", {})) if path.is_file() else {}
+
+
+def with_measured(metadata: str, values: dict[str, float]) -> str:
+    """The template's metadata with ``values`` as its ``eval_metrics``."""
+    return metadata.replace(NOT_MEASURED, f'"eval_metrics": {json.dumps(values)}')
 
 
 def all_shipped() -> list[Path]:
