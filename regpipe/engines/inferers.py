@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from regpipe.data.pairs import SIDES, list_pairs
 from regpipe.engines.refine import Refiner
 from regpipe.fields.algebra import (
-    SQUARINGS,
+    Layers,
     Registration,
     integrate_both,
     register,
     register_midway,
     resize,
-    warp,
     warp_both,
 )
 from regpipe.fields.folds import repair
+from regpipe.fields.layers import LAYERS
 from regpipe.io import images
 from regpipe.io.images import Grid, load_grid, make_grid
 from regpipe.networks.symmetric import SymmetricNet, unfold
@@ -67,7 +67,7 @@ class RegistrationInferer(Inferer):
     structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
 
     Args:
-        squarings: scaling-and-squaring steps.
+        layers: what warps and integrates.
         midway: the network gives SYMNet's two velocities instead of one.
         cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
             far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
@@ -79,14 +79,14 @@ class RegistrationInferer(Inferer):
     def __init__(
         self,
         *,
-        squarings: int = SQUARINGS,
+        layers: Layers = LAYERS,
         midway: bool = False,
         cascades: int = 1,
         refiner: Refiner | None = None,
         repair: bool = False,
     ) -> None:
         super().__init__()
-        self.squarings = squarings
+        self.layers = layers
         self.cascades = cascades
         self.refiner = refiner
         self.repair = repair
@@ -105,27 +105,29 @@ class RegistrationInferer(Inferer):
         fixed, moving = inputs.float().chunk(2, dim=1)
         velocity = output[:, :dim].float()
         for _ in range(self.cascades - 1):
-            velocity = velocity + network(midway_images(fixed, moving, velocity), *args, **kwargs)[:, :dim].float()
+            halves = midway_images(fixed, moving, velocity, self.layers)
+            velocity = velocity + network(halves, *args, **kwargs)[:, :dim].float()
         beside: dict[str, Any] = dict(anatomy)
         with torch.autocast(inputs.device.type, enabled=False):
             if self.refiner is not None:
                 velocity, beside["start"] = self.refiner.from_better(fixed, moving, velocity, masks=masks, **anatomy)
             finish = register_midway if self.midway else register
-            result = finish(fixed, moving, velocity, squarings=self.squarings)
-        return {**(without_folds(fixed, moving, result) if self.repair else result._asdict()), **beside}
+            result = finish(fixed, moving, velocity, layers=self.layers)
+        return {**(without_folds(fixed, moving, result, self.layers) if self.repair else result._asdict()), **beside}
 
 
-def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor) -> Tensor:
+def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor, layers: Layers = LAYERS) -> Tensor:
     """Both images (B, 1, *spatial) moved halfway to each other by exp(-v/2) and exp(v/2): (B, 2, *spatial)."""
-    to_fixed, to_moving = integrate_both(velocity / 2)
-    u = resize(torch.cat([to_moving, to_fixed]), fixed.shape[2:])
-    return torch.cat(warp(torch.cat([fixed, moving]), u).chunk(2), 1)
+    to_fixed, to_moving = integrate_both(velocity / 2, layers=layers)
+    shape = fixed.shape[2:]
+    halves = warp_both(fixed, moving, resize(to_moving, shape), resize(to_fixed, shape), layers=layers)
+    return torch.cat(halves, 1)
 
 
-def without_folds(fixed: Tensor, moving: Tensor, result: Registration) -> dict[str, Tensor]:
+def without_folds(fixed: Tensor, moving: Tensor, result: Registration, layers: Layers = LAYERS) -> dict[str, Tensor]:
     """The registration with both fields repaired (``fields.folds``), and ``repaired`` (B,): see the inferer."""
     there, back = repair(result.displacement), repair(result.inverse)
-    warped = warp_both(moving, fixed, there.displacement, back.displacement)
+    warped = warp_both(moving, fixed, there.displacement, back.displacement, layers=layers)
     mended = Registration(result.velocity, there.displacement, back.displacement, *warped)
     return {**mended._asdict(), "repaired": torch.maximum(there.moved_max, back.moved_max)}
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regpipe.fields.algebra import register, resize, resize_image
+from regpipe.fields.algebra import Layers, register, resize, resize_image
+from regpipe.fields.layers import LAYERS
 from regpipe.losses.terms import OF_TRAINING, RegistrationLoss
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
@@ -57,7 +58,8 @@ class Refiner:
     Without a velocity it starts from zero, through coarser grids. Deterministic: pairs do not touch each other.
 
     Args:
-        loss: what to minimise, or what for each dimension; terms that need labels or landmarks do not see them.
+        loss: what to minimise, or what for each dimension; terms that need labels or landmarks do not see them. Its
+            layers warp and integrate, in ``SQUARINGS`` steps at most.
         steps: of Adam, over all levels together.
         rate: Adam's step in voxels of the velocity's grid.
         finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None:
@@ -76,6 +78,7 @@ class Refiner:
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
+        self.layers = next(iter(losses.values())).options.layers.in_steps(SQUARINGS)
 
     def __call__(
         self,
@@ -125,7 +128,7 @@ class Refiner:
     def _value(self, batch: Mapping[str, Tensor], velocity: Tensor) -> float:
         """The loss at half resolution, where refinement begins."""
         target = pyramid_level(batch, coarser_shape(batch["fixed_image"].shape[2:], FROM_NETWORK[0].stride))
-        result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
+        result = register(target["fixed_image"], target["moving_image"], velocity, layers=self.layers)
         return float(self.losses[velocity.shape[1]](result._asdict(), target))
 
     @torch.enable_grad()
@@ -158,7 +161,7 @@ class Refiner:
         points, loss = velocity[0, 0].numel(), self.losses[velocity.shape[1]]
         for _ in range(steps):
             optimizer.zero_grad()
-            result = register(target["fixed_image"], target["moving_image"], velocity, squarings=SQUARINGS)
+            result = register(target["fixed_image"], target["moving_image"], velocity, layers=self.layers)
             total = points * loss(result._asdict(), target)
             if not math.isfinite(
                 loss.terms["loss"]
@@ -203,12 +206,17 @@ def refinement_loss(
 
 
 def make_refiner(
-    steps: int, weights: Mapping[str, float], *, window: int = WINDOW[3], finest: int | None = 1
+    steps: int,
+    weights: Mapping[str, float],
+    *,
+    window: int = WINDOW[3],
+    finest: int | None = 1,
+    layers: Layers = LAYERS,
 ) -> Refiner | None:
     """The refiner that a configuration asks for; None for 0 steps. ``finest``: as ``Refiner``'s."""
     if not steps:
         return None
-    return Refiner(RegistrationLoss(weights, window=window), steps=steps, finest=finest)
+    return Refiner(RegistrationLoss(weights, window=window, layers=layers), steps=steps, finest=finest)
 
 
 def zero_refiner(

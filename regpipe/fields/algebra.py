@@ -14,8 +14,9 @@ Convention
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,18 +52,19 @@ def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
         return 2 * identity_grid(shape, device=device).flip(1) / cells - 1, 2 / cells
 
 
-def sample(image: Tensor, where: Tensor, mode: str = "bilinear") -> Tensor:
+def sample(image: Tensor, where: Tensor, mode: str = "bilinear", padding: str = "border") -> Tensor:
     """(B, C, *any) at places (B, D, *spatial), in grid_sample's units -> (B, C, *spatial)."""
-    return F.grid_sample(image, where.movedim(1, -1), mode=mode, padding_mode="border", align_corners=True)
+    return F.grid_sample(image, where.movedim(1, -1), mode=mode, padding_mode=padding, align_corners=True)
 
 
-def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear") -> Tensor:
+def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
     """Pull ``image`` (B, C, *spatial) through ``u`` (B, D, *spatial): ``image(x + u(x))``.
 
     Args:
         image: any dtype for ``mode="nearest"`` (labels); otherwise floating.
         u: displacement in voxels, on the image's own grid.
         mode: ``bilinear`` (linear in any dimension), ``nearest`` or ``bicubic``.
+        padding: what lies beyond the rim: ``border``, ``zeros`` or ``reflection``.
 
     Raises:
         ValueError: if the grids differ.
@@ -71,28 +73,50 @@ def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear") -> Tensor:
         raise ValueError(f"an image {tuple(image.shape)} is not on the grid of the displacement {tuple(u.shape)}")
     with torch.autocast(u.device.type, enabled=False):
         places, voxel = _places(tuple(u.shape[2:]), u.device)
-        return sample(image.float(), torch.addcmul(places, u.float().flip(1), voxel), mode).to(image.dtype)
+        where = torch.addcmul(places, u.float().flip(1), voxel)
+        return sample(image.float(), where, mode, padding).to(image.dtype)
 
 
-def compose(u: Tensor, v: Tensor) -> Tensor:
-    """``compose(u, v)(x) = v(x) + u(x + v(x))``: the displacement of first v, then u. Both (B, D, *spatial)."""
-    v = v.float()
-    return v + warp(u.float(), v)
+def integrate(v: Tensor, *, squarings: int = SQUARINGS, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """exp(v) of a stationary velocity (B, D, *spatial) by scaling and squaring (Arsigny 2006), in float32.
 
-
-def integrate(v: Tensor, *, squarings: int = SQUARINGS) -> Tensor:
-    """exp(v) of a stationary velocity (B, D, *spatial) by scaling and squaring (Arsigny 2006), in float32."""
+    ``mode``, ``padding``: as ``warp``'s.
+    """
     with torch.autocast(v.device.type, enabled=False):
         places, voxel = _places(tuple(v.shape[2:]), v.device)
         unit = v.float().flip(1) * (voxel / 2**squarings)
         for _ in range(squarings):
-            unit = unit + sample(unit, places + unit)
+            unit = unit + sample(unit, places + unit, mode, padding)
         return (unit / voxel).flip(1)
 
 
-def integrate_both(v: Tensor, *, squarings: int = SQUARINGS) -> tuple[Tensor, Tensor]:
+class Layers(NamedTuple):
+    """What warps, ``warp(image, u)``, and what integrates, ``dvf2ddf(v)``: the functions above, or MONAI's layers."""
+
+    warp: Callable[[Tensor, Tensor], Tensor]
+    dvf2ddf: Callable[[Tensor], Tensor]
+
+    def in_steps(self, most: int) -> Layers:
+        """The same with ``most`` squarings, where the layer that integrates takes more (its ``num_steps``)."""
+        if getattr(self.dvf2ddf, "num_steps", 0) <= most:
+            return self
+        quicker = copy.copy(self.dvf2ddf)
+        quicker.num_steps = most  # type: ignore[attr-defined]  # MONAI's
+        return Layers(self.warp, quicker)
+
+
+FUNCTIONS = Layers(warp, integrate)
+
+
+def compose(u: Tensor, v: Tensor, *, layers: Layers = FUNCTIONS) -> Tensor:
+    """``compose(u, v)(x) = v(x) + u(x + v(x))``: the displacement of first v, then u. Both (B, D, *spatial)."""
+    v = v.float()
+    return v + layers.warp(u.float(), v)
+
+
+def integrate_both(v: Tensor, *, layers: Layers = FUNCTIONS) -> tuple[Tensor, Tensor]:
     """(exp(v), exp(-v)) in one batch."""
-    forward, backward = integrate(torch.cat([v, -v]), squarings=squarings).chunk(2)
+    forward, backward = layers.dvf2ddf(torch.cat([v, -v])).chunk(2)
     return forward, backward
 
 
@@ -172,36 +196,42 @@ def determinant(matrix: Tensor) -> Tensor:
     )
 
 
-def register(fixed: Tensor, moving: Tensor, velocity: Tensor, *, squarings: int = SQUARINGS) -> Registration:
+def register(fixed: Tensor, moving: Tensor, velocity: Tensor, *, layers: Layers = FUNCTIONS) -> Registration:
     """What a symmetric velocity (B, D, *grid) does to images (B, C, *spatial): exp(v) and exp(-v), both warps.
 
     The velocity may live on a coarser grid of the same extent: it is integrated there and the
     displacement is resized, which costs an eighth and differs by less than interpolation does.
     """
-    forward, backward = integrate_both(velocity, squarings=squarings)
-    shape = fixed.shape[2:]
-    return _registration(fixed, moving, velocity, resize(forward, shape), resize(backward, shape))
+    both = (resize(u, fixed.shape[2:]) for u in integrate_both(velocity, layers=layers))
+    return _registration(fixed, moving, velocity, *both, layers=layers)
 
 
-def register_midway(fixed: Tensor, moving: Tensor, velocities: Tensor, *, squarings: int = SQUARINGS) -> Registration:
+def register_midway(fixed: Tensor, moving: Tensor, velocities: Tensor, *, layers: Layers = FUNCTIONS) -> Registration:
     """The same for SYMNet's two velocities (B, 2 D, *spatial), through the midway space (Mok & Chung 2020, eq. 5).
 
     ``v_FM`` takes fixed halfway to moving and ``v_MF`` moving halfway to fixed; so moving goes onto fixed by
     ``compose(exp(v_MF), exp(-v_FM))`` and fixed onto moving by ``compose(exp(v_FM), exp(-v_MF))``.
     """
     to_moving, to_fixed = velocities.chunk(2, dim=1)
-    both = integrate(torch.cat([to_moving, to_fixed, -to_moving, -to_fixed]), squarings=squarings)
+    both = layers.dvf2ddf(torch.cat([to_moving, to_fixed, -to_moving, -to_fixed]))
     fm, mf, fm_back, mf_back = both.chunk(4)
-    return _registration(fixed, moving, velocities, compose(mf, fm_back), compose(fm, mf_back))
+    forward, backward = compose(mf, fm_back, layers=layers), compose(fm, mf_back, layers=layers)
+    return _registration(fixed, moving, velocities, forward, backward, layers=layers)
 
 
-def _registration(fixed: Tensor, moving: Tensor, velocity: Tensor, forward: Tensor, backward: Tensor) -> Registration:
-    return Registration(velocity, forward, backward, *warp_both(moving, fixed, forward, backward))
+def _registration(
+    fixed: Tensor, moving: Tensor, velocity: Tensor, forward: Tensor, backward: Tensor, *, layers: Layers
+) -> Registration:
+    warped = warp_both(moving, fixed, forward, backward, layers=layers)
+    return Registration(velocity, forward, backward, *warped)
 
 
-def warp_both(moving: Tensor, fixed: Tensor, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+def warp_both(
+    moving: Tensor, fixed: Tensor, forward: Tensor, backward: Tensor, *, layers: Layers = FUNCTIONS
+) -> tuple[Tensor, Tensor]:
     """Moving onto fixed, and fixed onto moving; without a gradient one after the other, in half the memory."""
     if not torch.is_grad_enabled():
-        return warp(moving, forward), warp(fixed, backward)
-    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([forward, backward])).chunk(2)
+        return layers.warp(moving, forward), layers.warp(fixed, backward)
+    both = layers.warp(torch.cat([moving, fixed]), torch.cat([forward, backward]))
+    warped_moving, warped_fixed = both.chunk(2)
     return warped_moving, warped_fixed

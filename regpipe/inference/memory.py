@@ -181,7 +181,7 @@ def training(
     ``label_ids``: the structures that a pair's labels share, for a loss that is not told which ones it shall see.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake, criterion = _fake(network), _fake(loss)
+        fake, criterion, dry = _fake(network), _fake(loss), _fake(inferer)
         if isinstance(criterion, RegistrationLoss) and not criterion.options.label_ids:
             criterion.options = criterion.options._replace(label_ids=tuple(label_ids))
 
@@ -195,7 +195,7 @@ def training(
                 batch |= {f"{side}_clean": torch.empty_like(batch[f"{side}_image"]) for side in ("fixed", "moving")}
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                found = inferer(pair, fake)
+                found = dry(pair, fake)
             criterion(found, batch).mean().backward()
             return states, batch
 
@@ -220,10 +220,9 @@ def _batch(shape: Sequence[int], count: int) -> dict[str, Tensor]:
 
 def _without_numbers(inferer: Inferer) -> Any:
     """The inferer with what a dry run needs of it: few steps, no search for folds."""
-    dry: Any = copy.copy(inferer)
+    dry = _fake(inferer)  # MONAI's Warp keeps a grid
     dry.repair = False
     if getattr(dry, "refiner", None) is not None:
-        dry.refiner = copy.copy(dry.refiner)
         dry.refiner.steps = min(DRY_STEPS, dry.refiner.steps)
     return dry
 

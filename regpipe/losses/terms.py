@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from regpipe.data.pairs import SIDES
-from regpipe.fields.algebra import Registration, integrate, resize, resize_image, sample_at, warp
+from regpipe.fields.algebra import Layers, Registration, resize, resize_image, sample_at, warp_both
+from regpipe.fields.layers import LAYERS
 from regpipe.losses import regularity, similarity
 from regpipe.losses.similarity import lncc
 from regpipe.networks.encoders import Encoder
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     window: int = 9  # LNCC, voxels
     label_ids: tuple[int, ...] = ()  # structures that label supervision sees; empty: all that the batch holds
     encoder: Encoder | None = None  # frozen, for features
+    layers: Layers = LAYERS  # what warps and integrates
 
 
 FLAT = 1e-3  # variance below which a window of a clean image counts as flat: grey values are in [0, 1]
@@ -55,26 +57,26 @@ def masks_of(target: Target) -> list[Tensor] | None:
 
 
 @torch.no_grad()
-def overlaps(r: Registration, target: Target) -> tuple[Tensor | None, Tensor | None]:
+def overlaps(r: Registration, target: Target, options: Options) -> tuple[Tensor | None, Tensor | None]:
     """Where moving on fixed, and fixed on moving, can be compared: one's mask times the other's, warped onto it."""
     masks = masks_of(target)
     if masks is None:
         return None, None
     fixed, moving = masks
-    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse])).chunk(2)
+    warped_moving, warped_fixed = warp_both(moving, fixed, r.displacement, r.inverse, layers=options.layers)
     return fixed * warped_moving, moving * warped_fixed
 
 
-def both_ways(r: Registration, target: Target, dissimilarity: Dissimilarity) -> Tensor:
+def both_ways(r: Registration, target: Target, options: Options, dissimilarity: Dissimilarity) -> Tensor:
     """Mean of a dissimilarity over moving-onto-fixed and fixed-onto-moving, where both are in sight."""
-    on_fixed, on_moving = overlaps(r, target)
+    on_fixed, on_moving = overlaps(r, target, options)
     forward = dissimilarity(r.warped_moving, target["fixed_image"], mask=on_fixed)
     return (forward + dissimilarity(r.warped_fixed, target["moving_image"], mask=on_moving)) / 2
 
 
 def _similarity(dissimilarity: Dissimilarity) -> Term:
     """The term of a function of two images: both ways."""
-    return lambda r, target, options: both_ways(r, target, dissimilarity)
+    return lambda r, target, options: both_ways(r, target, options, dissimilarity)
 
 
 def _of_velocity(measure: Callable[[Tensor], Tensor]) -> Term:
@@ -93,14 +95,14 @@ def _of_displacements(measure: Callable[[Tensor], Tensor]) -> Term:
 
 def _lncc(r: Registration, target: Target, options: Options) -> Tensor:
     """Local cross-correlation, both ways; in [0, 1]."""
-    return both_ways(r, target, lambda a, b, mask: lncc(a, b, mask=mask, window=options.window))
+    return both_ways(r, target, options, lambda a, b, mask: lncc(a, b, mask=mask, window=options.window))
 
 
 def _features(r: Registration, target: Target, options: Options) -> Tensor:
     """1 - cosine of the frozen encoder's features, both ways; in [0, 2]."""
     assert options.encoder is not None  # RegistrationLoss has seen to it
     encoder = options.encoder
-    return both_ways(r, target, lambda a, b, mask: similarity.feature_similarity(a, b, encoder, mask=mask))
+    return both_ways(r, target, options, lambda a, b, mask: similarity.feature_similarity(a, b, encoder, mask=mask))
 
 
 def _midway(r: Registration, target: Target, options: Options) -> Tensor:
@@ -110,7 +112,8 @@ def _midway(r: Registration, target: Target, options: Options) -> Tensor:
     else:
         halves = torch.cat(r.velocity.chunk(2, dim=1)[::-1])
     images, masks = torch.cat([target["moving_image"], target["fixed_image"]]), masks_of(target)
-    u = resize(integrate(halves), images.shape[2:])
+    u = resize(options.layers.dvf2ddf(halves), images.shape[2:])
+    warp = options.layers.warp
     moving, fixed = warp(images, u).chunk(2)
     mask = None if masks is None else torch.stack(warp(torch.cat(masks[::-1]), u.detach()).chunk(2)).prod(0)
     return lncc(moving, fixed, mask=mask, window=options.window)
@@ -140,12 +143,12 @@ def _dice(r: Registration, target: Target, options: Options) -> Tensor:
         return nothing(r)
     fixed, moving = (one_hot(target[key], ids) for key in ("fixed_label", "moving_label"))
     held = (fixed.flatten(2).sum(2) > 0) & (moving.flatten(2).sum(2) > 0)
-    return 1 - warped_overlap(r, fixed, moving)[held].mean() if held.any() else nothing(r)
+    return 1 - warped_overlap(r, fixed, moving, options)[held].mean() if held.any() else nothing(r)
 
 
-def warped_overlap(r: Registration, fixed: Tensor, moving: Tensor) -> Tensor:
+def warped_overlap(r: Registration, fixed: Tensor, moving: Tensor, options: Options) -> Tensor:
     """(B, K): soft Dice of K structures (B, K, *spatial), each image's warped onto the other's, mean of both ways."""
-    warped_moving, warped_fixed = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse])).chunk(2)
+    warped_moving, warped_fixed = warp_both(moving, fixed, r.displacement, r.inverse, layers=options.layers)
     return (overlap(fixed, warped_moving) + overlap(moving, warped_fixed)) / 2
 
 
@@ -177,7 +180,8 @@ def _anatomy(r: Registration, target: Target, options: Options) -> Tensor:
 def _predicted_dice(r: Registration, target: Target, options: Options) -> Tensor:
     """1 - soft Dice of the structures that the network sees in both images, both ways: it needs no label."""
     tissue = resize_image(_anatomy_of(target).detach().softmax(1)[:, 1:], r.displacement.shape[2:])
-    return 1 - warped_overlap(r, *tissue.chunk(2)).mean()
+    fixed, moving = tissue.chunk(2)
+    return 1 - warped_overlap(r, fixed, moving, options).mean()
 
 
 def _anatomy_of(target: Target) -> Tensor:
@@ -234,8 +238,8 @@ def _clean(r: Registration, target: Target, options: Options) -> Tensor:
     if not all(f"{side}_clean" in target for side in SIDES):
         raise InputError("loss term clean: only pairs of configs/synthetic.yaml have clean images; give it no weight")
     fixed, moving = (target[f"{side}_clean"] for side in SIDES)
-    warped = warp(torch.cat([moving, fixed]), torch.cat([r.displacement, r.inverse]))
-    on_fixed, on_moving = overlaps(r, target)
+    warped = torch.cat(warp_both(moving, fixed, r.displacement, r.inverse, layers=options.layers))
+    on_fixed, on_moving = overlaps(r, target, options)
     mask = None if on_fixed is None or on_moving is None else torch.cat([on_fixed, on_moving])
     return lncc(warped, torch.cat([fixed, moving]), mask=mask, window=options.window, epsilon=FLAT)
 
@@ -277,6 +281,7 @@ class RegistrationLoss(nn.Module):
         window: LNCC's window in voxels, odd.
         label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
         encoder: what ``features`` looks through. A frozen copy is used; it is no part of this module's parameters.
+        layers: what warps and integrates.
 
     Raises:
         InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window,
@@ -290,6 +295,7 @@ class RegistrationLoss(nn.Module):
         window: int = 9,
         label_ids: Sequence[int] = (),
         encoder: Encoder | None = None,
+        layers: Layers = LAYERS,
     ) -> None:
         super().__init__()
         self.weights = _checked(weights)
@@ -304,7 +310,8 @@ class RegistrationLoss(nn.Module):
             raise InputError("loss term anatomy: give --label_ids, the structures to tell apart")
         if encoder is not None:
             encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
-        self.options = Options(window, tuple(label_ids), encoder)  # in a tuple it is not registered: nothing trains it
+        # in a tuple the encoder is not registered: nothing trains it
+        self.options = Options(window, tuple(label_ids), encoder, layers)
         self.terms: dict[str, float] = {}
 
     def forward(self, prediction: Mapping[str, Tensor], target: Target) -> Tensor:

@@ -16,7 +16,7 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import MetricUsage
 
-from regpipe.fields.algebra import Registration
+from regpipe.fields.algebra import FUNCTIONS, Layers, Registration
 from regpipe.metrics.measures import HIGHER_IS_BETTER, known, mean_of, measure
 from regpipe.utils.distributed import gathered
 from regpipe.utils.errors import InputError
@@ -37,6 +37,7 @@ class CaseMetrics(Metric):
         spacing: mm per voxel of the working grid.
         key: a name of ``HIGHER_IS_BETTER``, or ``auto``: Dice if any case has labels, else TRE if
             any has landmarks, else NCC.
+        layers: see ``measure``.
         output_transform: from ``engine.state.output`` to what ``update`` takes.
 
     Raises:
@@ -48,12 +49,13 @@ class CaseMetrics(Metric):
         spacing: Sequence[float],
         *,
         key: str = "auto",
+        layers: Layers = FUNCTIONS,
         output_transform: Callable[[Any], Any] = lambda output: output,
     ) -> None:
         if key != "auto" and key not in HIGHER_IS_BETTER:
             names = ", ".join(["auto", *HIGHER_IS_BETTER])
             raise InputError(f"unknown metric {key!r}; choose one of {names}")
-        self.spacing, self.key = tuple(spacing), key
+        self.spacing, self.key, self.layers = tuple(spacing), key, layers
         super().__init__(output_transform)
 
     def reset(self) -> None:
@@ -66,7 +68,7 @@ class CaseMetrics(Metric):
             one = slice(i, i + 1)
             registration = Registration(*(pred[field][one] for field in Registration._fields))
             item = {name: value[one] for name, value in batch.items()}
-            self._rows.append({"case": case, **measure(registration, item, self.spacing)})
+            self._rows.append({"case": case, **measure(registration, item, self.spacing, layers=self.layers)})
 
     def compute(self) -> dict[str, float]:
         """Mean of each metric over the cases of all processes that have it.

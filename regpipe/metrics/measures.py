@@ -21,7 +21,16 @@ from scipy.ndimage import find_objects
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from regpipe.fields.algebra import Registration, compose, determinant, jacobian_determinant, sample_at, warp
+from regpipe.fields.algebra import (
+    FUNCTIONS,
+    Layers,
+    Registration,
+    compose,
+    determinant,
+    jacobian_determinant,
+    sample_at,
+    warp,
+)
 from regpipe.io.geometry import carry
 
 Array = np.ndarray | Tensor
@@ -212,11 +221,13 @@ def sdlogj_l2r(displacement: Array) -> float:
     return (inner + 3).clamp(1e-9, 1e9).log().std(correction=0).item() if inner.numel() else math.nan
 
 
-def inverse_consistency(displacement: Array, inverse: Array, spacing: Sequence[float]) -> float:
+def inverse_consistency(
+    displacement: Array, inverse: Array, spacing: Sequence[float], *, layers: Layers = FUNCTIONS
+) -> float:
     """Mean length in mm of compose(u, u_inv) and compose(u_inv, u). Both (D, *spatial)."""
     u, u_inv = _batched(displacement), _batched(inverse)
     mm = u.new_tensor(list(spacing)).view(1, -1, *[1] * (u.ndim - 2))
-    residuals = [compose(u, u_inv) * mm, compose(u_inv, u) * mm]
+    residuals = [compose(a, b, layers=layers) * mm for a, b in ((u, u_inv), (u_inv, u))]
     return sum(r.norm(dim=1).double().mean().item() for r in residuals) / 2
 
 
@@ -249,13 +260,16 @@ def bootstrap_interval(
     return mean, float(interval.low), float(interval.high)
 
 
-def measure(registration: Registration, item: Mapping[str, Any], spacing: Sequence[float]) -> dict[str, float]:
+def measure(
+    registration: Registration, item: Mapping[str, Any], spacing: Sequence[float], *, layers: Layers = FUNCTIONS
+) -> dict[str, float]:
     """Every metric of ``HIGHER_IS_BETTER`` for one case: one row of the CSV.
 
     Args:
         registration: of batch size 1.
         item: a batch of size 1 as ``data.pairs.collate_pairs`` gives it, on any device.
         spacing: mm per voxel of the working grid.
+        layers: what warps; labels are warped by nearest neighbour, by ``fields.algebra.warp`` always.
 
     Returns:
         name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage,
@@ -282,7 +296,7 @@ def measure(registration: Registration, item: Mapping[str, Any], spacing: Sequen
         "ndv_percent": ndv_percent(u),
         "sdlogj": sdlogj(u),
         "sdlogj_l2r": sdlogj_l2r(u),
-        "inverse_consistency": inverse_consistency(u, inverse, spacing),
+        "inverse_consistency": inverse_consistency(u, inverse, spacing, layers=layers),
     }
 
 

@@ -18,7 +18,8 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from regpipe.fields.algebra import integrate_both, resize, resize_image, warp
+from regpipe.fields.algebra import Layers, integrate_both, resize, resize_image
+from regpipe.fields.layers import DVF2DDF, Warp
 from regpipe.networks.correlation import local_correlations
 from regpipe.networks.encoders import CONV, Encoder, two_convolutions
 from regpipe.networks.weights import lay_in_decoder, read_state_dict
@@ -247,14 +248,15 @@ class _Level(nn.Module):
             conv(width, width, 3, padding=1),
             nn.LeakyReLU(0.2, inplace=True),
         )
+        self.layers = Layers(Warp(), DVF2DDF(4))
         self.flow = conv(width, spatial_dims, 3, padding=1, bias=False)
         nn.init.normal_(self.flow.weight, std=1e-3)  # begin near the identity
 
     def forward(self, features: Tensor, velocity: Tensor | None) -> Tensor:
         if velocity is not None:
             # integrated where it was made: an eighth of the points, and the same to interpolation
-            forward, backward = integrate_both(velocity / 2, squarings=4)
-            features = warp(features, resize(torch.cat([backward, forward]), features.shape[2:]))
+            forward, backward = integrate_both(velocity / 2, layers=self.layers)
+            features = self.layers.warp(features, resize(torch.cat([backward, forward]), features.shape[2:]))
             velocity = resize(velocity, features.shape[2:])
         a, b = features.chunk(2)
         sides: list[tuple[Tensor, ...]] = [(a, b), (b, a)]

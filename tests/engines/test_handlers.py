@@ -26,6 +26,7 @@ from regpipe.engines.handlers import (
     WeightAverage,
 )
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.fields.layers import LAYERS
 from regpipe.losses.terms import RegistrationLoss
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils.errors import InputError
@@ -49,7 +50,7 @@ def trainer(
         network,
         torch.optim.SGD(network.parameters(), lr=rate),
         loss,
-        inferer=RegistrationInferer(squarings=3),
+        inferer=RegistrationInferer(layers=LAYERS.in_steps(3)),
         prepare_batch=prepare_batch,
         train_handlers=list(handlers),
         decollate=False,
@@ -62,7 +63,7 @@ def evaluator(network: nn.Module, scores: list[float], *handlers: Any) -> Superv
         CPU,
         [batch("a")],
         network,
-        inferer=RegistrationInferer(squarings=1),
+        inferer=RegistrationInferer(layers=LAYERS.in_steps(1)),
         prepare_batch=prepare_batch,
         key_val_metric={"key_metric": _Score(scores)},  # type: ignore[dict-item]
         val_handlers=list(handlers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from regpipe.engines.inferers import (
     trained_grid,
     trained_weights,
 )
-from regpipe.fields.algebra import Registration, register, register_midway, warp
+from regpipe.fields.algebra import Layers, Registration, integrate, register, register_midway, warp
+from regpipe.fields.layers import DVF2DDF, Warp
 from regpipe.io.images import make_grid, save_grid
 from regpipe.metrics.cases import CaseMetrics
 from regpipe.metrics.measures import ndv_percent
@@ -54,8 +56,8 @@ def test_the_networks_input_is_fixed_then_moving_and_the_target_is_the_whole_bat
 def test_the_inferer_integrates_and_warps_what_the_network_says() -> None:
     pair, *_ = prepare_batch(batch(["a", "b"]))
     fixed, moving = pair.chunk(2, 1)
-    found = RegistrationInferer(squarings=5)(pair, net())
-    expected = register(fixed, moving, net()(pair), squarings=5)
+    found = RegistrationInferer(layers=Layers(Warp(), DVF2DDF(5)))(pair, net())
+    expected = register(fixed, moving, net()(pair), layers=Layers(warp, partial(integrate, squarings=5)))
     assert tuple(found) == Registration._fields
     for name, value in expected._asdict().items():
         assert torch.equal(found[name], value), name

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.terms import WAYS, example, noise, smooth, term
 from regpipe.fields.algebra import Registration, identity_grid, register, register_midway, resize, warp
-from regpipe.losses.terms import TERMS, RegistrationLoss, feature_encoder, overlaps
+from regpipe.losses.terms import TERMS, Options, RegistrationLoss, feature_encoder, overlaps
 from regpipe.networks.encoders import Encoder
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils.errors import InputError
@@ -220,7 +220,7 @@ def test_what_a_mask_leaves_out_does_not_count_wherever_it_is_warped_to(name) ->
 
 def test_the_masks_of_both_images_are_multiplied_on_the_grid_of_each() -> None:
     r, target = rolled(masks=True)
-    on_fixed, on_moving = overlaps(r, target)
+    on_fixed, on_moving = overlaps(r, target, Options())
     assert on_fixed is not None and on_moving is not None and not on_fixed.requires_grad
     fixed, moving = target["fixed_mask"], target["moving_mask"]
     torch.testing.assert_close(on_fixed, fixed * warp(moving, r.displacement), atol=1e-5, rtol=0)
@@ -232,7 +232,7 @@ def test_the_masks_of_both_images_are_multiplied_on_the_grid_of_each() -> None:
 def test_masks_of_ones_take_the_way_without_masks(name) -> None:
     r, target = example((20, 18))
     ones = {f"{side}_mask": torch.ones_like(target["fixed_image"]) for side in ("fixed", "moving")}
-    assert overlaps(r, target | ones) == (None, None)
+    assert overlaps(r, target | ones, Options()) == (None, None)
     assert float(term(name, r, target | ones)) == float(term(name, r, target))
     alone = {"fixed_mask": example((20, 18), masks=True)[1]["fixed_mask"]}
     assert float(term(name, r, target | alone)) != float(term(name, r, target))  # the other's are ones
