@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from regpipe.cli import completion
-from regpipe.utils import console
 from regpipe.utils.errors import InputError
 
 Inputs = Annotated[
@@ -128,101 +126,20 @@ def register(
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
     given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
+    given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)
     beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}
     beside |= {"moving_mask": moving_mask, "fixed_landmarks": points[0], "moving_landmarks": points[1]}
+    from regpipe.inference.register import one_pair, register_files
+
     with tempfile.TemporaryDirectory() as aside:
         dataset = inputs[0]
         if len(inputs) == 1 and dataset.is_file() and dataset.suffix.lower() != ".json":
             raise InputError(f"{dataset}: is one image; give FIXED and MOVING, or a folder of pairs")
         if len(inputs) == 2:
-            dataset = _one_pair(Path(aside) / "pair.json", inputs[0], inputs[1], beside)
+            images = {"fixed_image": inputs[0], "moving_image": inputs[1]}
+            dataset = one_pair(Path(aside) / "pair.json", images | beside)
         elif any(beside.values()):
             raise InputError("labels, masks and --landmarks go with two files; a folder holds its own")
-        found = _bundle(bundle, dataset)
-        if found is None:
-            _from_zero(dataset, out, refine, _loss(similarity, smoothness), finest, chosen)
-            return
-        from regpipe.bundle.run import register_with_bundle
-
-        folder, told = found
-        steps = told.get("refine") if refine is None else refine
-        loss = _loss(similarity, smoothness) if (similarity, smoothness) != (None, None) else None
-        told |= chosen | _refinement(steps, loss) | ({} if finest is None else {"refine_finest": finest})
-        register_with_bundle(folder, dataset, out, told, trust=trust)
-
-
-def _bundle(name: str, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The bundle that ``--bundle`` names, a folder or one that came with regpipe, and what it is told; None: from zero.
-
-    The names of those that came with regpipe go before folders of the same name. Where none came for the images'
-    dimension, or images are of both, that is said.
-    """
-    if name == "none":
-        return None
-    if name not in completion.SHIPPED:
-        return Path(name), {}
-    from regpipe.engines.inferers import dimensions_of
-    from regpipe.engines.refine import SHIPPED_STEPS
-    from regpipe.networks.weights import shipped
-
-    dims = dimensions_of(str(dataset))
-    if len(dims) > 1:
-        console.say("images of both 2D and 3D, and a network is for either: each pair is optimised from zero")
-        return None
-    (dim,) = dims
-    found = shipped(name, dim)
-    if found is None:
-        console.say(f"regpipe came without a model of {name} for {dim}D images: each pair is optimised from zero")
-        return None
-    return found, {"ckpt_dir": str(found.absolute() / "models" / f"{dim}d"), "refine": SHIPPED_STEPS}
-
-
-def _loss(similarity: str | None, smoothness: float | None) -> dict[str, Any]:
-    """What ``refinement_loss`` is told, checked."""
-    from regpipe.engines.refine import refinement_loss
-
-    chosen: dict[str, Any] = {
-        "similarity": similarity or "lncc",
-        "smoothness": 1.0 if smoothness is None else smoothness,
-    }
-    refinement_loss(**chosen)
-    return chosen
-
-
-def _from_zero(
-    dataset: Path, out: Path, steps: int | None, loss: dict[str, Any], finest: int | None, chosen: dict[str, Any]
-) -> None:
-    from regpipe.engines.refine import ZERO_STEPS
-    from regpipe.inference.from_zero import register_from_zero
-
-    steps = ZERO_STEPS if steps is None else steps
-    register_from_zero(str(dataset), str(out), steps=steps, finest=finest, **loss, **chosen)
-
-
-def _one_pair(path: Path, fixed: Path, moving: Path, beside: dict[str, Path | None]) -> Path:
-    """A datalist of one case."""
-    from regpipe.io import images
-
-    files = {"fixed_image": fixed, "moving_image": moving, **beside}
-    entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
-    for name in entry.values():
-        files_of = images.files(name)
-        if not files_of or not all(file.exists() for file in files_of):
-            raise InputError(f"{name}: no such file, or a folder without DICOM files")
-    path.write_text(json.dumps({"test": [entry]}))
-    return path
-
-
-def _refinement(steps: int | None, loss: dict[str, Any] | None) -> dict[str, Any]:
-    """What a bundle is told of it."""
-    told: dict[str, Any] = {} if steps is None else {"refine": steps}
-    if loss is not None:
-        if not steps:
-            raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
-        words = ", ".join(f"{name}={value!r}" for name, value in loss.items())
-        told["refine_loss"] = (
-            f"$regpipe.engines.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {words})"
-        )
-    return told
+        register_files(dataset, out, bundle=bundle, trust=trust, **chosen)

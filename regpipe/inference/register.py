@@ -1,0 +1,230 @@
+"""What ``regpipe register`` does, as functions: a folder of pairs, or two images of a Python session."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regpipe.bundle.run import register_with_bundle
+from regpipe.bundle.write import TRANSFERRED
+from regpipe.engines.inferers import dimensions_of
+from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, refinement_loss
+from regpipe.inference.from_zero import register_from_zero
+from regpipe.io import images
+from regpipe.io.images import Image
+from regpipe.io.itk_bridge import from_itk
+from regpipe.networks.weights import shipped
+from regpipe.transforms.displacement import read_displacement, write_image
+from regpipe.utils import console
+from regpipe.utils.errors import InputError, cause
+
+BESIDE = ("fixed_label", "moving_label", "fixed_mask", "moving_mask", "fixed_landmarks", "moving_landmarks")
+
+
+def register_files(
+    dataset: Path,
+    out: Path,
+    *,
+    bundle: str = "resnet18",
+    refine: int | None = None,
+    similarity: str | None = None,
+    smoothness: float | None = None,
+    finest: int | None = None,
+    trust: bool = False,
+    **chosen: Any,
+) -> None:
+    """Register a folder, or datalist, of pairs: by a bundle, one that came with regpipe, or without any (``none``).
+
+    Args:
+        dataset: see ``regpipe.list_pairs``.
+        out: a folder per case is made in it.
+        bundle: its folder, a comparison's, or the name of one that came with regpipe; ``none``.
+        refine: steps of per-pair optimisation; None: 25 after a model that came with regpipe, 80 from zero, else the
+            bundle's own.
+        similarity, smoothness, finest: of the refinement, see ``engines.refine``.
+        trust: see ``bundle.own``.
+        chosen: ids of the bundle's ``inference.yaml``, of which ``inference.from_zero`` takes its own.
+
+    Raises:
+        InputError: what a user can mend.
+        SystemExit: as ``FolderRun.register``.
+    """
+    found = _bundle(bundle, dataset)
+    loss: dict[str, Any] = {"similarity": similarity or "lncc", "smoothness": 1.0 if smoothness is None else smoothness}
+    refinement_loss(**loss)
+    if found is None:
+        steps = ZERO_STEPS if refine is None else refine
+        register_from_zero(str(dataset), str(out), steps=steps, finest=finest, **loss, **chosen)
+        return
+    folder, told = found
+    steps = told.get("refine", 0) if refine is None else refine
+    if (similarity, smoothness) != (None, None):
+        told["refine_loss"] = _refine_loss(steps, loss)
+    told |= chosen | ({} if refine is None else {"refine": refine})
+    told |= {} if finest is None else {"refine_finest": finest}
+    register_with_bundle(folder, dataset, out, told, trust=trust)
+
+
+def _bundle(name: str, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The bundle of that name, a folder or one that came with regpipe, and what it is told; None: from zero.
+
+    The names of those that came with regpipe go before folders of the same name. Where none came for the images'
+    dimension, or images are of both, that is said.
+    """
+    if name == "none":
+        return None
+    if name not in TRANSFERRED:
+        return Path(name), {}
+    dims = dimensions_of(str(dataset))
+    if len(dims) > 1:
+        console.say("images of both 2D and 3D, and a network is for either: each pair is optimised from zero")
+        return None
+    (dim,) = dims
+    found = shipped(name, dim)
+    if found is None:
+        console.say(f"regpipe came without a model of {name} for {dim}D images: each pair is optimised from zero")
+        return None
+    return found, {"ckpt_dir": str(found.absolute() / "models" / f"{dim}d"), "refine": SHIPPED_STEPS}
+
+
+def _refine_loss(steps: int, loss: Mapping[str, Any]) -> str:
+    """What a bundle's ``refine_loss`` is told."""
+    if not steps:
+        raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
+    words = ", ".join(f"{name}={value!r}" for name, value in loss.items())
+    return f"$regpipe.engines.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {words})"
+
+
+def one_pair(path: Path, files: Mapping[str, Path | None]) -> Path:
+    """Write a datalist of one case at ``path``. Raises ``InputError`` for a file that is not there."""
+    entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
+    for name in entry.values():
+        files_of = images.files(name)
+        if not files_of or not all(file.exists() for file in files_of):
+            raise InputError(f"{name}: no such file, or a folder without DICOM files")
+    path.write_text(json.dumps({"test": [entry]}))
+    return path
+
+
+class Registered:
+    """What ``register_images`` gave: read from its files, which are those of ``regpipe register``."""
+
+    def __init__(self, aside: tempfile.TemporaryDirectory[str]) -> None:
+        self._aside = aside  # gone with this object
+        (finished,) = (Path(aside.name) / "out").glob("*/metrics.json")
+        self.folder = finished.parent  # of the case
+        self.metrics: dict[str, Any] = json.loads(finished.read_text())  # on the working grid; None: not known
+        self.warnings: list[str] = self.metrics.pop("warnings")
+
+    @functools.cached_property
+    def warped(self) -> Image:
+        """The moving image on the fixed one's grid, and its RAS affine."""
+        return images.read_image(self.folder / "warped.nii.gz")
+
+    @functools.cached_property
+    def warped_label(self) -> Image:
+        """The moving label map on the fixed image's grid, where one was given."""
+        return images.read_label(self.folder / "warped_label.nii.gz")[0]
+
+    @functools.cached_property
+    def jacobian(self) -> Image:
+        """det(I + grad u) on the fixed image's grid."""
+        return images.read_image(self.folder / "jacobian.nii.gz")
+
+    @functools.cached_property
+    def displacement(self) -> Image:
+        """(D, *S) in LPS mm on the fixed image's grid, from each voxel to its place in the moving image."""
+        return Image(*read_displacement(self.folder / "displacement.nii.gz"))
+
+    @functools.cached_property
+    def inverse(self) -> Image:
+        """The same on the moving image's grid, towards the fixed image."""
+        return Image(*read_displacement(self.folder / "inverse_displacement.nii.gz"))
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy all files to ``folder``, as ``regpipe register -o`` writes them; returns it."""
+        return Path(shutil.copytree(Path(self._aside.name) / "out", folder, dirs_exist_ok=True))
+
+
+def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
+    """Register two images as ``regpipe register`` does: the same numbers, the same files.
+
+    Args:
+        fixed, moving: each a path, a pair ``(array (*S), RAS affine (D+1, D+1))``, a MONAI ``MetaTensor`` of one
+            channel, a nibabel image or an ``itk.Image``.
+        chosen: ``bundle``, ``refine``, ``similarity``, ``smoothness``, ``finest``, ``affine``, ``affine_from``,
+            ``affine_metric``, ``memory_gib``: as the command's. ``fixed_label``, ``moving_label``, ``fixed_mask``,
+            ``moving_mask``: as the images; ``fixed_landmarks``, ``moving_landmarks``: paths.
+
+    Raises:
+        InputError: what is wrong with them, in a line.
+    """
+    aside = tempfile.TemporaryDirectory(prefix="regpipe")
+    root = Path(aside.name)
+    given = {"fixed_image": fixed, "moving_image": moving} | {key: chosen.pop(key, None) for key in BESIDE}
+    files = {key: _file(root / f"{key}.nii.gz", value) for key, value in given.items() if value is not None}
+    with _in_a_session():
+        register_files(one_pair(root / "pair.json", files), root / "out", **chosen)
+    return Registered(aside)
+
+
+@contextlib.contextmanager
+def _in_a_session() -> Iterator[None]:
+    """What ends a command's process is an ``InputError`` here, and the process stays as it was."""
+    hooks, places = (sys.excepthook, threading.excepthook), list(sys.path)
+    try:
+        with console.session(quiet=True):
+            yield
+    except SystemExit as end:
+        failures = console.told().get("failures") or {"": "the registration was stopped"}
+        raise InputError(*failures.values()) from end
+    except Exception as error:
+        known = cause(error)
+        if known is None or known is error:
+            raise
+        raise InputError(*known.args) from error
+    finally:
+        sys.excepthook, threading.excepthook = hooks
+        sys.path[:] = places
+
+
+def _file(path: Path, value: Any) -> Path:
+    """A file that holds an image: the given one, or ``path``, written."""
+    if isinstance(value, (str, Path)):
+        return Path(value)
+    array, affine = _image(value)
+    write_image(path, array.astype(np.int32 if path.name.endswith("label.nii.gz") else np.float32), affine)
+    return path
+
+
+def _image(value: Any) -> Image:
+    if isinstance(value, tuple) and len(value) == 2:
+        array, affine = (np.asarray(part) for part in value)
+    elif hasattr(value, "GetDirection"):
+        return from_itk(value)
+    elif hasattr(value, "affine"):  # MONAI's MetaTensor, which has a channel; nibabel's
+        array, affine = np.asarray(getattr(value, "dataobj", value)), np.asarray(value.affine)
+        array = array[0] if hasattr(value, "meta") else array
+    else:
+        kind = type(value).__name__
+        raise InputError(f"an image is a {kind}: give a path, (array, affine), a MetaTensor, a nibabel or an ITK image")
+    return Image(array, _of_dimension(affine.astype(float), array.ndim))
+
+
+def _of_dimension(affine: np.ndarray, dim: int) -> np.ndarray:
+    """The affine (dim+1, dim+1); MONAI's is (4, 4) for slices, too."""
+    if affine.shape == (4, 4) and dim == 2:
+        affine = affine[np.ix_([0, 1, 3], [0, 1, 3])]
+    if affine.shape != (dim + 1, dim + 1):
+        raise InputError(f"an array of {dim} axes and an affine of {affine.shape}: give one channel, and RAS mm")
+    return affine
