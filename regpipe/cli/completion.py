@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 BACKBONES = ("resnet18", "vgg16", "alexnet", "plain")
 SHIPPED = (*BACKBONES[:3], "none")
+NETWORKS = ("symnet",)
 PHANTOMS = ("ultrasound", "mr", "shapes", "synthetic")
 STAGES = ("none", "centre", "rigid", "similarity", "affine", "projective")
 SOURCES = ("images", "landmarks", "both")

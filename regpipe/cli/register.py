@@ -38,6 +38,14 @@ def register(
             autocompletion=completion.one_of(completion.SHIPPED),
         ),
     ] = "resnet18",
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="In a bundle's place: symnet, with its authors' weights.",
+            autocompletion=completion.one_of(completion.NETWORKS),
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of --network symnet: its authors' .pth.")] = None,
     affine: Annotated[
         str | None,
         typer.Option(
@@ -127,6 +135,7 @@ def register(
     given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}
+    given |= {"network": network, "weights": None if weights is None else str(weights)}
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)
     beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}

@@ -144,10 +144,15 @@ class LoadPair:
             return make()
         return self._kept((case["displacement"],), grid, frames, make)
 
+    @staticmethod
+    def scale(array: np.ndarray) -> np.ndarray:
+        """An image's values as a network sees them."""
+        return images.normalise(array)
+
     def _load(self, files: Sequence[Any], affine: np.ndarray, shape: tuple[int, ...], read: Read) -> dict[str, Tensor]:
         path, label, landmarks, mask = files
         image, dim = read(path), len(shape)
-        grey = image._replace(array=images.normalise(image.array))
+        grey = image._replace(array=self.scale(image.array))
         array = images.resample(grey, affine, shape, order=1)
         labels, points, back = (
             np.zeros(shape, np.int32),

@@ -20,6 +20,7 @@ from regpipe.bundle.write import TRANSFERRED
 from regpipe.engines.inferers import dimensions_of
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, refinement_loss
 from regpipe.inference.from_zero import register_from_zero
+from regpipe.inference.symnet import register_by_symnet
 from regpipe.io import images
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import from_itk
@@ -40,6 +41,8 @@ def register_files(
     similarity: str | None = None,
     smoothness: float | None = None,
     finest: int | None = None,
+    network: str | None = None,
+    weights: str | None = None,
     trust: bool = False,
     **chosen: Any,
 ) -> None:
@@ -52,6 +55,7 @@ def register_files(
         refine: steps of per-pair optimisation; None: 25 after a model that came with regpipe, 80 from zero, else the
             bundle's own.
         similarity, smoothness, finest: of the refinement, see ``engines.refine``.
+        network, weights: ``symnet`` in a bundle's place, and its authors' file, see ``inference.symnet``.
         trust: see ``bundle.own``.
         chosen: ids of the bundle's ``inference.yaml``, of which ``inference.from_zero`` takes its own.
 
@@ -59,6 +63,13 @@ def register_files(
         InputError: what a user can mend.
         SystemExit: as ``FolderRun.register``.
     """
+    if network is not None or weights is not None:
+        if network != "symnet" or weights is None:
+            raise InputError("--network symnet and --weights FILE, its authors' .pth, go together; else give --bundle")
+        if (refine, similarity, smoothness, finest) != (None,) * 4:
+            raise InputError("--network symnet: its two velocities cannot be refined; leave the refinement out")
+        register_by_symnet(str(dataset), str(out), weights=weights, **chosen)
+        return
     found = _bundle(bundle, dataset)
     loss: dict[str, Any] = {"similarity": similarity or "lncc", "smoothness": 1.0 if smoothness is None else smoothness}
     refinement_loss(**loss)
@@ -162,9 +173,9 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
     Args:
         fixed, moving: each a path, a pair ``(array (*S), RAS affine (D+1, D+1))``, a MONAI ``MetaTensor`` of one
             channel, a nibabel image or an ``itk.Image``.
-        chosen: ``bundle``, ``refine``, ``similarity``, ``smoothness``, ``finest``, ``affine``, ``affine_from``,
-            ``affine_metric``, ``memory_gib``: as the command's. ``fixed_label``, ``moving_label``, ``fixed_mask``,
-            ``moving_mask``: as the images; ``fixed_landmarks``, ``moving_landmarks``: paths.
+        chosen: as the command's: ``bundle``, ``network``, ``weights``, ``refine``, ``similarity``, ``smoothness``,
+            ``finest``, ``affine``, ``affine_from``, ``affine_metric``, ``memory_gib``; as the images: ``fixed_label``,
+            ``moving_label``, ``fixed_mask``, ``moving_mask``; paths: ``fixed_landmarks``, ``moving_landmarks``.
 
     Raises:
         InputError: what is wrong with them, in a line.

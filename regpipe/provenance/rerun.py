@@ -80,6 +80,8 @@ def rerun(
     sources = Sources(beside, NEAR) if data is None else Sources(data.absolute())
     entries = [_entry(content, sources) for content in old.values()]
     models = Path()
+    if first["settings"].get("network") == "symnet":
+        raise InputError(f"{given}: was registered by SYMNet; do so again with its weights, to another folder")
     if first["model"]:
         bundle, models = _with_model(bundle, first["model"])
     elif bundle is not None:

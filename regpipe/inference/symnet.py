@@ -1,0 +1,107 @@
+"""SYMNet by its authors' weights (Mok & Chung, CVPR 2020): what their ``Test_SYMNet.py`` does, on any grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.engines import SupervisedEvaluator
+from torch import Tensor, nn
+
+from regpipe.data.load import LoadPair
+from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.inference.case_files import BY_DEFAULT
+from regpipe.inference.folder import FolderRun
+from regpipe.inference.ladder import FittingInferer
+from regpipe.io.images import Grid
+from regpipe.networks.symmetric import load_symnet
+from regpipe.utils import distributed
+from regpipe.utils.files import require_file, sha256
+
+GRID = Grid((160, 224, 192), (1.0, 1.0, 1.0))  # the authors' 160 x 192 x 224, by axes to the right, front and top
+# Where the authors' images lie, axes to the left, bottom and front: aligned with each other already.
+SPACE: dict[str, Any] = {
+    "shape": [160, 192, 224],
+    "affine": [[-1.0, 0.0, 0.0, 80.0], [0.0, 0.0, 1.0, -112.0], [0.0, -1.0, 0.0, 96.0], [0.0, 0.0, 0.0, 1.0]],
+}
+
+
+class LoadAsAuthors(LoadPair):
+    """``LoadPair`` with the authors' scaling: an image's extremes become 0 and 1."""
+
+    @staticmethod
+    def scale(array: np.ndarray) -> np.ndarray:
+        low, high = float(array.min()), float(array.max())
+        return np.asarray((array - low) / (high - low), np.float32)
+
+
+class Turned(nn.Module):
+    """SYMNet, whose images' axes lead left, down and to the front, on images whose axes lead right, front and up.
+
+    ``net(pair (B, 2, *spatial)) -> (B, 6, *spatial)``: as ``SymNet``'s, along the axes that are given.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pair: Tensor) -> Tensor:
+        found = self.network(pair.transpose(3, 4).flip(2, 3))
+        return torch.cat([_turned_back(v) for v in found.chunk(2, 1)], 1)
+
+
+def _turned_back(v: Tensor) -> Tensor:
+    """A field (B, 3, *spatial) along left, down and front -> along right, front and up."""
+    left, down, front = v.flip(2, 3).transpose(3, 4).unbind(1)
+    return torch.stack([-left, front, -down], 1)
+
+
+def register_by_symnet(
+    dataset_dir: str,
+    output_dir: str,
+    *,
+    weights: str,
+    pairing: str = "all",
+    landmark_channels: int | None = None,
+    affine: str = "auto",
+    affine_from: str = "images",
+    affine_metric: str = "mi",
+    formats: str | Sequence[str] = BY_DEFAULT,
+    memory_gib: float | None = None,
+    strict: bool = False,
+) -> None:
+    """Register every pair of a folder by SYMNet, both ways, on the authors' grid of 1 mm around the fixed image.
+
+    ``weights``: the authors' .pth; ``affine``: ``auto`` takes two images in the authors' space as they are and aligns
+    others; the rest as ``inference.from_zero``'s.
+
+    Raises:
+        InputError: not SYMNet's weights, no pair, an output folder that cannot be made.
+        SystemExit: as ``FolderRun.register``.
+    """
+    distributed.join(hours=168)
+    network = Turned(load_symnet(weights)).to(distributed.device())
+    alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
+    settings = {"network": "symnet", "weights": sha256([require_file(weights)]), **alignment}
+    load = LoadAsAuthors(GRID, landmark_channels=landmark_channels, cache=False, space=SPACE, **alignment)
+    folder = FolderRun(
+        dataset_dir,
+        load=load,
+        output_dir=output_dir,
+        pairing=pairing,
+        formats=formats,
+        settings={**settings, "landmark_channels": landmark_channels},
+        memory_gib=memory_gib,
+    )
+    evaluator = SupervisedEvaluator(
+        device=distributed.device(),
+        val_data_loader=folder,
+        network=network,
+        inferer=FittingInferer(RegistrationInferer(midway=True), memory_gib=memory_gib),
+        prepare_batch=prepare_batch,
+        val_handlers=[folder],
+        decollate=False,
+    )
+    folder.register(evaluator, strict=strict)
