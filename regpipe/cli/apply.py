@@ -17,12 +17,6 @@ Manifest = Annotated[
 ]
 
 
-def add(app: typer.Typer) -> None:
-    """Give ``app`` the commands."""
-    app.command()(apply)
-    app.command()(compose)
-
-
 def apply(
     transform: Annotated[
         Path,

@@ -11,11 +11,6 @@ from regpipe.cli import completion
 from regpipe.utils import console
 
 
-def add(app: typer.Typer) -> None:
-    """Give ``app`` the command."""
-    app.command()(bids)
-
-
 def bids(
     root: Annotated[Path, typer.Argument(metavar="BIDS", help="Folder with dataset_description.json.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The datalist, .json.")] = Path("datalist.json"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,18 @@ from regpipe.utils.errors import InputError
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
-# Of each curve, text and slider of pictures so many steps are kept; TensorBoard alone would keep 10 pictures.
-SAMPLES = {"scalars": 5000, "images": 50, "histograms": 100, "text": 20}
+SAMPLES = "scalars=5000,images=50,histograms=100,text=20"  # steps shown of each; by default 10 pictures
 
 
 class _Here(program.WerkzeugServer):
-    """Answers only who asks for this machine by name: a page of anybody's can have its own name lead to 127.0.0.1."""
+    """Answers only requests that name this machine: another site can make its own name lead to 127.0.0.1."""
 
     def __init__(self, wsgi_app: Any, flags: Any) -> None:
         def asked(environ: dict[str, Any], start_response: Any) -> Any:
-            name = re.sub(r":\d+$", "", environ.get("HTTP_HOST", ""))
-            if name in NAMES:
+            if environ.get("HTTP_HOST", "").partition(":")[0] in NAMES:
                 return wsgi_app(environ, start_response)
             start_response("403 Forbidden", [("Content-Type", "text/plain")])
-            return [
-                b"regpipe dashboard answers as 127.0.0.1 and localhost alone; behind a proxy run tensorboard itself"
-            ]
+            return [b"regpipe dashboard answers as 127.0.0.1 or localhost; behind a proxy run tensorboard itself"]
 
         super().__init__(asked, flags)
 
@@ -52,10 +47,9 @@ def start(folder: str | Path, *, port: int | None = None) -> str:
     if next(folder.rglob("events.out.tfevents.*"), None) is None:
         raise InputError(f"{folder}: no TensorBoard logs in it; training a bundle and regpipe compare write them")
     board = program.TensorBoard(plugins=default.get_plugins(), server_class=_Here)
-    samples = ",".join(f"{plugin}={count}" for plugin, count in SAMPLES.items())
-    options: dict[str, Any] = {"logdir": str(folder), "host": HOST, "window_title": f"regpipe: {folder.name}"}
-    arguments = [f"--samples_per_plugin={samples}", *(f"--{name}={value}" for name, value in options.items())]
-    board.configure(["tensorboard", *arguments, *([] if port is None else [f"--port={port}"])])
+    options = {"logdir": folder, "host": HOST, "window_title": f"regpipe: {folder.name}", "samples_per_plugin": SAMPLES}
+    options |= {} if port is None else {"port": port}
+    board.configure(["tensorboard", *(f"--{name}={value}" for name, value in options.items())])
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # advice on its own options
             return str(board.launch())

@@ -13,22 +13,16 @@ from typing import Annotated
 import typer
 
 from regpipe import __version__
-from regpipe.cli import apply, bids, completion, provenance, register, report, results
+from regpipe.cli import apply, bids, completion, provenance, register, results
 from regpipe.utils import console
 from regpipe.utils.errors import InputError, explain
 from regpipe.utils.versions import versions
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-
-register.add(app)
-apply.add(app)
-bids.add(app)
-results.add(app)
-report.add(app)
-provenance.add(app)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+for command in (register.register, apply.apply, apply.compose, bids.bids, results.dashboard, results.figures):
+    app.command()(command)
+for command in (results.report, provenance.verify, provenance.rerun):
+    app.command()(command)
 
 EVERYWHERE = ("--json", "--quiet")  # may stand after the command, too
 

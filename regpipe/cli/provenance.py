@@ -14,15 +14,7 @@ from regpipe.utils.errors import InputError
 if TYPE_CHECKING:
     from regpipe.provenance.rerun import Again
 
-Data = Annotated[
-    Path | None, typer.Option(help="Folder below which the images lie; of a training or evaluation the data set.")
-]
-
-
-def add(app: typer.Typer) -> None:
-    """Give ``app`` the commands."""
-    app.command()(verify)
-    app.command()(rerun)
+Data = Annotated[Path | None, typer.Option(help="Folder below which the images lie.")]
 
 
 def verify(
@@ -50,23 +42,18 @@ def verify(
 
 
 def rerun(
-    manifest: Annotated[
-        Path, typer.Argument(help="manifest.json of a case, a training or an evaluation; its folder, or one of cases.")
-    ],
+    manifest: Annotated[Path, typer.Argument(help="manifest.json of a registered case; its folder, or one of cases.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep what comes out here; default: nowhere.")] = None,
     data: Data = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="The one that the cases were registered, or evaluated, with.")
-    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="The one that the cases were registered with.")] = None,
     trust: Trust = False,
     tolerance: Annotated[
-        float,
-        typer.Option(min=0, help="That a displacement (mm), weight or number may be off; default: same to the bit."),
+        float, typer.Option(min=0, help="That a displacement may be off, in mm; default: same to the bit.")
     ] = 0.0,
 ) -> None:
-    """Register, train or evaluate again with the same settings and compare: the same to the bit, or how far off.
+    """Register cases again with the same settings and compare: the same to the bit, or how far off.
 
-    Without --data the images are looked for near the results; of a training or evaluation where they were.
+    Without --data the images are looked for near the results.
     """
     from regpipe.provenance.rerun import rerun as run
 
@@ -76,12 +63,8 @@ def rerun(
     console.tell(folder=out, cases=[again._asdict() for again in found])
     for again in found:
         console.say(_told(again))
-    if not all(_near(again, tolerance) for again in found):
+    if not all(not again.different or (again.off and again.off[1] <= tolerance > 0) for again in found):
         raise typer.Exit(1)
-
-
-def _near(again: Again, tolerance: float) -> bool:
-    return not again.different or (tolerance > 0 and again.off is not None and again.off[1] <= tolerance)
 
 
 def _told(again: Again) -> str:
@@ -89,8 +72,7 @@ def _told(again: Again) -> str:
     among = f" ({changed})" if changed else ""
     if not again.different:
         return f"{again.case}: the same to the bit, {again.files} files{among}"
-    unit = " mm" if again.of == "displacement" else ""
-    off = f"no {again.of} to compare"
+    off = "no displacement to compare"
     if again.off is not None:
-        off = f"{again.of} off by {again.off[0]:.2g}{unit}, at most {again.off[1]:.2g}"
+        off = f"displacement off by {again.off[0]:.2g} mm, at most {again.off[1]:.2g}"
     return f"{again.case}: {len(again.different)} of {again.files} files differ, {off}{among}"

@@ -22,11 +22,6 @@ Trust = Annotated[
 ]
 
 
-def add(app: typer.Typer) -> None:
-    """Give ``app`` the command."""
-    app.command()(register)
-
-
 def register(
     inputs: Inputs,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],

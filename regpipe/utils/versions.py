@@ -25,10 +25,11 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Name -> version; None where it is not there. ``cuda`` is the one that torch was built for."""
-    return {"python": platform.python_version(), **{name: _of(name) for name in PACKAGES}, "cuda": _cuda()}
+    return {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}, "cuda": _cuda()}
 
 
-def _of(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package; None where it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:
