@@ -1,7 +1,7 @@
-"""Are results still what was written, and the images and weights they came from what they were?
+"""Checks results, and the images and weights that they came from, against their manifests.
 
-Everything is held to ``data.manifest``'s files. That finds what was damaged, exchanged or mixed up; a manifest that
-somebody wrote anew with the file is believed, for it is not signed.
+This finds files that were damaged, exchanged or mixed up. Manifests are not signed: one that somebody wrote anew
+together with its file is believed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from regpipe.io import images
 from regpipe.metrics.cases import read_rows
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, sha256
+from regpipe.utils.files import sha256
 
 SHIPPED = ("2d", "3d")  # folders in ``models``: what the bundle came with
 MODELS, EVALUATED = "models", "eval"  # of a bundle: the folders with its weights and with what they came to
@@ -35,18 +35,19 @@ class Sources:
     def __init__(self, folder: Path, patterns: Iterable[str] = ("**/*",)) -> None:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; --data wants the one that holds the images")
-        self.folder, self.patterns = folder, tuple(patterns)
-        self._named: dict[str, list[Path]] | None = None
-        self._hashes: dict[Path, str] = {}
+        self.folder, self._hashes = folder, dict[Path, str]()
+        self._named: dict[str, list[Path]] = {}
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            self._named.setdefault(path.name, []).append(path)
 
     def find(self, source: Mapping[str, str]) -> str | None:
-        """The path of an input of a manifest, as regpipe takes it; None: not there, or no longer the same.
+        """The path of an input that a manifest names, as regpipe takes it; None: it is not there.
 
         Raises:
             InputError: it is there by name, with other content.
         """
         name, _, frame = source["file"].partition("#")
-        named = self._by_name().get(name, [])
+        named = self._named.get(name, [])
         for path in named:
             if path not in self._hashes:
                 self._hashes[path] = sha256(images.files(path))
@@ -55,13 +56,6 @@ class Sources:
         if named:
             raise InputError(f"{source['file']}: {source['role']}, changed since ({named[0]}); bring the old one back")
         return None
-
-    def _by_name(self) -> dict[str, list[Path]]:
-        if self._named is None:
-            self._named = {}
-            for path in sorted({path for pattern in self.patterns for path in self.folder.glob(pattern)}):
-                self._named.setdefault(path.name, []).append(path)
-        return self._named
 
 
 def verify(folder: Path, *, data: Path | None = None, bundle: Path | None = None) -> Checked:
@@ -164,18 +158,13 @@ def _of_inputs(folder: Path, inputs: Iterable[Mapping[str, str]], sources: Sourc
     return problems
 
 
-def model_problem(used: Iterable[Mapping[str, str]], bundle: Path) -> str:
-    """Which of the model's files that a manifest names are not those of a bundle; empty: all are. See ``nearest``."""
-    return unlike(nearest(used, bundle)[1])
-
-
 def unlike(files: Sequence[str]) -> str:
     """That these files are others, in words; empty for none."""
     return f"has another {', '.join(files)}" if files else ""
 
 
 def nearest(used: Iterable[Mapping[str, str]], bundle: Path) -> tuple[Path, list[str]]:
-    """Where in a bundle the model is that a manifest names, or the one most like it; and the files that differ.
+    """The folder of the model that a manifest names, or of the one most like it; and which of its files differ.
 
     Raises:
         InputError: the bundle has no model.
@@ -186,12 +175,9 @@ def nearest(used: Iterable[Mapping[str, str]], bundle: Path) -> tuple[Path, list
     found = [place for place in (folder, *(folder / name for name in SHIPPED)) if (place / "model.pt").is_file()]
     if not found:
         raise InputError(f"{folder / 'model.pt'}: missing; --bundle wants a trained bundle")
-    return min(((place, _unlike(used, place)) for place in found), key=lambda each: len(each[1]))
-
-
-def _unlike(used: Iterable[Mapping[str, str]], models: Path) -> list[str]:
-    here = {item["file"]: item["sha256"] for item in manifest.bundle_files(models)}
-    return [item["file"] for item in used if here.get(item["file"]) != item["sha256"]]
+    here = {place: {item["file"]: item["sha256"] for item in manifest.bundle_files(place)} for place in found}
+    other = {at: [one["file"] for one in used if held.get(one["file"]) != one["sha256"]] for at, held in here.items()}
+    return min(other.items(), key=lambda each: len(each[1]))
 
 
 def _around(path: Path) -> Path | None:
@@ -201,15 +187,6 @@ def _around(path: Path) -> Path | None:
 
 
 def _of_model(folder: Path, used: Sequence[Mapping[str, str]], bundle: Path) -> dict[str, str]:
-    problem = model_problem(used, bundle) if used else "is not asked for, there was no network"
+    problem = unlike(nearest(used, bundle)[1]) if used else "is not asked for, there was no network"
     mend = "bring the old one back, or make the result again" if used else "leave out --bundle"
     return {f"{folder}: model": f"{folder}: {bundle} {problem}; {mend}"} if problem else {}
-
-
-def metrics_of(folder: Path) -> dict[str, Any] | None:
-    """The numbers of a case without what says of which files it was made; None where they are not there."""
-    try:
-        row = parse_json((folder / "metrics.json").read_bytes())
-        return {key: value for key, value in row.items() if key != "made_from"}
-    except (OSError, ValueError, AttributeError):
-        return None

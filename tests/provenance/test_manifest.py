@@ -1,4 +1,4 @@
-"""Evaluations and trainings carry what they were made of, and come out again from that alone."""
+"""Trainings, evaluations and single files carry what they were made of, and are held to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from helpers.bundles import Command, evaluate
 from helpers.folders import save
 from helpers.inprocess import as_if_in_its_own_process
-from helpers.manifests import RUNS, content, rewrite
+from helpers.manifests import content, rewrite
 from regpipe import InputError
 from regpipe.cli import main as cli
 from regpipe.data import manifest
@@ -119,102 +119,9 @@ def test_an_evaluation_without_a_manifest_is_named(bundle: Path) -> None:
     assert problem.startswith(f"{bundle / 'eval' / 'manifest.json'}: missing")
 
 
-# ------------------------------------------------------------------------------------------ once more
-
-
-def test_an_evaluation_comes_out_again_where_the_data_have_moved(judged: Path, cohort: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(cohort, tmp_path / "elsewhere")
-    (again,) = rerun(judged / "eval" / "manifest.json", tmp_path / "new", data=moved)
-    assert again == ("evaluation", 2, [], {}, (0.0, 0.0), "number")
-    assert (tmp_path / "new" / "metrics.csv").read_bytes() == (judged / "eval" / "metrics.csv").read_bytes()
-    assert verify(tmp_path / "new", data=moved, bundle=judged).problems == {}
-
-
-def test_a_number_that_does_not_come_out_again_is_said_by_how_much(
-    bundle: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = bundle / "eval" / "metrics.csv"
-    head, first, *rest = table.read_text().split("\n")
-    values = first.split(",")
-    place = head.strip().split(",").index("ncc")
-    values[place] = repr(float(values[place]) + 0.25)
-    table.write_text("\n".join([head, ",".join(values), *rest]))
-    renewed(bundle / "eval")
-    monkeypatch.chdir(bundle / "eval")
-    (again,) = rerun(Path("manifest.json"), data=cohort)
-    numbers = 2 * (len(values) - 1)  # of two held-out pairs
-    assert again.different == ["metrics.csv"] and again.off == pytest.approx((0.25 / numbers, 0.25))
-
-
-def test_a_training_comes_out_again_to_the_bit(trained: Path, cohort: Path, tmp_path: Path) -> None:
-    (again,) = rerun(trained / "models", tmp_path / "new", data=cohort)
-    assert again == ("training", 3, [], {}, (0.0, 0.0), "weight")
-    assert digest(tmp_path / "new" / "models" / "model.pt") == digest(trained / "models" / "model.pt")
-    assert verify(tmp_path / "new", data=cohort).problems == {}
-
-
-def test_after_a_budget_as_many_epochs_are_trained_and_how_far_the_weights_are_off_is_said(
-    bundle: Path, cohort: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state = torch.load(bundle / "models" / "model.pt", weights_only=True)
-    name = next(name for name, value in state.items() if value.is_floating_point() and value.numel() > 1)
-    state[name].view(-1)[1] += 64.0
-    torch.save(state, bundle / "models" / "model.pt")
-    renewed(bundle / "models", max_epochs=9, epochs=2, budget_seconds=5.0)
-    (again,) = rerun(bundle / "models", data=cohort)
-    assert "went by the clock (budget_seconds 5.0); the same 2 epochs are trained" in capsys.readouterr().err
-    total = sum(value.numel() for value in state.values())
-    assert again.different == ["model.pt"] and again.off == pytest.approx((64 / total, 64.0), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"network": "VoxelMorph"}, "is of a VoxelMorph, which an overlay brought"),
-        ({"pretrained": "a.pt 0123456789abcdef"}, "began from a.pt 0123456789abcdef, which it does not hold"),
-        ({"learning_rate": "$__import__('os').abort()"}, "hold an expression"),
-        ({"loss_weights": RUNS}, "hold an expression"),
-        ({"max_epochs": {"_target_": "os.abort"}}, "hold an expression"),
-        ({"epochs": "@learning_rate"}, "hold an expression"),
-        ({"holdout": "all"}, "holdout is no number"),
-        ({"backbone": "plane"}, "unknown backbone"),
-    ],
-    ids=str,
-)
-def test_what_no_manifest_of_a_training_can_bring_is_refused_before_anything_is_trained(
-    settings: dict[str, Any], said: str, bundle: Path, cohort: Path, tmp_path: Path
-) -> None:
-    renewed(bundle / "models", **settings)
-    with pytest.raises(InputError, match=said):
-        rerun(bundle / "models", tmp_path / "new", data=cohort)
-    assert not (tmp_path / "new").exists()
-
-
-def test_other_data_other_weights_and_what_cannot_be_repeated_are_a_line(
-    bundle: Path, judged: Path, cohort: Path, tmp_path: Path
-) -> None:
-    other = shutil.copytree(cohort, tmp_path / "other")
-    cases = list_pairs(other, split="validation", holdout=2)
-    save(Path(cases[0]["fixed_image"]), np.zeros((32, 32), np.float32))
-    for part in ("models", "eval"):
-        with pytest.raises(InputError, match=r"case_00\d\.nii\.gz \((validation|evaluated)\) is not what it was"):
-            rerun(bundle / part, data=other)
-    with pytest.raises(InputError, match="evaluation, training; give the manifest.json of one"):
-        rerun(bundle, data=cohort)
-    with pytest.raises(InputError, match="leave out --bundle"):
-        rerun(bundle / "models", data=cohort, bundle=judged)
-    told = json.loads((bundle / "models" / "training.json").read_text())
-    (bundle / "models" / "training.json").write_text(json.dumps({**told, "dataset_dir": None}))
-    with pytest.raises(InputError, match=r"training\.json: does not say where the data are; give them with --data"):
-        rerun(bundle / "models")
-    old = content(bundle / "models")
-    del old["settings"]["loss_weights"]
-    rewrite(bundle / "models", old)
-    with pytest.raises(InputError, match="does not say 'loss_weights'; an older version's"):
-        rerun(bundle / "models", data=cohort)
-    (bundle / "models" / "working_grid.json").write_text("{}")
-    with pytest.raises(InputError, match=r"has another working_grid\.json, training\.json"):
-        rerun(bundle / "eval", data=cohort)
+def test_a_training_and_an_evaluation_are_their_own_commands_to_repeat(judged: Path, cohort: Path) -> None:
+    with pytest.raises(InputError, match="evaluation, training; give registered cases"):
+        rerun(judged, data=cohort)
 
 
 # ------------------------------------------------------------------------------------------ single files
@@ -246,7 +153,7 @@ def test_applied_and_chained_files_have_a_manifest_where_one_is_asked_for(tmp_pa
     (out / "a.nii.gz").write_bytes((out / "a.nii.gz").read_bytes() + b"\0")
     (problem,) = verify(kept).problems.values()
     assert "a.nii.gz: changed" in problem
-    with pytest.raises(InputError, match="application; give the manifest"):
+    with pytest.raises(InputError, match="application; give registered cases"):
         rerun(kept)
 
 
