@@ -44,7 +44,7 @@ def register(
     affine: Annotated[
         str | None,
         typer.Option(
-            help="First: none, centre, rigid, similarity, affine, projective (2D). Default: affine; a bundle: its own.",
+            help="First: none, centre, rigid, similarity, affine. Default: affine; a bundle: its own.",
             autocompletion=completion.one_of(completion.STAGES),
         ),
     ] = None,

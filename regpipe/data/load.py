@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.affines import apply_affine
 from torch import Tensor
 
 from regpipe.data.cache import Store
 from regpipe.data.checks import unlike_landmarks
 from regpipe.data.pairs import KINDS, SIDES, Case
 from regpipe.data.placement import Frames, Read
-from regpipe.io import geometry, images
+from regpipe.io import images
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid
 from regpipe.io.points import read_landmarks
-from regpipe.transforms import displacement, homography
+from regpipe.transforms import displacement
 from regpipe.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,7 @@ class LoadPair:
     ``label`` (1, *S) int32, zeros where there is none; ``landmarks`` (K, D) float32 in working
     voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the image's field
     of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1) float64,
-    working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image is seen
-    at ``bend(x)``, see ``transforms.homography``. ``displacement`` (D, *S) where there is a true one, working voxels.
+    working voxel -> RAS mm. ``displacement`` (D, *S) where there is a true one, working voxels.
     With ``cache`` they are kept, per image and field and not per pair, and handed out without a copy: never change them
     in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``data.cache``.
 
@@ -67,10 +67,8 @@ class LoadPair:
         item: dict[str, Any] = {"case": case["case"]}
         read = functools.cache(images.read_image)  # both frames and arrays may ask for a file
         grid = self.grid_of(case)
-        fixed_frame, moving_frame = self.frames(case, read)
-        bend = self.frames.bend(case, read)
-        for side, frame, bent in (("fixed", fixed_frame, None), ("moving", moving_frame, bend)):
-            tensors = self._side(case, side, frame, bent, grid, read)
+        for side, frame in zip(SIDES, self.frames(case, read), strict=True):
+            tensors = self._side(case, side, frame, grid, read)
             item |= {f"{side}_{key}": value for key, value in tensors.items()}
         if "displacement" in case:
             item |= self._true_displacement(case, item, grid)
@@ -86,13 +84,11 @@ class LoadPair:
         """The working grid of a case."""
         return self.frames.grid_of(case)
 
-    def _side(
-        self, case: Case, side: str, frame: np.ndarray, bend: np.ndarray | None, grid: Grid, read: Read
-    ) -> dict[str, Tensor]:
+    def _side(self, case: Case, side: str, frame: np.ndarray, grid: Grid, read: Read) -> dict[str, Tensor]:
         files, image = tuple(case.get(f"{side}_{kind}") for kind in KINDS), case[f"{side}_image"]
-        make = functools.partial(self._make, files, side, frame, bend, grid.shape, read)
-        # An image's frame of its own is the same in all pairs; any other, and what is bent, is this pair's alone.
-        if bend is not None or not np.array_equal(frame, self.frames.around(image, grid, read)):
+        make = functools.partial(self._make, files, side, frame, grid.shape, read)
+        # An image's frame of its own is the same in all pairs; any other is this pair's alone.
+        if not np.array_equal(frame, self.frames.around(image, grid, read)):
             return make()
         return self._kept(files, grid, (frame,), make)
 
@@ -111,13 +107,7 @@ class LoadPair:
         return tensors
 
     def _make(
-        self,
-        files: Sequence[Any],
-        side: str,
-        frame: np.ndarray,
-        bend: np.ndarray | None,
-        shape: tuple[int, ...],
-        read: Read,
+        self, files: Sequence[Any], side: str, frame: np.ndarray, shape: tuple[int, ...], read: Read
     ) -> dict[str, Tensor]:
         image = files[0]
         seen = _covered(read(image), frame, shape)
@@ -125,10 +115,7 @@ class LoadPair:
             raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
         if seen < 0.9 and side == "fixed":
             log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
-        affine = {"affine": torch.from_numpy(frame)}
-        if bend is None:
-            return self._load(files, frame, shape, read) | affine
-        return self._load(files, frame @ bend, shape, read) | affine | {"bend": torch.from_numpy(bend)}
+        return self._load(files, frame, shape, read) | {"affine": torch.from_numpy(frame)}
 
     def _true_displacement(self, case: Case, item: Mapping[str, Any], grid: Grid) -> dict[str, Tensor]:
         frames = item["fixed_affine"].numpy(), item["moving_affine"].numpy()
@@ -136,12 +123,8 @@ class LoadPair:
         def make() -> dict[str, Tensor]:
             field, affine = displacement.read_displacement(case["displacement"])
             u = displacement.grid_displacement(field, affine, *frames, grid.shape)
-            if "moving_bend" in item:
-                u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
             return {"displacement": torch.from_numpy(u).float()}
 
-        if "moving_bend" in item:
-            return make()
         return self._kept((case["displacement"],), grid, frames, make)
 
     @staticmethod
@@ -154,19 +137,15 @@ class LoadPair:
         image, dim = read(path), len(shape)
         grey = image._replace(array=self.scale(image.array))
         array = images.resample(grey, affine, shape, order=1)
-        labels, points, back = (
-            np.zeros(shape, np.int32),
-            [np.zeros((0, dim))],
-            np.linalg.inv(affine),
-        )
+        labels, points, back = np.zeros(shape, np.int32), [np.zeros((0, dim))], np.linalg.inv(affine)
         if label:
             found, channels = images.read_label(label, landmark_channels=self.landmark_channels)
             labels = images.resample(found, affine, shape, order=0)
             if channels is not None:
-                points.append(geometry.carry(back @ found.affine, channels))
+                points.append(apply_affine(back @ found.affine, channels))
         if landmarks:
             lps = read_landmarks(landmarks)
-            points.append(geometry.carry(back, lps * [-1.0, -1.0, 1.0][:dim]))
+            points.append(apply_affine(back, lps * [-1.0, -1.0, 1.0][:dim]))
         return {
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],

@@ -3,8 +3,7 @@
 A *frame* is an affine (D+1, D+1), working voxel -> RAS mm of an image. The fixed image's frame is the grid laid around
 its centre, along its own axes. The moving image's is the same grid carried over by the alignment ``T`` (fixed point ->
 moving point): ``moving_frame = T @ fixed_frame``, so that what is left for the network is what no affine map can do.
-``T`` is never applied to an image by itself: every file is resampled once, through everything. Of a homography (2-D)
-``T`` is the affine part, and the *bend* the rest, see ``transforms.homography``.
+``T`` is never applied to an image by itself: every file is resampled once, through everything.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from regpipe.io import images
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
 from regpipe.io.points import read_landmarks
-from regpipe.transforms import affine, homography, projective
+from regpipe.transforms import affine
 from regpipe.utils.errors import InputError
 
 if TYPE_CHECKING:
     from regpipe.data.cache import Store
 
-STAGES = ("auto", *affine.STAGES, "projective")
+STAGES = ("auto", *affine.STAGES)
 SOURCES = ("images", "landmarks", "both")
 FOREGROUND = 0.1  # of an image's range, for where its content is
 
@@ -43,8 +42,8 @@ class Frames:
     Args:
         grid: the working grid; None: of each pair its own, see ``data.pairs.fixed_grid``.
         stage: ``none``: both images share one space; ``centre``: their centres are laid onto each other; ``rigid``,
-            ``similarity``, ``affine``: see ``transforms.affine``; ``projective``: in 2-D, further to a homography, see
-            ``transforms.projective``; ``auto``: ``none`` for two images on the grid ``space``, else ``affine``.
+            ``similarity``, ``affine``: see ``transforms.affine``; ``auto``: ``none`` for two images on the grid
+            ``space``, else ``affine``.
         source: what rigid and more are found by: the ``images``, the cases' ``landmarks`` files, or ``both``, the
             images starting from the landmarks.
         metric: what images are aligned by: ``mi``, or ``ncc`` for images of one modality.
@@ -52,8 +51,7 @@ class Frames:
         store: where what is found is kept for other processes.
 
     Raises:
-        InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap,
-            ``projective`` in 3-D or without OpenCV.
+        InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap.
     """
 
     def __init__(
@@ -70,10 +68,6 @@ class Frames:
         for option, (value, known) in asked.items():
             if value not in known:
                 raise InputError(f"--{option} {value}: choose among {', '.join(known)}")
-        if grid is not None:
-            _check_dimension(stage, grid)
-        if stage == "projective" and source != "landmarks":
-            projective.opencv()  # told now, and not once a pair
         self.grid, self.stage, self.source, self.metric, self.space = grid, stage, source, metric, space
         self.store = store
         self._own: dict[tuple[str, Grid], np.ndarray] = {}
@@ -83,20 +77,11 @@ class Frames:
         grid = self.grid_of(case)
         start = self.around(case["fixed_image"], grid, read)
         stage = self.stage_of(case, read)
-        _check_dimension(stage, grid)
         if stage == "none":
             return start, start
         if stage == "centre":
             return start, same_axes(self.around(case["moving_image"], grid, read), start, grid.shape)
-        return start, homography.split(self._matrix(case, read, stage), start, grid.shape)[0]
-
-    def bend(self, case: Case, read: Read) -> np.ndarray | None:
-        """What the frames leave of a homography: (3, 3), working voxels; None where the stage is another."""
-        if self.stage_of(case, read) != "projective":
-            return None
-        grid = self.grid_of(case)
-        start = self.around(case["fixed_image"], grid, read)
-        return homography.split(self._matrix(case, read, "projective"), start, grid.shape)[1]
+        return start, self._matrix(case, read, stage) @ start
 
     def grid_of(self, case: Case) -> Grid:
         """The working grid of a case."""
@@ -128,9 +113,8 @@ class Frames:
         """Fixed point -> moving point, RAS mm; found once."""
         key = _files(case)
         if key not in self._found:
-            grid = self.grid_of(case) if stage == "projective" else None  # the others are the same on any
-            about = {"stage": stage, "source": self.source, "metric": self.metric, "grid": grid}
-            matrix, *numbers = self._kept(key, about, lambda: self._find(case, read, stage))
+            about = {"stage": stage, "source": self.source, "metric": self.metric, "grid": None}
+            matrix, *numbers = self._kept(key, about, lambda: self._align(case, read, stage))
             self._found[key] = affine.Alignment(matrix, *map(float, numbers))
         return self._found[key].matrix
 
@@ -141,26 +125,6 @@ class Frames:
         if self.store is None:
             return [np.asarray(value) for value in make()]
         return self.store.arrays(files, about, make)
-
-    def _find(self, case: Case, read: Read, stage: str) -> affine.Alignment:
-        linear = self._align(case, read, "affine" if stage == "projective" else stage)
-        return self._align_further(case, read, linear) if stage == "projective" else linear
-
-    def _align_further(self, case: Case, read: Read, linear: affine.Alignment) -> affine.Alignment:
-        """The homography, where it has no fold on the working grid; else what was there before."""
-        grid = self.grid_of(case)
-        frame = self.around(case["fixed_image"], grid, read)
-        found = linear
-        if self.source != "images":
-            found = linear._replace(matrix=self._from_landmarks(case, "projective"))
-        if self.source != "landmarks" and homography.is_gentle(found.matrix, frame, grid.shape):
-            fixed, moving = (read(case[f"{side}_image"]) for side in SIDES)
-            masks = {f"{side}_mask": _mask(case.get(f"{side}_mask")) for side in SIDES}
-            found = projective.align_projective(fixed, moving, found.matrix, metric=self.metric, **masks)
-        if not homography.is_gentle(found.matrix, frame, grid.shape):
-            log.warning("%s: its homography folds on the working grid; the affine map is kept", case["moving_image"])
-            return linear
-        return found._replace(before=linear.before)
 
     def _align(self, case: Case, read: Read, stage: str) -> affine.Alignment:
         start = None if self.source == "images" else self._from_landmarks(case, stage)
@@ -182,16 +146,9 @@ class Frames:
             raise InputError(f"{case['moving_image']}: {missing}")
         points = read_landmarks(fixed), read_landmarks(moving)
         try:
-            if stage == "projective":
-                return projective.from_landmarks(*points)
             return affine.from_landmarks(*points, stage)
         except InputError as problem:
             raise InputError(f"{moving}: {problem}") from None
-
-
-def _check_dimension(stage: str, grid: Grid) -> None:
-    if stage == "projective" and len(grid.shape) != 2:
-        raise InputError("--affine projective: projective is for 2D images; use affine")
 
 
 def _files(case: Case) -> tuple[str | None, ...]:

@@ -19,7 +19,7 @@ from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import Shown, shown_images, shown_labels, shown_landmarks
 from regpipe.report.tensorboard import case_pictures
-from regpipe.transforms import displacement, export, homography
+from regpipe.transforms import displacement, export
 from regpipe.utils.files import sweep
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
@@ -65,7 +65,8 @@ def save_case(
     folder.mkdir(parents=True, exist_ok=True)
     registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
     fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
-    fields, frames, matrix = _placed(batch, registration)
+    fields = _array(registration.displacement), _array(registration.inverse)
+    frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
     forward = displacement.native_displacement(fields[0], *frames, fixed)
     if DENSE in formats:
         backward = displacement.native_displacement(fields[1], *frames[::-1], moving)
@@ -76,14 +77,13 @@ def save_case(
     files = export.image_file(case["fixed_image"], fixed), export.image_file(case["moving_image"], moving)
     stage = load.frames.stage_of(case, lambda path: fixed if path == case["fixed_image"] else moving)
     wanted = [name for name in formats if name != DENSE]
-    export.write_transforms(folder, pair, *files, formats=wanted, stage=stage, homography=matrix, settings=settings)
+    export.write_transforms(folder, pair, *files, formats=wanted, stage=stage, settings=settings)
     del pair
     determinant = displacement.native_jacobian(forward, fixed.affine)  # takes the most memory: first
     displacement.write_image(folder / "jacobian.nii.gz", determinant, fixed.affine)
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
-    whole = alignment if matrix is None else matrix
-    images, labels, native = _save_warped(case, fixed, moving, forward, whole, folder, load)
+    images, labels, native = _save_warped(case, fixed, moving, forward, alignment, folder, load)
     whole_case = Shown(fixed.affine, images, labels, forward, determinant, alignment)
     views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
     _save_pictures(folder, case_pictures(batch, prediction))
@@ -95,18 +95,6 @@ def save_case(
     distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, seen, measured)
     row = {k: v if math.isfinite(v) else None for k, v in measured.items()}
     return {"case": case["case"], **row, "warnings": distrust}
-
-
-def _placed(
-    batch: Mapping[str, Any], registration: Registration
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], np.ndarray | None]:
-    """Both displacements, both frames, and the homography (RAS mm) where that is what lies between the frames."""
-    fields = _array(registration.displacement), _array(registration.inverse)
-    frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
-    if "moving_bend" not in batch:
-        return fields, frames, None
-    bend = _array(batch["moving_bend"])
-    return *homography.bent(*fields, frames, bend), frames[1] @ bend @ np.linalg.inv(frames[0])
 
 
 def _array(tensor: Any) -> np.ndarray:

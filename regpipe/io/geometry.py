@@ -1,28 +1,11 @@
-"""Matrices that take voxels to places: what they do to points, and to a grid's corners."""
+"""Matrices that take voxels to places: what they do to a grid's corners."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from nibabel.affines import apply_affine
-
-
-def carry(matrix: Any, points: Any) -> Any:
-    """Points (..., D) through a matrix (D+1, D+1); both numpy's or both torch's. NaN stays NaN."""
-    ahead = points @ matrix[:, :-1].T + matrix[:, -1]
-    return ahead[..., :-1] / ahead[..., -1:]
-
-
-def is_affine(matrix: np.ndarray) -> bool:
-    """Whether nothing is divided by."""
-    return not matrix[-1, :-1].any()
-
-
-def voxel_corners(shape: Sequence[int]) -> np.ndarray:
-    """Indices (2^D, D) of the voxels at an array's corners."""
-    return np.array([*np.ndindex(*[2] * len(shape))]) * (np.array(shape) - 1)
 
 
 def extent(shape: Sequence[int], affine: np.ndarray, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

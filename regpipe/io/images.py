@@ -22,7 +22,6 @@ from scipy import ndimage
 from regpipe.io import dicom, formats
 from regpipe.io.dicom import is_series
 from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
-from regpipe.io.geometry import carry, is_affine
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file, require_file
@@ -281,15 +280,12 @@ def to_grid(image: Image, grid: Grid) -> np.ndarray:
 
 
 def resample(image: Image, affine: np.ndarray, shape: Sequence[int], *, order: int) -> np.ndarray:
-    """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm), which may be a homography.
+    """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm).
 
     Order 1 for images (the rim continues outside), 0 for labels (0 outside). Nothing is smoothed
     before a coarser grid.
     """
     pull, mode = np.linalg.inv(image.affine) @ affine, "nearest" if order else "grid-constant"
-    if not is_affine(affine):
-        at = carry(pull, np.moveaxis(np.indices(shape), 0, -1))
-        return ndimage.map_coordinates(image.array, np.moveaxis(at, -1, 0), order=order, mode=mode)
     pull = np.where(np.abs(pull - np.rint(pull)) < 1e-6, np.rint(pull), pull)  # a copy stays a copy
     if order == 0:  # a tie between two labels falls to the same side however the file is stored
         pull[:-1, -1] -= 1e-4 * pull[:-1, :-1].sum(axis=1)

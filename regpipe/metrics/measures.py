@@ -31,7 +31,6 @@ from regpipe.fields.algebra import (
     sample_at,
     warp,
 )
-from regpipe.io.geometry import carry
 
 Array = np.ndarray | Tensor
 
@@ -115,8 +114,6 @@ def tre(
     moving_points: Array,
     displacement: Array,
     spacing: Sequence[float] | Array,
-    *,
-    bend: Array | None = None,
 ) -> np.ndarray:
     """Target registration error |p + u(p) - q| in mm, one per landmark known in both images.
 
@@ -124,7 +121,6 @@ def tre(
         fixed_points, moving_points: p and q, (K, D) in voxels; rows with a NaN are dropped.
         displacement: u (D, *spatial), interpolated linearly at p.
         spacing: mm per voxel of the moving points, (D,); or the matrix (D, D) that makes mm of their voxels.
-        bend: (3, 3) where the moving image was seen through a homography, see ``transforms.homography``.
     """
     u = _batched(displacement)
     p, q = (torch.as_tensor(x).to(u) for x in (fixed_points, moving_points))
@@ -133,10 +129,7 @@ def tre(
     if not len(p):
         return np.empty(0)
     mm = torch.as_tensor(spacing).to(u)
-    found = p + sample_at(u, p[None])[0]
-    if bend is not None:
-        found, q = (carry(torch.as_tensor(bend).to(u), points) for points in (found, q))
-    error = (found - q) @ (mm.diag() if mm.ndim == 1 else mm.T)
+    error = (p + sample_at(u, p[None])[0] - q) @ (mm.diag() if mm.ndim == 1 else mm.T)
     return error.norm(dim=1).double().cpu().numpy()
 
 
@@ -272,15 +265,13 @@ def measure(
         layers: what warps; labels are warped by nearest neighbour, by ``fields.algebra.warp`` always.
 
     Returns:
-        name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage,
-        projective included: what measures the displacement measures what was found beyond it.
+        name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage.
     """
     u, inverse = registration.displacement[0], registration.inverse[0]
     fixed, moving = (item[f"{side}_image"].to(u.device) for side in ("fixed", "moving"))
     labels = item["fixed_label"].to(u.device), item["moving_label"].to(u.device)
     points = item["fixed_landmarks"][0], item["moving_landmarks"][0]
     ids = shared_labels(*labels)
-    bend = item["moving_bend"][0] if "moving_bend" in item else None
     in_moving = item["moving_affine"][0, :-1, :-1] if "moving_affine" in item else spacing  # where errors are lengths
     warped_label = warp(labels[1], registration.displacement, mode="nearest")
     return {
@@ -288,8 +279,8 @@ def measure(
         "dice": mean_of(dice(labels[0], warped_label, ids).values()),
         "hd95_before": mean_of(hd95(*labels, ids, spacing).values()),
         "hd95": mean_of(hd95(labels[0], warped_label, ids, spacing).values()),
-        "tre_before": mean_of(tre(*points, torch.zeros_like(u), in_moving, bend=bend)),
-        "tre": mean_of(tre(*points, u, in_moving, bend=bend)),
+        "tre_before": mean_of(tre(*points, torch.zeros_like(u), in_moving)),
+        "tre": mean_of(tre(*points, u, in_moving)),
         "ncc_before": ncc(fixed, moving),
         "ncc": ncc(fixed, registration.warped_moving),
         "folds_percent": folds_percent(u),

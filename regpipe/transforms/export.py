@@ -153,7 +153,6 @@ def write_transforms(
     *,
     formats: Sequence[str] = ("itk", "ants"),
     stage: str = "",
-    homography: np.ndarray | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pair's transforms into ``folder``, and last what they are: ``transform.json``.
@@ -164,8 +163,6 @@ def write_transforms(
             a warp .mgz each way, as ``mri_convert -at`` takes it. ``l2r``: what Learn2Reg's evaluation reads:
             (X, Y, Z, 3) float32 voxels on the fixed grid, moving voxel minus fixed voxel.
         stage: how the alignment was found, see ``data.placement``.
-        homography: (3, 3) RAS mm where it was ``projective``: the alignment whole. ``pair`` has its affine part as its
-            matrix, and the rest in its fields.
         settings: what else to keep in ``transform.json``.
 
     Raises:
@@ -179,8 +176,7 @@ def write_transforms(
         "fixed": fixed._asdict(),
         "moving": moving._asdict(),
         **dict(zip(WAYS, about, strict=True)),
-        "alignment": {"matrix": pair.matrix, "stage": stage}
-        | ({} if homography is None else {"homography": homography}),
+        "alignment": {"matrix": pair.matrix, "stage": stage},
         "settings": dict(settings or {}),
         "versions": {package: version(package) for package in ("regpipe", "itk", "torch", "monai")},
     }

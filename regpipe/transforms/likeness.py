@@ -1,7 +1,7 @@
 """How alike two images are where one matrix lays them over each other, and how much of them meets.
 
-A matrix (D+1, D+1) is in RAS mm and takes a fixed point to its moving point; a homography is one too. Both images are
-first turned to the closest RAS and reduced to about one size, so that nothing depends on how they are stored.
+A matrix (D+1, D+1) is in RAS mm and takes a fixed point to its moving point. Both images are first turned to the
+closest RAS and reduced to about one size, so that nothing depends on how they are stored.
 """
 
 from __future__ import annotations
@@ -90,11 +90,9 @@ def _meet(fixed: Side, moving: Side, matrix: np.ndarray) -> tuple[np.ndarray, np
         (D, N) voxels; (N,) whether in the moving mask; (N,) volume in mm^D of the moving space.
     """
     pull = np.linalg.inv(moving.affine) @ matrix @ fixed.affine
-    ahead = pull[:, :-1] @ np.array(np.nonzero(fixed.mask)) + pull[:, -1:]
-    w = np.where(ahead[-1] > 0, ahead[-1], np.inf)  # beyond the horizon of a homography there is nothing
-    at = ahead[:-1] / w
+    at = (pull[:, :-1] @ np.array(np.nonzero(fixed.mask)) + pull[:, -1:])[:-1]
     inside = ndimage.map_coordinates(moving.mask.astype(np.uint8), at, order=0, mode="grid-constant") > 0
-    return at, inside & np.isfinite(w), abs(np.linalg.det(matrix @ fixed.affine)) / w ** len(matrix)
+    return at, inside, np.full(inside.shape, abs(np.linalg.det(matrix @ fixed.affine)))
 
 
 def similarity(fixed: Side, moving: Side, matrix: np.ndarray, metric: str) -> float:
