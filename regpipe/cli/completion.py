@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 BACKBONES = ("resnet18", "vgg16", "alexnet", "plain")
 SHIPPED = (*BACKBONES[:3], "none")
 NETWORKS = ("symnet",)
-PHANTOMS = ("ultrasound", "mr", "shapes", "synthetic")
+PHANTOMS = ("ultrasound", "mr", "synthetic")
 STAGES = ("none", "centre", "rigid", "similarity", "affine")
 SOURCES = ("images", "landmarks", "both")
 METRICS = ("mi", "ncc")

@@ -143,8 +143,10 @@ def waves(rng: Generator, dim: int, *, frequency: float, rms: float, count: int 
 
 
 def louder(waves: Waves, factor: float) -> Waves:
+    """The same waves with ``factor`` times the amplitude."""
     return waves._replace(amplitude=waves.amplitude * factor)
 
 
 def column(vector: Array, q: Array) -> Array:
+    """A vector (D,) in the shape that it broadcasts in over points q (D, *S)."""
     return vector.reshape(-1, *[1] * (q.ndim - 1))

@@ -18,11 +18,12 @@ def noise_function(
 ) -> Callable[[Tensor], Tensor]:
     """Smooth noise of about unit variance, as a function of places (1, D, *any) in voxels -> (1, channels, *any).
 
-    ``scale`` (D,): the distance in voxels over which it changes.
+    ``scale`` (D,): the distance in voxels over which the noise changes.
     """
     steps = [max(3, math.ceil(MARGIN * n / max(float(s), 1.0)) + 1) for n, s in zip(shape, scale, strict=True)]
     table = torch.randn(1, channels, *steps, generator=generator, device=generator.device)
-    table = _rounded(table) if max(steps) <= 24 else table
+    if max(steps) <= 24:  # on a finer table, without the kinks of linear interpolation
+        table = 1.4 * blur(resize_image(table, [3 * n - 2 for n in steps]), 1.2)
     side = torch.tensor(shape, device=generator.device) - 1.0
 
     def noise(places: Tensor) -> Tensor:
@@ -33,21 +34,11 @@ def noise_function(
     return noise
 
 
-def _rounded(table: Tensor) -> Tensor:
-    """The same noise on a finer table, without the kinks of linear interpolation."""
-    finer = resize_image(table, [3 * n - 2 for n in table.shape[2:]])
-    for axis in range(2, table.ndim):
-        finer = smooth(finer, axis, 1.2)
-    return finer * 1.4
-
-
 def smooth_noise(shape: Sequence[int], channels: int, scale: Tensor, *, generator: Generator) -> Tensor:
     """(1, channels, *shape) noise that changes over ``scale`` (D,) voxels, of about unit variance."""
     steps = [max(2, math.ceil(n / max(float(s), 1.0)) + 1) for n, s in zip(shape, scale, strict=True)]
     table = torch.randn(1, channels, *steps, generator=generator, device=generator.device)
-    finer = resize_image(table, [min(n, 3 * m - 2) for n, m in zip(shape, steps, strict=True)])
-    for axis in range(2, finer.ndim):
-        finer = smooth(finer, axis, 1.2)
+    finer = blur(resize_image(table, [min(n, 3 * m - 2) for n, m in zip(shape, steps, strict=True)]), 1.2)
     return 1.4 * resize_image(finer, shape)
 
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from regpipe.fields.algebra import identity_grid, resize_image
@@ -50,11 +49,10 @@ def _coarse(image: Tensor, g: Generator) -> Tensor:
     shape = list(image.shape[2:])
     axis, factor = integer(g, 0, len(shape)), uniform(g, 1.5, 4)
     fewer = [max(4, round(n / factor)) if axis in (i, len(shape)) else n for i, n in enumerate(shape)]
-    mode = "bilinear" if len(shape) == 2 else "trilinear"
     for i, (n, m) in enumerate(zip(shape, fewer, strict=True)):
         if n != m:
             image = smooth(image, 2 + i, 0.4 * n / m)
-    return resize_image(F.interpolate(image, size=fewer, mode=mode, align_corners=True), shape)
+    return resize_image(resize_image(image, fewer), shape)
 
 
 def _ultrasound(image: Tensor, g: Generator) -> Tensor:
@@ -70,21 +68,17 @@ def _ultrasound(image: Tensor, g: Generator) -> Tensor:
 
 def _sector(shape: Sequence[int], g: Generator) -> Tensor:
     """1 in the sector of a probe above the middle of an axis (1, 1, *shape)."""
-    dim, axis = len(shape), integer(g, 0, len(shape) - 1)
-    q = (
-        2 * identity_grid(shape, device=g.device) / (torch.tensor(shape, device=g.device) - 1).view(1, -1, *[1] * dim)
-        - 1
-    )
+    axis = integer(g, 0, len(shape) - 1)
+    last = torch.tensor(shape, device=g.device).view(1, -1, *[1] * len(shape)) - 1
+    q = 2 * identity_grid(shape, device=g.device) / last - 1
     if chance(g, 0.5):
         q = -q
     apex = uniform(g, 1.1, 2.0)
     along = q[:, axis : axis + 1] + apex
     across = (q.square().sum(1, keepdim=True) - q[:, axis : axis + 1].square()).clamp(min=0).sqrt()
     depth, angle = torch.hypot(along, across), torch.atan2(across, along)
-    seen = (
-        (depth > apex - 1 + uniform(g, 0, 0.2)) & (depth < apex + uniform(g, 0.8, 1.2)) & (angle < uniform(g, 0.4, 0.9))
-    )
-    return seen.float()
+    near, far, half = apex - 1 + uniform(g, 0, 0.2), apex + uniform(g, 0.8, 1.2), uniform(g, 0.4, 0.9)
+    return ((depth > near) & (depth < far) & (angle < half)).float()
 
 
 def _cut(image: Tensor, g: Generator) -> tuple[Tensor, Tensor]:

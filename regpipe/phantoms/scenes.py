@@ -15,7 +15,7 @@ scene is the same on any grid. Displacements follow the convention of ``fields.a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from scipy.linalg import expm
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 
-from regpipe.phantoms import shapes
 from regpipe.phantoms.motion import (
     LARGEST_MOTION,
     MAGNITUDE,
@@ -108,7 +107,7 @@ def make_pair(
         raise ValueError(f"unknown phantom kind {kind!r}; there are: {', '.join(KINDS)}")
     shape = checked_shape(shape, magnitude, motion)
     rng = np.random.default_rng(seed)
-    draw, scan, label, points = KINDS[kind]
+    draw, scan = KINDS[kind]
     anatomy = draw(rng, len(shape))
     if motion is None:
         phi = random_deformation(rng, len(shape), magnitude=magnitude)
@@ -117,12 +116,12 @@ def make_pair(
     grid = unit_grid(shape)
     tissue = phi.backward(grid)  # what lies under each voxel of the moving image
     half = (np.array(shape) - 1) / 2  # voxels per unit
-    fixed_points, moving_points = _landmarks(points(anatomy), phi)
+    fixed_points, moving_points = _landmarks(anatomy, phi)
     return Phantom(
         fixed_image=scan(rng, anatomy, grid, lambda q: q).astype(np.float32),
         moving_image=scan(rng, anatomy, tissue, phi.forward).astype(np.float32),
-        fixed_label=label(anatomy, grid),
-        moving_label=label(anatomy, tissue),
+        fixed_label=paint(anatomy, grid)[0],
+        moving_label=paint(anatomy, tissue)[0],
         displacement=((phi.forward(grid) - grid) * column(half, grid)).astype(np.float32),
         inverse=((tissue - grid) * column(half, grid)).astype(np.float32),
         fixed_landmarks=((fixed_points.T + 1) * half).astype(np.float32),
@@ -143,22 +142,14 @@ def paint(anatomy: Anatomy, tissue: Array) -> tuple[NDArray[np.uint8], Array]:
     return label, value + anatomy.texture(tissue)
 
 
-def _label(anatomy: Anatomy, tissue: Array) -> NDArray[np.uint8]:
-    return paint(anatomy, tissue)[0]
-
-
-def _points(anatomy: Anatomy) -> Array:
-    """Centre and both x-ends of every labelled body, (D, K)."""
+def _landmarks(anatomy: Anatomy, phi: Deformation) -> tuple[Array, Array]:
+    """Centre and both x-ends of every labelled body, (D, K), and where they go: those that both images show."""
     points = []
     for body in anatomy.bodies:
         if body.label:
             arm = np.linalg.inv(body.to_ball)[:, 0]
             points += [body.centre, body.centre - arm, body.centre + arm]
-    return np.stack(points, axis=1)
-
-
-def _landmarks(fixed: Array, phi: Deformation) -> tuple[Array, Array]:
-    """Points (D, K) and where they go, of those that both images show."""
+    fixed = np.stack(points, axis=1)
     moving = phi.forward(fixed)
     seen = (np.abs(fixed) <= 1).all(0) & (np.abs(moving) <= 1).all(0)
     return fixed[:, seen], moving[:, seen]
@@ -265,19 +256,13 @@ def _scan_mr(rng: Generator, anatomy: Anatomy, tissue: Array, place: Place) -> A
 
 
 class Kind(NamedTuple):
-    """What there is to image and how; the first entry makes the anatomy that the others take."""
+    """What there is to image, and how."""
 
-    draw: Callable[[Generator, int], Any]  # an anatomy in so many dimensions
-    scan: Callable[[Generator, Any, Array, Place], Array]  # tissue under the voxels -> image (*S)
-    label: Callable[[Any, Array], NDArray[np.uint8]]  # tissue under the voxels -> label map (*S)
-    points: Callable[[Any], Array]  # landmarks (D, K) of the fixed image
+    draw: Callable[[Generator, int], Anatomy]  # in so many dimensions
+    scan: Callable[[Generator, Anatomy, Array, Place], Array]  # tissue under the voxels -> image (*S)
 
 
-KINDS = {
-    "ultrasound": Kind(_abdomen, _scan_ultrasound, _label, _points),
-    "mr": Kind(_head, _scan_mr, _label, _points),
-    "shapes": Kind(shapes.draw, shapes.scan, shapes.label, shapes.points),
-}
+KINDS = {"ultrasound": Kind(_abdomen, _scan_ultrasound), "mr": Kind(_head, _scan_mr)}
 
 
 # ---- random parts

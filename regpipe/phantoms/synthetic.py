@@ -23,15 +23,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from regpipe.data.pairs import SIDES as PAIR
-from regpipe.fields.algebra import (
-    differences,
-    identity_grid,
-    integrate_both,
-    resize,
-    resize_image,
-    sample_at,
-    warp,
-)
+from regpipe.fields.algebra import differences, identity_grid, integrate_both, resize, resize_image, sample_at, warp
 from regpipe.phantoms.noise import MARGIN, blur, chance, integer, noise_function, normal, smooth_noise, uniform
 from regpipe.phantoms.scanner import scan
 from regpipe.phantoms.scenes import Phantom
@@ -42,8 +34,6 @@ STEEPEST = 0.7  # largest difference of a velocity between neighbours: exp(0.7) 
 SAME_CONTRAST = 0.35  # share of the pairs
 UNLIKE = 12.0  # largest factor on the bends that an image has of its own; 0.7 of the pairs have some
 AIR = 0.5  # share of the scenes that are a body in air
-
-
 LANDMARKS = 24  # of a pair on disk
 SIDES = {2: (96, 160), 3: (48, 96)}  # of the images in training, voxels
 VALIDATED = {2: (128, 128), 3: (64, 64, 64)}  # grids of the pairs held apart
@@ -273,9 +263,8 @@ def _blobs(shape: Sequence[int], stretch: Tensor, g: Generator) -> tuple[Callabl
 
     def heights(places: Tensor) -> Tensor:
         flat = places.flatten(2)[0]  # (D, N)
-        ball = torch.baddbmm(
-            -(to_ball.transpose(1, 2) @ centres[..., None]), to_ball.transpose(1, 2), flat.expand(count, -1, -1)
-        )
+        turned = to_ball.transpose(1, 2)
+        ball = torch.baddbmm(-(turned @ centres[..., None]), turned, flat.expand(count, -1, -1))
         reach = ball.square().sum(1).sqrt().view(1, count, *places.shape[2:])
         inside = above.view(1, -1, *[1] * dim) * (1 - reach + 0.25 * ripple(places))
         return torch.cat([torch.zeros_like(inside[:, :1]), inside], 1)
@@ -295,9 +284,8 @@ def _body(shape: Sequence[int], stretch: Tensor, g: Generator) -> tuple[Callable
 
     def around(places: Tensor, inner: Tensor) -> Tensor:
         column = [1, -1, *[1] * dim]
-        reach = ((places - centre.view(column)) / radii.view(column)).square().sum(
-            1, keepdim=True
-        ).sqrt() + rough * ripple(places)
+        ball = (places - centre.view(column)) / radii.view(column)
+        reach = ball.square().sum(1, keepdim=True).sqrt() + rough * ripple(places)
         layers, outer = [], 1.0
         for depth in thick:
             layers.append(torch.minimum(outer - reach, reach - (outer - depth)))

@@ -21,7 +21,7 @@ def completed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ("line", "offered"),
     [
         ("regpipe phantom p --kind ", list(completion.PHANTOMS)),
-        ("regpipe phantom p --kind s", ["shapes", "synthetic"]),
+        ("regpipe phantom p --kind s", ["synthetic"]),
         ("regpipe doctor --backbone ", list(completion.BACKBONES)),
         ("regpipe compare --backbones resnet18,v", ["resnet18,vgg16"]),
         ("regpipe register a b --formats itk,", ["itk," + name for name in completion.FORMATS if name != "itk"]),

@@ -38,7 +38,7 @@ HELP = {
     "compare": ("phantoms", "--backbones", "resnet18,vgg16,alexnet", "--set", "ID=VALUE", "regpipe dashboard OUT"),
     "dashboard": ("127.0.0.1", "--port", "6006", "docs/dashboard.md"),
     "figures": ("comparison.csv", "study.csv", "nothing is trained"),
-    "phantom": ("ultrasound, mr, shapes or synthetic", "--motion", "--shape", "--pairs", "--seed", "true displacement"),
+    "phantom": ("ultrasound, mr or synthetic", "--motion", "--shape", "--pairs", "--seed", "true displacement"),
     "study": ("--overlay", "--pretrain", "--only", "AXIS=VALUE", "--jobs", "docs/study.md"),
     "doctor": ("versions", "ITK", "PASS or FAIL", "bug report"),
     "verify": ("--data", "--bundle", "manifest"),

@@ -42,7 +42,7 @@ def test_the_largest_displacement_is_what_was_asked_and_nothing_folds(kind: str,
 @pytest.mark.parametrize("shape", [(64, 64), (40, 64), (24, 40, 32)])
 def test_no_fold_even_at_the_largest_motion(shape: tuple[int, ...], seed: int) -> None:
     motion = LARGEST_MOTION * min(shape)
-    pair = make_pair("shapes", shape, seed=seed, motion=motion)
+    pair = make_pair("mr", shape, seed=seed, motion=motion)
     assert length(pair.displacement).max() == pytest.approx(motion, rel=0.02)
     assert ndv_percent(pair.displacement) == ndv_percent(pair.inverse) == 0
 
@@ -110,7 +110,7 @@ def test_an_impossible_motion_says_what_to_give(motion: float) -> None:
 
 
 def test_a_cohort_keeps_its_motion_on_disk_and_in_its_record(tmp_path: Path) -> None:
-    out = write_cohort(tmp_path / "c", kind="shapes", shape=(64, 64), n_pairs=1, seed=2, motion=21)
+    out = write_cohort(tmp_path / "c", kind="mr", shape=(64, 64), n_pairs=1, seed=2, motion=21)
     header = nibabel.Nifti1Image.from_filename(out / "displacements" / "case_000.nii.gz")
     vectors = header.get_fdata()[:, :, 0, 0]  # 1 mm voxels whose LPS mm are their indices
     assert 20.9 < np.linalg.norm(vectors, axis=-1).max() < 21.5
@@ -120,7 +120,7 @@ def test_a_cohort_keeps_its_motion_on_disk_and_in_its_record(tmp_path: Path) -> 
     np.testing.assert_allclose(points[0] + u, points[1], atol=0.05)
     assert '"motion": 21.0' in (out / "phantom.json").read_text()
     with pytest.raises(ValueError, match="holds something else"):
-        write_cohort(out, kind="shapes", shape=(64, 64), n_pairs=1, seed=2)
+        write_cohort(out, kind="mr", shape=(64, 64), n_pairs=1, seed=2)
 
 
 def test_a_cohort_from_before_there_was_motion_is_still_the_same_cohort(tmp_path: Path) -> None:

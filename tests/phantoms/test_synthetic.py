@@ -133,7 +133,7 @@ def test_a_pair_on_disk_is_one_in_memory(tmp_path: Path) -> None:
 def test_a_phantom_of_this_kind_takes_no_motion_and_unknown_kinds_are_listed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leave --motion out"):
         write_cohort(tmp_path / "a", kind="synthetic", motion=3.0)
-    with pytest.raises(ValueError, match="ultrasound, mr, shapes, synthetic"):
+    with pytest.raises(ValueError, match="ultrasound, mr, synthetic"):
         write_cohort(tmp_path / "b", kind="nothing")
 
 
