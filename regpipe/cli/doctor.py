@@ -138,9 +138,9 @@ def registration() -> str:
         aligned = resample(moving, frame, fixed.array.shape, order=1)
         pair = torch.tensor(np.stack([fixed.array, aligned]), dtype=torch.float32)[None]
         found = ZeroInferer(zero_refiner(steps=60), repair=True)(pair, torch.nn.Identity())
-        fields = (found[name][0].numpy() for name in ("displacement", "inverse"))
-        spaces = [(image.array.shape, image.affine) for image in (fixed, moving)]
-        transform = export.pair_transform(*fields, fixed.affine, frame, *spaces)
+        u, inverse = (found[name][0].numpy() for name in ("displacement", "inverse"))
+        one, other = ((image.array.shape, image.affine) for image in (fixed, moving))
+        transform = export.pair_transform(u, inverse, fixed.affine, frame, one, other)
         about = (export.image_file(file, image) for file, image in zip(files, (fixed, moving), strict=True))
         export.write_transforms(aside, transform, *about, formats=["itk"])
         ways = [itk.transformread(str(Path(aside) / f"{way}.h5"))[0] for way in export.WAYS]

@@ -57,10 +57,11 @@ def session(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
     _told.clear()
     with contextlib.ExitStack() as stack:
         if quiet:
-            stack.enter_context(_environment("TQDM_DISABLE", "1"))
+            if "TQDM_DISABLE" not in os.environ:
+                os.environ["TQDM_DISABLE"] = "1"
+                stack.callback(os.environ.pop, "TQDM_DISABLE")
             logging.disable(logging.INFO)
             stack.callback(logging.disable, logging.NOTSET)
-        if quiet:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(_stdout_to(nowhere, nowhere.fileno()))
         elif json:
@@ -80,16 +81,6 @@ def _stdout_to(stream: TextIO, descriptor: int) -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def first() -> bool:

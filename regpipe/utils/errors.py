@@ -33,11 +33,16 @@ def printable(text: str) -> str:
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it comes from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def cause(error: BaseException | None) -> InputError | None:
     """The ``InputError`` that ``error`` is or comes from: MONAI wraps what a configuration raises."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
+    return next((one for one in _chain(error) if isinstance(one, InputError)), None)
 
 
 def root(error: BaseException) -> str:
@@ -60,13 +65,13 @@ LESS_MEMORY = "take --amp true, then --checkpointing true, then a smaller --grid
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether this is, or comes from, memory that was asked for and not given, by torch, numpy, ITK or Python."""
-    while error is not None:
-        named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if named or (isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    """Whether an error is, or comes from, memory that torch, numpy, ITK or Python did not get."""
+    return any(
+        isinstance(one, MemoryError)
+        or type(one).__name__ == "OutOfMemoryError"
+        or (isinstance(one, RuntimeError) and any(text in str(one) for text in OUT_OF_MEMORY))
+        for one in _chain(error)
+    )
 
 
 MONAI_SAYS = (  # of a configuration
@@ -74,13 +79,6 @@ MONAI_SAYS = (  # of a configuration
     "the referring item `",
     "doesn't exist in the config file",
 )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and what it comes from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -104,15 +102,13 @@ def explain(error: BaseException) -> str | None:
     misconfigured = next((text for text in map(str, _chain(error)) if any(said in text for said in MONAI_SAYS)), None)
     if misconfigured is not None:
         return f"configuration: {printable(misconfigured)[:300]}; mend the file that says so, or copy the bundle anew"
-    chain: BaseException | None = error
-    while chain is not None and not isinstance(chain, OSError):
-        chain = chain.__cause__ or chain.__context__
-    if chain is None or chain.strerror is None:
+    refused = next((one for one in _chain(error) if isinstance(one, OSError)), None)
+    if refused is None or refused.strerror is None:
         return None
-    if chain.errno == errno.ENOENT and chain.filename is None:  # of os.getcwd
+    if refused.errno == errno.ENOENT and refused.filename is None:  # of os.getcwd
         return "the current folder: was deleted; change to one that is there"
-    remedy = SYSTEM.get(chain.errno or 0)
-    return f"{chain.filename or 'writing'}: {chain.strerror}" + (f"; {remedy}" if remedy else "")
+    remedy = SYSTEM.get(refused.errno or 0)
+    return f"{refused.filename or 'writing'}: {refused.strerror}" + (f"; {remedy}" if remedy else "")
 
 
 def disk_full(error: OSError) -> bool:
@@ -120,13 +116,10 @@ def disk_full(error: OSError) -> bool:
     return error.errno in FULL
 
 
-def _lost(error: BaseException | None) -> bool:
+def _lost(error: BaseException) -> bool:
     """Whether torch.distributed says that another process is gone, by gloo's text or a type of its own."""
-    while error is not None:
-        if "gloo/" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return any("gloo/" in str(one) or type(one).__name__ in kinds for one in _chain(error))
 
 
 def one_line_errors() -> None:

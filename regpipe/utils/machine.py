@@ -10,6 +10,11 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+# Of control groups, version 2 and 1: folder, files of the limit and of what is used, caches that count as free.
+CONTROL_GROUPS = (
+    ("", "memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
 
 
 def held() -> int:
@@ -67,26 +72,14 @@ def _limits(root: Path, listed: Path) -> list[int]:
     left = [2**62]
     entries = listed.read_text().splitlines() if listed.exists() else []
     groups = [entry.split(":", 2)[2].strip("/").split("/") for entry in entries if entry.count(":") >= 2]
-    paths = {
-        "",
-        *("/".join(group[:n]) for group in groups for n in range(1, len(group) + 1)),
-    }
+    paths = {"", *("/".join(group[:n]) for group in groups for n in range(1, len(group) + 1))}
     for path in sorted(paths):
-        for limit, used, caches in (
-            ("memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
-            (
-                "memory/memory.limit_in_bytes",
-                "memory/memory.usage_in_bytes",
-                ("total_inactive_file", "total_active_file"),
-            ),
-        ):
-            top, _, name = limit.rpartition("/")
+        for top, limit, used, caches in CONTROL_GROUPS:
             folder = root / top / path
-            most = _number(folder / name)
+            most = _number(folder / limit)
             if most is not None:
-                spent = _number(root / top / path / used.rpartition("/")[2]) or 0
                 stat = _table(folder / "memory.stat")
-                left.append(most - spent + sum(stat.get(cache, 0) for cache in caches))
+                left.append(most - (_number(folder / used) or 0) + sum(stat.get(cache, 0) for cache in caches))
     return left
 
 

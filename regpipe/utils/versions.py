@@ -8,19 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = (
-    "regpipe",
-    "torch",
-    "torchvision",
-    "monai",
-    "pytorch-ignite",
-    "itk",
-    "itk-elastix",
-    "nibabel",
-    "numpy",
-    "scipy",
-    "tensorboard",
-)
+PACKAGES = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "itk-elastix", "nibabel", "numpy")
+PACKAGES += ("scipy", "tensorboard")
 
 
 def versions() -> dict[str, str | None]:

@@ -8,7 +8,6 @@ import itk
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import typer
 from typer.testing import CliRunner
 
 from helpers.folders import save
@@ -21,7 +20,7 @@ from helpers.registered import (
     voxels,
     write_csv,
 )
-from regpipe.cli import apply as apply_command
+from regpipe.cli import main as cli
 from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.io.points import read_points
@@ -108,9 +107,7 @@ def test_a_displacement_file_alone_maps_points_as_it_says(tmp_path: Path, flat: 
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    apply_command.add(app)
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
     if isinstance(done.exception, InputError):
         return 1, done.stdout, str(done.exception)
     return done.exit_code, done.stdout, done.stderr
