@@ -1,7 +1,7 @@
-"""What a command says and to whom: results on stdout, all else on stderr, progress with the time left.
+"""What a command prints: results on stdout, all else on stderr, progress with the time left.
 
-``session`` is what ``--json`` and ``--quiet`` mean, for the process and what it starts. ``tell`` is how any part of
-regpipe hands a result to ``--json``; without it nothing comes of that. Nothing heavy is imported here.
+``session`` implements ``--json`` and ``--quiet``, for the process and for the processes that it starts. Any part of
+regpipe calls ``tell`` to add to the result of ``--json``. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-DELAY = 2.0  # seconds that something may take before it shows progress
-LINE_EVERY = 10.0  # seconds between two lines where no terminal shows a bar
+DELAY = 2.0  # seconds before progress is shown
+LINE_EVERY = 10.0  # seconds between two lines, where there is no terminal
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
 
@@ -50,9 +50,9 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def session(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
-    """With ``json`` what is printed goes to stderr, with ``quiet`` nowhere; what started processes print, too.
+    """With ``json`` output goes to stderr, with ``quiet`` nowhere; that of started processes too.
 
-    ``quiet`` also ends progress and the log's INFO lines; warnings and errors stay.
+    ``quiet`` also hides progress and the log's INFO lines; warnings and errors stay.
     """
     _told.clear()
     with contextlib.ExitStack() as stack:
@@ -84,7 +84,7 @@ def _stdout_to(stream: TextIO, descriptor: int) -> Iterator[None]:
 
 
 def first() -> bool:
-    """Whether this is the process that speaks: the only one, or rank 0 of those of ``torchrun``."""
+    """Whether this process prints: the only one, or rank 0 of those that ``torchrun`` started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -94,13 +94,13 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """A line on stdout, above a bar that is shown there."""
+    """Print a line on stdout, above a progress bar."""
     tqdm.write(line)
     sys.stdout.flush()
 
 
 def complain(kind: str, line: str) -> None:
-    """``error: ...`` on stderr; the word is red, or of a warning yellow, on a terminal that wants colours."""
+    """Print ``error: ...`` or ``warning: ...`` on stderr; on a terminal with colours the word is red or yellow."""
     word = f"{kind}:"
     if coloured(sys.stderr):
         word = f"\x1b[{'31' if kind == 'error' else '33'};1m{word}\x1b[0m"
@@ -108,7 +108,7 @@ def complain(kind: str, line: str) -> None:
 
 
 def coloured(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that takes colours, and nobody asked for none (https://no-color.org)."""
+    """Whether a stream is a terminal with colours, and the user did not switch them off (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -116,7 +116,7 @@ def coloured(stream: TextIO) -> bool:
 
 
 class _Lines:
-    """A stream without a bar that moves: each state of it is a line."""
+    """A stream on which a bar cannot move: each state of the bar is a line."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -131,19 +131,19 @@ class _Lines:
 
 
 class Progress(tqdm):
-    """A bar on stderr with the time left, shown once something takes ``DELAY`` seconds, and gone when it is done.
+    """A bar on stderr with the time left. It appears after ``DELAY`` seconds and disappears at the end.
 
-    Into a file or a pipe goes a plain line every ``LINE_EVERY`` seconds instead. Of several processes rank 0 shows it.
+    A file or a pipe gets a plain line every ``LINE_EVERY`` seconds instead. Of several processes rank 0 shows it.
 
     Args:
-        items: what is gone through; None: ``update`` says how far it is.
-        what: the work: "registering".
+        items: what to iterate over; None: ``update`` reports the progress.
+        what: the work, e.g. "registering".
         unit: what is counted, in the plural; "" shows per cent only.
-        total: how many there are, where ``items`` does not know.
-        given: as tqdm's.
+        total: how many items there are, where ``items`` has no length.
+        given: further arguments of tqdm.
     """
 
-    monitor_interval = 0  # no thread: each update looks at the clock
+    monitor_interval = 0  # no thread: each update reads the clock
 
     def __init__(
         self, items: Iterable[Any] | None = None, *, what: str, unit: str, total: float | None = None, **given: Any

@@ -1,7 +1,7 @@
-"""Several processes, started by ``torchrun``, that train one model or share out a folder.
+"""Several processes, started by ``torchrun``, that train one model or divide a folder among them.
 
-Without ``torchrun`` there is one process, and nothing here changes what it does. Rank and world size are Ignite's
-(``idist``); whatever gathers or waits must be reached by every process, in the same order.
+Without ``torchrun`` there is one process, and nothing here changes it. Rank and world size are Ignite's (``idist``).
+Every process must call whatever gathers or waits, in the same order.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ T = TypeVar("T")
 
 
 def join(*, hours: float, nccl: bool = False) -> None:
-    """Meet the other processes that ``torchrun`` started; does nothing without it, nor a second time.
+    """Join the process group of ``torchrun``; does nothing without it, nor a second time.
 
-    From here on the other ranks than 0 print nothing but warnings and errors, and a process that ``torchrun`` ends,
-    because another one has ended, says so in a line, wherever it waits.
+    From here on ranks other than 0 print only warnings and errors. A process that ``torchrun`` ends because another
+    one ended says so in a line, wherever it waits.
 
     Args:
-        hours: how long one waits for another before it gives up.
-        nccl: exchange tensors between GPUs, one for each process, where there are any; else, and for anything but
-            tensors, gloo does.
+        hours: how long a process waits for another one before it gives up.
+        nccl: exchange tensors between GPUs by NCCL, one GPU for each process, where there are GPUs; else by gloo.
 
     Raises:
         InputError: more processes on this machine than GPUs.
@@ -50,7 +49,7 @@ def join(*, hours: float, nccl: bool = False) -> None:
             raise InputError(f"more processes than the {gpus} GPUs of this machine: give --nproc_per_node {gpus}")
         torch.cuda.set_device(local % gpus)
     dist.init_process_group("nccl" if nccl and gpus else "gloo", timeout=timedelta(hours=hours))
-    idist.sync()  # now: when rank 0 alone asks Ignite for something first, it would wait for the others
+    idist.sync()  # now: if rank 0 alone were the first to use Ignite, it would wait for the others
     _say_when_ended()
     if idist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -58,15 +57,15 @@ def join(*, hours: float, nccl: bool = False) -> None:
 
 
 def leave() -> None:
-    """Wait until every process is here, then part; does nothing where nobody was met."""
+    """Wait for every process, then leave the group; does nothing without one."""
     if dist.is_initialized():
         idist.barrier()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on the end of another one is no news
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on others may end
         idist.finalize()
 
 
 def _say_when_ended() -> None:
-    """End at once on SIGTERM, with a line. A handler in Python would not run while the process waits for another."""
+    """On SIGTERM print a line and end. A handler in Python would not run while the process waits for another."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -110,12 +109,12 @@ def merged(part: dict[str, T]) -> dict[str, T]:
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """This process's part of what all of them hold: every ``world size``-th, and each in one part only."""
+    """This process's part of a list that all have: every ``world size``-th item, each in one part only."""
     return list(items[idist.get_rank() :: idist.get_world_size()])
 
 
 def validation_indices(count: int) -> list[int]:
-    """This process's ``share`` of ``count`` cases; one that gets none sees another's, for it must run as the others do.
+    """This process's ``share`` of ``count`` cases. A process without any gets another's, for it must run too.
 
     ``CaseMetrics`` counts a case once.
     """
@@ -123,15 +122,15 @@ def validation_indices(count: int) -> list[int]:
 
 
 def parallel(network: nn.Module, *, in_parts: bool = False) -> nn.Module:
-    """The network as the trainer shall see it: gradients averaged over processes, weights rank 0's at the start.
+    """The network for the trainer: gradients are averaged over processes, and all begin with rank 0's weights.
 
-    For the trainer only: what saves, loads, clips and evaluates takes the network itself, without the wrapper's prefix.
-    ``in_parts``: there are steps in which some of its weights take no part.
+    Use the network itself to save, load, clip and evaluate: its names have no prefix.
+    ``in_parts``: in some steps some of the weights are not used.
     """
     if idist.get_world_size() == 1:
         return network
     on_gpu = next(network.parameters()).is_cuda
-    # No buffer ever changes, the only BatchNorm is frozen: do not send them. Torch 2.15 has another name for that.
+    # No buffer changes (the only BatchNorm is frozen), so none is sent. Torch 2.15 renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {buffers: False, "find_unused_parameters": in_parts}
@@ -139,14 +138,14 @@ def parallel(network: nn.Module, *, in_parts: bool = False) -> nn.Module:
 
 
 class NoWriter:
-    """TensorBoard's writer on a process that does not write: takes anything, does nothing."""
+    """Stands for TensorBoard's writer on a process that does not write: takes anything, does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
 
 
 def writer(log_dir: str) -> Any:
-    """TensorBoard's writer on rank 0, which alone makes the file; ``NoWriter`` on the others."""
+    """TensorBoard's writer on rank 0; ``NoWriter`` on the others."""
     if idist.get_rank() > 0:
         return NoWriter()
     from torch.utils.tensorboard import SummaryWriter  # a second or two

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend, told in a line."""
+"""Errors that a user can correct, explained in one line."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ ENDED_TOGETHER = (
 
 
 class InputError(ValueError):
-    """What a user can mend; the message is one line: the file or setting, what is wrong, what to do.
+    """An error that a user can correct. Its message is one line: the file or setting, what is wrong, what to do.
 
-    Further arguments are lines below it. What a terminal could not show, or would obey, is escaped: files may be
-    named by anyone.
+    Further arguments are lines below it. Control characters are escaped: anyone may have named the files.
     """
 
     def __str__(self) -> str:
@@ -87,10 +86,10 @@ SYSTEM |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "ask for the r
 
 
 def explain(error: BaseException) -> str | None:
-    """The line for a user, else None.
+    """The line for a user; None for an error that is not known.
 
-    An ``InputError``'s message, memory that was not there, a lost process, what a configuration names and nobody has,
-    or which file the system refused.
+    Known are an ``InputError``, missing memory, a lost process, a name in a configuration that does not exist, and a
+    file that the system refuses.
     """
     known = cause(error)
     if known is not None:
@@ -112,7 +111,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def disk_full(error: OSError) -> bool:
-    """Whether nothing more can be written, wherever on that disk."""
+    """Whether the disk is full, or the user's share of it."""
     return error.errno in FULL
 
 
@@ -123,7 +122,7 @@ def _lost(error: BaseException) -> bool:
 
 
 def one_line_errors() -> None:
-    """Make an error that ``explain`` knows end the process with one line, and exit status 1."""
+    """Let an error that ``explain`` knows end the process with one line and exit status 1."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         told = explain(error)
@@ -135,7 +134,7 @@ def one_line_errors() -> None:
     shown = threading.excepthook
 
     def show_of_thread(about: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread, and raises there and here what keeps it from doing so
+        # TensorBoard writes in a thread; what stops it is raised there and here
         if about.exc_value is None or explain(about.exc_value) is None:
             shown(about)
 

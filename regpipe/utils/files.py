@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, archives that can be told from damaged ones, and what is in files."""
+"""Writes files whole or not at all, hashes and parses them, and checks torch archives for damage."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def sha256(paths: Iterable[Path]) -> str:
 
 
 def replace_file(path: str | Path, data: bytes) -> None:
-    """Write a whole file or leave what was there: aside, to the disk, then renamed. Folders are made.
+    """Write a whole file, or leave the old one: to a temporary file, to the disk, then renamed. Folders are made.
 
-    Once it returns, the file outlasts a crash of the machine.
+    After it returns, the file survives a crash of the machine.
 
     Raises:
         OSError: with the file's own name.
@@ -42,7 +42,7 @@ def replace_file(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:  # a write that fails names no file, and what lies aside is no name for a user
+    except OSError as error:  # name the file itself, not the temporary one
         error.filename, error.filename2 = str(path), None
         raise
     finally:
@@ -51,7 +51,7 @@ def replace_file(path: str | Path, data: bytes) -> None:
 
 
 def _folder_to_disk(folder: Path) -> None:
-    """Make a rename in it last; not every system and file system knows how."""
+    """Write a folder's entries to the disk, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -61,7 +61,7 @@ def _folder_to_disk(folder: Path) -> None:
 
 
 def sweep(folder: str | Path, *patterns: str) -> None:
-    """Remove what a killed process left aside of files with such names; call it where no other process writes them."""
+    """Remove temporary files that a killed process left; call it only where no other process writes such files."""
     for pattern in patterns:
         for aside in Path(folder).glob(f".{pattern}.*"):
             if aside.suffix[1:].isdecimal():
@@ -70,7 +70,7 @@ def sweep(folder: str | Path, *patterns: str) -> None:
 
 def save_tensors(path: str | Path, state: Any) -> None:
     """``torch.save`` by ``replace_file``; what it writes is an archive, see ``damage``."""
-    import torch  # takes seconds, and most of those who write files need none
+    import torch  # takes seconds to import
 
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -78,10 +78,10 @@ def save_tensors(path: str | Path, state: Any) -> None:
 
 
 def damage(path: str | Path) -> str | None:
-    """What is wrong with an archive of ``torch.save``'s; None where each part of it has the checksum it was given.
+    """What is wrong with an archive of ``torch.save``; None where each part has its checksum.
 
-    ``torch.load`` does not look at the checksums: of a file with some bits turned over it gives other weights. Parts
-    that are compressed are not looked at: torch writes none, and would unpack them to any size.
+    ``torch.load`` does not check: from a file with flipped bits it reads other weights. An archive with compressed
+    parts is refused: torch writes none, and they could unpack to any size.
 
     Raises:
         OSError: the file cannot be read.
@@ -99,15 +99,15 @@ def damage(path: str | Path) -> str | None:
 
 
 def absolute(path: str | Path) -> Path:
-    """The whole path without links; one in a loop of links, or of an unknown ``~user``, stays and does not exist."""
+    """The absolute path, links resolved. A loop of links or an unknown ``~user`` gives a path that does not exist."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def require_file(path: str | Path) -> Path:
-    """The path of a file that can be read to its end.
+    """The path of a regular, readable file.
 
     Raises:
-        InputError: nothing there, not readable, or a folder, a pipe, a device: opening a pipe would wait for ever.
+        InputError: missing, not readable, or a folder, a pipe or a device (opening a pipe would wait for ever).
     """
     path = Path(path)
     if not path.exists():
@@ -122,7 +122,7 @@ def require_file(path: str | Path) -> Path:
 
 
 def parse_json(data: bytes) -> Any:
-    """What JSON says, in any of its encodings, with or without a byte order mark.
+    """Parse JSON in any of its encodings, with or without a byte order mark.
 
     Raises:
         ValueError: it is not JSON, or nested deeper than Python follows.

@@ -1,7 +1,7 @@
-"""What a file may claim before it is believed.
+"""Refuses files that claim more than fits into memory, before memory is allocated for them.
 
-A header of a few hundred bytes can say that 60000 x 60000 x 60000 voxels follow, a compressed file can hold gigabytes
-of zeros. Each is refused here, before memory is given for it. What GDCM and ITK read: ``io.headers``.
+A header of a few hundred bytes can claim 60000 x 60000 x 60000 voxels; a compressed file can hold gigabytes of zeros.
+For files that GDCM and ITK read see ``io.headers``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import nibabel as nib
 from regpipe.utils.errors import InputError
 
 GIB = 2**30
-UNASKED = GIB  # bytes that are read without asking what is free
+UNASKED = GIB  # bytes that are read without looking at the free memory
 LARGEST_EXTENSIONS = 16 << 20  # bytes between a NIfTI's header and its voxels
 
 
@@ -26,7 +26,7 @@ def require_room(path: object, shape: Sequence[int], itemsize: int = 8) -> None:
     needed = math.prod(int(n) for n in shape) * itemsize
     if needed <= UNASKED:
         return
-    from regpipe.utils.machine import free  # torch: takes seconds, and most files are small
+    from regpipe.utils.machine import free  # imports torch, which takes seconds
 
     if needed > free():
         raise InputError(
@@ -36,12 +36,12 @@ def require_room(path: object, shape: Sequence[int], itemsize: int = 8) -> None:
 
 
 def require_size(path: str | Path) -> None:
-    """Raises ``InputError`` where a file, read whole, is more than the free memory can hold."""
+    """Raises ``InputError`` where a whole file does not fit into the free memory."""
     require_room(path, [Path(path).stat().st_size], 4)  # with what is made of it
 
 
 def check_nifti(path: Path) -> None:
-    """Raises ``InputError`` where header extensions are said to be huge: nibabel reads them with the header."""
+    """Raises ``InputError`` where header extensions claim to be huge: nibabel reads them with the header."""
     try:
         with nib.openers.ImageOpener(str(path)) as file:
             longest = _longest(file)
@@ -68,7 +68,7 @@ def _longest(file: Any) -> float:
 
 
 def _extensions(file: Any, at: int, end: float, order: Any) -> Iterator[int]:
-    """The lengths that the extensions of a NIfTI header claim, up to the first that cannot be."""
+    """The lengths that the extensions of a NIfTI header claim, up to the first impossible one."""
     while at + 8 <= end:
         file.seek(at)
         size = int.from_bytes(file.read(4), order, signed=True)

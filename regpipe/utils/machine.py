@@ -1,4 +1,4 @@
-"""What memory there is: of this process, of the machine, of a container or a job, of a GPU."""
+"""How much memory is used and free: of this process, the machine, a container or job, a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTROL_GROUPS = (
 
 
 def held() -> int:
-    """Resident bytes of this process now; 0 where the system does not say."""
+    """Resident bytes of this process; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -26,12 +26,12 @@ def held() -> int:
 
 
 def held_since(before: int) -> int:
-    """How much more that is than ``before``: freed by the tasks since then, kept by the C library, used again."""
+    """Bytes that the process has taken since ``before``. The C library keeps freed ones for later use."""
     return max(0, held() - before)
 
 
 def free(device: str | torch.device = "cpu") -> int:
-    """Bytes that may still be taken: of the GPU, or of the machine and what a container or job is limited to."""
+    """Free bytes: of the GPU, or of the machine within the limit of a container or job."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -40,7 +40,7 @@ def free(device: str | torch.device = "cpu") -> int:
 
 
 def room(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
-    """Bytes that a run may still take: what is ``free``, or what is left of ``memory_gib`` for the whole process."""
+    """Bytes that a run may still take: ``free``, or what is left of ``memory_gib`` for the whole process."""
     if memory_gib is None:
         return free(device)
     cuda = torch.device(device).type == "cuda"
@@ -48,9 +48,9 @@ def room(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
 
 
 def share(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
-    """What each of the processes that ``torchrun`` starts on this machine may take, asked before any of them begins.
+    """Bytes for each process that ``torchrun`` starts on this machine; call it before they take memory.
 
-    ``memory_gib`` is for one process; what is free is for all that use the device.
+    ``memory_gib`` is for one process; free memory is for all processes on the device.
     """
     return room(memory_gib, device) // (1 if memory_gib is not None else _beside(torch.device(device)))
 
@@ -64,11 +64,11 @@ def _beside(device: torch.device) -> int:
 def _machine(table: Mapping[str, int]) -> int:
     if "MemAvailable" in table:
         return table["MemAvailable"] * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # no Linux: all that is built in
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: the whole memory
 
 
 def _limits(root: Path, listed: Path) -> list[int]:
-    """What is left of each control group that this process is in; no limit gives nothing, but a huge number first."""
+    """Bytes left in each control group of this process that has a limit, after a first huge number."""
     left = [2**62]
     entries = listed.read_text().splitlines() if listed.exists() else []
     groups = [entry.split(":", 2)[2].strip("/").split("/") for entry in entries if entry.count(":") >= 2]

@@ -1,4 +1,4 @@
-"""The versions that a bug report needs, read from what is installed: nothing is imported."""
+"""The versions that a bug report needs. They are read from what is installed; nothing is imported."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "itk-elastix", "nibabel", "numpy")
-PACKAGES += ("scipy", "tensorboard")
+PACKAGES: tuple[str, ...] = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "itk-elastix")
+PACKAGES += ("nibabel", "numpy", "scipy", "tensorboard")
 
 
 def versions() -> dict[str, str | None]:
-    """Name -> version; None where it is not there. ``cuda`` is the one that torch was built for."""
+    """Name -> version; None where it is not installed. ``cuda`` is the version that torch was built for."""
     return {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}, "cuda": _cuda()}
 
 
 def installed(name: str) -> str | None:
-    """The version of a package; None where it is not there."""
+    """The version of a package; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
