@@ -1,12 +1,12 @@
-"""Before the network: the one matrix that brings two images to the same place, found by elastix.
+"""The affine stage before the network: one matrix that aligns two images, found by elastix.
 
-The alignment matrix ``T`` (D+1, D+1) is in RAS mm and takes a fixed point to its moving point. Files' own places
-in space count, so images may differ in shape, spacing, direction and field of view; intensities are arbitrary.
+The alignment matrix ``T`` (D+1, D+1) is in RAS mm and takes a fixed point to its moving point. The images' places in
+space count, so they may differ in shape, spacing, direction and field of view; intensities are arbitrary.
 
-    reduced to a common size -> from each start a coarse rigid search -> the most similar one -> rigid -> affine
+    reduced to a common size -> a coarse rigid search from each start -> the most similar one -> rigid -> affine
 
-A stage whose result is less similar than what it began with is dropped. Nothing depends on how an image is stored
-(it is turned to the closest RAS first) or on the number of threads.
+A stage that makes the images less similar is dropped. The result does not depend on the number of threads, nor on how
+an image is stored: it is turned to the closest RAS first.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from regpipe.utils.errors import InputError
 log = logging.getLogger(__name__)
 
 STAGES = ("none", "centre", "rigid", "similarity", "affine")
-SOUGHT = {"rigid": ("Euler",), "similarity": ("Euler", "Similarity"), "affine": ("Euler", "Affine")}  # elastix's names
+ELASTIX = {"rigid": ("Euler",), "similarity": ("Euler", "Similarity"), "affine": ("Euler", "Affine")}  # elastix's names
 METRICS = {"mi": "AdvancedMattesMutualInformation", "ncc": "AdvancedNormalizedCorrelation"}
-COARSE = 40  # voxels a side (the geometric mean) where the starts are compared
-FINE = {2: 256, 3: 100}  # and where the result is found: an affine map needs no finer one
-LITTLE = 0.3  # overlap below which a person should look
+COARSE = 40  # voxels a side (the geometric mean) at which the starts are compared
+FINE = {2: 256, 3: 100}  # and at which the result is found: an affine map needs no finer grid
+LITTLE = 0.3  # overlap below which a warning is logged
 
 
 class Alignment(NamedTuple):
@@ -38,15 +38,15 @@ class Alignment(NamedTuple):
 
     matrix: np.ndarray  # (D+1, D+1) RAS mm, fixed point -> moving point
     overlap: float  # Dice of both masks (without: fields of view) in mm, after alignment
-    before: float  # the similarity of the start (see ``transforms.likeness``), and
-    after: float  # that of the result: never less, but for ``centre``, which looks at no voxel
+    before: float  # similarity of the start, see ``transforms.likeness``
+    after: float  # similarity of the result: never less, except after ``centre``, which looks at no voxel
 
 
-class _Search(NamedTuple):  # what one run of elastix spends
+class _Search(NamedTuple):  # the effort of one run of elastix
     levels: int
     iterations: int  # at each level
     samples: int  # at each iteration
-    erode: bool  # the masks, by up to 9 voxels: the last digit's gain, but by its rim a small image is found at all
+    erode: bool  # the masks, by up to 9 voxels: slightly more accurate, but a small image is found by its rim alone
 
     @property
     def work(self) -> int:
@@ -71,13 +71,13 @@ def align(
     """Align two images (2-D or 3-D) up to ``stage``; the same arguments give the same matrix.
 
     Args:
-        stage: ``none``: the start, or the files' own places. ``centre``: the middles of both fields of view are
-            put upon each other. ``rigid``, ``similarity``, ``affine``: found by elastix, from the best of three
-            starts (own places, middles, centres of mass).
+        stage: ``none``: the start, or the images' places in space. ``centre``: the middle of one field of view onto
+            that of the other. ``rigid``, ``similarity``, ``affine``: found by elastix, from the best of three starts
+            (places in space, middles, centres of mass).
         metric: ``mi``, mutual information; ``ncc``, correlation, for images of one contrast.
         fixed_mask: (*S) of the fixed image, nonzero where it counts; without, where it is not dark.
         moving_mask: the same of the moving image; without, everywhere.
-        start: a matrix to begin with instead, e.g. from ``from_landmarks``.
+        start: a matrix to start from instead, e.g. from ``from_landmarks``.
 
     Raises:
         InputError: an unknown stage or metric, unlike dimensions, a mask that is empty or on another grid, or
@@ -92,13 +92,13 @@ def align(
         matrix = _shift(*(_middle(side) for side in fine))
     elif stage != "none":
         starts = _starts(*coarse) if start is None else [begin]
-        work = len(starts) * LOOK.work + len(SOUGHT[stage]) * FIND.work
+        work = len(starts) * LOOK.work + len(ELASTIX[stage]) * FIND.work
         with Progress(what="aligning", unit="", total=work) as bar:
             found = [_improved(coarse, m, "Euler", metric, LOOK, seed, bar) for m in starts]
             matrix = max(found, key=lambda m: similarity(*coarse, m, metric))
             if similarity(*seen, matrix, metric) < similarity(*seen, begin, metric):
                 matrix = begin
-            for kind in SOUGHT[stage]:
+            for kind in ELASTIX[stage]:
                 matrix = _improved(seen, matrix, kind, metric, FIND, seed, bar)
     shared = overlap(*fine, matrix)
     _judge(shared, stage)
@@ -112,13 +112,13 @@ def from_landmarks(fixed: np.ndarray, moving: np.ndarray, stage: str) -> np.ndar
 
     Args:
         fixed: (K, D) LPS mm.
-        moving: (K, D) LPS mm, row by row the same places.
+        moving: (K, D) LPS mm, the same anatomical places row by row.
 
     Returns:
-        (D+1, D+1) RAS mm; fit for ``start`` of ``align``.
+        (D+1, D+1) RAS mm, as ``start`` of ``align`` takes it.
 
     Raises:
-        InputError: an unknown stage, unlike shapes, or points too few or too flat to determine the matrix.
+        InputError: an unknown stage, different shapes, or too few or too flat points to determine the matrix.
     """
     fixed, moving = np.asarray(fixed, np.float64), np.asarray(moving, np.float64)
     if stage not in STAGES:
@@ -138,7 +138,7 @@ def from_landmarks(fixed: np.ndarray, moving: np.ndarray, stage: str) -> np.ndar
 
 
 def _check_spread(x: np.ndarray, y: np.ndarray, rank: int) -> None:
-    """Raises InputError unless both point sets (K, D) are there and span ``rank`` dimensions."""
+    """Raises InputError unless both point sets (K, D) span ``rank`` dimensions."""
     if len(x) <= rank:
         raise InputError(f"landmarks: {len(x)} are known in both images; this stage needs {rank + 1}")
     for points in (x, y) if rank > 0 else ():
@@ -180,7 +180,7 @@ def _middle(side: Side) -> np.ndarray:
 
 
 def _mass(side: Side) -> np.ndarray:
-    """The centre (D,) RAS mm of what is bright within the mask."""
+    """The centre of mass (D,) of the intensities within the mask, RAS mm."""
     return side.affine[:-1] @ [*ndimage.center_of_mass((side.array + 1e-6) * side.mask), 1.0]
 
 
@@ -191,7 +191,7 @@ def _shift(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
 
 
 def _starts(fixed: Side, moving: Side) -> list[np.ndarray]:
-    """Where to begin: own places if they overlap, middles, centres of mass; none twice (to a coarse voxel)."""
+    """Matrices to start from: places in space if they overlap, middles, centres of mass; none twice (to a voxel)."""
     own = np.eye(fixed.array.ndim + 1)
     kept = [own] if overlap(fixed, moving, own) > 0 else []
     apart = Image(fixed.array, fixed.affine).spacing.max()
@@ -204,23 +204,23 @@ def _starts(fixed: Side, moving: Side) -> list[np.ndarray]:
 def _improved(
     pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int, bar: Progress
 ) -> np.ndarray:
-    """``matrix`` and upon it elastix's transform of ``kind``; as it was where that is not more similar."""
+    """``matrix`` refined by elastix's transform of ``kind``; ``matrix`` itself where that is not more similar."""
     try:
         found = _elastix(pair, matrix, kind, metric, search, seed)
-    except RuntimeError:  # too few samples fall into the moving image or its mask; its message says only "see log"
-        why = "for want of overlap, or of slices (four at least)"
-        log.warning("elastix gave up on the %s transform, most likely %s; the one before is kept", kind, why)
+    except RuntimeError:  # too few samples lie in the moving image or its mask; the message says only "see log"
+        why = "for lack of overlap, or of slices (four at least)"
+        log.warning("elastix gave up on the %s transform, most likely %s; the previous one is kept", kind, why)
         return matrix
     finally:
         bar.update(search.work)
     before, after = (similarity(*pair, m, metric) for m in (matrix, found))
     if after <= before:
-        log.info("the %s transform is no improvement (%.4f to %.4f); the one before is kept", kind, before, after)
+        log.info("the %s transform is no improvement (%.4f to %.4f); the previous one is kept", kind, before, after)
     return found if after > before else matrix
 
 
 def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
-    """One run of elastix from ``matrix`` -> the whole matrix. Raises RuntimeError where elastix gives up."""
+    """One run of elastix from ``matrix`` -> the refined matrix. Raises RuntimeError where elastix gives up."""
     import itk
 
     fixed, moving = (to_itk(side.array, side.affine) for side in pair)
@@ -239,7 +239,7 @@ def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _S
         "AutomaticTransformInitialization": "false",
         "RequiredRatioOfValidSamples": 0.05,
         "ErodeMask": str(search.erode).lower(),
-        "RandomSeed": seed + 1,  # elastix takes 0 for none
+        "RandomSeed": seed + 1,  # elastix takes 0 as no seed
         "UseMultiThreadingForMetrics": "false",  # sums over threads depend on how many there are
         "WriteResultImage": "false",
     }
@@ -254,7 +254,7 @@ def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _S
 
 
 def _matrix_of(transform: Any, dim: int) -> np.ndarray:
-    """A linear ITK transform of any class as its matrix (D+1, D+1) in RAS mm, read off at D+1 points."""
+    """A linear ITK transform of any class as a matrix (D+1, D+1) in RAS mm, read off at D+1 points."""
     lps = np.eye(dim + 1)
     lps[:-1, -1] = transform.TransformPoint([0.0] * dim)
     for i, point in enumerate(np.eye(dim)):
@@ -263,7 +263,7 @@ def _matrix_of(transform: Any, dim: int) -> np.ndarray:
 
 
 def _judge(shared: float, stage: str) -> None:
-    """Warns where the images share little. Raises InputError where they share nothing."""
+    """Warns where the images overlap little. Raises InputError where they do not overlap."""
     if shared == 0:
         raise InputError(f"the images share no place after stage {stage!r}; try 'centre', masks or landmarks as start")
     if shared < LITTLE:

@@ -1,7 +1,7 @@
-"""Carry images, label maps, points and meshes through a registration; chain registrations.
+"""Moves images, label maps, points and meshes through a registration; chains registrations.
 
-Each image is resampled once, by ITK, whatever the transform is made of. Points go the opposite way of the images'
-map of points: with a case at hand its other direction is used, so that a point lands where the moved image shows it.
+ITK resamples each image once, whatever the transform consists of. Points need the inverse of the map that resamples
+images: of a case the transform of the other direction is used, so that a point lands where the moved image shows it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ NO_MEMORY = "out of memory: free some, or give a --reference with fewer voxels"
 
 
 class _Carrier(NamedTuple):
-    """What all inputs are carried by."""
+    """The transforms and grids for all inputs."""
 
-    images: Any  # itk.Transform that pulls images onto the grid; None where only points are carried
-    points: Any  # itk.Transform that maps points; None where only images are carried
+    images: Any  # itk.Transform that pulls images onto the grid; None without images
+    points: Any  # itk.Transform that maps points; None without points
     grid: Space | None  # of the resampled images
     source: Space | None  # where the inputs lie, as far as known
     interpolation: str
@@ -49,7 +49,7 @@ def apply(
     interpolation: str = "auto",
     problems: dict[str, str] | None = None,
 ) -> list[Path]:
-    """Carry files ``to`` the ``fixed`` or the ``moving`` image; what they are follows from their suffix.
+    """Move files ``to`` the ``fixed`` or the ``moving`` image; their suffix says what they are.
 
     Args:
         transform: a case's folder or its transform.json; or a transform file, which maps points as the file says.
@@ -57,13 +57,13 @@ def apply(
         out: a folder, made where needed; with a single input also a file name.
         reference: the image whose grid the results get; by default the target's of the case. A file needs it.
         interpolation: of images: see ``transforms.resample``.
-        problems: gets a line for each input that cannot be carried, and the others are; None: the first raises.
+        problems: gets a line for each input that cannot be moved; None: the first one raises.
 
     Returns:
         The files written. Images are float32 (pictures: rounded), label maps of their own type.
 
     Raises:
-        InputError: no such transform (see ``find``, ``read_transform``), no reference; a broken or unfitting input.
+        InputError: no such transform (see ``find``, ``read_transform``), no reference; an input that is broken or does not fit.
     """
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"--interpolation {interpolation}: choose among {', '.join(INTERPOLATIONS)}")
@@ -76,7 +76,7 @@ def apply(
     written: list[Path] = []
     files: list[dict[str, Any]] = []
     console.tell(files=files)
-    for path in console.Progress(paths, what="carrying", unit="files"):
+    for path in console.Progress(paths, what="applying", unit="files"):
         try:
             target = out if single else out / _result_name(path, carrier.grid)
             if target in written or absolute(target) in given:
@@ -96,7 +96,7 @@ def apply(
 
 
 def compose(transforms_: Sequence[str | Path], out: str | Path, *, reference: str | Path | None = None) -> Path:
-    """Chain transforms, given in the order in which they move an image, into one file.
+    """Chain transforms into one file; they are given in the order in which they move an image.
 
     Args:
         transforms_: case folders (their way to the fixed image) and transform files. As maps of points they act in
@@ -151,7 +151,7 @@ def _displacement(transform: Any, grid: Space) -> np.ndarray:
 def _carrier(
     transform: str | Path, paths: Sequence[Path], to: str, reference: str | Path | None, interpolation: str
 ) -> _Carrier:
-    """Reads what the inputs need and no more: each way of a large case takes its time."""
+    """Reads only the transforms that the inputs need: those of a large case take time."""
     move = find(transform, to)
     points = [is_points(path) for path in paths]
     point_map = read_transform(move.points) if any(points) else None

@@ -1,7 +1,7 @@
-"""What a transform file claims, checked before ITK believes it: it would take memory for any grid, or end the process.
+"""Checks what a transform file claims before ITK reads it: ITK allocates any grid, or ends the process.
 
-A grid of displacements has its size among the fixed parameters and its vectors among the parameters; a file that says
-60000 x 60000 x 60000 and holds three numbers is refused. HDF5 may also name other files to read from; ITK's never do.
+A displacement grid has its size among the fixed parameters and its vectors among the parameters; a file that claims
+60000 x 60000 x 60000 and holds three numbers is refused. HDF5 may refer to other files; ITK's files never do.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def check(path: Path) -> None:
 
 
 def _needed(kind: str) -> int:
-    """How many parameters a transform of a kind has that is not a grid's.
+    """How many parameters a transform class without a grid has.
 
-    Many of ITK's classes read so many of them without asking how many there are; a kind's name it takes unread.
+    Many of ITK's classes read that many without checking how many there are; ITK does not check the class's name.
     """
     import itk
 
@@ -84,7 +84,7 @@ def _h5(path: Path) -> Iterator[Claim]:
 
 
 def _own(group: Any) -> Mapping[str, Any]:
-    """What lies in a group of an HDF5 file, and in this file: nothing of another one is opened."""
+    """The members of an HDF5 group that lie in this file; a link to another file is refused."""
     import h5py
 
     for name in group:

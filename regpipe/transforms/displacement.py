@@ -1,4 +1,4 @@
-"""From the network's displacement to files in native space, and through them images and points.
+"""Displacements in native space: from the network's, to and from files, and applied to images and points.
 
 Inside regpipe a displacement is in voxels of the working grid (see ``fields.algebra``). Here it
 becomes ITK's: at each voxel of the fixed image's own grid the vector ``d`` (D, *S) in **LPS mm**
@@ -60,7 +60,7 @@ def native_jacobian(d: np.ndarray, affine: np.ndarray) -> np.ndarray:
 def grid_displacement(
     d: np.ndarray, affine: np.ndarray, fixed_affine: np.ndarray, moving_affine: np.ndarray, shape: Sequence[int]
 ) -> np.ndarray:
-    """The other way: ``d`` (D, *S) LPS mm on the grid of ``affine`` -> u (D, *shape) in working voxels.
+    """The reverse: ``d`` (D, *S) LPS mm on the grid of ``affine`` -> u (D, *shape) in working voxels.
 
     ``u = moving_affine^-1 (p + L d(p)) - i`` at each working voxel's place ``p = fixed_affine i``.
     """

@@ -45,8 +45,8 @@ ANTS: tuple[dict[str, Any], ...] = (
     {"ants": [ANTS_AFFINE, ANTS_WARPS[1]], "ants_invert": [True, False]},
 )
 FNIRT = 2006  # the NIfTI intent of FSL's displacement fields
-RIM = 2  # voxels that the fields reach beyond the images
-LARGEST = 8  # times the working grid's voxels
+RIM = 2  # voxels by which the fields extend beyond the images
+LARGEST = 8  # times the working grid's number of voxels
 
 
 class PairTransform(NamedTuple):
@@ -59,7 +59,7 @@ class PairTransform(NamedTuple):
 
 
 class ImageFile(NamedTuple):
-    """Which image it was, and where it lies."""
+    """An image's file and grid."""
 
     file: str  # its name, without folders
     shape: tuple[int, ...]
@@ -68,7 +68,7 @@ class ImageFile(NamedTuple):
 
 
 def image_file(path: PathLike, image: Image) -> ImageFile:
-    """What ``transform.json`` says of an image, read from ``path``; of a series all files count."""
+    """What ``transform.json`` says of an image read from ``path``; the hash of a series is that of all its files."""
     return ImageFile(Path(path).name, image.array.shape, image.affine, sha256(images.files(path)))
 
 
@@ -83,9 +83,9 @@ def pair_transform(
     """The network's displacements as a pair's transform.
 
     ``T = moving_frame fixed_frame^-1``; ``d(i) = L F u(i)``, F the linear part of ``fixed_frame``; e likewise.
-    The grid is the working grid, grown by whole voxels until it holds both images, the moving one's voxels carried
-    back by ``T``; there the rim's value goes on. ITK displaces nothing outside a grid: a jump would be seen. Where
-    that were more than ``LARGEST`` times the working grid, only the fixed image is covered.
+    The grid is the working grid, extended by whole voxels until it covers both images, the moving one carried back by
+    ``T``; the rim's value continues there, because ITK displaces nothing outside a grid and would show a jump. If that
+    needs more than ``LARGEST`` times the working grid, only the fixed image is covered.
 
     Args:
         u: (D, *grid), voxels of the working grid, fixed -> moving.
@@ -155,7 +155,7 @@ def write_transforms(
     stage: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a pair's transforms into ``folder``, and last what they are: ``transform.json``.
+    """Write a pair's transforms into ``folder``, and last ``transform.json``, which describes them.
 
     Args:
         formats: of ``FORMATS``. ``itk``: a composite .h5 each way. ``ants``: ``0GenericAffine.mat``, ``1Warp.nii.gz``,
@@ -185,7 +185,7 @@ def write_transforms(
 
 
 def image_hashes(folder: Path) -> dict[str, str]:
-    """Role in a case -> SHA-256 of both images, as ``write_transforms`` told it of ``folder``."""
+    """Role in a case -> SHA-256 of both images, from the ``transform.json`` in ``folder``."""
     content = parse_json((folder / "transform.json").read_bytes())
     return {f"{side}_image": content[side]["sha256"] for side in ("fixed", "moving")}
 
@@ -193,14 +193,14 @@ def image_hashes(folder: Path) -> dict[str, str]:
 def _write_way(
     folder: Path, pair: PairTransform, formats: Sequence[str], i: int, fixed: ImageFile, moving: ImageFile
 ) -> dict[str, Any]:
-    """Write the files of ``WAYS[i]`` and say which they are."""
+    """Write the files of ``WAYS[i]``; returns what ``transform.json`` says of them."""
     about: dict[str, Any] = {"does": DOES[i]}
     onto, of = (fixed, moving) if i == 0 else (moving, fixed)
     files = []
     for name in (name for name in WRITERS if name in formats):
         write, suffix = WRITERS[name]
         if name == "l2r" and i == 1:
-            continue  # Learn2Reg knows one way
+            continue  # Learn2Reg has one direction
         about[name] = f"{WAYS[i]}{suffix}"
         files.append(about[name])
         replace_file(folder / about[name], write(pair, WAYS[i], onto, of))

@@ -1,4 +1,4 @@
-"""How alike two images are where one matrix lays them over each other, and how much of them meets.
+"""How similar two images are under an alignment matrix, and how much they overlap.
 
 A matrix (D+1, D+1) is in RAS mm and takes a fixed point to its moving point. Both images are first turned to the
 closest RAS and reduced to about one size, so that nothing depends on how they are stored.
@@ -20,13 +20,13 @@ BINS = 32
 DARK = 0.08  # of an image's range: below it lies background
 
 
-class Side(NamedTuple):  # one image of the pair at one size, and where it counts
+class Side(NamedTuple):  # one image of the pair at a common size, and its mask
     array: np.ndarray  # (*S) float32 in [0, 1]
     mask: np.ndarray  # (*S) bool
     affine: np.ndarray
 
 
-class Sides(NamedTuple):  # both at one size
+class Sides(NamedTuple):  # both images at a common size
     fixed: Side
     moving: Side
 
@@ -34,9 +34,9 @@ class Sides(NamedTuple):  # both at one size
 def make_sides(
     fixed: Image, moving: Image, fixed_mask: np.ndarray | None, moving_mask: np.ndarray | None, *, size: int
 ) -> tuple[Sides, Sides]:
-    """Both images at about ``size`` voxels a side; and the same where they are to be compared.
+    """Both images at about ``size`` voxels a side; and the same with the mask in which they are compared.
 
-    Without a mask that is where the fixed image is not dark.
+    Without a mask they are compared where the fixed image is not dark.
 
     Args:
         fixed_mask: (*S), nonzero where the fixed image counts; None: everywhere.
@@ -64,7 +64,7 @@ def _side(image: Image, mask: np.ndarray | None, name: str, size: int) -> Side:
 
 
 def reduced(side: Side, size: int) -> Side:
-    """Blocks averaged until an axis has about ``size`` voxels, and the voxels are about cubes; at least 8 remain."""
+    """Averages blocks to about ``size`` voxels an axis, of about cubic shape; at least 8 voxels remain."""
     import itk
 
     image, shape = Image(side.array, side.affine), np.array(side.array.shape)
@@ -74,17 +74,17 @@ def reduced(side: Side, size: int) -> Side:
         from_itk(itk.bin_shrink_image_filter(to_itk(a.astype(np.float32), side.affine), shrink_factors=factors))
         for a in (side.array, side.mask)
     )
-    mask = share.array >= min(0.5, share.array.max())  # a mask thinner than a block stays
+    mask = share.array >= min(0.5, share.array.max())  # a mask thinner than a block remains
     return Side(small.array, mask, small.affine)
 
 
 def _foreground(side: Side) -> Side:
-    """The mask becomes what is not dark, and a rim: a wide dark background would drown what lies in it."""
+    """The mask becomes what is not dark, and a rim: a wide dark background would dominate the measure."""
     return side._replace(mask=ndimage.binary_dilation(side.array > DARK, iterations=2))
 
 
 def _meet(fixed: Side, moving: Side, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the fixed mask's N voxels fall in the moving image.
+    """Where the N voxels of the fixed mask lie in the moving image.
 
     Returns:
         (D, N) voxels; (N,) whether in the moving mask; (N,) volume in mm^D of the moving space.
@@ -96,10 +96,9 @@ def _meet(fixed: Side, moving: Side, matrix: np.ndarray) -> tuple[np.ndarray, np
 
 
 def similarity(fixed: Side, moving: Side, matrix: np.ndarray, metric: str) -> float:
-    """Mutual information (nats) or correlation where both images are, times the share of the fixed one that is.
+    """Mutual information (nats) or correlation in the overlap, times the share of the fixed mask that overlaps.
 
-    The share stands for what the fixed voxels outside the moving image tell about it, which is nothing; without
-    it two rims that touch would be the best match of all.
+    Without the share, two images that only touch at their rims would match best.
     """
     at, inside, _ = _meet(fixed, moving, matrix)
     if inside.sum() < 2:

@@ -1,4 +1,4 @@
-"""Transforms from disk: the folder of a registered case, or any transform file that ITK or ANTs wrote.
+"""Reads transforms: the folder of a registered case, or a transform file that ITK or ANTs wrote.
 
 A transform is named by what it does to an image. As a map of points it goes the other way: ``moving_to_fixed``
 takes a point of the fixed image to its moving point, and by that pulls the moving image onto the fixed grid.
@@ -37,7 +37,7 @@ class Space(NamedTuple):
 
 
 class Move(NamedTuple):
-    """What carries things from one image to the other: files and grids. A file alone knows no grids."""
+    """Transform files, and the grids of both images; a transform file alone has no grids."""
 
     images: Path  # its map of points takes the target to the source, and so pulls the source's images
     points: Path  # its map of points takes the source to the target

@@ -1,4 +1,4 @@
-"""Voxels in, through a transform, and out again: which interpolation an image gets, and which type and format.
+"""Resamples images through ITK transforms; chooses the interpolation, and the type and format of the result.
 
 ``auto`` takes ``linear`` for images and ``nearest`` for label maps. A file is a label map if all its values are whole
 numbers and either its name holds a word of ``LABEL_WORDS``, or its folder's name ends with one (``labels``,
@@ -28,7 +28,7 @@ from regpipe.utils.files import replace_file
 INTERPOLATIONS = ("auto", "linear", "bspline", "nearest", "label")
 LABEL_WORDS = ("label", "labelmap", "seg", "segmentation", "parcellation", "mask")
 FEW = 32
-# What becomes of formats of several files, and of those that lose something.
+# The result's suffix for formats of several files, and for lossy ones.
 WRITTEN = {".hdr": ".nii.gz", ".img": ".nii.gz", ".mhd": ".mha", ".nhdr": ".nrrd"}
 WRITTEN |= {".jpg": ".png", ".jpeg": ".png", ".gif": ".png"} | dict.fromkeys(DICOM, ".nii.gz")
 COMPONENTS = {"unsigned_char": "u1", "char": "i1", "unsigned_short": "u2", "short": "i2", "unsigned_int": "u4"}
