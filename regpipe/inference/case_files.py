@@ -104,9 +104,7 @@ def _array(tensor: Any) -> np.ndarray:
 def _save_pictures(folder: Path, shown: Mapping[str, np.ndarray]) -> None:
     for name in ("checkerboard", "overlay"):
         pictures.save_png(folder / f"{name}.png", shown[name])
-    pictures.save_png(
-        folder / "sheet.png", pictures.contact_sheet(shown.values(), [pictures.TITLES[name] for name in shown])
-    )
+    pictures.save_png(folder / "sheet.png", pictures.contact_sheet(shown))
 
 
 def _save_warped(

@@ -63,7 +63,7 @@ def apply(
         The files written. Images are float32 (pictures: rounded), label maps of their own type.
 
     Raises:
-        InputError: no such transform (see ``find``, ``read_transform``), no reference; an input that is broken or does not fit.
+        InputError: no such transform (see ``find``, ``read_transform``), no reference; a broken or unsuitable input.
     """
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"--interpolation {interpolation}: choose among {', '.join(INTERPOLATIONS)}")
