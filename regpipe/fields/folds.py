@@ -1,12 +1,12 @@
-"""Take the folds out of a displacement and move it as little as possible.
+"""Removes the folds of a displacement and changes it as little as possible.
 
 The measure is the digital one of ``metrics.measures.ndv_percent`` (Liu et al., IJCV 2024): every cell between voxel
 centres is cut into simplices in both ways, and each of them must keep a positive volume. The central-difference
 determinant at a voxel is the mean of its corner simplices (it is linear in each column), hence positive as well.
 
-Method: a simplex with less than ``margin`` of its volume is moved to ``margin`` along the shortest way, to first
-order; a voxel in several of them moves by their mean (projections onto constraints, averaged: Cimmino 1938).
-Folds that resist are smoothed a little first, in a region that grows.
+Method: a simplex with less than ``MARGIN`` of its volume at rest is moved to ``MARGIN`` along the shortest way, to
+first order; a voxel in several of them moves by their mean (averaged projections onto constraints: Cimmino 1938).
+Folds that remain are first smoothed a little, in a growing region.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from regpipe.fields.algebra import determinant
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 
-MARGIN = 0.02  # volume that a mended simplex is given, as a share of its volume at rest
-FLOOR = 0.005  # less than this still counts as folded: room for rounding, also in a file
+MARGIN = 0.02  # volume that a folded simplex is given, as a share of its volume at rest
+FLOOR = 0.005  # less than this still counts as folded: a reserve for rounding, also in a file
 REACH = 2  # voxels around a fold that may move at first
 STEPS = 30  # of projection in a round
 RELAXATION = 1.5  # steps longer than the mean: the usual 1 to 2
 ROUNDS = 40
-SLAB = 1 << 18  # voxels looked at in one go: they stay in the cache
+SLAB = 1 << 18  # voxels looked at together: they stay in the processor's cache
 
 Corner = tuple[int, ...]
 At = Callable[[Corner], Tensor]  # a corner of every cell -> its displacement (D, *cells)
 
 
 class Repaired(NamedTuple):
-    """A displacement without folds, and what that took."""
+    """A displacement without folds, and how far it was moved."""
 
     displacement: Tensor  # (B, D, *spatial), voxels, float32
-    moved_mean: Tensor  # (B,) mean over all voxels of how far each was moved, in voxels
-    moved_max: Tensor  # (B,) the farthest
+    moved_mean: Tensor  # (B,) mean distance over all voxels, in voxels
+    moved_max: Tensor  # (B,) largest distance, in voxels
     steps: int  # of projection, the most of the batch; 0 if nothing was folded
 
 
@@ -61,29 +61,26 @@ class Patch(NamedTuple):
     corners: dict[Corner, Tensor]  # corner -> (C,) number of the voxel there
 
 
-def repair(u: Tensor, *, margin: float = MARGIN, rounds: int = ROUNDS) -> Repaired:
-    """Displacement (B, D, *spatial), voxels, with no fold left: ``ndv_percent`` and ``folds_percent`` are 0.
+def repair(u: Tensor, *, rounds: int = ROUNDS) -> Repaired:
+    """A displacement (B, D, *spatial), voxels, without folds: ``ndv_percent`` and ``folds_percent`` are 0.
 
-    A field of the batch without a fold comes back bit for bit, and so does every voxel far from folds. Ends always:
-    what folds after so many rounds is scaled down until it does not. No gradient flows through.
+    A field without folds, and every voxel far from folds, is unchanged to the bit. The method always ends: a field
+    that still folds after ``rounds`` is scaled down until it does not. There is no gradient.
 
-    A displacement and its inverse are repaired one at a time; they are then inverse to each other only up to
-    ``moved_max``: that of the outer one, plus that of the inner one times the stretch of the outer.
+    A displacement and its inverse are repaired independently; afterwards they are inverse only up to ``moved_max``:
+    that of the outer field plus that of the inner one times the stretch of the outer.
 
     Args:
         u: convention of ``fields.algebra``.
-        margin: relative volume, above ``FLOOR`` and below 1, at which a folded simplex is left. More moves more.
-        rounds: of projection and smoothing in a growing region; 0 only scales.
+        rounds: of smoothing and projection in a growing region; 0 only scales.
 
     Raises:
-        InputError: the field holds NaN or infinite values, or the margin is out of range.
+        InputError: the field holds NaN or infinite values.
     """
     if not torch.isfinite(u).all():
-        raise InputError("displacement to repair: has NaN or infinite values; find where they come from first")
-    if not FLOOR < margin < 1:
-        raise InputError(f"margin {margin}: give a share of the volume above {FLOOR} and below 1")
+        raise InputError("displacement to repair: has NaN or infinite values")
     u = u.detach().float()
-    fields, steps = zip(*[_repair_one(x, margin, rounds) for x in u], strict=True)
+    fields, steps = zip(*[_repair_one(x, rounds) for x in u], strict=True)
     out = torch.stack(fields)
     moved = (out - u).square().sum(1).sqrt().flatten(1)
     return Repaired(out, moved.mean(1), moved.amax(1), max(steps))
@@ -97,7 +94,7 @@ def folded_cells(u: Tensor, *, floor: float = 0.0) -> Tensor:
     return torch.cat([_folded(_on_grid(slab), len(sizes), floor) for slab in slabs])
 
 
-def _repair_one(u: Tensor, margin: float, rounds: int) -> tuple[Tensor, int]:
+def _repair_one(u: Tensor, rounds: int) -> tuple[Tensor, int]:
     folded, steps = folded_cells(u), 0
     if not folded.any():
         return u, steps
@@ -106,7 +103,7 @@ def _repair_one(u: Tensor, margin: float, rounds: int) -> tuple[Tensor, int]:
         patch = _patch(folded, REACH + turn)
         local = flat[:, patch.voxels]
         local = _smooth(local, patch, folded.flatten()[patch.cells], sweeps=turn)
-        local, taken = _project(local, patch, margin)
+        local, taken = _project(local, patch)
         flat[:, patch.voxels] = local
         steps += taken
         folded = torch.zeros_like(folded)  # no cell outside the patch has changed
@@ -238,27 +235,27 @@ def _to_voxels(values: Tensor, patch: Patch) -> Tensor:
     return sums[:-1] / sums[-1:]
 
 
-def _project(local: Tensor, patch: Patch, margin: float) -> tuple[Tensor, int]:
+def _project(local: Tensor, patch: Patch) -> tuple[Tensor, int]:
     """Up to ``STEPS`` averaged projections of the field (D, V); stops as soon as nothing is folded."""
     for step in range(STEPS):
         motion = local.new_zeros(len(local) + 1, local.shape[1])  # the last row counts who pushes
         at = _in_patch(local, patch)
-        worst = min(_push(motion, at, patch, simplex, margin) for simplex in _simplices(len(local)))
+        worst = min(_push(motion, at, patch, simplex) for simplex in _simplices(len(local)))
         if worst > FLOOR:
             return local, step
         local = local + RELAXATION * patch.free * motion[:-1] / motion[-1:].clamp(min=1)
     return local, STEPS
 
 
-def _push(motion: Tensor, at: At, patch: Patch, simplex: Simplex, margin: float) -> float:
-    """Add the shortest way that gives each small simplex its ``margin`` to ``motion``; the smallest volume."""
+def _push(motion: Tensor, at: At, patch: Patch, simplex: Simplex) -> float:
+    """Add the shortest way that gives each small simplex ``MARGIN`` to ``motion``; the smallest volume."""
     edges = _edges(at, simplex)
     volume = _volume(edges, simplex)
-    small = (volume < margin).nonzero()[:, 0]
+    small = (volume < MARGIN).nonzero()[:, 0]
     gradient = _volume_gradient(edges[..., small], simplex)
     gradient = torch.cat([gradient, -gradient.sum(1, keepdim=True)], dim=1)  # the base moves against the others
     length = gradient.square().sum((0, 1)) + 1e-2  # a simplex squeezed to a point has no gradient
-    way = gradient * ((margin - volume[small]) / length)
+    way = gradient * ((MARGIN - volume[small]) / length)
     for k, corner in enumerate([*simplex.others, simplex.base]):
         pushed = torch.cat([way[:, k], torch.ones_like(way[:1, 0])])
         motion.index_add_(1, patch.corners[corner][small], pushed)

@@ -1,7 +1,7 @@
-"""The three backbones on equal terms: same data, split, seed and number of steps; one table with intervals.
+"""Compares the three backbones on equal terms: same data, split, seed and number of steps; one table with intervals.
 
-Each backbone is trained and evaluated by its bundle's own commands in processes of their own, so that a
-comparison is nothing else than what a user of the bundles gets; a backbone whose results are there is not run again.
+The commands of each backbone's bundle train and evaluate it, in processes of their own, so that a comparison gives what
+a user of the bundles gets. A backbone that has its results is not run again.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     trust: bool = False,
 ) -> str:
-    """Train and evaluate each backbone in ``out/<backbone>``; writes the table, returns it as Markdown.
+    """Train and evaluate each backbone in ``out/<backbone>``; returns the table as Markdown.
 
-    ``out/comparison.csv`` and, made of it, ``comparison.md`` with its figures (``study.compare_page``); ``best``, the
-    best backbone's name; and TensorBoard logs beside each other: ``regpipe dashboard out``.
+    It also writes ``out/comparison.csv``; of this ``comparison.md`` and its figures (``study.compare_page``); ``best``,
+    the best backbone's name; and TensorBoard logs for ``regpipe dashboard out``.
 
     Args:
         out: a folder, made where needed.
-        backbones: which.
-        overlays: configuration files that lie over the bundle's ``train.yaml``.
+        backbones: names of the backbones.
+        overlays: configuration files over the bundle's ``train.yaml``.
         settings: ids of ``train.yaml`` and their values, e.g. ``dataset_dir``, ``max_epochs``.
-        trust: run bundles that are in ``out`` already though their configuration is not regpipe's own.
+        trust: run bundles that are already in ``out`` though their configuration is not regpipe's own.
 
     Raises:
-        InputError: an unknown backbone or setting; a bundle that is not trusted (``bundle.own``); or a run failed.
+        InputError: an unknown backbone or setting, a bundle that is not trusted (``bundle.own``), a run that failed.
     """
     out, settings = Path(out).absolute(), dict(settings or {})
     for overlay in overlays:
         require_file(overlay)
-    with tempfile.TemporaryDirectory() as aside:  # mistakes show before anything is written
+    with tempfile.TemporaryDirectory() as aside:  # check before anything is written
         for name in backbones:
             known = _bundle(name, out / name, Path(aside) / name)
             require_own(known, ("train.yaml", "evaluate.yaml"), trust=trust)
-            # MONAI would take a misspelt setting for a new id
+            # MONAI takes a misspelt setting for a new id
             refuse_unknown_ids(settings, [str(known / "configs" / "train.yaml")])
     bundles = {name: _bundle(name, out / name, out / name) for name in backbones}
     results: dict[str, dict[str, Any]] = {}
@@ -71,7 +71,7 @@ def compare(
         took = [result["training_seconds"] or 0 for result in results.values()]
         left = sum(took) / len(took) * (len(bundles) - len(results)) / 60
         print(f"== {name}: done, {len(results)} of {len(bundles)}; about {left:.0f} min of training left", flush=True)
-    manifest.forget(out)  # of a comparison that was here before
+    manifest.forget(out)  # of an earlier comparison
     compare_page.write_csv(out, results)
     page = compare_page.write_page(out)
     tensorboard_pages.log_comparison(out / "comparison", page, compare_page.drawings(out))
@@ -82,17 +82,17 @@ def compare(
 
 
 def _conclude(out: Path, backbones: Sequence[str], overlays: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Write the manifest: the table and page, and those of the trainings and evaluations that they were made of."""
+    """Write the manifest: of the table, the page, and the manifests of the trainings and evaluations behind them."""
     parts = ("models/manifest.json", "eval/manifest.json", "eval/summary.json")
     files = manifest.hashes(out, (*WRITTEN, *(f"{name}/{part}" for name in backbones for part in parts)))
-    # no paths: what was read from them is in the trainings' own manifests
+    # without paths: the trainings' own manifests have the hashes of the files
     chosen = {k: v for k, v in settings.items() if k != "dataset_dir" and tensorboard_pages.plain(v) == v}
     asked = {"backbones": [*backbones], "overlays": [sha256([Path(overlay)]) for overlay in overlays], **chosen}
     manifest.write(out, "comparison", inputs=[], files=files, settings=asked)
 
 
 def _bundle(backbone: str, folder: Path, new: Path) -> Path:
-    """The backbone's bundle in ``folder``; where there is none, one that is written to ``new``."""
+    """The backbone's bundle in ``folder``; if there is none, a new one in ``new``."""
     return folder if (folder / "configs").is_dir() else write_bundle(backbone, new)
 
 
@@ -108,7 +108,7 @@ def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Train and evaluate one bundle; returns its summary. Skipped where the same has been run already."""
+    """Train and evaluate one bundle, unless the same command has already run; returns its summary."""
     summary, record = bundle / "eval" / "summary.json", bundle / "eval" / "command.json"
     asked = _asked(overlays, settings)
     if not (summary.is_file() and record.is_file() and record.read_text() == asked):
@@ -117,7 +117,7 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
         _bundle_command(bundle, "training", configs, settings)
         print(f"== {bundle.name}: evaluating", flush=True)
         configs.append(str(bundle / "configs" / "evaluate.yaml"))
-        # where the weights came from is the overlay's to say now: from the trained model
+        # the evaluation takes its weights from the trained model
         kept = {k: v for k, v in settings.items() if k not in ("pretrained", "freeze", "transfer")}
         _bundle_command(bundle, "evaluating", configs, kept)
         replace_file(record, asked.encode())
@@ -125,7 +125,7 @@ def run_bundle(bundle: Path, *, overlays: Sequence[str], settings: Mapping[str, 
 
 
 def _asked(overlays: Sequence[str], settings: Mapping[str, Any]) -> str:
-    """What a run was asked for: overlays, settings, data. Of paths in the settings only their last part is told."""
+    """Overlays, settings and data of a run, as JSON. Of a path only the last part is shown."""
     told = {"overlays": [Path(o).read_text() for o in overlays]}
     whole = json.dumps({**settings, "files": _files(settings)}, default=str)
     shown = {name: tensorboard_pages.plain(value) for name, value in settings.items()}
@@ -133,7 +133,7 @@ def _asked(overlays: Sequence[str], settings: Mapping[str, Any]) -> str:
 
 
 def _files(settings: Mapping[str, Any]) -> str:
-    """A hash of the data's files by name, size and time: a comparison of other data is not taken for done."""
+    """A hash of the data's files by name, size and time, so that changed data are compared anew."""
     if "dataset_dir" not in settings:
         return ""
     pairing = str(settings.get("pairing", "all"))

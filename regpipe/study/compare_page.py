@@ -1,4 +1,4 @@
-"""What a comparison says to people: one CSV, and of this alone a table and figures."""
+"""The page of a comparison: one CSV, and a table and figures made of it alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
 NAME = "comparison.csv"
-PAGE = ("comparison.md", "comparison_*.svg", "comparison_*.png")  # made of it alone
+PAGE = ("comparison.md", "comparison_*.svg", "comparison_*.png")  # made of the CSV
 COSTS = ("seconds/pair", "parameters M", "GFLOP", "peak memory GiB", "training min")
 COUNTS = ("parameters", "flops", "peak_memory_bytes", "training_seconds")  # a number each, without an interval
-DRAWN = ("dice", "hd95", "tre", "ncc", "sdlogj")  # what the first figure has panels of
+DRAWN = ("dice", "hd95", "tre", "ncc", "sdlogj")  # the panels of the first figure
 CAPTIONS = {
     "accuracy": "Means with 95 % intervals over cases; dotted: before registration",
     "cost": "Accuracy against parameters, GFLOP and seconds a pair",
@@ -30,7 +30,7 @@ Results = dict[str, dict[str, Any]]  # backbone -> what its summary.json says
 
 
 def key_metric(metrics: Mapping[str, Any]) -> str:
-    """What backbones are ranked by: Dice, without labels the TRE, else NCC."""
+    """The metric that ranks backbones: Dice; without labels the TRE; else NCC."""
     return next(key for key in ("dice", "tre", "ncc") if key in metrics)
 
 
@@ -50,7 +50,7 @@ def read_csv(out: Path) -> Results:
     """What ``write_csv`` wrote.
 
     Raises:
-        InputError: there is nothing, or something else.
+        InputError: the file is missing, or is not what ``write_csv`` writes.
     """
     path, results = out / NAME, Results()
     try:

@@ -1,4 +1,4 @@
-"""The numbers of a study: a line per run, and what differs by how much, with intervals."""
+"""The tables of a study: a line per run, and the differences between kinds of run, with intervals."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from regpipe.utils.files import replace_file
 
 Run = dict[str, Any]  # what ``study.runs.run`` returns
 CELL = ("dims", "backbone", "transfer", "subjects", "seed")
-KIND = ("backbone", "transfer", "subjects")  # runs of a kind differ in their seed
+KIND = ("backbone", "transfer", "subjects")  # runs of one kind differ in their seed
 COSTS = ("steps", "seconds", "cpu_seconds", "parameters", "trainable", "gflop")
-LEVEL = "dice"  # in ``effects.csv``: no difference, but where a kind of run stands
+LEVEL = "dice"  # in ``effects.csv``: a mean Dice and no difference
 DRAWS = 2000
 
 

@@ -1,4 +1,4 @@
-"""What a study says to people: a page of tables and figures, made of its two CSVs alone."""
+"""The page of a study: tables and figures, made of its two CSVs alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from regpipe.study.runs import METRICS
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
-PAGE = ("study.md", "*_[23]d.svg", "*_[23]d.png")  # what is made of the CSVs alone
-MARKUP = re.compile(r"[<>&|`$\[\]\\]")  # in a name: it would act in the page, or in a figure
+PAGE = ("study.md", "*_[23]d.svg", "*_[23]d.png")  # made of the CSVs
+MARKUP = re.compile(r"[<>&|`$\[\]\\]")  # not in a name: it would be markup in the page or a figure
 
 Row = dict[str, Any]  # a line of ``study.csv``
 Panels = dict[str, dict[str, dict[int, figures.Interval]]]  # as ``figures.curves`` takes them
-WORDS = ("effect", "backbone", "transfer")  # the columns that are no numbers
+WORDS = ("effect", "backbone", "transfer")  # columns without numbers
 CAPTIONS = {
     "dice": "Dice over the number of training subjects, mean and 95 % interval",
     "transfer": "Difference of Dice that transferred weights make, with 95 % intervals",
@@ -147,7 +147,7 @@ def _effect_table(found: Sequence[Effect]) -> str:
 
 
 def _of(e: Effect) -> str:
-    """What both sides of a difference have in common."""
+    """The property that both sides of a difference share."""
     return e.transfer if e.effect.endswith("plain") else e.backbone
 
 

@@ -1,6 +1,6 @@
-"""Many short runs, one after another or a few at a time, each kept in a file when it is done.
+"""Runs many short trainings, one after another or a few at a time; each writes its result to a file.
 
-They are the bundle's own training without what it writes around one: no process, checks and TensorBoard for each.
+A run is the bundle's own training without a process, checks and TensorBoard of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METRICS = ("dice_before", "dice", "hd95", "sdlogj", "folds_percent", "ncc")  # k
 
 
 class Task(NamedTuple):
-    """A run as a worker gets it: configuration files, what lies over them, the file of its result."""
+    """A run as a worker gets it: configuration files, settings over them, the file of its result."""
 
     name: str
     configs: Sequence[str]
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
 
 def run_all(tasks: Sequence[Task], jobs: int, after: Callable[[], Any]) -> None:
-    """Run the tasks that have no result yet, some at a time; ``after`` is called after each."""
+    """Run the tasks that have no result yet, ``jobs`` at a time; call ``after`` after each."""
     left = [task for task in tasks if not task.result.is_file()]
     if len(left) < len(tasks):
         print(f"{len(tasks) - len(left)} of {len(tasks)} runs are done already", flush=True)
@@ -85,7 +85,7 @@ def _begin_worker() -> None:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """Train and measure once, in this process; writes the result, and the weights where they are asked for."""
+    """Train and evaluate once, in this process; writes the result, and the weights if the task names a file."""
     begun = time.perf_counter()
     parser = ConfigParser(run_config(task.configs, task.settings))
     set_determinism(seed=task.settings["seed"])
@@ -113,9 +113,9 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def run_config(configs: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run: ``train.yaml`` and overlays without logging, validating and checkpoints.
+    """The configuration of a run: ``train.yaml`` and overlays without logging, validation and checkpoints.
 
-    Each epoch has ``pairs_per_epoch`` pairs, however few there are: whole permutations of them one after another.
+    Each epoch has ``pairs_per_epoch`` pairs; if there are fewer, permutations of them follow one another.
     """
     config = ConfigParser.load_config_files(list(configs))
     config["train"]["handlers"] = [h for h in config["train"]["handlers"] if h["_target_"].endswith(KEPT)]
@@ -127,7 +127,7 @@ def run_config(configs: Sequence[str], settings: Mapping[str, Any]) -> dict[str,
 
 @functools.lru_cache(maxsize=2)
 def loader(grid: Grid, **options: Any) -> LoadPair:
-    """``LoadPair(grid, **options)``, one for all runs of this process that ask for the same: it keeps the images."""
+    """``LoadPair(grid, **options)``, shared by the runs of this process: it keeps the images in memory."""
     return LoadPair(grid, **options)
 
 

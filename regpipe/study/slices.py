@@ -1,4 +1,4 @@
-"""A 2D cohort from a 3D one: of each subject the plane that shows its structures best."""
+"""Makes a 2D cohort of a 3D one: of each subject the slice that shows its structures best."""
 
 from __future__ import annotations
 

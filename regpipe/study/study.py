@@ -1,11 +1,11 @@
-"""What do transferred weights and depth bring? A grid of short runs on equal terms, each kept when it is done.
+"""Measures what transferred weights and depth contribute: a grid of short runs on equal terms.
 
-Every cell of {backbone} x {transfer} x {number of training subjects} x {seed} gets the same number of steps, batch
-size, learning rate and order of data, keeps its last weights (none are chosen by held-out pairs) and is measured on
-the same held-out pairs.
+Every cell of {backbone} x {transfer} x {number of training subjects} x {seed} has the same number of steps, batch
+size, learning rate and order of data. It keeps its last weights (held-out pairs choose none) and is evaluated on the
+same held-out pairs.
 
-The transferred weights are made here, once per backbone and dimension, on phantoms. With few subjects, which ones
-depends on the seed; the smaller sets lie inside the larger.
+The transferred weights are trained here on phantoms, once per backbone and dimension. The seed also chooses the
+subjects, where not all are used; smaller sets are parts of larger ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES = ("5", "20", "100", "all")
 SEEDS = ("0", "1", "2")
 AXES = {"backbone": tuple(BACKBONES), "transfer": TRANSFERS, "subjects": SIZES, "seed": SEEDS}
 WRITTEN = ("study.csv", "effects.csv", *page.PAGE, "[23]d/*.json", "[23]d/runs/*.json", "[23]d/pretrained/*.*")
-MOST_PAIRS = 5000  # in a datalist: more than a run sees, and a list of all pairs is slow to read
+MOST_PAIRS = 5000  # in a datalist: more than a run uses; a list of all pairs is slow to read
 
 
 class Cell(NamedTuple):
@@ -64,14 +64,14 @@ def study(
     only: Mapping[str, Sequence[str]] | None = None,
     jobs: int = 1,
 ) -> str:
-    """Run what is missing of the grid, write ``study.csv`` and the page; returns the page as Markdown.
+    """Run the missing cells of the grid, write ``study.csv`` and the page; returns the page as Markdown.
 
     Args:
         data: a folder of subjects with labels (layout 2 of docs/data.md).
         out: a folder, made where needed; 2D and 3D studies of the same data may share it.
         overlays: over the bundle's ``train.yaml``. They say ``spatial_dims``: 2 for 3D data means slices of them.
         pretraining: the overlay of the training on phantoms; needed where weights are transferred.
-        only: some or other values of ``AXES``: ``{"subjects": ["5", "all"]}``.
+        only: values in place of those of ``AXES``: ``{"subjects": ["5", "all"]}``.
         jobs: how many runs at a time, each in a process of one thread.
 
     Raises:
@@ -87,7 +87,7 @@ def study(
     subjects, data = data, _data_of(data, dims, out)
     held_out, training, grid = _split(data, configs)
     _refuse_other(folder / "study.json", overlays, data, held_out)
-    manifest.forget(out)  # of what was here before
+    manifest.forget(out)  # of an earlier study
     cells = _cells(axes, len(_subjects(training)))
     pretrainings = _pretrainings(cells, configs, pretraining, folder)
     settings = {"grid_shape": [*grid.shape], "grid_spacing": [*grid.spacing], "max_val_pairs": len(held_out)}
@@ -120,7 +120,7 @@ def _conclude(out: Path, subjects: str | Path, settings: Mapping[str, Any]) -> N
     )
 
 
-# ------------------------------------------------------------------------------ what is to be run
+# ------------------------------------------------------------------------------ which runs
 
 
 def _axes(only: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -155,7 +155,7 @@ def _dimension(config: Mapping[str, Any]) -> int:
 
 
 def _data_of(data: str | Path, dims: int, out: Path) -> Path:
-    """The data in the study's dimension: slices of them where they are 3D and the study is not."""
+    """The data in the study's dimension: slices of 3D data for a 2D study."""
     path = Path(data).expanduser().absolute()
     theirs = len(images.geometry(list_pairs(path, pairing="first")[0]["fixed_image"])[0])
     if theirs < dims:
@@ -180,7 +180,7 @@ def _subjects(cases: Iterable[Case]) -> list[str]:
 
 
 def _refuse_other(path: Path, overlays: Sequence[str | Path], data: Path, held_out: Sequence[Case]) -> None:
-    """Keep what the runs in a folder have in common, or refuse where it is another study's."""
+    """Keep what the runs in a folder have in common; refuse runs of another study."""
     stems = [[images.stem(case[f"{side}_image"]) for side in ("moving", "fixed")] for case in held_out]
     digest = record.digest(list_pairs(data, pairing="first"))
     about = {"overlays": [Path(o).read_text() for o in overlays], "data": digest, "held_out": stems}
