@@ -1,4 +1,4 @@
-"""Pairs with known answers: closed forms for folders on disk, and random ones in torch, on the fly."""
+"""Image pairs with known displacements: closed forms for folders on disk; random ones in torch, during training."""
 
 import lazy_loader
 

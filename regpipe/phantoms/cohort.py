@@ -1,4 +1,4 @@
-"""A cohort of phantoms as a data set folder on disk, like the ones that users bring."""
+"""Writes a cohort of phantoms as a data set folder, like those of users."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def write_cohort(
     ``{fixed,moving}_{images,labels}/case_000.nii.gz`` (1 mm), ``displacements/case_000.nii.gz``
     (5-D, intent 1007, LPS mm: warps moving onto fixed), ``{fixed,moving}_landmarks/case_000.csv``
     (LPS mm) and ``phantom.json``, the arguments. A folder that holds this cohort already is
-    returned at once, and several processes may call this together.
+    returned at once. Several processes may call this together.
 
     Args:
         out: the folder; made where needed.
         kind, shape, motion: as ``phantoms.scenes.make_pair``, ``motion`` in voxels; or ``synthetic``: pairs of
             ``phantoms.synthetic``, whose motion cannot be chosen.
-        n_pairs: how many.
-        seed: one number for them all.
+        n_pairs: number of pairs.
+        seed: one number for all pairs.
 
     Raises:
         ValueError: if ``out`` holds anything else, or as ``make_pair``.
@@ -55,13 +55,13 @@ def write_cohort(
     out, shape = Path(out), checked_shape(shape, MAGNITUDE, motion)
     maker = _maker(kind, motion)
     about: dict[str, object] = dict(format=COHORT_FORMAT, kind=kind, shape=shape, n_pairs=n_pairs, seed=seed)
-    if motion is not None:  # else the record of a cohort written before there was motion: it is the same cohort
+    if motion is not None:  # without it the record is that of older cohorts, which are the same
         about["motion"] = float(motion)
     record = json.dumps(about) + "\n"
     if _holds(out, record):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside, so that a cohort broken off halfway is never taken for one.
+    # Written to a temporary folder first, so that an interrupted cohort is never taken for a whole one.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         part = Path(aside) / "cohort"
         for case in console.Progress(range(n_pairs), what="writing phantoms", unit="pairs"):

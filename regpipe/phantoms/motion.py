@@ -1,4 +1,4 @@
-"""Random diffeomorphisms in closed form, with their exact inverses: what deforms the phantoms.
+"""Random diffeomorphisms in closed form, with exact inverses, which deform the phantoms.
 
 Points q, of shape (D, *S), are in units of the image: -1 is the first voxel of an axis, +1 the last.
 """
@@ -46,7 +46,7 @@ class Coupling(NamedTuple):
         return moved
 
     def backward(self, q: Array) -> Array:
-        """Undo ``forward``; s and t do not see axis i, so that they have the same values here."""
+        """Undo ``forward``; s and t do not depend on axis i, so they have the same values here."""
         moved = q.copy()
         moved[self.axis] = (q[self.axis] - self.shift(q)) * np.exp(-self.log_scale(q))
         return moved
@@ -86,7 +86,7 @@ def unit_grid(shape: Sequence[int]) -> Array:
 
 
 def random_deformation(rng: Generator, dim: int, *, magnitude: float = MAGNITUDE) -> Deformation:
-    """Two rounds of couplings and an affine, scaled to the mean displacement asked for."""
+    """Two rounds of couplings and an affine map, scaled to a mean displacement of ``magnitude`` sides."""
     couplings = []
     for axis in [*range(dim)] * 2:
         log_scale, shift = (waves(rng, dim, frequency=3.5, rms=rms) for rms in (0.08, 0.08))
@@ -101,7 +101,7 @@ def random_deformation(rng: Generator, dim: int, *, magnitude: float = MAGNITUDE
 
 
 def random_motion(rng: Generator, shape: Sequence[int], *, motion: float) -> Deformation:
-    """A breath and a random deformation, scaled together until some voxel moves by ``motion`` voxels.
+    """A breath and a random deformation, scaled together until the largest displacement is ``motion`` voxels.
 
     In or out: along axis 1 the shift grows from none at the first voxel to its most at the last, and bulges in the
     middle of the other axes like a diaphragm; the other axes widen with it.

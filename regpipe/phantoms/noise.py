@@ -1,4 +1,4 @@
-"""Smooth random functions and numbers, all from one ``torch.Generator``: what random pairs are made of."""
+"""Smooth random functions and random numbers for synthetic pairs, all from one ``torch.Generator``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from regpipe.fields.algebra import resize_image, sample
 
-MARGIN = 1.5  # a noise is so many times the image's size: what moves into the image was there before
+MARGIN = 1.5  # size of a noise in sizes of the image: motion brings in what lies beyond the image
 
 
 def noise_function(

@@ -1,6 +1,6 @@
-"""What a scanner makes of a scene of ``phantoms.synthetic``: blur, shading, noise, speckle, gamma, a smaller view.
+"""Simulates a scanner for ``phantoms.synthetic``: blur, shading, noise, speckle, gamma, a smaller field of view.
 
-Images (1, 1, *S). All that is random comes from one ``torch.Generator``.
+Images are (1, 1, *S). All random numbers come from one ``torch.Generator``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def normalise(image: Tensor) -> Tensor:
 
 
 def _coarse(image: Tensor, g: Generator) -> Tensor:
-    """As scanned at a lower resolution, along one axis (thick slices) or along all."""
+    """The image as if scanned at a lower resolution, along one axis (thick slices) or all."""
     shape = list(image.shape[2:])
     axis, factor = integer(g, 0, len(shape)), uniform(g, 1.5, 4)
     fewer = [max(4, round(n / factor)) if axis in (i, len(shape)) else n for i, n in enumerate(shape)]
@@ -82,7 +82,7 @@ def _sector(shape: Sequence[int], g: Generator) -> Tensor:
 
 
 def _cut(image: Tensor, g: Generator) -> tuple[Tensor, Tensor]:
-    """A smaller field of view: beyond it nothing, or the rim repeated, and a mask of 0."""
+    """A smaller field of view: outside the mask is 0, and the image is 0 or repeats its rim."""
     mask = torch.ones_like(image)
     for axis in range(image.ndim - 2):
         if chance(g, 0.5):

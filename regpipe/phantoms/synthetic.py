@@ -1,12 +1,12 @@
-"""Random pairs with known displacements, made in torch where they are needed: what the shipped networks learn from.
+"""Random pairs with known displacements, made in torch during training; the shipped networks are trained on them.
 
     fixed(x) = scene(x);  moving(y) = scene(phi^-1(y));  u(x) = phi(x) - x
     hence  moving(x + u(x)) = fixed(x)
 
-as in ``phantoms.scenes``, but of no organ and no scanner and never twice the same. A scene is a function of place:
-heights, the largest of which is a place's label, and a texture. Both images evaluate it, so that no label is resampled.
-What the scanner adds is drawn for each image by itself (SynthMorph, Hoffmann et al., IEEE TMI 2022; anatomix, Dey et
-al., ICLR 2025). All that is random comes from one ``torch.Generator``.
+as in ``phantoms.scenes``, but of no organ and no scanner, and each pair is new. A scene is a function of place: a
+texture, and heights, of which the largest is the label. Both images evaluate it, so that no label is resampled. The
+scanner's part is drawn for each image independently (SynthMorph, Hoffmann et al., IEEE TMI 2022; anatomix, Dey et al.,
+ICLR 2025). All random numbers come from one ``torch.Generator``.
 
 Shapes: images (1, 1, *S), fields (1, D, *S) in voxels, the convention of ``fields.algebra``.
 """
@@ -41,10 +41,10 @@ STEP = 16  # between their sides
 
 
 class Batches(Dataset[dict[str, Any]]):
-    """An epoch of batches of random pairs: for a data loader that makes none itself, ``batch_size`` None.
+    """An epoch of batches of random pairs, for a data loader with ``batch_size`` None.
 
-    Each batch has a grid of its own, its sides from ``SIDES``, shorter ones more often. Drawn from torch's generator,
-    which a resumed run brings back; every index gives a new one.
+    Each batch has its own grid, with sides from ``SIDES``, shorter ones more often. Every access gives a new
+    batch, drawn from torch's generator, whose state a resumed run restores.
 
     Args:
         spatial_dims: 2 or 3.
@@ -78,9 +78,9 @@ class Batches(Dataset[dict[str, Any]]):
 
 
 class LikeFirst:
-    """At first all pairs of a training have one contrast; by ``epochs`` their share has fallen to ``SAME_CONTRAST``.
+    """Begins a training with pairs of one contrast; their share falls to ``SAME_CONTRAST`` over ``epochs``.
 
-    A network learns sooner where to look when what it looks for looks alike: docs/results/shipped.md.
+    A network learns sooner where to look when corresponding places look alike: docs/results/shipped.md.
     """
 
     def __init__(self, batches: Batches, epochs: int) -> None:
@@ -95,18 +95,18 @@ class LikeFirst:
 
 
 class Scene(NamedTuple):
-    """What there is to see, as a function of place."""
+    """What is imaged, as functions of place."""
 
     heights: Callable[[Tensor], Tensor]  # places (1, D, *any) in voxels -> (1, K, *any)
     texture: Callable[[Tensor], Tensor]  # -> (1, 1, *any)
     labels: int
-    air: bool  # label 0 is around a body
+    air: bool  # label 0 is air around a body
 
 
 def make_batch(
     shape: Sequence[int], size: int, *, generator: Generator, same_contrast: float = SAME_CONTRAST
 ) -> dict[str, Any]:
-    """``size`` pairs on one grid, collated as by ``data.load.collate_pairs``; the same draws, the same bytes.
+    """``size`` pairs on one grid, collated as by ``data.load.collate_pairs``; the same generator gives the same bytes.
 
     ``{fixed,moving}_{image,label,mask}`` (B, 1, *shape); ``{fixed,moving}_clean``, the same scenes in one contrast and
     without what a scanner adds; ``displacement`` and ``inverse`` (B, D, *shape) in voxels: what warps moving onto
@@ -134,7 +134,7 @@ def make_pair(shape: Sequence[int], *, generator: Generator, same_contrast: floa
     greys = draw_greys(scene, g)
     other = jitter(greys, 0.03, g) if chance(g, same_contrast) else draw_greys(scene, g)
     sides = {"fixed": (grid, greys), "moving": (grid + back, other)}
-    if chance(g, 0.5):  # what is evaluated at warped places looks alike, but not to the last bit
+    if chance(g, 0.5):  # the image that is evaluated at warped places differs in the last bits
         sides, there, back = {"fixed": sides["moving"], "moving": sides["fixed"]}, back, there
     pair = {"displacement": there, "inverse": back}
     common, unlike = draw_greys(scene, g), uniform(g, 0, UNLIKE) if chance(g, 0.7) else 0.0
@@ -147,17 +147,17 @@ def make_pair(shape: Sequence[int], *, generator: Generator, same_contrast: floa
 
 
 def _own_bends(shape: Sequence[int], stretch: Tensor, g: Generator) -> Tensor:
-    """Fine noise (1, D, *shape) of about unit variance that bends the borders of one image alone, and may fold them.
+    """Fine noise (1, D, *shape) of about unit variance that bends, and may fold, the borders of one image alone.
 
-    No patient is a warp of another. The texture stays where the motion has it.
+    No patient is a warp of another. The texture is not bent.
     """
     return smooth_noise(shape, len(shape), uniform(g, 4, 10) * stretch, generator=g)
 
 
 def make_phantom(shape: Sequence[int], *, seed: Sequence[int]) -> Phantom:
-    """A pair as ``phantoms.scenes`` makes them, for a folder on disk; its landmarks are anywhere.
+    """A pair as ``phantoms.scenes`` makes them, for a folder on disk; its landmarks are at random places.
 
-    What lies beyond a cropped field of view is image here: a folder of phantoms has no masks.
+    The pair has no masks: what lies beyond a cropped field of view counts as image.
     """
     generator = Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     pair = {name: tensor[0] for name, tensor in make_pair(shape, generator=generator).items()}

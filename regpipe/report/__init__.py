@@ -1,1 +1,1 @@
-"""What people look at: pictures, the QC page, TensorBoard, figures."""
+"""Results for people: pictures, the QC page, TensorBoard, figures."""

@@ -1,7 +1,7 @@
-"""Figures for a paper: one look, SVG and PNG, the same bytes for the same numbers.
+"""Figures for a paper, as SVG and PNG; the same numbers give the same bytes.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; what a colour says, a mark or a line's dashes
-say too. Sizes are inches: a page of two columns is 7.2 wide.
+Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; markers and dashes say the same as the
+colours. Sizes are inches: a page of two columns is 7.2 wide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from regpipe.utils.files import replace_file
 
 PAGE = 7.2
 STYLE: Any = {  # matplotlib names its parameters in a type of its own
-    "font.family": "DejaVu Sans",  # matplotlib brings it: the same everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
     "font.size": 8,
     "axes.titlesize": 8,
     "legend.fontsize": 7,
@@ -80,7 +80,7 @@ def save(figure: Figure, stem: Path) -> None:
 
 
 def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[str, float]) -> Figure:
-    """A panel per metric, a line per backbone: mean and interval; dashed, where a metric stood before registration.
+    """A panel per metric, a line per backbone: mean and interval; dotted: the mean before registration.
 
     Args:
         panels: the metric with its unit -> backbone -> interval.
@@ -108,7 +108,7 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[s
 
 
 def cost(points: Sequence[Point], *, ylabel: str) -> Figure:
-    """Accuracy with its interval against each cost, where that is known: up and to the left is better."""
+    """Accuracy with its interval against each known cost; up and to the left is better."""
     transfers = [name for name in COLOURS if any(point.transfer == name for point in points)]
     with rc_context(STYLE):
         figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
@@ -153,8 +153,8 @@ def curves(
 
     Args:
         panels: title -> a name of ``LOOKS`` -> subjects -> interval.
-        ylabel: what is shown, with its unit.
-        columns: panels beside each other.
+        ylabel: the quantity, with its unit.
+        columns: panels in a row.
         zero: draw the line at 0, for differences.
     """
     sizes = sorted({size for panel in panels.values() for line in panel.values() for size in line})

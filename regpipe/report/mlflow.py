@@ -1,7 +1,7 @@
-"""MLflow, when a bundle is run with ``--tracking mlflow``: MONAI adds its handlers, this makes them fit.
+"""Adapts the MLflow handlers that MONAI adds to a bundle with ``--tracking mlflow``.
 
-MONAI's default reads a trainer's loss in a way that fails where outputs are not decollated, takes the oldest unfinished
-run of an experiment for the one to go on with, and loses the saved configuration where ``--output_dir`` is given.
+As they are, they fail on a trainer's loss where outputs are not decollated, continue the oldest unfinished run of an
+experiment, and lose the saved configuration where ``--output_dir`` is given.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def adapt(
     loss: RegistrationLoss | None = None,
     close: bool = False,
 ) -> None:
-    """Give the MLflow handlers among ``handlers`` the settings as parameters, and one run for them all; else nothing.
+    """Give the MLflow handlers among ``handlers`` one run, with the settings as its parameters.
 
-    To be called before the engine is made.
+    Call it before the engine is made.
 
     Args:
-        handlers: of an engine, any.
-        settings: what the run's parameters are; with ``folder`` they name the run, unless it was named: the same
-            training goes on in the run that it began, another one begins its own.
+        handlers: all handlers of an engine.
+        settings: the run's parameters. With ``folder`` they name the run, unless it has a name: a training that is
+            resumed continues its run, another training begins a new one.
         folder: where the weights are.
-        loss: whose terms are logged at each iteration.
-        close: end the run when the engine is done.
+        loss: its terms are logged at each iteration.
+        close: end the run with the engine.
     """
     about = json.dumps([dict(settings), folder], default=str, sort_keys=True)
     digest = hashlib.sha256(about.encode()).hexdigest()[:8]

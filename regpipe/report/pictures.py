@@ -1,4 +1,4 @@
-"""Pictures of a registration for people: before and after, checkerboard, bent grid, Jacobian map.
+"""Pictures of a registered pair: before and after, checkerboard, deformed grid, Jacobian map.
 
 A picture is (H, W, 3) uint8. Array axis 0 runs to the right; axis 1 runs downwards for a 2-D image (as in an image
 viewer) and upwards for a slice of a 3-D volume in RAS order, which is cut across its last axis. One voxel becomes a
@@ -28,7 +28,7 @@ from regpipe.utils.files import replace_file
 Array = NDArray[np.floating]
 Picture = NDArray[np.uint8]
 
-# What the pictures show, for captions; the keys are those of ``pictures``.
+# The captions; the keys are those of ``pictures``.
 TITLES = {
     "fixed": "fixed",
     "moving": "moving",
@@ -49,11 +49,11 @@ FOREGROUND = 0.1  # of an image in [0, 1]
 
 
 class Slice(NamedTuple):
-    """What is drawn of one pair."""
+    """The slice of one pair that is drawn."""
 
     displacement: Array  # (2, X, Y) in voxels, the part that lies in the plane
-    determinant: Array  # (X, Y) of the whole map, out-of-plane motion included
-    title: str  # of the determinant, over the whole volume
+    determinant: Array  # (X, Y) of the whole map, motion across the plane included
+    title: str  # range of the determinant and folds, over the whole volume
     origin: str  # where voxel (0, 0) lies: ``upper`` or ``lower`` left
     scale: int  # pixels per voxel
 
@@ -110,7 +110,7 @@ def _slice(u: Array, at: int) -> Slice:
 
 
 def _enlarged(plane: Array, view: Slice) -> Picture:
-    """(X, Y) in [0, 1] -> (H, W) uint8 as on the screen, k x k pixels for a voxel."""
+    """(X, Y) in [0, 1] -> (H, W) uint8 as on the screen, k x k pixels per voxel."""
     grey = (255 * np.clip(np.nan_to_num(plane), 0, 1)).round().astype(np.uint8)
     upright = grey.T if view.origin == "upper" else grey.T[::-1]
     height, width = upright.shape

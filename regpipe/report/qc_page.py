@@ -1,4 +1,4 @@
-"""The page that a folder of registered cases is judged by: ``report.html``, which loads nothing from elsewhere."""
+"""Writes ``report.html``, the page to judge a folder of registered cases by. It loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file
 
 PAGE = "report.html"
-COPIES = "report"  # the folder of pictures beside a page that stands by itself
+COPIES = "report"  # the folder of pictures beside a page with ``--out``
 TEMPLATES = Path(__file__).parent / "page"
 BINS = 20
-VIEWED = ("planes", "layers", "landmarks")  # of a view, what the page needs
+VIEWED = ("planes", "layers", "landmarks")  # the parts of a view that the page needs
 UNKNOWN = "could not be computed"
 KINDS = {".webp": "image/webp", ".png": "image/png"}
 
 
 class Registered(NamedTuple):
-    """A finished case as its folder has it."""
+    """A finished case, read from its folder."""
 
     name: str
     folder: Path
-    row: dict[str, float]  # of metrics; NaN where it lacks one
+    row: dict[str, float]  # the metrics; NaN where the case has none
     verdict: Verdict
     view: dict[str, Any] | None  # see ``report.views``
     warnings: list[str]  # see ``metrics.trust``
-    origin: str  # the weights and settings it was made from, as JSON
+    origin: str  # its weights and settings, as JSON
 
 
 def write_report(
@@ -50,8 +50,8 @@ def write_report(
     Args:
         folder: what ``regpipe register`` or a bundle's inference wrote, or one case's folder.
         limits: see ``metrics.thresholds``.
-        out: a folder to write page and copies of the pictures to, to be handed on; default: ``folder``, whose cases'
-            pictures the page shows.
+        out: a folder for the page and copies of the pictures, to hand on; default: ``folder``, with the pictures of
+            its cases.
         single_file: all pictures inside the page.
 
     Raises:
@@ -80,7 +80,7 @@ def write_report(
 
 
 def read_cases(folder: Path, limits: Mapping[str, Threshold]) -> tuple[list[Registered], list[str]]:
-    """The finished cases of a folder, the worst first, and what is wrong with them or with others.
+    """The finished cases of a folder, the worst first, and a line for each problem.
 
     Raises:
         InputError: no folder, or no finished case in it.
@@ -121,14 +121,14 @@ def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
 
 
 def _made_otherwise(cases: Sequence[Registered]) -> list[str]:
-    """A line for each case that an earlier run left, with other weights or settings than most of them."""
+    """A line for each case that was registered with other weights or settings than most cases."""
     (usual, count), *_ = Counter(case.origin for case in cases).most_common(1)
     why = f"was registered with other weights or settings than {count} other cases; register the folder again"
     return [f"{case.folder.name}: {why}" for case in cases if case.origin != usual]
 
 
 def _view(folder: Path) -> dict[str, Any] | None:
-    """What there is to scroll through; None for a case that was registered without, or is damaged."""
+    """The case's ``view.json``; None where it is missing or damaged."""
     try:
         view: dict[str, Any] = parse_json((folder / views.NAME).read_bytes())
         named = [plane["name"] for plane in view["planes"]] + [*view["layers"].values()]
@@ -146,8 +146,8 @@ def _worst_first(verdict: Verdict) -> tuple[int, tuple[float, ...]]:
 
 
 def _pictures(case: Registered, target: Path, *, copied: bool, inside: bool) -> dict[str, str]:
-    """The address of each picture of a case by its file's name, as the page has it."""
-    files = [case.folder / "sheet.png"]  # where there is nothing to scroll through
+    """File name -> address in the page, for each picture of a case."""
+    files = [case.folder / "sheet.png"]  # of a case without a view
     if case.view is not None:
         ends = case.view["layers"].values()
         names = [f"{plane['name']}_{end}" for plane in case.view["planes"] for end in ends]
@@ -167,12 +167,12 @@ def _data(file: Path) -> str:
 
 
 def _has(case: Registered, name: str) -> bool:
-    """Whether there is anything to say of a metric."""
+    """Whether a case has a value or a verdict for a metric."""
     return name in case.verdict.steps or not math.isnan(case.row.get(name, math.nan))
 
 
 def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[str, Threshold]) -> dict[str, Any]:
-    """What the page's script is told of a case."""
+    """The data of a case for the page's script."""
     numbers = [
         {
             "title": METRICS[name].title,
@@ -200,7 +200,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
 
 
 def template() -> Any:
-    """The page's Jinja2 template; every name that is put into it is escaped."""
+    """The page's Jinja2 template; it escapes every name."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     page = Environment(
@@ -260,7 +260,7 @@ def chart(name: str, values: Sequence[float], limit: Threshold | None) -> dict[s
 
 
 def _number(value: float) -> str:
-    """Four digits that count, four places at most, two digits below those; nothing for NaN."""
+    """Four significant digits, at most four decimal places, two digits below 1e-4; empty for NaN."""
     if math.isnan(value):
         return ""
     if value == 0 or math.isinf(value) or abs(value) >= 1000:
@@ -272,7 +272,7 @@ def _number(value: float) -> str:
 
 
 def _made(folders: Sequence[Path]) -> dict[str, str]:
-    """With what the cases were made, where all that say so agree; else that they differ."""
+    """Versions and settings of the cases; "differs between cases" where they do."""
     told: dict[str, set[str]] = {}
     for folder in folders:
         try:
@@ -286,7 +286,7 @@ def _made(folders: Sequence[Path]) -> dict[str, str]:
 
 
 def _words(value: Any) -> str:
-    """A setting as text; of a path its last part, for the page may be handed on."""
+    """A setting as text; of a path only the last part, because the page may be handed on."""
     if isinstance(value, str):
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What there is to see of a registered case, on the fixed image's own grid: what its files hold."""
+"""The images, labels and landmarks of a registered case for its view, on the fixed image's own grid."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shown_labels(fixed: Image, moving: Image, warped: np.ndarray, matrix: np.nda
 
 
 def shown_landmarks(batch: Mapping[str, Any], registration: Registration) -> Landmarks:
-    """The landmarks of a batch of one pair, those that both images have."""
+    """The landmarks of a batch of one pair that both images have."""
     p, q = (batch[f"{side}_landmarks"][0].cpu() for side in ("fixed", "moving"))
     known = ~(p.isnan().any(1) | q.isnan().any(1))
     p, q = p[known], q[known]

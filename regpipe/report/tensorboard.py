@@ -1,6 +1,6 @@
-"""What a run tells TensorBoard while it goes on, beside MONAI's scalars: metrics, pictures, histograms, a profile.
+"""Logs metrics, pictures, histograms and a profile to TensorBoard during a run, beside MONAI's scalars.
 
-``docs/dashboard.md`` says which tab answers which question; what is written once is in ``report.tensorboard_pages``.
+``docs/dashboard.md`` says which tab answers which question. ``report.tensorboard_pages`` logs what is written once.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from regpipe.report import pictures
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
-MOST_VALUES = 50_000  # in a histogram: more change nothing and take time
+MOST_VALUES = 50_000  # in a histogram: more take time and change nothing
 
 
 def tag_terms(terms: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Scalar names as TensorBoard groups them: one chart a name, one group a prefix."""
+    """Scalar names with a prefix: TensorBoard shows a chart per name, a group per prefix."""
     return {f"{prefix}/{name}": value for name, value in terms.items()}
 
 
@@ -49,10 +49,10 @@ class MetricLog:
 
 
 class Curves:
-    """What a run has told TensorBoard, as a part of its saved state: going on takes back what came after that state.
+    """The length of a run's TensorBoard logs, as a part of its saved state: resuming cuts off what came after.
 
-    So each step is drawn once, however often a kill makes it be done. ``curves.txt`` beside the states names the run's
-    event files; others in the same folder are left alone.
+    So each step is drawn once, however often it is repeated after a kill. ``curves.txt`` beside the states names the
+    run's event files; other files in the folder are not touched.
 
     Args:
         writer: the run's.
@@ -71,7 +71,7 @@ class Curves:
         return {file.name: file.stat().st_size for file in self._files if file.exists()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Cut the run's event files to what they were; those of later are deleted."""
+        """Cut the run's event files to their saved length; delete later ones."""
         if idist.get_rank() > 0:
             return
         folder, own = Path(self.writer.log_dir), Path(self.writer._get_file_writer().event_writer._file_name)
@@ -88,11 +88,11 @@ class Curves:
 class PictureLog:
     """Writes fixed, moving, warped, checkerboard, overlay, grid and Jacobian of the first validation cases.
 
-    With ``spacing`` also how far they move and how their volume changes, as histograms.
+    With ``spacing`` also histograms of the displacement's length and of the volume change.
 
     Args:
         writer: where to.
-        cases: how many of the first cases, the same ones each time.
+        cases: how many of the first cases; the same ones each time.
         spacing: mm per voxel of the working grid.
     """
 
@@ -131,7 +131,7 @@ def case_pictures(batch: Mapping[str, Any], prediction: Mapping[str, Tensor]) ->
 def case_values(displacement: Tensor, spacing: Sequence[float]) -> dict[str, np.ndarray]:
     """Length of the displacement in mm and log det J at voxels of the first case of (B, D, *S), for histograms.
 
-    Voxels that fold have no logarithm: they are the curve ``validation/folds_percent``.
+    Folded voxels have no logarithm; their share is the curve ``validation/folds_percent``.
     """
     u = displacement[:1].detach().cpu().float()
     mm = torch.tensor([float(s) for s in spacing]).view(1, -1, *[1] * (u.ndim - 2))
@@ -145,13 +145,13 @@ def _thinned(values: Tensor) -> Tensor:
 
 
 class Profile:
-    """Times the operations of some training steps, where that is asked for.
+    """Profiles the operations of some training steps.
 
-    What takes longest goes to the Text tab, every call to ``profile.json`` beside the events, for ui.perfetto.dev.
+    The slowest operations go to the Text tab, all calls to ``profile.json`` beside the logs, for ui.perfetto.dev.
 
     Args:
         writer: where to.
-        steps: how many, after one that warms up; 0 for none.
+        steps: how many, after one warm-up step; 0 for none.
     """
 
     def __init__(self, writer: SummaryWriter, *, steps: int = 0) -> None:

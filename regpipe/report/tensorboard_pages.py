@@ -1,4 +1,4 @@
-"""What TensorBoard is told once a run: its charts, the run in words, the table that runs are compared by, the graph."""
+"""Logs to TensorBoard what is written once a run: layout, settings, data, the table of hyperparameters, the graph."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def describe(
 ) -> None:
     """The layout of the Custom Scalars tab; configuration, data and environment in the Text tab.
 
-    Of a path only its last part is told: logs are shown to others, and folders are named after people.
+    Of a path only the last part is written: logs are shown to others, and folders may be named after people.
 
     Args:
         writer: where to.

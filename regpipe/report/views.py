@@ -1,12 +1,13 @@
-"""What the report lets people scroll through: slices of a registered case along each axis, as it was written.
+"""The view of a registered case: pictures of its slices along each axis, through which the report scrolls.
 
-A *plane* is a direction to look in: axial, coronal and sagittal of a volume, or the ``image`` itself in 2-D. A *layer*
-is one thing to see in it. The slices of one layer lie side by side in one picture, its *atlas*, so that scrolling
-loads nothing. All lies on the fixed image's grid, its axes turned to the closest RAS, and is shown as in radiology:
-the patient's right on the left, anterior and superior up. A 2-D image is shown as in an image viewer.
+A *plane* is a viewing direction: axial, coronal and sagittal of a volume, or the ``image`` itself in 2-D. A *layer* is
+one kind of content: an image, outlines, the grid, the volume change. The slices of one layer lie side by side in one
+picture, its *atlas*, so that scrolling loads nothing. All is on the fixed image's grid, its axes turned to the closest
+RAS, and shown as in radiology: the patient's right on the left, anterior and superior up. A 2-D image is shown as in
+an image viewer.
 
-``view.json`` says how the atlases are laid out. They are 8-bit and bounded (``TILE``, ``SLICES``): to look at, not to
-measure in.
+``view.json`` describes the layout of the atlases. They are 8-bit and of limited size (``TILE``, ``SLICES``): to look
+at, not to measure in.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, righ
 
 
 class Plane(NamedTuple):
-    """A direction to look in."""
+    """A viewing direction."""
 
     name: str
     axes: tuple[int, int]  # of the array: to the right and downwards on the screen
@@ -68,7 +69,7 @@ class Plane(NamedTuple):
 
 
 def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -> None:
-    """Write the atlases of a case into ``folder``, and last what they are: ``view.json``."""
+    """Write the atlases of a case into ``folder``, and last ``view.json``, which describes them."""
     affine, shown = _canonical(shown)
     spacing, dim = voxel_size(affine), len(affine) - 1
     about = []
@@ -114,7 +115,7 @@ def _canonical(shown: Shown) -> tuple[np.ndarray, Shown]:
 
 
 def _planes(fixed: np.ndarray) -> list[Plane]:
-    """Where to look: of a volume the slices that show something, at most ``SLICES`` of them."""
+    """The planes; of a volume with at most ``SLICES`` slices each, among those with foreground."""
     if fixed.ndim == 2:
         return [Plane("image", (0, 1), None, [0])]
     planes = []
@@ -128,7 +129,7 @@ def _planes(fixed: np.ndarray) -> list[Plane]:
 
 
 def _fitting(size: list[float], longest: int, *, enlarge: bool) -> list[int]:
-    """Width and height in pixels, in proportion, the longer ``longest`` at most, or just that."""
+    """Width and height in pixels, in proportion; the longer is at most ``longest``, with ``enlarge`` exactly."""
     scale = longest / max(size)
     scale = scale if enlarge else min(1.0, scale)
     return [max(1, round(side * scale)) for side in size]
@@ -137,7 +138,7 @@ def _fitting(size: list[float], longest: int, *, enlarge: bool) -> list[int]:
 def _atlases(
     plane: Plane, shown: Shown, affine: np.ndarray, tiles: tuple[list[int], list[int]], columns: int
 ) -> list[tuple[str, bytes]]:
-    """The end of the file's name and the bytes of every layer of a plane."""
+    """The end of the file name and the bytes of each layer of a plane."""
     tile, fine = tiles
 
     def atlas(array: np.ndarray, draw: Any) -> np.ndarray:
@@ -195,7 +196,7 @@ def stops() -> list[str]:
 
 
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:
-    """The lines of the fixed grid where the registration beyond the alignment takes them: how strong, 0 to 255."""
+    """The lines of the fixed grid, deformed by the registration without the alignment; intensity 0 to 255."""
     d = plane.cut(shown.displacement, at)  # (D, A, B)
     flip = np.array([-1.0, -1.0, 1.0][: len(d)])
     shape = np.array(d.shape[1:])
