@@ -22,7 +22,7 @@ from ignite.engine import Engine, Events
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from regpipe.data.pairs import SIDES as PAIR
+from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import differences, identity_grid, integrate_both, resize, resize_image, sample_at, warp
 from regpipe.phantoms.noise import MARGIN, blur, chance, integer, noise_function, normal, smooth_noise, uniform
 from regpipe.phantoms.scanner import scan
@@ -35,7 +35,7 @@ SAME_CONTRAST = 0.35  # share of the pairs
 UNLIKE = 12.0  # largest factor on the bends that an image has of its own; 0.7 of the pairs have some
 AIR = 0.5  # share of the scenes that are a body in air
 LANDMARKS = 24  # of a pair on disk
-SIDES = {2: (96, 160), 3: (48, 96)}  # of the images in training, voxels
+SIDE_LENGTHS = {2: (96, 160), 3: (48, 96)}  # of the images in training, voxels
 VALIDATED = {2: (128, 128), 3: (64, 64, 64)}  # grids of the pairs held apart
 STEP = 16  # between their sides
 
@@ -43,7 +43,7 @@ STEP = 16  # between their sides
 class Batches(Dataset[dict[str, Any]]):
     """An epoch of batches of random pairs, for a data loader with ``batch_size`` None.
 
-    Each batch has its own grid, with sides from ``SIDES``, shorter ones more often. Every access gives a new
+    Each batch has its own grid, with sides from ``SIDE_LENGTHS``, shorter ones more often. Every access gives a new
     batch, drawn from torch's generator, whose state a resumed run restores.
 
     Args:
@@ -59,11 +59,11 @@ class Batches(Dataset[dict[str, Any]]):
     clean = True  # its pairs have clean images
 
     def __init__(self, spatial_dims: int, *, batches: int, batch_size: int = 1, device: Any = "cpu") -> None:
-        if spatial_dims not in SIDES:
+        if spatial_dims not in SIDE_LENGTHS:
             raise InputError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
         if batches < 1 or batch_size < 1:
             raise InputError(f"{batches} batches of {batch_size} synthetic pairs: give 1 or more; see pairs_per_epoch")
-        self.sides, self.batches, self.batch_size = [SIDES[spatial_dims]] * spatial_dims, batches, batch_size
+        self.sides, self.batches, self.batch_size = [SIDE_LENGTHS[spatial_dims]] * spatial_dims, batches, batch_size
         self.device, self.same_contrast = torch.device(device), SAME_CONTRAST
 
     def __len__(self) -> int:
@@ -166,8 +166,8 @@ def make_phantom(shape: Sequence[int], *, seed: Sequence[int]) -> Phantom:
     moved = points + sample_at(pair["displacement"][None], points[None])[0]
     seen = ((moved >= 0) & (moved <= last)).all(1)
     return Phantom(
-        *(pair[f"{side}_image"][0].numpy() for side in PAIR),
-        *(pair[f"{side}_label"][0].numpy().astype(np.uint8) for side in PAIR),
+        *(pair[f"{side}_image"][0].numpy() for side in SIDES),
+        *(pair[f"{side}_label"][0].numpy().astype(np.uint8) for side in SIDES),
         *(pair[name].numpy() for name in ("displacement", "inverse")),
         *(ends[seen][:LANDMARKS].numpy() for ends in (points, moved)),
     )

@@ -11,15 +11,15 @@ from nibabel.affines import apply_affine
 from regpipe.fields.algebra import Registration, sample_at
 from regpipe.io.images import Image, normalise, resample
 from regpipe.metrics.measures import tre
-from regpipe.report.views import SIDES
+from regpipe.report.views import IMAGES
 
 
 class Shown(NamedTuple):
     """A registered pair on the fixed image's grid."""
 
     affine: np.ndarray  # (D+1, D+1), voxel index -> RAS mm
-    images: Mapping[str, np.ndarray]  # of SIDES: (*S) in [0, 1]
-    labels: Mapping[str, np.ndarray]  # of SIDES, those there are: (*S) whole numbers
+    images: Mapping[str, np.ndarray]  # of IMAGES: (*S) in [0, 1]
+    labels: Mapping[str, np.ndarray]  # of IMAGES, those there are: (*S) whole numbers
     displacement: np.ndarray  # (D, *S) LPS mm, alignment included
     determinant: np.ndarray  # (*S) of the map beyond the alignment
     alignment: np.ndarray  # (D+1, D+1), fixed point -> moving point, RAS mm
@@ -43,13 +43,13 @@ def shown_images(fixed: Image, moving: Image, warped: np.ndarray, matrix: np.nda
     inside = resample(moving._replace(array=np.ones(moving.array.shape, np.uint8)), place, shape, order=0)
     before = resample(moving, place, shape, order=1) * inside
     scaled = (normalise(image, like=moving.array) for image in (before, warped))
-    return dict(zip(SIDES, (normalise(fixed.array), *scaled), strict=True))
+    return dict(zip(IMAGES, (normalise(fixed.array), *scaled), strict=True))
 
 
 def shown_labels(fixed: Image, moving: Image, warped: np.ndarray, matrix: np.ndarray) -> dict[str, np.ndarray]:
     """The three label maps on the grid of the fixed one."""
     before = resample(moving, matrix @ fixed.affine, fixed.array.shape, order=0)
-    return dict(zip(SIDES, (fixed.array, before, warped), strict=True))
+    return dict(zip(IMAGES, (fixed.array, before, warped), strict=True))
 
 
 def shown_landmarks(batch: Mapping[str, Any], registration: Registration) -> Landmarks:

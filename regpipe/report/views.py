@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # brings torch, which reading needs not
 
 FORMAT = "regpipe view 1"
 FOLDER, NAME = "view", "view.json"  # in a case's folder
-SIDES = ("fixed", "before", "warped")  # before: the moving image through the alignment alone
+IMAGES = ("fixed", "before", "warped")  # before: the moving image through the alignment alone
 SLICES = 40  # of a plane, at most
 TILE = {2: 1024, 3: 192}  # pixels of the longer side of a slice, at most; by dimension
 LINE_TILE = {2: 768, 3: 320}  # of what is drawn in lines, always
@@ -86,7 +86,7 @@ def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -
             | {"shape": shape, "mm": size, "tile": tile, "fine": fine, "columns": columns}
             | {"letters": LETTERS.get(plane.name, "")}
         )
-    layers = ["grid", "jacobian", *SIDES, *(f"outline_{side}" for side in shown.labels)]
+    layers = ["grid", "jacobian", *IMAGES, *(f"outline_{side}" for side in shown.labels)]
     content = {"format": FORMAT, "planes": about, "layers": {name: _file(name) for name in layers}}
     content["landmarks"] = [] if landmarks is None else _rows(landmarks, np.linalg.inv(affine))
     replace_file(folder / NAME, json.dumps(content, separators=(",", ":")).encode())
@@ -94,7 +94,7 @@ def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -
 
 def _file(layer: str) -> str:
     """The end of an atlas's name."""
-    return f"{layer}.webp" if layer in SIDES else f"{layer}.png"
+    return f"{layer}.webp" if layer in IMAGES else f"{layer}.png"
 
 
 def _canonical(shown: Shown) -> tuple[np.ndarray, Shown]:
@@ -233,7 +233,7 @@ def _together(tiles: list[np.ndarray], columns: int) -> np.ndarray:
 def _rows(landmarks: Landmarks, to_voxel: np.ndarray) -> list[dict[str, Any]]:
     """A row per landmark: its places in voxels of the view's axes, its errors in mm."""
     places = [apply_affine(to_voxel, points).round(2).tolist() for points in landmarks[:3]]
-    keys = (*SIDES, "errors")
+    keys = (*IMAGES, "errors")
     return [dict(zip(keys, row, strict=True)) for row in zip(*places, landmarks.errors.round(3).tolist(), strict=True)]
 
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from regpipe.report.pictures import save_png
 from regpipe.report.shown import Landmarks, Shown
-from regpipe.report.views import SIDES, write_view
+from regpipe.report.views import IMAGES, write_view
 
 
 def write_case(folder: Path, name: str, metrics: Mapping[str, float | None], *, dim: int = 2) -> Path:
@@ -25,9 +25,9 @@ def write_case(folder: Path, name: str, metrics: Mapping[str, float | None], *, 
     at = np.indices(shape) - np.reshape(np.array(shape) // 2, (dim, *[1] * dim))
     disc = (np.linalg.norm(at, axis=0) < 6).astype(np.float32)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0][:dim] + [1.0])
-    images = dict(zip(SIDES, (0.2 + 0.7 * disc, np.full(shape, 0.3), 0.9 - 0.6 * disc), strict=True))
+    images = dict(zip(IMAGES, (0.2 + 0.7 * disc, np.full(shape, 0.3), 0.9 - 0.6 * disc), strict=True))
     d = np.stack([ndimage.gaussian_filter(n, 3) for n in np.random.default_rng(0).standard_normal((dim, *shape))])
-    labels = dict.fromkeys(SIDES, disc.astype(int))
+    labels = dict.fromkeys(IMAGES, disc.astype(int))
     shown = Shown(affine, images, labels, 20 * d.astype(np.float32), 1 + at[0] / 8, np.eye(dim + 1))
     place = affine[:dim, :dim] @ (np.array([shape]) // 2)[0]
     points = Landmarks(*(np.array([place + shift]) for shift in (0, 4, 1)), errors=np.array([[6.9, 1.7]]))  # type: ignore[misc]

@@ -139,7 +139,7 @@ def test_a_phantom_of_this_kind_takes_no_motion_and_unknown_kinds_are_listed(tmp
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_an_epoch_has_grids_of_many_sizes_drawn_from_torch(dim: int) -> None:
-    low, high = synthetic.SIDES[dim]
+    low, high = synthetic.SIDE_LENGTHS[dim]
     batches = Batches(dim, batches=3)
     torch.manual_seed(0)
     drawn = [batches[i] for i in range(3)]
@@ -172,7 +172,7 @@ OVERLAY = ROOT / "configs" / "synthetic.yaml"
 
 
 def test_a_training_by_the_overlay_goes_on_from_a_kill_as_if_there_had_been_none(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(synthetic, "SIDES", {2: (32, 64)})
+    monkeypatch.setattr(synthetic, "SIDE_LENGTHS", {2: (32, 64)})
     monkeypatch.setattr(synthetic, "VALIDATED", {2: (32, 32)})
     told: dict[str, Any] = {"overlays": [OVERLAY], "held_apart": 2, "pairs_per_epoch": 4, "batch_size": 2}
     told |= {"holdout": 2, "like_first": 2, "val_interval": 1, "average": 2, "device": "$torch.device('cpu')"}

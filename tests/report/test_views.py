@@ -33,7 +33,7 @@ def shown(
     dim = fixed.ndim
     return Shown(
         affine,
-        dict.fromkeys(views.SIDES, fixed.astype(np.float32)),
+        dict.fromkeys(views.IMAGES, fixed.astype(np.float32)),
         labels or {},
         np.zeros((dim, *fixed.shape), np.float32) if d is None else d,
         np.ones(fixed.shape) if determinant is None else determinant,
