@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +19,9 @@ from regpipe.utils.errors import InputError, explain
 from regpipe.utils.versions import versions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (register.register, apply.apply, apply.compose, bids.bids, results.dashboard, results.figures):
-    app.command()(command)
-for command in (results.report, provenance.verify, provenance.rerun):
+COMMANDS: list[Callable[..., None]] = [register.register, apply.apply, apply.compose, bids.bids, results.dashboard]
+COMMANDS += [results.figures, results.report, provenance.verify, provenance.rerun]
+for command in COMMANDS:
     app.command()(command)
 
 EVERYWHERE = ("--json", "--quiet")  # may stand after the command, too
