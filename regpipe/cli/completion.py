@@ -1,6 +1,6 @@
-"""What the shell completes: names that commands know, kept here because their own modules take seconds to load.
+"""Names that the shell completes. They are copies, because their own modules take seconds to import.
 
-A test holds each to the registry that it repeats.
+A test compares each copy with its original.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """Completes the last of several names with commas between; those that are there already are not offered."""
+    """Completes the last of several names with commas between; names that are already given are not offered."""
 
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")

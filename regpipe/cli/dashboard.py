@@ -1,4 +1,4 @@
-"""TensorBoard on the logs of a folder, for this machine alone."""
+"""Serves TensorBoard on the logs of a folder, to this machine alone."""
 
 from __future__ import annotations
 

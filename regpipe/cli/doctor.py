@@ -40,7 +40,7 @@ REMEDY = "pip install --upgrade --force-reinstall regpipe; with a GPU, a driver 
 
 
 def examine() -> Iterator[str]:
-    """Lines of a report, each check as it is done: PASS or FAIL, seconds, what was found or what to do.
+    """Lines of a report; for each check PASS or FAIL, seconds, what was found or what to do.
 
     The report names no folder, no user and no machine.
 
@@ -158,7 +158,7 @@ def registration() -> str:
 def memory_table(
     shape: Sequence[int], device: str | None = None, backbone: str = "resnet18", structures: int = 0
 ) -> Iterator[str]:
-    """Lines of a table: what each task takes on a working grid, this process included, and whether it is free.
+    """Lines of a table: the memory that each task takes on a working grid, this process included, and whether it fits.
 
     Raises:
         InputError: not 2 or 3 sides of 8 voxels or more, no such device or backbone.

@@ -1,4 +1,4 @@
-"""The command line: register, compare, phantom, doctor. Training and evaluating are the bundles' own commands."""
+"""The command line. Training and evaluating are the bundles' own commands."""
 
 from __future__ import annotations
 
@@ -70,10 +70,7 @@ def compare(
     """
     from regpipe.study.compare import compare as run
 
-    pairs = [item.partition("=") for item in set_ or []]
-    if any(not separator for _, separator, _ in pairs):
-        raise InputError("--set wants ID=VALUE, e.g. --set max_epochs=20")
-    settings = {name: value for name, _, value in pairs}
+    settings = _assigned(set_, "--set wants ID=VALUE, e.g. --set max_epochs=20")
     if data is not None:
         settings["dataset_dir"] = str(data.absolute())
     overlays = [str(path.absolute()) for path in overlay or []]
@@ -97,13 +94,19 @@ def study(
     """
     from regpipe.study.study import study as run
 
-    parts = [item.partition("=") for item in only or []]
-    if any(not separator for _, separator, _ in parts):
-        raise InputError("--only wants AXIS=VALUE,VALUE, e.g. --only subjects=5,all")
-    chosen = {axis: [value.strip() for value in values.split(",")] for axis, _, values in parts}
+    parts = _assigned(only, "--only wants AXIS=VALUE,VALUE, e.g. --only subjects=5,all")
+    chosen = {axis: [value.strip() for value in values.split(",")] for axis, values in parts.items()}
     print(run(data, out, overlays=overlay, pretraining=pretrain, only=chosen, jobs=jobs))
     console.tell(page=out / "study.md", runs=out / "study.csv")
     print(f"page: {out / 'study.md'}, runs: {out / 'study.csv'}")
+
+
+def _assigned(items: Sequence[str] | None, wanted: str) -> dict[str, str]:
+    """``NAME=VALUE`` items as a mapping; raises ``InputError``, which says what is ``wanted``, for any other."""
+    pairs = [item.partition("=") for item in items or ()]
+    if not all(separator for _, separator, _ in pairs):
+        raise InputError(wanted)
+    return {name: value for name, _, value in pairs}
 
 
 @app.command()
@@ -167,9 +170,9 @@ def _sides(shape: str) -> list[int]:
 
 
 def main() -> None:
-    """Entry point: what a user can mend ends in one line on stderr and exit status 1."""
+    """Entry point. An error that a user can correct ends in one line on stderr and exit status 1."""
     warnings.filterwarnings("ignore", module="monai")
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # what it starts shall not import a torch.py that lies about here
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # no torch.py of the current folder in a child
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = [name for name in EVERYWHERE if name in sys.argv[1:end]]
     arguments = [*asked, *(word for i, word in enumerate(sys.argv) if i > 0 and not (i < end and word in EVERYWHERE))]
@@ -183,14 +186,14 @@ def main() -> None:
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Raises ``InputError`` for a word without letters, a variable that is not set perhaps: as a path it is ``.``."""
+    """Raises ``InputError`` for an empty word, perhaps of a variable that is not set: as a path it would be ``.``."""
     for before, word in zip(["regpipe", *arguments], arguments, strict=False):
         if not word or (word.startswith("--") and word.endswith("=")):
             raise InputError(f"{word or before}: is followed by an empty word; give it a value, or leave it out")
 
 
 def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
-    """Exit status, and in a line what went wrong."""
+    """Exit status, and a line about what went wrong."""
     try:
         _refuse_empty(arguments)
         app(arguments, prog_name="regpipe")

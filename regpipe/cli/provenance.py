@@ -1,4 +1,4 @@
-"""``regpipe verify`` and ``regpipe rerun``: are results what they were, and do they come out again."""
+"""``regpipe verify`` and ``regpipe rerun``: are results unchanged, and are they reproduced."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from regpipe.metrics import trust
 from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
 from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
-from regpipe.report.shown import Shown, shown_images, shown_labels, shown_landmarks
+from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
 from regpipe.report.tensorboard import case_pictures
 from regpipe.transforms import displacement, export
 from regpipe.utils.files import sweep
@@ -84,7 +84,7 @@ def save_case(
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
     images, labels, native = _save_warped(case, fixed, moving, forward, alignment, folder, load)
-    whole_case = Shown(fixed.affine, images, labels, forward, determinant, alignment)
+    whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment)
     views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
     _save_pictures(folder, case_pictures(batch, prediction))
     spacing = load.grid_of(case).spacing

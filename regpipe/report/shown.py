@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from nibabel.affines import apply_affine
@@ -11,27 +11,7 @@ from nibabel.affines import apply_affine
 from regpipe.fields.algebra import Registration, sample_at
 from regpipe.io.images import Image, normalise, resample
 from regpipe.metrics.measures import tre
-from regpipe.report.views import IMAGES
-
-
-class Shown(NamedTuple):
-    """A registered pair on the fixed image's grid."""
-
-    affine: np.ndarray  # (D+1, D+1), voxel index -> RAS mm
-    images: Mapping[str, np.ndarray]  # of IMAGES: (*S) in [0, 1]
-    labels: Mapping[str, np.ndarray]  # of IMAGES, those there are: (*S) whole numbers
-    displacement: np.ndarray  # (D, *S) LPS mm, alignment included
-    determinant: np.ndarray  # (*S) of the map beyond the alignment
-    alignment: np.ndarray  # (D+1, D+1), fixed point -> moving point, RAS mm
-
-
-class Landmarks(NamedTuple):
-    """Landmarks known in both images; places are RAS mm of the fixed image, (K, D)."""
-
-    fixed: np.ndarray
-    before: np.ndarray  # the moving ones, carried back by the alignment alone
-    warped: np.ndarray  # the moving ones, carried back by the whole registration
-    errors: np.ndarray  # (K, 2) mm in the moving image, before and after
+from regpipe.report.views import IMAGES, Landmarks
 
 
 def shown_images(fixed: Image, moving: Image, warped: np.ndarray, matrix: np.ndarray) -> dict[str, np.ndarray]:

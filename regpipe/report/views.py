@@ -15,8 +15,9 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -27,9 +28,6 @@ from PIL import ImageDraw
 
 from regpipe.io.images import voxel_size
 from regpipe.utils.files import replace_file
-
-if TYPE_CHECKING:  # brings torch, which reading needs not
-    from regpipe.report.shown import Landmarks, Shown
 
 FORMAT = "regpipe view 1"
 FOLDER, NAME = "view", "view.json"  # in a case's folder
@@ -47,6 +45,26 @@ COLOURS = {"fixed": (230, 159, 0), "before": (86, 180, 233), "warped": (86, 180,
 GRID_COLOUR = (255, 215, 0)
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across each
 LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
+
+
+class Shown(NamedTuple):
+    """A registered pair on the fixed image's grid."""
+
+    affine: np.ndarray  # (D+1, D+1), voxel index -> RAS mm
+    images: Mapping[str, np.ndarray]  # of IMAGES: (*S) in [0, 1]
+    labels: Mapping[str, np.ndarray]  # of IMAGES, those there are: (*S) whole numbers
+    displacement: np.ndarray  # (D, *S) LPS mm, alignment included
+    determinant: np.ndarray  # (*S) of the map beyond the alignment
+    alignment: np.ndarray  # (D+1, D+1), fixed point -> moving point, RAS mm
+
+
+class Landmarks(NamedTuple):
+    """Landmarks known in both images; places are RAS mm of the fixed image, (K, D)."""
+
+    fixed: np.ndarray
+    before: np.ndarray  # the moving ones, carried back by the alignment alone
+    warped: np.ndarray  # the moving ones, carried back by the whole registration
+    errors: np.ndarray  # (K, 2) mm in the moving image, before and after
 
 
 class Plane(NamedTuple):

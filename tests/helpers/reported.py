@@ -10,8 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from regpipe.report.pictures import save_png
-from regpipe.report.shown import Landmarks, Shown
-from regpipe.report.views import IMAGES, write_view
+from regpipe.report.views import IMAGES, Landmarks, Shown, write_view
 
 
 def write_case(folder: Path, name: str, metrics: Mapping[str, float | None], *, dim: int = 2) -> Path:

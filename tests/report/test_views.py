@@ -16,7 +16,8 @@ from scipy import ndimage
 from regpipe.fields.algebra import Registration
 from regpipe.io.images import Image
 from regpipe.report import views
-from regpipe.report.shown import Landmarks, Shown, shown_images, shown_labels, shown_landmarks
+from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
+from regpipe.report.views import Landmarks, Shown
 
 SHAPE = (20, 24, 16)
 LPS = np.diag([-1.0, -1.0, 2.0, 1.0])  # axes run to the left, to posterior, up; 2 mm slices
