@@ -27,7 +27,7 @@ FEW: dict[str, Any] = {"bundle": "none", "affine": "none", "refine": 4}
 
 @pytest.fixture(scope="module", params=[(32, 32), (16, 20, 18)])
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    data = write_cohort(tmp_path_factory.mktemp("data") / "pairs", kind="shapes", shape=request.param, n_pairs=1)
+    data = write_cohort(tmp_path_factory.mktemp("data") / "pairs", kind="mr", shape=request.param, n_pairs=1)
     return data / "fixed_images" / "case_000.nii.gz", data / "moving_images" / "case_000.nii.gz"
 
 
