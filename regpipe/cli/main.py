@@ -201,7 +201,7 @@ def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         usage = getattr(end.__context__, "format_message", None)  # typer has shown it already
         return status, usage() if usage else None
-    except Exception as error:
+    except Exception as error:  # the end of a command: whatever it is becomes a line
         told = explain(error)
         if told is None:
             traceback.print_exc()

@@ -57,6 +57,7 @@ class LoadPair:
         space: Mapping[str, Any] | None = None,
     ) -> None:
         self.grid = grid
+        self.affine, self.affine_from, self.affine_metric = affine, affine_from, affine_metric
         self.landmark_channels = landmark_channels
         self.mask_rims = mask_rims
         self.store = Store(cache_dir) if cache_dir else None

@@ -21,12 +21,14 @@ class PairSampler(Sampler[int]):
 
     Args:
         known: which of the pairs are supervised, see ``supervised``.
-        num_samples: how many an epoch.
+        size: how many an epoch; no more than there are.
         share: of them supervised, where only some pairs are; None: as they come.
+        again: fill up an epoch with pairs that it has had already.
     """
 
-    def __init__(self, known: Tensor, num_samples: int, *, share: float | None = None) -> None:
-        self.known, self.num_samples, self.share = known, num_samples, checked_share(share)
+    def __init__(self, known: Tensor, size: int, *, share: float | None = None, again: bool = False) -> None:
+        self.known, self.size, self.share = known, size, checked_share(share)
+        self.num_samples = size if again else min(size, len(known))
 
     def __len__(self) -> int:
         return self.num_samples
@@ -44,7 +46,7 @@ class EpochSampler(DistributedSampler):
 
     Args:
         known: which of the pairs are supervised, see ``data.sampling.supervised``.
-        size: pairs an epoch, all processes together.
+        size: pairs an epoch, all processes together; no more than there are.
         seed: the run's.
         share: of them supervised, see ``data.sampling.draw``.
     """
@@ -52,11 +54,12 @@ class EpochSampler(DistributedSampler):
     def __init__(self, known: Tensor, size: int, *, seed: int, share: float | None = None) -> None:
         super().__init__(cast("Dataset[Tensor]", known), idist.get_world_size(), idist.get_rank(), seed=seed)
         self.size, self.known, self.share = size, known, checked_share(share)
-        self.num_samples = -(-size // self.num_replicas)
+        self.drawn = min(size, len(known))
+        self.num_samples = -(-self.drawn // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = draw(self.known, self.size, self.share, generator)
+        drawn = draw(self.known, self.drawn, self.share, generator)
         places = torch.arange(self.num_samples) * self.num_replicas + self.rank
         return iter(drawn[places % len(drawn)].tolist())
 

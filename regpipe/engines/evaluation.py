@@ -20,7 +20,7 @@ from regpipe.metrics import cost
 from regpipe.metrics.cases import write_csv
 from regpipe.metrics.measures import HIGHER_IS_BETTER, bootstrap_interval, known
 from regpipe.report.tensorboard_pages import COSTS, log_evaluation
-from regpipe.utils.console import Progress
+from regpipe.utils.console import Progress, say
 from regpipe.utils.files import replace_file
 
 SHOWN = {  # metric -> (heading, digits); what people read, in this order
@@ -104,8 +104,8 @@ class EvaluationReport:
         if self.writer is not None and self.split == "validation":
             costs = (result["seconds_per_pair"][0], result["parameters"] / 1e6, result["flops"] / 1e9)
             log_evaluation(self.writer, metrics, dict(zip(COSTS, costs, strict=True)))
-        print(table({"held out" if self.split == "validation" else self.split: metrics}))
-        print(f"{len(rows)} cases, each in {self.folder / 'metrics.csv'}; labels warped by nearest neighbour")
+        say(table({"held out" if self.split == "validation" else self.split: metrics}))
+        say(f"{len(rows)} cases, each in {self.folder / 'metrics.csv'}; labels warped by nearest neighbour")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

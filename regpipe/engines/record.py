@@ -86,6 +86,21 @@ def conclude(
     manifest.write(Path(folder), kind, inputs=known, files=files, settings=settings, **about)
 
 
+def conclude_training(ckpt_dir: str, training: Any, held_out: Sequence[Case], *, device: Any, seconds: float) -> None:
+    """The manifest of a training, see ``conclude``; ``training``: an ``engines.describe.Training``."""
+    pairs = {"training": training.pairs, "validation": held_out}
+    seed = training.split.seed
+    conclude(ckpt_dir, "training", pairs, training.recipe, device=device, seed=seed, seconds=seconds)
+
+
+def conclude_evaluation(
+    folder: str, ckpt_dir: str, cases: Sequence[Case], settings: Mapping[str, Any], *, device: Any, seconds: float
+) -> None:
+    """The manifest of an evaluation, see ``conclude``; ``settings``: ``engines.describe.evaluation``'s."""
+    about = {"seed": settings["seed"], "model": manifest.model_files(ckpt_dir)}
+    conclude(folder, "evaluation", {"evaluated": cases}, settings, device=device, seconds=seconds, **about)
+
+
 def fingerprint(path: str | Path) -> str:
     """16 digits that tell a path from others and not what it is."""
     return hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:16]

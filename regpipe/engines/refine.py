@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Refiner:
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
-        self.layers = next(iter(losses.values())).options.layers.in_steps(SQUARINGS)
+        self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
     def __call__(
         self,
@@ -162,12 +162,10 @@ class Refiner:
         for _ in range(steps):
             optimizer.zero_grad()
             result = register(target["fixed_image"], target["moving_image"], velocity, layers=self.layers)
-            total = points * loss(result._asdict(), target)
-            if not math.isfinite(
-                loss.terms["loss"]
-            ):  # torch's sampler, going backwards from a NaN, writes where it must not
-                raise InputError(f"refinement: {loss.terms} is not finite; look at these images, or leave it out")
-            total.backward()
+            value, terms = loss.weigh(result._asdict(), target)
+            if not math.isfinite(terms["loss"]):  # torch's sampler, going backwards from a NaN, writes out of bounds
+                raise InputError(f"refinement: {terms} is not finite; look at these images, or leave it out")
+            (points * value).backward()
             optimizer.step()
             bar.update(target["fixed_image"].numel())
         return velocity.detach()
@@ -217,6 +215,23 @@ def make_refiner(
     if not steps:
         return None
     return Refiner(RegistrationLoss(weights, window=window, layers=layers), steps=steps, finest=finest)
+
+
+class Refinement(NamedTuple):
+    """What a configuration asks for, see ``make_refiner``; kept where it asks for none, too."""
+
+    steps: int
+    weights: Mapping[str, float]
+    window: int = WINDOW[3]
+    finest: int | None = 1
+
+    def refiner(self) -> Refiner | None:
+        """The refiner; None for 0 steps."""
+        return make_refiner(self.steps, self.weights, window=self.window, finest=self.finest)
+
+    def asked(self) -> dict[str, Any]:
+        """The ids of a configuration that ask for it."""
+        return {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
 
 
 def zero_refiner(

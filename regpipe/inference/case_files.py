@@ -63,7 +63,7 @@ def save_case(
         InputError: a native image cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
+    registration = Registration.of(prediction, slice(1))
     fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
     fields = _array(registration.displacement), _array(registration.inverse)
     frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])

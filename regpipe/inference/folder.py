@@ -223,12 +223,12 @@ class FolderRun:
             message = f"{self.folder}: cannot be made ({problem.strerror}); give another folder for the results"
             raise InputError(message) from problem
         if self._finished:
-            print(f"{self._finished} of {len(self.cases)} cases are finished already")
+            console.say(f"{self._finished} of {len(self.cases)} cases are finished already")
         try:
             while self._todo():
                 self._run(evaluator)
         except KeyboardInterrupt:
-            print("\nstopped: the same command goes on with the cases that are left")
+            console.say("\nstopped: the same command goes on with the cases that are left")
             raise SystemExit(130) from None
         except OSError as problem:
             raise InputError(f"{explain(problem)}; the same command goes on with the cases that are left") from problem
@@ -246,7 +246,7 @@ class FolderRun:
             evaluator.run()
         except OSError:  # a full disk: nor can any other case be written
             raise
-        except Exception as error:
+        except Exception as error:  # whatever one case meets, the others are done
             if not self._current:
                 raise  # not a case's fault
             log.debug("%s", self._current, exc_info=True)

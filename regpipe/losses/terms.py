@@ -80,10 +80,10 @@ def _similarity(dissimilarity: Dissimilarity) -> Term:
 
 
 def _of_velocity(measure: Callable[[Tensor], Tensor]) -> Term:
-    """The term of a measure of fields: its mean over the velocities, one, or SYMNet's two; the same on any grid."""
+    """The term of a measure of fields: its mean over the velocities, one or two; the same on any grid."""
 
     def term(r: Registration, target: Target, options: Options) -> Tensor:
-        return torch.stack([measure(v) for v in r.velocity.split(r.displacement.shape[1], dim=1)]).mean()
+        return torch.stack([measure(v) for v in (r.back, r.velocity) if v is not None]).mean()
 
     return term
 
@@ -107,10 +107,8 @@ def _features(r: Registration, target: Target, options: Options) -> Tensor:
 
 def _midway(r: Registration, target: Target, options: Options) -> Tensor:
     """LNCC of both images in the midway space: exp(v/2) and exp(-v/2), or exp of SYMNet's two velocities."""
-    if r.velocity.shape[1] == r.displacement.shape[1]:
-        halves = torch.cat([r.velocity, -r.velocity]) / 2
-    else:
-        halves = torch.cat(r.velocity.chunk(2, dim=1)[::-1])
+    to_fixed, to_moving = (r.velocity / 2, -r.velocity / 2) if r.back is None else (r.velocity, r.back)
+    halves = torch.cat([to_fixed, to_moving])
     images, masks = torch.cat([target["moving_image"], target["fixed_image"]]), masks_of(target)
     u = resize(options.layers.dvf2ddf(halves), images.shape[2:])
     warp = options.layers.warp
@@ -271,16 +269,29 @@ KNOWING_FIELDS = {"known_field", "end_point"}  # the terms that need pairs with 
 OF_TRAINING = {"dice", "anatomy", "landmarks", "clean"} | KNOWING_FIELDS  # those that need what no new pair has
 
 
-class RegistrationLoss(nn.Module):
-    """The weighted sum of named terms: ``loss(prediction, target) -> scalar``.
+class Weighed(NamedTuple):
+    """What a loss says of a batch."""
 
-    ``loss.terms`` holds the last call's terms, unweighted, and their sum as ``loss``: what logs and the NaN guard read.
+    value: Tensor  # what is minimised
+    terms: dict[str, float]  # each term, unweighted, and ``value`` as ``loss``: what logs and the NaN guard read
+
+
+def weigh(loss: nn.Module, prediction: Mapping[str, Tensor], target: Target) -> Weighed:
+    """A loss of any kind, with its terms; one that is no ``RegistrationLoss`` has none but ``loss``."""
+    if isinstance(loss, RegistrationLoss):
+        return loss.weigh(prediction, target)
+    value = loss(prediction, target).mean()
+    return Weighed(value, {"loss": float(value.detach())})
+
+
+class RegistrationLoss(nn.Module):
+    """The weighted sum of named terms: ``loss(prediction, target) -> scalar``; ``weigh`` gives the terms too.
 
     Args:
         weights: term name -> weight; a weight of 0 leaves the term out.
         window: LNCC's window in voxels, odd.
         label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
-        encoder: what ``features`` looks through. A frozen copy is used; it is no part of this module's parameters.
+        encoder: what ``features`` looks through; a frozen copy is used.
         layers: what warps and integrates.
 
     Raises:
@@ -308,21 +319,32 @@ class RegistrationLoss(nn.Module):
             )
         if "anatomy" in self.weights and not label_ids:
             raise InputError("loss term anatomy: give --label_ids, the structures to tell apart")
-        if encoder is not None:
-            encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
-        # in a tuple the encoder is not registered: nothing trains it
-        self.options = Options(window, tuple(label_ids), encoder, layers)
-        self.terms: dict[str, float] = {}
+        self.encoder = None if encoder is None else copy.deepcopy(encoder).requires_grad_(False)
+        self.window, self.label_ids, self.layers = window, tuple(label_ids), layers
+        self.eval()
+
+    def train(self, mode: bool = True) -> RegistrationLoss:
+        """Stays in evaluation mode: the encoder is a fixed measure."""
+        return super().train(False)
 
     def forward(self, prediction: Mapping[str, Tensor], target: Target) -> Tensor:
-        registration = Registration(**{name: prediction[name] for name in Registration._fields})
+        return self.weigh(prediction, target).value
+
+    def weigh(self, prediction: Mapping[str, Tensor], target: Target) -> Weighed:
+        """The weighted sum, and each term.
+
+        Args:
+            prediction: ``Registration``'s fields by name, and ``anatomy`` where the network sees structures.
+            target: the collated batch.
+        """
+        options = Options(self.window, self.label_ids, self.encoder, self.layers)
+        registration = Registration.of(prediction)
         if "anatomy" in prediction:  # what the network sees in both images
             target = {**target, "anatomy": prediction["anatomy"]}
         with torch.autocast(registration.displacement.device.type, enabled=False):
-            terms = {name: TERMS[name](registration, target, self.options) for name in self.weights}
+            terms = {name: TERMS[name](registration, target, options) for name in self.weights}
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        self.terms = {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()}
-        return total
+        return Weighed(total, {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()})
 
 
 def _checked(weights: Mapping[str, float]) -> dict[str, float]:

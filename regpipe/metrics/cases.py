@@ -66,7 +66,7 @@ class CaseMetrics(Metric):
         pred, batch = output["pred"], output["batch"]
         for i, case in enumerate(batch["case"]):
             one = slice(i, i + 1)
-            registration = Registration(*(pred[field][one] for field in Registration._fields))
+            registration = Registration.of(pred, one)
             item = {name: value[one] for name, value in batch.items()}
             self._rows.append({"case": case, **measure(registration, item, self.spacing, layers=self.layers)})
 

@@ -221,7 +221,7 @@ class TypicalPairs:
         for i, case in enumerate(batch["case"]):
             one = slice(i, i + 1)
             item = {name: value[one] for name, value in batch.items()}
-            registration = Registration(*(prediction[field][one] for field in Registration._fields))
+            registration = Registration.of(prediction, one)
             self._rows[case] = numbers(item, registration, self.spacing)
 
     def _keep(self, engine: Engine) -> None:

@@ -101,9 +101,9 @@ def _table(rows: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def log_graph(writer: SummaryWriter, network: nn.Module, shape: Sequence[int]) -> None:
+def log_graph(writer: SummaryWriter, network: nn.Module, shape: Sequence[int], *, wanted: bool = True) -> None:
     """The network's operations on one pair of a working grid, for the Graphs tab; traced, on its own device."""
-    if idist.get_rank() > 0:
+    if not wanted or idist.get_rank() > 0:
         return
     training, device = network.training, next(network.parameters()).device
     with warnings.catch_warnings():

@@ -94,9 +94,10 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, above a progress bar."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """Print a line on stdout, above a progress bar; of several processes rank 0 alone does."""
+    if first():
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def complain(kind: str, line: str) -> None:

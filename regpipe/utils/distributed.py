@@ -10,7 +10,6 @@ import inspect
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -30,7 +29,7 @@ T = TypeVar("T")
 def join(*, hours: float, nccl: bool = False) -> None:
     """Join the process group of ``torchrun``; does nothing without it, nor a second time.
 
-    From here on ranks other than 0 print only warnings and errors. A process that ``torchrun`` ends because another
+    From here on ranks other than 0 log only warnings and errors. A process that ``torchrun`` ends because another
     one ended says so in a line, wherever it waits.
 
     Args:
@@ -52,7 +51,6 @@ def join(*, hours: float, nccl: bool = False) -> None:
     idist.sync()  # now: if rank 0 alone were the first to use Ignite, it would wait for the others
     _say_when_ended()
     if idist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         logging.getLogger("regpipe").setLevel(logging.WARNING)
 
 
@@ -65,7 +63,10 @@ def leave() -> None:
 
 
 def _say_when_ended() -> None:
-    """On SIGTERM print a line and end. A handler in Python would not run while the process waits for another."""
+    """On SIGTERM, by which ``torchrun`` ends the processes left when one has ended, print a line and end.
+
+    Neither a handler in Python nor a clean exit would run while the process waits for another.
+    """
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -53,7 +53,7 @@ def test_an_epoch_of_one_pair_sees_a_supervised_one() -> None:
 
 
 def test_the_same_seed_draws_the_same_and_an_epoch_longer_than_the_cohort_goes_round() -> None:
-    sampler = PairSampler(torch.tensor([True, False, False]), 7, share=0.5)
+    sampler = PairSampler(torch.tensor([True, False, False]), 7, share=0.5, again=True)
     torch.manual_seed(4)
     first, second = list(sampler), list(sampler)
     torch.manual_seed(4)

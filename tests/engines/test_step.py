@@ -136,7 +136,7 @@ def test_a_loss_that_is_no_number_in_the_middle_of_a_group_spares_the_weights() 
     bad["fixed_image"][:] = torch.nan
     before = copy.deepcopy(net.state_dict())
     engine: Any = trainer(net, [batch("a"), bad], accumulate=2)
-    NanGuard(engine.loss_function).attach(engine)
+    NanGuard().attach(engine)
     with pytest.raises(TrainingDiverged, match="iteration 2, case b"):
         engine.run()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
