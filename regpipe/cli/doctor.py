@@ -25,7 +25,7 @@ from regpipe.inference import memory
 from regpipe.inference.memory import DRY_STEPS
 from regpipe.io import itk_bridge
 from regpipe.io.images import read_image, resample
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.measures import ncc
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.phantoms.scenes import make_pair

@@ -11,6 +11,7 @@ from nibabel.affines import apply_affine
 
 from regpipe.data.pairs import KINDS, SIDES, Case
 from regpipe.io import images
+from regpipe.io.geometry import flipped
 from regpipe.io.points import read_landmarks
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -97,7 +98,7 @@ def unlike_landmarks(case: Case, counts: Mapping[str, int]) -> str | None:
 def _outside(lps: np.ndarray, image: _Facts) -> bool:
     """Whether more than half of the points are more than a voxel off the image."""
     known = lps[~np.isnan(lps).any(1)]
-    at = apply_affine(np.linalg.inv(image.affine), known * [-1.0, -1.0, 1.0][: lps.shape[1]])
+    at = apply_affine(np.linalg.inv(image.affine), flipped(known))
     off = ((at < -1) | (at > np.array(image.shape))).any(1)
     return bool(len(off) and off.mean() > 0.5)
 

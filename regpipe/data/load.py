@@ -17,7 +17,7 @@ from regpipe.data.checks import unlike_landmarks
 from regpipe.data.pairs import KINDS, SIDES, Case
 from regpipe.data.placement import Frames, Read
 from regpipe.io import images
-from regpipe.io.geometry import extent
+from regpipe.io.geometry import extent, flipped
 from regpipe.io.images import Grid
 from regpipe.io.points import read_landmarks
 from regpipe.transforms import displacement
@@ -145,7 +145,7 @@ class LoadPair:
                 points.append(apply_affine(back @ found.affine, channels))
         if landmarks:
             lps = read_landmarks(landmarks)
-            points.append(apply_affine(back, lps * [-1.0, -1.0, 1.0][:dim]))
+            points.append(apply_affine(back, flipped(lps)))
         return {
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],

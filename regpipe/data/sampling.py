@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import cast
 
 import ignite.distributed as idist
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from regpipe.data.pairs import SIDES, Case
 from regpipe.utils.errors import InputError
 
 
@@ -20,7 +19,7 @@ class PairSampler(Sampler[int]):
     """A random part of the pairs each epoch, without repetition while there are enough, see ``draw``.
 
     Args:
-        known: which of the pairs are supervised, see ``supervised``.
+        known: which of the pairs are supervised, see ``losses.terms.supervised``.
         num_samples: how many an epoch.
         share: of them supervised, where only some pairs are; None: as they come.
     """
@@ -43,7 +42,7 @@ class EpochSampler(DistributedSampler):
     not be equally long.
 
     Args:
-        known: which of the pairs are supervised, see ``data.sampling.supervised``.
+        known: which of the pairs are supervised, see ``losses.terms.supervised``.
         size: pairs an epoch, all processes together.
         seed: the run's.
         share: of them supervised, see ``data.sampling.draw``.
@@ -59,19 +58,6 @@ class EpochSampler(DistributedSampler):
         drawn = draw(self.known, self.size, self.share, generator)
         places = torch.arange(self.num_samples) * self.num_replicas + self.rank
         return iter(drawn[places % len(drawn)].tolist())
-
-
-def needed(weights: Mapping[str, float], *, landmark_channels: int | None) -> dict[str, str]:
-    """The terms of a loss that need labels or landmarks -> which of the two files holds them."""
-    points = "landmarks" if landmark_channels is None else "label"
-    files = {"dice": "label", "anatomy": "label", "landmarks": points}
-    return {term: kind for term, kind in files.items() if weights.get(term)}
-
-
-def supervised(pairs: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None = None) -> Tensor:
-    """(N,) bool: which pairs have, of both images, what a term of the loss needs."""
-    kinds = set(needed(weights, landmark_channels=landmark_channels).values())
-    return torch.tensor([any(all(f"{side}_{kind}" in pair for side in SIDES) for kind in kinds) for pair in pairs])
 
 
 def draw(known: Tensor, size: int, share: float | None, generator: torch.Generator | None = None) -> Tensor:

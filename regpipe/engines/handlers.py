@@ -16,7 +16,7 @@ from monai.handlers import ValidationHandler
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.weights import save_weights, unwrapped
 from regpipe.utils import console
 from regpipe.utils.distributed import of_first

@@ -1,7 +1,7 @@
 """The adapters between regpipe's functions and MONAI's SupervisedTrainer / SupervisedEvaluator.
 
 ``prepare_batch`` makes the network's input of a collated batch (``data.pairs``), ``RegistrationInferer`` turns the
-network's velocity into warped images, and ``losses.terms.RegistrationLoss`` weighs them. The iteration that does so
+network's velocity into warped images, and ``losses.loss.RegistrationLoss`` weighs them. The iteration that does so
 in training is ``engines.step.TrainingStep``; what happens around it is in ``engines.handlers``.
 """
 

@@ -21,13 +21,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from regpipe.data.checks import check_pairs
 from regpipe.data.pairs import SIDES, Case
-from regpipe.data.sampling import needed
 from regpipe.engines import checkpoints, record
 from regpipe.engines.checkpoints import saved_states
 from regpipe.engines.checkpoints import training_seconds as training_seconds  # where bundles ask for it
 from regpipe.engines.options import refuse_unknown
 from regpipe.io.images import Grid, save_grid
-from regpipe.losses.terms import KNOWING_FIELDS
+from regpipe.losses.terms import needing, supervision
 from regpipe.metrics import typical
 from regpipe.utils import distributed
 from regpipe.utils.errors import LESS_MEMORY, InputError, explain, one_line_errors, out_of_memory
@@ -303,11 +302,11 @@ def check_supervision(
     """
     if weights.get("clean") and not getattr(dataset, "clean", False):
         raise InputError("loss term clean: only pairs of configs/synthetic.yaml have clean images; give it no weight")
-    from_fields = [term for term in sorted(KNOWING_FIELDS) if weights.get(term)]
+    from_fields = needing(weights, "displacement")
     if from_fields and moved:
         why = "a true displacement no longer holds with --augment or --mirror"
         raise InputError(f"loss term {from_fields[0]}: {why}; give one of them")
-    kinds = needed(weights, landmark_channels=landmark_channels)
+    kinds = supervision(weights, landmark_channels=landmark_channels)
     needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}
     needs |= {term: ["displacement"] for term in from_fields}
     for term, keys in needs.items():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -138,6 +139,17 @@ def resize_image(image: Tensor, shape: Sequence[int]) -> Tensor:
         return image
     mode = "bilinear" if image.ndim == 4 else "trilinear"
     return F.interpolate(image, size=tuple(shape), mode=mode, align_corners=True)
+
+
+def smooth(x: Tensor, axis: int, sigma: float, *, reach: float = 2.5) -> Tensor:
+    """(B, C, *spatial) by a Gaussian along one axis of the tensor, cut off at ``reach`` sigmas, the rim repeated."""
+    radius, n = max(1, math.ceil(reach * sigma)), x.shape[axis]
+    taps = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+    at = torch.arange(-radius, n + radius, device=x.device).clamp(0, n - 1)
+    padded, total = x.index_select(axis, at), torch.zeros_like(x)
+    for i, weight in enumerate((taps / taps.sum()).tolist()):
+        total.add_(padded.narrow(axis, i, n), alpha=weight)
+    return total
 
 
 def identity_grid(shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:

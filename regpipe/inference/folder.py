@@ -288,8 +288,7 @@ def _told(done: str, error: BaseException) -> InputError:
 
 def _stamps(path: str) -> str:
     """A hash of the name, size and time of each file that a case's entry stands for; names can tell of a patient."""
-    known = [file for file in images.files(path) if file.exists()]
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+    stamps = [[file.name, *about] for file, *about in images.stamps(path)]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 

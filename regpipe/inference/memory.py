@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from regpipe.fields.algebra import _places, warp_both
-from regpipe.losses.terms import KNOWING_FIELDS, RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import needing
 
 LIBRARIES = 20 << 20  # bytes: code and kernels that are loaded when they are first used
 HEAP = 32 << 20  # bytes: glibc keeps what it is given back of smaller arrays
@@ -189,9 +190,9 @@ def training(
             fake.train()
             states = [torch.zeros_like(p) for p in fake.parameters() if p.requires_grad for _ in range(2)]
             batch = _batch(shape, batch_size)
-            if KNOWING_FIELDS & {*getattr(criterion, "weights", {})}:
+            if needing(getattr(criterion, "weights", {}), "displacement"):
                 batch["displacement"] = torch.empty(batch_size, len(shape), *shape)
-            if "clean" in getattr(criterion, "weights", {}):
+            if needing(getattr(criterion, "weights", {}), "clean"):
                 batch |= {f"{side}_clean": torch.empty_like(batch[f"{side}_image"]) for side in ("fixed", "moving")}
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):

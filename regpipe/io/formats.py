@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image as Picture
 
 from regpipe.io import headers, nifti_place
+from regpipe.io.geometry import lps_matrix
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError, out_of_memory
 
@@ -222,7 +223,7 @@ def open_picture(path: Path, *, label: bool) -> Source:
         return _pixels(path, frame or 0, indexed)
 
     shape = size if frames == 1 else (*size, 1, frames)
-    return Source(shape, np.diag([-1.0, -1.0, 1.0]), np.dtype("f4"), voxels)
+    return Source(shape, lps_matrix(np.eye(3), places=False), np.dtype("f4"), voxels)
 
 
 def _pixels(path: Path, frame: int, indexed: bool) -> np.ndarray:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 from nibabel.affines import apply_affine
-from nibabel.orientations import inv_ornt_aff, io_orientation
+from nibabel.orientations import inv_ornt_aff
 from scipy import ndimage
 
 from regpipe.io import dicom, formats
 from regpipe.io.dicom import is_series
 from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
+from regpipe.io.geometry import extent, orientation
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file, require_file
@@ -132,6 +133,12 @@ def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:
     return np.array(rows).reshape(-1, dim)
 
 
+def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
+    """File, size and time of each file that an image's path stands for and that is there."""
+    found = [(file, file.stat()) for file in files(path) if file.exists()]
+    return [(file, about.st_size, about.st_mtime_ns) for file, about in found]
+
+
 def header(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and RAS affine that ``read_image`` gives, from the header alone."""
     source = _open(path)
@@ -240,9 +247,7 @@ def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[in
     u, _, v = np.linalg.svd(axes)
     straight = affine.copy()
     straight[:-1, :-1] = u @ v * size
-    corners = np.array([*np.ndindex(*[2] * len(size))]) * shape - 0.5
-    at = apply_affine(np.linalg.inv(straight) @ affine, corners)
-    low, high = at.min(0), at.max(0)
+    low, high = extent(shape, affine, straight)
     n = np.ceil(high - low - 1e-3)  # not a voxel more for the last digit of a label's affine
     straight[:-1, -1] = apply_affine(straight, (low + high - n + 1) / 2)
     return tuple(int(k) for k in n), straight
@@ -250,10 +255,8 @@ def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[in
 
 def _canonical(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and affine with the axes permuted and flipped to the closest RAS; 2-D to LPS, as pictures are stored."""
-    flip = np.diag([-1.0, -1.0, 1.0]) if len(shape) == 2 else np.eye(4)
-    orientation = io_orientation(flip @ affine)
-    order = np.argsort(orientation[:, 0])
-    return tuple(shape[i] for i in order), affine @ inv_ornt_aff(orientation, shape)
+    turn = orientation(affine)
+    return tuple(shape[i] for i in np.argsort(turn[:, 0])), affine @ inv_ornt_aff(turn, shape)
 
 
 def to_grid(image: Image, grid: Grid) -> np.ndarray:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe.io import formats
+from regpipe.io.geometry import LPS
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file, require_file
 
-RAS = np.array([-1.0, -1.0, 1.0])  # times RAS mm is LPS mm
-SPACES = {"0": RAS, "RAS": RAS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
+SPACES = {"0": LPS, "RAS": LPS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
 DECIMALS = 6  # of mm, in text
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ignite.distributed as idist
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -22,6 +21,7 @@ from ignite.engine import Engine, Events
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
 from regpipe.io import images
+from regpipe.io.geometry import upright
 from regpipe.io.images import Image
 from regpipe.metrics.measures import ncc, sdlogj
 from regpipe.transforms.likeness import DARK, information
@@ -53,10 +53,8 @@ class Look(NamedTuple):
 def look(image: Image) -> Look:
     """The numbers of one image."""
     dim = image.array.ndim
-    as_kept = np.diag([-1.0, -1.0, 1.0]) if dim == 2 else np.eye(4)
-    turn = nib.orientations.io_orientation(as_kept @ image.affine)
-    array = images.normalise(np.ascontiguousarray(nib.orientations.apply_orientation(image.array, turn)))
-    spacing = image.spacing[np.argsort(turn[:, 0])]
+    array, affine = upright(*image)
+    array, spacing = images.normalise(np.ascontiguousarray(array)), images.voxel_size(affine)
     steps = np.mean([np.abs(np.diff(array, axis=axis)).mean() for axis in range(dim)])
     pool = torch.nn.functional.adaptive_avg_pool2d if dim == 2 else torch.nn.functional.adaptive_avg_pool3d
     small = pool(torch.from_numpy(array)[None], THUMBNAIL[dim])[0].numpy()

@@ -14,7 +14,7 @@ from typing import Any
 
 from monai.handlers import MLFlowHandler
 
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.report.tensorboard import tag_terms
 from regpipe.report.tensorboard_pages import plain
 

@@ -8,7 +8,7 @@ square of k x k pixels, k the same for every picture of a pair.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,16 +28,6 @@ from regpipe.utils.files import replace_file
 Array = NDArray[np.floating]
 Picture = NDArray[np.uint8]
 
-# The captions; the keys are those of ``pictures``.
-TITLES = {
-    "fixed": "fixed",
-    "moving": "moving",
-    "warped": "moving, warped",
-    "checkerboard": "checkerboard: fixed / warped",
-    "overlay": "fixed magenta; before | after in green",
-    "grid": "fixed grid, carried by x + u(x)",
-    "jacobian": "local volume change",
-}
 SHORTEST_SIDE = 256  # pixels
 SQUARES = 8  # of the checkerboard, along the shorter side
 LINES = 16  # of the grid, along the shorter side
@@ -51,6 +41,9 @@ FOREGROUND = 0.1  # of an image in [0, 1]
 class Slice(NamedTuple):
     """The slice of one pair that is drawn."""
 
+    fixed: Picture  # (H, W) as on the screen, like the next two
+    moving: Picture
+    warped: Picture
     displacement: Array  # (2, X, Y) in voxels, the part that lies in the plane
     determinant: Array  # (X, Y) of the whole map, motion across the plane included
     title: str  # range of the determinant and folds, over the whole volume
@@ -64,7 +57,7 @@ def pictures(
     warped: ArrayLike,
     displacement: ArrayLike,
 ) -> dict[str, Picture]:
-    """The pictures of one registered pair, by name; the names are the keys of ``TITLES``.
+    """The pictures of one registered pair, by the names of ``PICTURES``.
 
     Args:
         fixed, moving, warped: (*S) in [0, 1] on one grid, 2-D or 3-D.
@@ -73,17 +66,8 @@ def pictures(
     images = [np.asarray(image, float) for image in (fixed, moving, warped)]
     u = np.asarray(displacement, np.float32)
     at = _content(images[0])
-    view = _slice(u, at)
-    f, m, w = (_enlarged(_plane(image, at), view) for image in images)
-    return {
-        "fixed": _grey(f),
-        "moving": _grey(m),
-        "warped": _grey(w),
-        "checkerboard": _grey(_checkerboard(f, w, view.scale)),
-        "overlay": _beside(np.dstack([f, m, f]), np.dstack([f, w, f])),
-        "grid": _grid(f, view),
-        "jacobian": _jacobian(view),
-    }
+    seen = _slice(images, u, at)
+    return {name: kind.draw(seen) for name, kind in PICTURES.items()}
 
 
 def _content(volume: Array) -> int:
@@ -97,24 +81,26 @@ def _plane(volume: Array, at: int) -> Array:
     return volume if volume.ndim == 2 else volume[..., at]
 
 
-def _slice(u: Array, at: int) -> Slice:
+def _slice(images: Sequence[Array], u: Array, at: int) -> Slice:
     det = jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
     folds = 100 * np.mean(~(det > 0))  # NaN is a fold
     title = f"det J {np.nanmin(det):.2f} to {np.nanmax(det):.2f}, folds {folds:.2g} %"
     plane = np.stack([_plane(channel, at) for channel in u[:2]])
     scale = -(-SHORTEST_SIDE // min(plane.shape[1:]))
-    return Slice(plane, _plane(det, at), title, "upper" if len(u) == 2 else "lower", scale)
+    origin: str = "upper" if len(u) == 2 else "lower"
+    fixed, moving, warped = (_enlarged(_plane(image, at), origin, scale) for image in images)
+    return Slice(fixed, moving, warped, plane, _plane(det, at), title, origin, scale)
 
 
 # ---------------------------------------------------------------------------------- drawn by pixels
 
 
-def _enlarged(plane: Array, view: Slice) -> Picture:
+def _enlarged(plane: Array, origin: str, scale: int) -> Picture:
     """(X, Y) in [0, 1] -> (H, W) uint8 as on the screen, k x k pixels per voxel."""
     grey = (255 * np.clip(np.nan_to_num(plane), 0, 1)).round().astype(np.uint8)
-    upright = grey.T if view.origin == "upper" else grey.T[::-1]
+    upright = grey.T if origin == "upper" else grey.T[::-1]
     height, width = upright.shape
-    size = (width * view.scale, height * view.scale)
+    size = (width * scale, height * scale)
     return np.asarray(Image.fromarray(upright).resize(size, Image.Resampling.BICUBIC))
 
 
@@ -153,18 +139,18 @@ def _frame(axes: Axes, shape: tuple[int, ...], origin: str) -> None:
     axes.set(xlim=(-0.5, shape[0] - 0.5), ylim=(low, high), xticks=[], yticks=[])
 
 
-def _grid(fixed: Picture, view: Slice) -> Picture:
+def _grid(view: Slice) -> Picture:
     """Lines of the fixed grid where x + u(x) takes them, over the (dimmed) fixed image."""
     shape = view.displacement.shape[1:]
     step = max(1, round(min(shape) / LINES))
     where = np.moveaxis(np.indices(shape) + view.displacement, 0, -1)  # (X, Y, 2)
     first = step // 2
     lines = [*where[first::step], *where[:, first::step].swapaxes(0, 1)]
-    figure, canvas = _canvas(fixed.shape[1], fixed.shape[0])
+    figure, canvas = _canvas(view.fixed.shape[1], view.fixed.shape[0])
     axes = figure.add_axes((0, 0, 1, 1), frameon=False)
     _frame(axes, shape, view.origin)
     rim = (*axes.get_xlim(), *axes.get_ylim())
-    axes.imshow(_grey(fixed) // 3 * 2, extent=rim, origin="upper", aspect="auto", interpolation="nearest")
+    axes.imshow(_grey(view.fixed) // 3 * 2, extent=rim, origin="upper", aspect="auto", interpolation="nearest")
     drawn = LineCollection(lines, colors="gold", linewidths=0.6)
     drawn.set_snap(False)  # else straight lines jump to whole pixels
     axes.add_collection(drawn, autolim=False)
@@ -197,12 +183,35 @@ def _jacobian(view: Slice) -> Picture:
     return _drawn(canvas)
 
 
+class Kind(NamedTuple):
+    """A kind of picture."""
+
+    title: str  # on the sheet
+    draw: Callable[[Slice], Picture]
+
+
+PICTURES: dict[str, Kind] = {
+    "fixed": Kind("fixed", lambda seen: _grey(seen.fixed)),
+    "moving": Kind("moving", lambda seen: _grey(seen.moving)),
+    "warped": Kind("moving, warped", lambda seen: _grey(seen.warped)),
+    "checkerboard": Kind(
+        "checkerboard: fixed / warped", lambda seen: _grey(_checkerboard(seen.fixed, seen.warped, seen.scale))
+    ),
+    "overlay": Kind(
+        "fixed magenta; before | after in green",
+        lambda seen: _beside(*(np.dstack([seen.fixed, other, seen.fixed]) for other in seen[1:3])),
+    ),
+    "grid": Kind("fixed grid, carried by x + u(x)", _grid),
+    "jacobian": Kind("local volume change", _jacobian),
+}
+
+
 # ----------------------------------------------------------------------------------- sheet and file
 
 
 def contact_sheet(pictures: Mapping[str, Picture]) -> Picture:
-    """Pictures of any sizes on one white sheet, each below its title from ``TITLES``; one at least."""
-    cells = [_captioned(picture, TITLES[name]) for name, picture in pictures.items()]
+    """Pictures of any sizes on one white sheet, each below its title from ``PICTURES``; one at least."""
+    cells = [_captioned(picture, PICTURES[name].title) for name, picture in pictures.items()]
     corners, x, y, widest = [], GAP, GAP, 0
     for cell in cells:
         if x > GAP and x + cell.width + GAP > SHEET_WIDTH:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import colormaps
 from nibabel.affines import apply_affine
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from PIL import Image as Picture
 from PIL import ImageDraw
 
+from regpipe.io.geometry import flipped, upright
 from regpipe.io.images import voxel_size
 from regpipe.utils.files import replace_file
 
@@ -117,14 +117,11 @@ def _file(layer: str) -> str:
 
 def _canonical(shown: Shown) -> tuple[np.ndarray, Shown]:
     """The affine and arrays with the axes closest to RAS, in 2-D to LPS, as pictures are stored."""
-    shape = shown.determinant.shape
-    flip = np.diag([-1.0, -1.0, 1.0]) if len(shape) == 2 else np.eye(4)
-    orientation = io_orientation(flip @ shown.affine)
 
     def turned(array: np.ndarray) -> np.ndarray:
-        return apply_orientation(array, orientation)
+        return upright(array, shown.affine)[0]
 
-    return shown.affine @ inv_ornt_aff(orientation, shape), shown._replace(
+    return upright(shown.determinant, shown.affine)[1], shown._replace(
         images={side: turned(image) for side, image in shown.images.items()},
         labels={side: turned(label) for side, label in shown.labels.items()},
         displacement=np.stack([turned(channel) for channel in shown.displacement]),
@@ -216,7 +213,6 @@ def stops() -> list[str]:
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:
     """The lines of the fixed grid, deformed by the registration without the alignment; intensity 0 to 255."""
     d = plane.cut(shown.displacement, at)  # (D, A, B)
-    flip = np.array([-1.0, -1.0, 1.0][: len(d)])
     shape = np.array(d.shape[1:])
     mm = voxel_size(affine)[list(plane.axes)]
     apart = np.maximum(1, np.rint((shape * mm).min() / GRID_LINES / mm)).astype(int)
@@ -229,7 +225,7 @@ def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndar
             index[:, i], index[:, 1 - i] = start, along
             voxel = np.full((len(along), len(d)), float(at))
             voxel[:, list(plane.axes)] = index
-            carried = apply_affine(back, apply_affine(affine, voxel) + flip * d[:, index[:, 0], index[:, 1]].T)
+            carried = apply_affine(back, apply_affine(affine, voxel) + flipped(d[:, index[:, 0], index[:, 1]].T))
             share = (carried[:, list(plane.axes)] + 0.5) / shape
             share = share if plane.across is None else 1 - share
             pen.line([tuple(xy) for xy in share * 2 * fine], fill=255, width=2)

@@ -24,13 +24,13 @@ from regpipe.engines.handlers import sees_only
 from regpipe.io.images import Grid
 from regpipe.metrics import cost
 from regpipe.metrics.measures import mean_of
+from regpipe.metrics.metric import columns
 from regpipe.networks.weights import save_weights
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
 # of train.yaml's handlers, which asks for the first two by their places
 KEPT = ("Budget", "WeightAverage", "StructuresFirst", "NanGuard", "GradientClip", "LrScheduleHandler")
-METRICS = ("dice_before", "dice", "hd95", "sdlogj", "folds_percent", "ncc")  # kept of each case
 
 
 class Task(NamedTuple):
@@ -139,5 +139,5 @@ def _cost(network: torch.nn.Module, grid: Grid) -> dict[str, Any]:
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means, and values per case in the order of the held-out pairs; NaN where a case has none."""
-    cases = {name: [row[name] for row in rows] for name in METRICS}
+    cases = {name: [row[name] for row in rows] for name in columns()}
     return {"metrics": {name: mean_of(values) for name, values in cases.items()}, "cases": cases}

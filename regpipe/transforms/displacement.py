@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from regpipe.fields.algebra import jacobian_determinant
 from regpipe.io.formats import nifti_affine, nifti_array
+from regpipe.io.geometry import LPS
 from regpipe.io.images import PICTURE, Image, PathLike
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
@@ -111,9 +112,14 @@ def write_displacement(path: PathLike, d: np.ndarray, affine: np.ndarray) -> Non
     """
     if not str(path).lower().endswith(WRITABLE):
         raise InputError(f"{path}: displacements are NIfTI; name it .nii.gz")
+    replace_file(path, displacement_bytes(d, affine, compressed=str(path).lower().endswith(".gz")))
+
+
+def displacement_bytes(d: np.ndarray, affine: np.ndarray, *, compressed: bool = True) -> bytes:
+    """The file that ``write_displacement`` writes."""
     shape = (*d.shape[1:], 1, 1)[:4]
     vectors = np.moveaxis(np.asarray(d, np.float32), 0, -1).reshape(*shape, len(d))
-    _write_nifti(path, vectors, affine, intent="vector")
+    return _nifti(vectors, affine, compressed=compressed, intent="vector")
 
 
 def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +162,7 @@ def write_image(path: PathLike, array: np.ndarray, affine: np.ndarray) -> None:
     name = str(path).lower()
     if name.endswith(WRITABLE):
         kept = array.astype(np.uint8) if array.dtype == bool else array
-        _write_nifti(path, kept, affine)
+        replace_file(path, _nifti(kept, affine, compressed=str(path).lower().endswith(".gz")))
     elif name.endswith(PICTURE):
         replace_file(path, _picture(path, array))
     else:
@@ -179,7 +185,7 @@ def _move(affine: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 def _flip(vectors: np.ndarray) -> np.ndarray:
     """RAS <-> LPS of vectors or points (D, ...): ``L = diag(-1, -1, 1)``, or its 2-D block."""
-    return _column(np.array([-1.0, -1.0, 1.0][: len(vectors)]), vectors.ndim) * vectors
+    return _column(LPS[: len(vectors)], vectors.ndim) * vectors
 
 
 def _interpolate(field: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -188,7 +194,7 @@ def _interpolate(field: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.stack([ndimage.map_coordinates(c, at, order=1, mode="nearest") for c in channels])
 
 
-def _write_nifti(path: PathLike, array: np.ndarray, affine: np.ndarray, *, intent: str = "none") -> None:
+def _nifti(array: np.ndarray, affine: np.ndarray, *, compressed: bool, intent: str = "none") -> bytes:
     placed = np.eye(4)
     dim = len(affine) - 1
     keep = [*range(dim), 3]
@@ -201,9 +207,7 @@ def _write_nifti(path: PathLike, array: np.ndarray, affine: np.ndarray, *, inten
     if not np.allclose(image.get_qform(), placed, atol=1e-3):
         image.set_qform(None, code=0)  # sheared: a quaternion cannot say it, so it says nothing
     data = image.to_bytes()
-    if str(path).lower().endswith(".gz"):
-        data = gzip.compress(data, compresslevel=1, mtime=0)  # no time stamp: same bytes
-    replace_file(path, data)
+    return gzip.compress(data, compresslevel=1, mtime=0) if compressed else data  # no time stamp: same bytes
 
 
 def _picture(path: PathLike, array: np.ndarray) -> bytes:

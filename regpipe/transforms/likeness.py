@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from regpipe.io.geometry import upright
 from regpipe.io.images import Image, normalise
 from regpipe.io.itk_bridge import from_itk, to_itk
 from regpipe.utils.errors import InputError
@@ -56,9 +56,7 @@ def _side(image: Image, mask: np.ndarray | None, name: str, size: int) -> Side:
         raise InputError(f"{name} mask: shape {mask.shape}, its image's is {image.array.shape}; give it on that grid")
     if not mask.any():
         raise InputError(f"{name} mask: is empty; mark where the image counts, or give none")
-    turn = nib.orientations.io_orientation(image.affine)
-    array, mask = (nib.orientations.apply_orientation(a, turn) for a in (image.array, mask))
-    affine = image.affine @ nib.orientations.inv_ornt_aff(turn, image.array.shape)
+    (array, affine), (mask, _) = (upright(a, image.affine, pictures=False) for a in (image.array, mask))
     side = reduced(Side(array.astype(np.float32), mask, affine), size)
     return side._replace(array=normalise(side.array))
 
@@ -105,7 +103,7 @@ def similarity(fixed: Side, moving: Side, matrix: np.ndarray, metric: str) -> fl
         return 0.0
     x = fixed.array[fixed.mask][inside]
     y = ndimage.map_coordinates(moving.array, at[:, inside], order=1, mode="nearest")
-    value = information(x, y) if metric == "mi" else _correlation(x, y)
+    value = information(x, y) if metric == "mi" else correlation(x, y)
     return float(value * inside.mean())
 
 
@@ -118,7 +116,9 @@ def information(x: np.ndarray, y: np.ndarray) -> float:
     return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
 
 
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Of values of one shape, in [-1, 1]; 0 where one side is constant."""
+    x, y = (v.ravel().astype(np.float64) for v in (x, y))
     return float(np.corrcoef(x, y)[0, 1]) if min(x.std(), y.std()) > 0 else 0.0
 
 

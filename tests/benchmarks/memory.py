@@ -22,7 +22,7 @@ from regpipe.fields.algebra import register
 from regpipe.inference import memory
 from regpipe.inference.case_files import save_case
 from regpipe.io.images import make_grid
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.cost import peak_memory
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import machine

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from regpipe.engines.refine import Refiner, refinement_loss
 from regpipe.fields.algebra import integrate_both, register, register_midway, resize
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.similarity import lncc
-from regpipe.losses.terms import RegistrationLoss
 from regpipe.metrics.cost import peak_memory
 from regpipe.networks.symmetric import SymmetricNet, SymNet
 

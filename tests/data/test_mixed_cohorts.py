@@ -18,7 +18,8 @@ from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs, working_grid
 from regpipe.fields.algebra import Registration, register
-from regpipe.losses.terms import TERMS, Options, RegistrationLoss, masks_of
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import TERMS, Options, masks_of
 from regpipe.phantoms.cohort import write_cohort
 
 
@@ -63,8 +64,8 @@ def test_an_unlabelled_pair_in_a_batch_does_not_dilute_the_labelled_ones(tmp_pat
     for other in (cases[1], cases[3]):
         mixed = collate_pairs([load(cases[0]), load(other)])
         for name in ("dice", "landmarks"):
-            both = TERMS[name](still(u.expand(2, -1, -1, -1)), mixed, Options())
-            assert float(both) == pytest.approx(float(TERMS[name](still(u), alone, Options())), rel=1e-5)
+            both = TERMS[name].function(still(u.expand(2, -1, -1, -1)), mixed, Options())
+            assert float(both) == pytest.approx(float(TERMS[name].function(still(u), alone, Options())), rel=1e-5)
 
 
 def test_subjects_without_landmarks_pair_with_those_that_have_them(tmp_path: Path) -> None:

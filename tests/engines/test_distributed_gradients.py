@@ -17,7 +17,7 @@ from regpipe.data.pairs import list_pairs
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
 from regpipe.engines.step import TrainingStep, gradient_scaler
 from regpipe.io.images import Grid
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import distributed
 

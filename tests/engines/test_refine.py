@@ -10,7 +10,7 @@ from regpipe import SymmetricNet
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
 from regpipe.engines.refine import Refiner, coarsen, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
 from regpipe.fields.algebra import identity_grid, jacobian_determinant, register
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.utils.errors import InputError
 
 SHAPE = (40, 48)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from regpipe.engines.handlers import GradientClip, NanGuard, TrainingDiverged
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
 from regpipe.engines.step import TrainingStep, check_amp, checkpointed, gradient_scaler, half_precision
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.peers import VoxelMorph
 from regpipe.networks.symmetric import SymmetricNet, SymNet
 from regpipe.utils.errors import InputError

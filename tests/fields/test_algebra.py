@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.blocks import DVF2DDF, Warp
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter1d, map_coordinates
 from torch import Tensor
 
 from regpipe.fields import algebra
@@ -270,3 +270,11 @@ def test_a_metatensor_leaves_nothing_behind_for_plain_tensors() -> None:
 def test_an_image_on_another_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="not on the grid"):
         warp(torch.zeros(1, 1, 8, 9), torch.zeros(1, 2, 9, 8))
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_smoothing_is_scipys_gaussian_with_the_rim_repeated(axis: int) -> None:
+    image = torch.rand(1, 2, 9, 8, 7, generator=torch.Generator().manual_seed(0))
+    expected = gaussian_filter1d(image.double().numpy(), 1.2, axis=axis, mode="nearest", radius=3)
+    found = algebra.smooth(image, axis, 1.2)  # 2.5 sigmas: 3 voxels
+    assert torch.allclose(found.double(), torch.from_numpy(expected), atol=1e-6)

@@ -16,7 +16,7 @@ from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.refine import Refiner
 from regpipe.fields.algebra import Layers, Registration, integrate, warp
 from regpipe.fields.layers import DVF2DDF, LAYERS, Warp
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.measures import inverse_consistency
 
 MONAI = Layers(blocks.Warp(), blocks.DVF2DDF(7, padding_mode="border"))

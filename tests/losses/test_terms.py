@@ -13,7 +13,8 @@ from torch import Tensor
 
 from helpers.terms import WAYS, example, noise, smooth, term
 from regpipe.fields.algebra import Registration, identity_grid, register, register_midway, resize, warp
-from regpipe.losses.terms import TERMS, Options, RegistrationLoss, feature_encoder, overlaps
+from regpipe.losses.loss import RegistrationLoss, feature_encoder
+from regpipe.losses.terms import TERMS, Options, overlaps, supervised
 from regpipe.networks.encoders import Encoder
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils.errors import InputError
@@ -299,7 +300,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_and_remembers_them() -> None:
 
 
 def test_terms_weights_and_windows_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown loss terms \['lnc'\].*lncc, ncc, mse, mi, mind.*known_field"):
+    with pytest.raises(ValueError, match=r"unknown loss terms \['lnc'\].*lncc, mind, mi, ncc, mse.*known_field"):
         RegistrationLoss({"lnc": 1, "mse": 1})
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite and not negative"):
@@ -334,3 +335,15 @@ def test_the_loss_falls_on_two_discs(name) -> None:
         losses.append(loss.terms["loss"])
     assert losses[-1] < losses[0] - 0.2 * abs(losses[0])
     assert dice(torch.zeros_like(velocity)) < 0.8 < 0.9 < dice(velocity.detach())
+
+
+def test_pairs_with_labels_or_landmarks_of_both_images_are_supervised() -> None:
+    labels = {"fixed_label": "a", "moving_label": "b"}
+    points = {"fixed_landmarks": "a", "moving_landmarks": "b"}
+    pairs = [labels, points, {"fixed_label": "a"}, {"fixed_label": "a", "moving_landmarks": "b"}, {}]
+    every = {"dice": 1.0, "landmarks": 0.1, "lncc": 1.0}
+    assert supervised(pairs, every).tolist() == [True, True, False, False, False]
+    assert supervised(pairs, {"anatomy": 1.0}).tolist() == [True, False, False, False, False]
+    assert supervised(pairs, {"landmarks": 1.0}).tolist() == [False, True, False, False, False]
+    assert supervised(pairs, {"landmarks": 1.0}, landmark_channels=1).tolist() == [True, False, False, False, False]
+    assert not supervised(pairs, {"lncc": 1.0, "dice": 0.0}).any()  # labels that the loss does not see change nothing

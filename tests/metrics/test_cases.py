@@ -13,7 +13,8 @@ from ignite.exceptions import NotComputableError
 
 from regpipe.fields.algebra import Registration, integrate_both, warp
 from regpipe.metrics.cases import CaseMetrics, write_csv
-from regpipe.metrics.measures import HIGHER_IS_BETTER, measure
+from regpipe.metrics.measures import measure
+from regpipe.metrics.metric import columns
 
 SPACING = (2.0, 1.0)
 
@@ -60,7 +61,7 @@ def test_two_updates_equal_the_direct_computation():
     engine = run(CaseMetrics(SPACING), [first, second])
     rows = direct(first) + direct(second)
     assert engine.state.metric_details["cases"] == rows
-    for name in HIGHER_IS_BETTER:
+    for name in columns():
         mean = sum(row[name] for row in rows) / 3
         assert engine.state.metrics[name] == pytest.approx(mean), name
 
@@ -111,7 +112,7 @@ def _one_process(rank: int, rendezvous: str) -> None:
         metric.update(output([name]))
     rows = [row for name in "abc" for row in direct(output([name]))]
     means = metric.compute()
-    for name in HIGHER_IS_BETTER:
+    for name in columns():
         assert means[name] == pytest.approx(sum(row[name] for row in rows) / 3), name
     dist.destroy_process_group()
 

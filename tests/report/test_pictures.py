@@ -41,7 +41,7 @@ def is_red(picture: np.ndarray) -> np.ndarray:
 
 def test_every_title_has_its_picture_and_all_are_rgb_bytes():
     result = pictures.pictures(*random_pair(48, 40))
-    assert list(result) == list(pictures.TITLES)
+    assert list(result) == list(pictures.PICTURES)
     for picture in result.values():
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
         assert min(picture.shape[:2]) >= 256
@@ -168,7 +168,7 @@ def test_the_title_tells_the_range_and_the_folds_of_the_whole_volume():
     u[2, :, :, :4] = np.array([0, -2, -4, -6])  # folded far from the middle slice
     # det = 1 - 2 on z = 0, 1, 2; (0 + 4) / 2 + 1 = 3 at z = 3; (0 + 6) / 2 + 1 = 4 at z = 4.
     # Folded are 3 of 16 slices.
-    assert pictures._slice(u, 8).title == "det J -1.00 to 4.00, folds 19 %"
+    assert pictures._slice([np.zeros((16, 16, 16))] * 3, u, 8).title == "det J -1.00 to 4.00, folds 19 %"
 
 
 def test_values_outside_0_to_1_and_nan_are_drawn_and_not_wrapped():

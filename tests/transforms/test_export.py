@@ -21,7 +21,7 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from helpers.exported import WAY, Setup, dense, image_files, lps, pulled_and_pulling, setup
-from regpipe.io import itk_bridge
+from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image
 from regpipe.transforms import export
 from regpipe.transforms.displacement import resample_through
@@ -175,7 +175,7 @@ def test_simpleitk_and_ants_resample_images_as_the_formula_does(dim, way, writte
 
 
 def sitk_image(image: Image) -> sitk.Image:
-    placed_lps = itk_bridge.lps_matrix(image.affine, places=False)
+    placed_lps = lps_matrix(image.affine, places=False)
     made = sitk.GetImageFromArray(np.ascontiguousarray(image.array.T))
     made.SetSpacing(image.spacing.tolist())
     made.SetOrigin(placed_lps[:-1, -1].tolist())

@@ -21,6 +21,7 @@ from helpers.bundles import Command
 from helpers.docpages import PAGES, blocks
 from helpers.inprocess import as_if_in_its_own_process
 from helpers.places import ROOT
+from helpers.registries import restored
 from regpipe.cli import main as cli
 from regpipe.phantoms.cohort import write_cohort
 
@@ -97,7 +98,8 @@ def test_every_python_snippet_holds(page: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
         code = compile(block.text, docpages.name(page), "exec")
         if block.runs:
-            exec(code, {})
+            with restored():
+                exec(code, {})
 
 
 def test_the_notebook_is_committed_without_outputs_and_its_commands_are_known() -> None:

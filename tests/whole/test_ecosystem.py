@@ -20,7 +20,7 @@ from helpers.places import QUICK, ROOT
 from regpipe.bundle.write import write_bundle
 from regpipe.engines.options import refuse_unknown
 from regpipe.io.images import Grid
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.cases import read_rows
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.report.mlflow import adapt

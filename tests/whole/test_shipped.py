@@ -29,8 +29,7 @@ from regpipe.provenance.rerun import rerun
 from regpipe.utils.errors import InputError
 
 GRID = Grid((32, 32), (1.0, 1.0))
-DATA = dict.fromkeys(record.DATA) | {"dataset_dir": ".", "cascades": 1, "affine": "affine", "own_grids": True}
-DATA |= {"pairing": "all", "mask_rims": True, "affine_from": "images", "to_fit_memory": []}
+DATA = record.Data(".", 0.2, "all", 0, None, mask_rims=True, affine="affine", own_grids=True)._asdict()
 
 
 def shipped_bundle(folder: Path, *, gain: float = 300.0, dim: int = 2) -> Path:
