@@ -25,6 +25,7 @@ from regpipe.inference import memory
 from regpipe.inference.memory import DRY_STEPS
 from regpipe.io import itk_bridge
 from regpipe.io.images import read_image, resample
+from regpipe.io.source import Source
 from regpipe.losses.terms import RegistrationLoss
 from regpipe.metrics.measures import ncc
 from regpipe.networks.symmetric import SymmetricNet
@@ -141,7 +142,7 @@ def registration() -> str:
         u, inverse = (found[name][0].numpy() for name in ("displacement", "inverse"))
         one, other = ((image.array.shape, image.affine) for image in (fixed, moving))
         transform = export.pair_transform(u, inverse, fixed.affine, frame, one, other)
-        about = (export.image_file(file, image) for file, image in zip(files, (fixed, moving), strict=True))
+        about = (export.image_file(file, Source()) for file in files)
         export.write_transforms(aside, transform, *about, formats=["itk"])
         ways = [itk.transformread(str(Path(aside) / f"{way}.h5"))[0] for way in export.WAYS]
     p, q = (apply_affine(place, x) * [-1, -1] for x in (phantom.fixed_landmarks, phantom.moving_landmarks))  # LPS mm

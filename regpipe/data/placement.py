@@ -20,7 +20,7 @@ from regpipe.data.pairs import SIDES, Case, fixed_grid
 from regpipe.io import images
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
-from regpipe.io.points import read_landmarks
+from regpipe.io.source import Source
 from regpipe.transforms import affine
 from regpipe.utils.errors import InputError
 
@@ -33,11 +33,9 @@ FOREGROUND = 0.1  # of an image's range, for where its content is
 
 log = logging.getLogger(__name__)
 
-Read = Callable[[str], Image]
-
 
 class Frames:
-    """``frames(case, read) -> (fixed frame, moving frame)``.
+    """``frames(case, files) -> (fixed frame, moving frame)``.
 
     Args:
         grid: the working grid; None: of each pair its own, see ``data.pairs.fixed_grid``.
@@ -73,19 +71,19 @@ class Frames:
         self._own: dict[tuple[str, Grid], np.ndarray] = {}
         self._found: dict[tuple[str | None, ...], affine.Alignment] = {}
 
-    def __call__(self, case: Case, read: Read) -> tuple[np.ndarray, np.ndarray]:
-        grid = self.grid_of(case)
-        start = self.around(case["fixed_image"], grid, read)
-        stage = self.stage_of(case, read)
+    def __call__(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray]:
+        grid = self.grid_of(case, files)
+        start = self.around(case["fixed_image"], grid, files)
+        stage = self.stage_of(case, files)
         if stage == "none":
             return start, start
         if stage == "centre":
-            return start, same_axes(self.around(case["moving_image"], grid, read), start, grid.shape)
-        return start, self._matrix(case, read, stage) @ start
+            return start, same_axes(self.around(case["moving_image"], grid, files), start, grid.shape)
+        return start, self._matrix(case, files, stage) @ start
 
-    def grid_of(self, case: Case) -> Grid:
+    def grid_of(self, case: Case, files: Source | None = None) -> Grid:
         """The working grid of a case."""
-        return self.grid or fixed_grid(case)
+        return self.grid or fixed_grid(case, files)
 
     def found(self, case: Case) -> dict[str, float]:
         """Of a case that was aligned by its images: how far they overlap, how alike they were before and after."""
@@ -95,26 +93,28 @@ class Frames:
         before, after = known.before, known.after
         return {"affine_overlap": known.overlap, "affine_similarity_before": before, "affine_similarity": after}
 
-    def stage_of(self, case: Case, read: Read) -> str:
+    def stage_of(self, case: Case, files: Source) -> str:
         """What is done to a case."""
         if self.stage != "auto":
             return self.stage
-        known = self.space is not None and all(on_grid(read(case[f"{side}_image"]), self.space) for side in SIDES)
+        known = self.space is not None and all(
+            on_grid(files.header(case[f"{side}_image"]), self.space) for side in SIDES
+        )
         return "none" if known else "affine"
 
-    def around(self, path: str, grid: Grid, read: Read) -> np.ndarray:
+    def around(self, path: str, grid: Grid, files: Source) -> np.ndarray:
         """The frame of a grid around one image, whatever it is paired with."""
         key = (path, grid)
         if key not in self._own:
-            self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, read)])[0]
+            self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, files)])[0]
         return self._own[key]
 
-    def _matrix(self, case: Case, read: Read, stage: str) -> np.ndarray:
+    def _matrix(self, case: Case, files: Source, stage: str) -> np.ndarray:
         """Fixed point -> moving point, RAS mm; found once."""
         key = _files(case)
         if key not in self._found:
             about = {"stage": stage, "source": self.source, "metric": self.metric, "grid": None}
-            matrix, *numbers = self._kept(key, about, lambda: self._align(case, read, stage))
+            matrix, *numbers = self._kept(key, about, lambda: self._align(case, files, stage))
             self._found[key] = affine.Alignment(matrix, *map(float, numbers))
         return self._found[key].matrix
 
@@ -126,12 +126,12 @@ class Frames:
             return [np.asarray(value) for value in make()]
         return self.store.arrays(files, about, make)
 
-    def _align(self, case: Case, read: Read, stage: str) -> affine.Alignment:
-        start = None if self.source == "images" else self._from_landmarks(case, stage)
+    def _align(self, case: Case, files: Source, stage: str) -> affine.Alignment:
+        start = None if self.source == "images" else self._from_landmarks(case, files, stage)
         if start is not None and self.source == "landmarks":
             return affine.Alignment(start, math.nan, math.nan, math.nan)
-        fixed_mask, moving_mask = (_mask(case.get(f"{side}_mask")) for side in SIDES)
-        fixed, moving = (read(case[f"{side}_image"]) for side in SIDES)
+        fixed_mask, moving_mask = (_mask(case.get(f"{side}_mask"), files) for side in SIDES)
+        fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
         try:
             return affine.align(
                 fixed, moving, stage, metric=self.metric, fixed_mask=fixed_mask, moving_mask=moving_mask, start=start
@@ -139,12 +139,12 @@ class Frames:
         except InputError as problem:
             raise InputError(f"{case['moving_image']}: {problem}") from None
 
-    def _from_landmarks(self, case: Case, stage: str) -> np.ndarray:
+    def _from_landmarks(self, case: Case, files: Source, stage: str) -> np.ndarray:
         fixed, moving = (case.get(f"{side}_landmarks") for side in SIDES)
         if fixed is None or moving is None:
             missing = f"--affine_from {self.source} needs landmarks of both images; add them, or take images"
             raise InputError(f"{case['moving_image']}: {missing}")
-        points = read_landmarks(fixed), read_landmarks(moving)
+        points = files.landmarks(fixed), files.landmarks(moving)
         try:
             return affine.from_landmarks(*points, stage)
         except InputError as problem:
@@ -156,13 +156,13 @@ def _files(case: Case) -> tuple[str | None, ...]:
     return tuple(case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks"))
 
 
-def _mask(path: str | None) -> np.ndarray | None:
-    return None if path is None else images.read_label(path)[0].array != 0
+def _mask(path: str | None, files: Source) -> np.ndarray | None:
+    return None if path is None else files.label(path)[0].array != 0
 
 
-def _own_frame(path: str, grid: Grid, read: Read) -> np.ndarray:
+def _own_frame(path: str, grid: Grid, files: Source) -> np.ndarray:
     try:
-        return frame_of(read(path), grid)
+        return frame_of(files.image(path), grid)
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from None
 
@@ -197,9 +197,9 @@ def same_axes(own: np.ndarray, like: np.ndarray, shape: Sequence[int]) -> np.nda
     return turned
 
 
-def on_grid(image: Image, space: Mapping[str, Any]) -> bool:
-    """Whether an image has the shape and affine of ``space``."""
-    return list(image.array.shape) == list(space["shape"]) and np.allclose(image.affine, space["affine"], atol=1e-3)
+def on_grid(header: tuple[Sequence[int], np.ndarray], space: Mapping[str, Any]) -> bool:
+    """Whether an image of this shape and affine has those of ``space``."""
+    return [*header[0]] == [*space["shape"]] and np.allclose(header[1], space["affine"], atol=1e-3)
 
 
 def common_space(cases: Sequence[Case]) -> dict[str, Any] | None:

@@ -213,12 +213,12 @@ def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, .
     return tuple(shared_labels(*(images.read_label(file, landmark_channels=channels)[0].array for file in both)))
 
 
-def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = None, reusable: int = 0) -> None:
-    """Raises ``InputError`` where there is no memory for writing what registering these two images gives.
+def require_for_files(fixed: str, *shapes: Sequence[int], memory_gib: float | None = None, reusable: int = 0) -> None:
+    """Raises ``InputError`` where there is no memory for writing what registering two images of these shapes gives.
 
     ``reusable``: bytes that this process holds of earlier pairs.
     """
-    shape = max((images.header(path)[0] for path in (fixed, moving)), key=math.prod)
+    shape = max(shapes, key=math.prod)
     needed, room = memory.native(shape), machine.room(memory_gib) + reusable
     if needed > room:
         raise InputError(

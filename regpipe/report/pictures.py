@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from regpipe.fields.algebra import jacobian_determinant
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import replace_hashed
 
 Array = NDArray[np.floating]
 Picture = NDArray[np.uint8]
@@ -230,8 +230,8 @@ def _captioned(picture: Picture, title: str) -> Image.Image:
     return cell
 
 
-def save_png(path: str | Path, picture: Picture) -> None:
-    """Write (H, W, 3) or (H, W) uint8 as PNG; folders are made."""
+def save_png(path: str | Path, picture: Picture) -> str:
+    """Write (H, W, 3) or (H, W) uint8 as PNG; folders are made. Returns its SHA-256."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
-    replace_file(path, buffer.getvalue())
+    return replace_hashed(path, buffer.getvalue())

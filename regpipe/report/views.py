@@ -27,7 +27,7 @@ from PIL import Image as Picture
 from PIL import ImageDraw
 
 from regpipe.io.images import voxel_size
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import replace_hashed
 
 FORMAT = "regpipe view 1"
 FOLDER, NAME = "view", "view.json"  # in a case's folder
@@ -86,11 +86,11 @@ class Plane(NamedTuple):
         return plane.T if self.across is None else plane.T[::-1, ::-1]
 
 
-def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -> None:
-    """Write the atlases of a case into ``folder``, and last ``view.json``, which describes them."""
+def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -> dict[str, str]:
+    """Write the atlases of a case into ``folder``, and last ``view.json``, which describes them; name -> SHA-256."""
     affine, shown = _canonical(shown)
     spacing, dim = voxel_size(affine), len(affine) - 1
-    about = []
+    about, hashes = [], {}
     for plane in _planes(shown.images["fixed"]):
         shape = [shown.images["fixed"].shape[axis] for axis in plane.axes]
         size = [shape[i] * spacing[axis] for i, axis in enumerate(plane.axes)]  # mm
@@ -98,7 +98,7 @@ def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -
         fine = _fitting(size, LINE_TILE[dim], enlarge=True)
         columns = math.ceil(math.sqrt(len(plane.slices)))
         for name, picture in _atlases(plane, shown, affine, (tile, fine), columns):
-            replace_file(folder / f"{plane.name}_{name}", picture)
+            hashes[f"{plane.name}_{name}"] = replace_hashed(folder / f"{plane.name}_{name}", picture)
         about.append(
             {"name": plane.name, "axes": plane.axes, "across": plane.across, "slices": plane.slices}
             | {"shape": shape, "mm": size, "tile": tile, "fine": fine, "columns": columns}
@@ -107,7 +107,7 @@ def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -
     layers = ["grid", "jacobian", *IMAGES, *(f"outline_{side}" for side in shown.labels)]
     content = {"format": FORMAT, "planes": about, "layers": {name: _file(name) for name in layers}}
     content["landmarks"] = [] if landmarks is None else _rows(landmarks, np.linalg.inv(affine))
-    replace_file(folder / NAME, json.dumps(content, separators=(",", ":")).encode())
+    return hashes | {NAME: replace_hashed(folder / NAME, json.dumps(content, separators=(",", ":")).encode())}
 
 
 def _file(layer: str) -> str:

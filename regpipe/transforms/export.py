@@ -24,12 +24,13 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
 
-from regpipe.io import geometry, images
-from regpipe.io.images import Image, PathLike, voxel_size
+from regpipe.io import geometry
+from regpipe.io.images import PathLike, voxel_size
 from regpipe.io.itk_bridge import affine_mat, affine_part, composite_h5, field_part, lps_matrix
+from regpipe.io.source import Source
 from regpipe.transforms.displacement import map_points, write_displacement
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, replace_file, sha256
+from regpipe.utils.files import replace_hashed
 
 FORMATS = ("itk", "ants", "fsl", "freesurfer", "l2r")
 THREE_D = ("fsl", "freesurfer", "l2r")
@@ -67,9 +68,9 @@ class ImageFile(NamedTuple):
     sha256: str
 
 
-def image_file(path: PathLike, image: Image) -> ImageFile:
-    """What ``transform.json`` says of an image read from ``path``; the hash of a series is that of all its files."""
-    return ImageFile(Path(path).name, image.array.shape, image.affine, sha256(images.files(path)))
+def image_file(path: PathLike, files: Source) -> ImageFile:
+    """What ``transform.json`` says of an image; of a series all files count."""
+    return ImageFile(Path(path).name, *files.header(path), files.sha256(path))
 
 
 def pair_transform(
@@ -154,8 +155,8 @@ def write_transforms(
     formats: Sequence[str] = ("itk", "ants"),
     stage: str = "",
     settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a pair's transforms into ``folder``, and last ``transform.json``, which describes them.
+) -> dict[str, str]:
+    """Write a pair's transforms into ``folder``, and last ``transform.json``, which describes them; name -> SHA-256.
 
     Args:
         formats: of ``FORMATS``. ``itk``: a composite .h5 each way. ``ants``: ``0GenericAffine.mat``, ``1Warp.nii.gz``,
@@ -181,13 +182,8 @@ def write_transforms(
         "versions": {package: version(package) for package in ("regpipe", "itk", "torch", "monai")},
     }
     text = json.dumps(content, indent=1, default=np.ndarray.tolist)
-    replace_file(folder / "transform.json", f"{text}\n".encode())
-
-
-def image_hashes(folder: Path) -> dict[str, str]:
-    """Role in a case -> SHA-256 of both images, from the ``transform.json`` in ``folder``."""
-    content = parse_json((folder / "transform.json").read_bytes())
-    return {f"{side}_image": content[side]["sha256"] for side in ("fixed", "moving")}
+    hashes = {name: digest for way in about for name, digest in way["sha256"].items()}
+    return hashes | {"transform.json": replace_hashed(folder / "transform.json", f"{text}\n".encode())}
 
 
 def _write_way(
@@ -196,21 +192,22 @@ def _write_way(
     """Write the files of ``WAYS[i]``; returns what ``transform.json`` says of them."""
     about: dict[str, Any] = {"does": DOES[i]}
     onto, of = (fixed, moving) if i == 0 else (moving, fixed)
-    files = []
+    hashes = {}
     for name in (name for name in WRITERS if name in formats):
         write, suffix = WRITERS[name]
         if name == "l2r" and i == 1:
             continue  # Learn2Reg has one direction
         about[name] = f"{WAYS[i]}{suffix}"
-        files.append(about[name])
-        replace_file(folder / about[name], write(pair, WAYS[i], onto, of))
+        hashes[about[name]] = replace_hashed(folder / about[name], write(pair, WAYS[i], onto, of))
     if "ants" in formats:
-        replace_file(folder / ANTS_AFFINE, affine_mat(pair.matrix))
-        write_displacement(folder / ANTS_WARPS[i], (pair.forward, pair.inverse)[i], pair.frame)
+        field = (pair.forward, pair.inverse)[i]
+        written = {
+            ANTS_AFFINE: replace_hashed(folder / ANTS_AFFINE, affine_mat(pair.matrix)),
+            ANTS_WARPS[i]: write_displacement(folder / ANTS_WARPS[i], field, pair.frame),
+        }
         about |= ANTS[i]
-        files += ANTS[i]["ants"]
-    about["sha256"] = {file: sha256([folder / file]) for file in files}
-    return about
+        hashes |= {name: written[name] for name in ANTS[i]["ants"]}
+    return about | {"sha256": hashes}
 
 
 def _itk(pair: PairTransform, way: str, _onto: ImageFile, _of: ImageFile) -> bytes:

@@ -237,11 +237,11 @@ def test_refinement_at_coarser_images_is_predicted_to_need_less() -> None:
 
 def test_files_that_do_not_fit_are_refused_by_the_images_name(monkeypatch: pytest.MonkeyPatch, cohort: Path) -> None:
     image = str(cohort / "fixed_images" / "case_000.nii.gz")
-    ladder.require_for_files(image, image)
+    ladder.require_for_files(image, (32, 32), (30, 30))
     monkeypatch.setattr(machine, "free", lambda *_: 1000)
-    ladder.require_for_files(image, image, reusable=memory.native((32, 32)) - 1000)
+    ladder.require_for_files(image, (32, 32), (30, 30), reusable=memory.native((32, 32)) - 1000)
     with pytest.raises(InputError, match="case_000.nii.gz: writing files on 32x32 voxels needs"):
-        ladder.require_for_files(image, image)
+        ladder.require_for_files(image, (30, 30), (32, 32))
 
 
 # ---------------------------------------------------------------------------------------- out of memory
