@@ -100,7 +100,7 @@ def save_case(
     measured = measure(registration, batch, spacing) | native | load.frames.found(case)
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
-    looks = numbers(batch, registration, spacing)
+    looks = numbers(batch, registration, spacing, measured)
     distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, looks, measured)
     row = {k: v if math.isfinite(v) else None for k, v in measured.items()}
     return {"case": case["case"], **row, "warnings": distrust}, out.hashes

@@ -69,12 +69,18 @@ def content(thumbnail: np.ndarray, mean: np.ndarray) -> float:
     return ncc(thumbnail, mean)
 
 
-def numbers(batch: Mapping[str, Any], registration: Registration, spacing: Sequence[float]) -> dict[str, float]:
+def numbers(
+    batch: Mapping[str, Any],
+    registration: Registration,
+    spacing: Sequence[float],
+    measured: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """What a registered pair looks like on the working grid, where both images are; a batch of one.
 
     ``ncc``; ``mi_before`` and ``mi``, mutual information in nats; ``moved``, the displacement in mm that all but a
     few voxels stay below; ``sdlogj``; ``covered``, the share of the fixed image where the moving one is; ``shared``,
     the mutual information where the fixed image is not dark, as a share of what is to be known of the plainer of both.
+    ``measured``: what ``metrics.measures.measure`` gave of it, so that neither NCC nor SDlogJ is computed again.
     """
     u = registration.displacement
     fixed, moving = (batch[f"{side}_image"].to(u.device) for side in SIDES)
@@ -84,11 +90,11 @@ def numbers(batch: Mapping[str, Any], registration: Registration, spacing: Seque
     lengths = _some((u * mm).norm(dim=1))
     both = inside & other
     return {
-        "ncc": ncc(fixed[0], registration.warped_moving[0]),
+        "ncc": ncc(fixed[0], registration.warped_moving[0]) if measured is None else measured["ncc"],
         "mi_before": _information(fixed, moving, both),
         "mi": _information(fixed, registration.warped_moving, both),
         "moved": float(np.quantile(lengths, FAR)),
-        "sdlogj": sdlogj(u[0]),
+        "sdlogj": sdlogj(u[0]) if measured is None else measured["sdlogj"],
         "shared": _shared(fixed, registration.warped_moving, both & (fixed > DARK)),
         "covered": float((both.sum() / inside.sum().clamp(min=1)).item()),
     }
