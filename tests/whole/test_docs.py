@@ -93,7 +93,8 @@ def test_every_link_within_the_repository_leads_to_a_file_and_a_heading(page: Pa
 
 
 @pytest.mark.parametrize("page", PAGES, ids=docpages.name)
-def test_every_python_snippet_holds(page: Path) -> None:
+def test_every_python_snippet_holds(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # snippets write files
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
         code = compile(block.text, docpages.name(page), "exec")
         if block.runs:
