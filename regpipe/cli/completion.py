@@ -1,24 +1,42 @@
-"""Names that the shell completes. They are copies, because their own modules take seconds to import.
-
-A test compares each copy with its original.
-"""
+"""What the shell completes: names that commands know, read off the source: their modules take seconds to load."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
-BACKBONES = ("resnet18", "vgg16", "alexnet", "plain")
-SHIPPED = (*BACKBONES[:3], "none")
+
+def names(module: str, registry: str, *, giving: str = "") -> tuple[str, ...]:
+    """The keys of a dict, the items of a tuple, or a word, as ``regpipe.<module>`` assigns it.
+
+    ``giving``: of a dict only the entries that give this argument.
+    """
+    room, _, file = module.partition(".")
+    source = (Path(__file__).parents[1] / room / f"{file}.py").read_text(encoding="utf-8")
+    start = source.index(f"\n{registry}") + 1
+    statement: Any = ast.parse(source[start : source.find("\n\n", start)]).body[0]
+    value = statement.value
+    if isinstance(value, ast.Dict):
+        entries: Any = zip(value.keys, value.values, strict=True)
+        return tuple(k.value for k, v in entries if not giving or giving in [given.arg for given in v.keywords])
+    found = ast.literal_eval(value)
+    return (found,) if isinstance(found, str) else found
+
+
+BACKBONES = names("networks.encoders", "BACKBONES")
+SHIPPED = (*(name for name in BACKBONES if name != "plain"), "none")
 NETWORKS = ("symnet",)
-PHANTOMS = ("ultrasound", "mr", "synthetic")
-STAGES = ("none", "centre", "rigid", "similarity", "affine")
-SOURCES = ("images", "landmarks", "both")
-METRICS = ("mi", "ncc")
-SIMILARITIES = ("lncc", "mind", "mi", "ncc", "mse")
-FORMATS = ("displacement", "itk", "ants", "fsl", "freesurfer", "l2r")
+PHANTOMS = names("phantoms.scenes", "KINDS") + names("phantoms.cohort", "SYNTHETIC")
+STAGES = (*names("transforms.affine", "STAGES"), "projective")
+SOURCES = names("data.placement", "SOURCES")
+METRICS = names("transforms.affine", "METRICS")
+SIMILARITIES = names("losses.terms", "TERMS", giving="weight")
+FORMATS = names("inference.case_files", "DENSE") + names("transforms.export", "FORMATS")
 PAIRINGS = ("all", "first")
-INTERPOLATIONS = ("auto", "linear", "bspline", "nearest", "label")
-BIDS_PAIRINGS = ("sessions", "subjects", "modalities")
+INTERPOLATIONS = names("transforms.resample", "INTERPOLATIONS")
+BIDS_PAIRINGS = names("data.bids", "PAIRINGS")
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:

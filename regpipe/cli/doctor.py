@@ -24,8 +24,9 @@ from regpipe.fields.algebra import register
 from regpipe.inference import memory
 from regpipe.inference.memory import DRY_STEPS
 from regpipe.io import itk_bridge
-from regpipe.io.images import read_image, resample
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.io.images import resample
+from regpipe.io.source import Source
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.measures import ncc
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.phantoms.scenes import make_pair
@@ -133,7 +134,8 @@ def registration() -> str:
         files = [Path(aside) / f"{side}.nii.gz" for side in ("fixed", "moving")]
         for file, array in zip(files, (phantom.fixed_image, phantom.moving_image), strict=True):
             itk.imwrite(itk_bridge.to_itk(array, place), str(file))
-        fixed, moving = map(read_image, files)
+        source = Source()
+        fixed, moving = map(source.image, files)
         frame = affine.align(fixed, moving).matrix @ fixed.affine
         aligned = resample(moving, frame, fixed.array.shape, order=1)
         pair = torch.tensor(np.stack([fixed.array, aligned]), dtype=torch.float32)[None]
@@ -141,7 +143,7 @@ def registration() -> str:
         u, inverse = (found[name][0].numpy() for name in ("displacement", "inverse"))
         one, other = ((image.array.shape, image.affine) for image in (fixed, moving))
         transform = export.pair_transform(u, inverse, fixed.affine, frame, one, other)
-        about = (export.image_file(file, image) for file, image in zip(files, (fixed, moving), strict=True))
+        about = (export.image_file(file, source) for file in files)
         export.write_transforms(aside, transform, *about, formats=["itk"])
         ways = [itk.transformread(str(Path(aside) / f"{way}.h5"))[0] for way in export.WAYS]
     p, q = (apply_affine(place, x) * [-1, -1] for x in (phantom.fixed_landmarks, phantom.moving_landmarks))  # LPS mm

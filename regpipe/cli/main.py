@@ -114,7 +114,10 @@ def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write the pairs to.")],
     kind: Annotated[
         str,
-        typer.Option(help="ultrasound, mr or synthetic.", autocompletion=completion.one_of(completion.PHANTOMS)),
+        typer.Option(
+            help=f"{', '.join(completion.PHANTOMS[:-1])} or {completion.PHANTOMS[-1]}.",
+            autocompletion=completion.one_of(completion.PHANTOMS),
+        ),
     ] = "ultrasound",
     shape: Annotated[str, typer.Option(help="Voxels per axis, 2 or 3 numbers.")] = "64,64",
     pairs: Annotated[int, typer.Option(help="How many pairs.")] = 40,
@@ -201,7 +204,7 @@ def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         usage = getattr(end.__context__, "format_message", None)  # typer has shown it already
         return status, usage() if usage else None
-    except Exception as error:
+    except Exception as error:  # the end of a command: whatever it is becomes a line
         told = explain(error)
         if told is None:
             traceback.print_exc()

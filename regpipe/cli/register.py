@@ -44,7 +44,7 @@ def register(
     affine: Annotated[
         str | None,
         typer.Option(
-            help="First: none, centre, rigid, similarity, affine. Default: affine; a bundle: its own.",
+            help="First: none, centre, rigid, similarity, affine, projective (2D). Default: affine; a bundle: its own.",
             autocompletion=completion.one_of(completion.STAGES),
         ),
     ] = None,
@@ -73,7 +73,7 @@ def register(
     similarity: Annotated[
         str | None,
         typer.Option(
-            help="What refinement compares images by: lncc, mind, mi, ncc, mse.",
+            help=f"What refinement compares images by: {', '.join(completion.SIMILARITIES)}.",
             autocompletion=completion.one_of(completion.SIMILARITIES),
         ),
     ] = None,
@@ -87,7 +87,7 @@ def register(
     formats: Annotated[
         str | None,
         typer.Option(
-            help="Transform files, by commas: displacement, itk, ants (by default), fsl, freesurfer, l2r.",
+            help=f"Transform files, by commas: {', '.join(completion.FORMATS).replace('ants', 'ants (by default)')}.",
             autocompletion=completion.some_of(completion.FORMATS),
         ),
     ] = None,

@@ -74,5 +74,4 @@ def _stamps(path: str | None) -> list[tuple[str, int, int]] | None:
     """Name, size and time of the files that a path stands for."""
     if path is None:
         return None
-    found = [(file, file.stat()) for file in images.files(path)]
-    return [(str(file.resolve()), about.st_size, about.st_mtime_ns) for file, about in found]
+    return [(str(file.resolve()), size, time) for file, size, time in images.stamps(path)]

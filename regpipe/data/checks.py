@@ -10,8 +10,8 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from regpipe.data.pairs import KINDS, SIDES, Case
-from regpipe.io import images
-from regpipe.io.points import read_landmarks
+from regpipe.io.geometry import flipped
+from regpipe.io.source import Source
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 
@@ -26,33 +26,38 @@ class _Facts(NamedTuple):
 
 
 def check_pairs(
-    cases: Sequence[Case], *, landmark_channels: int | None = None, progress: bool = False
+    cases: Sequence[Case],
+    *,
+    landmark_channels: int | None = None,
+    progress: bool = False,
+    files: Source | None = None,
 ) -> dict[str, str]:
     """case -> what is wrong with it, in one line that names the file; empty if all is well.
 
-    Reads every distinct file once. Checks the file itself, a label's and a mask's grid against its image's, that
-    a mask is not empty, the dimension of both images, and that landmarks fit the image and each other in number.
+    Reads every distinct file once; what they hold is kept only in ``files``, where that is given. Checks the file
+    itself, a label's and a mask's grid against its image's, that a mask is not empty, the dimension of both images, and
+    that landmarks fit the image and each other in number.
     """
     keys = [f"{side}_{kind}" for kind, side in itertools.product(KINDS, SIDES)]
-    files = dict.fromkeys((k.split("_")[1], c[k]) for c in cases for k in keys if k in c)
+    wanted = dict.fromkeys((k.split("_")[1], c[k]) for c in cases for k in keys if k in c)
     facts: dict[tuple[str, str], _Facts | InputError] = {}
-    for kind, path in Progress(files, what="checking", unit="files") if progress else files:
+    for kind, path in Progress(wanted, what="checking", unit="files") if progress else wanted:
         try:
-            facts[kind, path] = _facts(kind, path, landmark_channels)
+            facts[kind, path] = _facts(kind, path, landmark_channels, files or Source())
         except InputError as problem:
             facts[kind, path] = problem
     problems = {c["case"]: _problem(c, facts) for c in cases}
     return {name: problem for name, problem in problems.items() if problem}
 
 
-def _facts(kind: str, path: str, landmark_channels: int | None) -> _Facts:
+def _facts(kind: str, path: str, landmark_channels: int | None, files: Source) -> _Facts:
     if kind == "landmarks":
-        points = read_landmarks(path)
+        points = files.landmarks(path)
         return _Facts((0,) * points.shape[1], points=len(points), lps=points)
     if kind == "image":
-        image, channels = images.read_image(path), None
+        image, channels = files.image(path), None
     else:
-        image, channels = images.read_label(path, landmark_channels=landmark_channels if kind == "label" else None)
+        image, channels = files.label(path, landmark_channels if kind == "label" else None)
     if kind == "mask" and not image.array.any():
         raise InputError(f"{path}: this mask is 0 everywhere; mark what shall count, or remove it")
     return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels))
@@ -97,7 +102,7 @@ def unlike_landmarks(case: Case, counts: Mapping[str, int]) -> str | None:
 def _outside(lps: np.ndarray, image: _Facts) -> bool:
     """Whether more than half of the points are more than a voxel off the image."""
     known = lps[~np.isnan(lps).any(1)]
-    at = apply_affine(np.linalg.inv(image.affine), known * [-1.0, -1.0, 1.0][: lps.shape[1]])
+    at = apply_affine(np.linalg.inv(image.affine), flipped(known))
     off = ((at < -1) | (at > np.array(image.shape))).any(1)
     return bool(len(off) and off.mean() > 0.5)
 

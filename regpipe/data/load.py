@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from nibabel.affines import apply_affine
 from torch import Tensor
 
 from regpipe.data.cache import Store
 from regpipe.data.checks import unlike_landmarks
 from regpipe.data.pairs import KINDS, SIDES, Case
-from regpipe.data.placement import Frames, Read
-from regpipe.io import images
+from regpipe.data.placement import Frames
+from regpipe.io import geometry, images
 from regpipe.io.geometry import extent
-from regpipe.io.images import Grid
-from regpipe.io.points import read_landmarks
-from regpipe.transforms import displacement
+from regpipe.io.images import Grid, Image
+from regpipe.io.source import Source
+from regpipe.transforms import displacement, homography
 from regpipe.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,8 @@ class LoadPair:
     ``label`` (1, *S) int32, zeros where there is none; ``landmarks`` (K, D) float32 in working
     voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the image's field
     of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1) float64,
-    working voxel -> RAS mm. ``displacement`` (D, *S) where there is a true one, working voxels.
+    working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image is seen
+    at ``bend(x)``, see ``transforms.homography``. ``displacement`` (D, *S) where there is a true one, working voxels.
     With ``cache`` they are kept, per image and field and not per pair, and handed out without a copy: never change them
     in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``data.cache``.
 
@@ -57,21 +57,24 @@ class LoadPair:
         space: Mapping[str, Any] | None = None,
     ) -> None:
         self.grid = grid
+        self.affine, self.affine_from, self.affine_metric = affine, affine_from, affine_metric
         self.landmark_channels = landmark_channels
         self.mask_rims = mask_rims
         self.store = Store(cache_dir) if cache_dir else None
         self.frames = Frames(grid, affine, source=affine_from, metric=affine_metric, space=space, store=self.store)
         self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
 
-    def __call__(self, case: Case) -> dict[str, Any]:
+    def __call__(self, case: Case, files: Source | None = None) -> dict[str, Any]:
         item: dict[str, Any] = {"case": case["case"]}
-        read = functools.cache(images.read_image)  # both frames and arrays may ask for a file
-        grid = self.grid_of(case)
-        for side, frame in zip(SIDES, self.frames(case, read), strict=True):
-            tensors = self._side(case, side, frame, grid, read)
+        files = files or Source()  # both frames and arrays may ask for a file
+        grid = self.grid_of(case, files)
+        fixed_frame, moving_frame = self.frames(case, files)
+        bend = self.frames.bend(case, files)
+        for side, frame, bent in (("fixed", fixed_frame, None), ("moving", moving_frame, bend)):
+            tensors = self._side(case, side, frame, bent, grid, files)
             item |= {f"{side}_{key}": value for key, value in tensors.items()}
         if "displacement" in case:
-            item |= self._true_displacement(case, item, grid)
+            item |= self._true_displacement(case, item, grid, files)
         counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
         unlike = unlike_landmarks(case, counts)
         if unlike:
@@ -80,51 +83,66 @@ class LoadPair:
             item |= {f"{side}_landmarks": item[f"{side}_landmarks"][:0] for side in SIDES}
         return item
 
-    def grid_of(self, case: Case) -> Grid:
+    def grid_of(self, case: Case, files: Source | None = None) -> Grid:
         """The working grid of a case."""
-        return self.frames.grid_of(case)
+        return self.frames.grid_of(case, files)
 
-    def _side(self, case: Case, side: str, frame: np.ndarray, grid: Grid, read: Read) -> dict[str, Tensor]:
-        files, image = tuple(case.get(f"{side}_{kind}") for kind in KINDS), case[f"{side}_image"]
-        make = functools.partial(self._make, files, side, frame, grid.shape, read)
-        # An image's frame of its own is the same in all pairs; any other is this pair's alone.
-        if not np.array_equal(frame, self.frames.around(image, grid, read)):
+    def _side(
+        self, case: Case, side: str, frame: np.ndarray, bend: np.ndarray | None, grid: Grid, files: Source
+    ) -> dict[str, Tensor]:
+        paths, image = tuple(case.get(f"{side}_{kind}") for kind in KINDS), case[f"{side}_image"]
+        make = functools.partial(self._make, paths, side, frame, bend, grid.shape, files)
+        # An image's frame of its own is the same in all pairs; any other, and what is bent, is this pair's alone.
+        if bend is not None or not np.array_equal(frame, self.frames.around(image, grid, files)):
             return make()
-        return self._kept(files, grid, (frame,), make)
+        return self._kept(paths, grid, (frame,), make)
 
     def _kept(
-        self, files: tuple[Any, ...], grid: Grid, frames: Sequence[np.ndarray], make: Callable[[], dict[str, Tensor]]
+        self, paths: tuple[Any, ...], grid: Grid, frames: Sequence[np.ndarray], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """What ``make`` gives of these files in these frames; from memory or from the store where it is there."""
-        key = (*files, *(frame.tobytes() for frame in frames))
+        key = (*paths, *(frame.tobytes() for frame in frames))
         if self.cache is not None and key in self.cache:
             return self.cache[key]
         told = {"landmark_channels": self.landmark_channels, "mask_rims": self.mask_rims}
         about = {"frames": [frame.tolist() for frame in frames], "shape": grid.shape, **told}
-        tensors = make() if self.store is None else self.store.tensors(files, about, make)
+        tensors = make() if self.store is None else self.store.tensors(paths, about, make)
         if self.cache is not None:
             self.cache[key] = tensors
         return tensors
 
     def _make(
-        self, files: Sequence[Any], side: str, frame: np.ndarray, shape: tuple[int, ...], read: Read
+        self,
+        paths: Sequence[Any],
+        side: str,
+        frame: np.ndarray,
+        bend: np.ndarray | None,
+        shape: tuple[int, ...],
+        files: Source,
     ) -> dict[str, Tensor]:
-        image = files[0]
-        seen = _covered(read(image), frame, shape)
+        image = paths[0]
+        seen = _covered(files.image(image), frame, shape)
         if not seen:
             raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
         if seen < 0.9 and side == "fixed":
             log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
-        return self._load(files, frame, shape, read) | {"affine": torch.from_numpy(frame)}
+        affine = {"affine": torch.from_numpy(frame)}
+        if bend is None:
+            return self._load(paths, frame, shape, files) | affine
+        return self._load(paths, frame @ bend, shape, files) | affine | {"bend": torch.from_numpy(bend)}
 
-    def _true_displacement(self, case: Case, item: Mapping[str, Any], grid: Grid) -> dict[str, Tensor]:
+    def _true_displacement(self, case: Case, item: Mapping[str, Any], grid: Grid, files: Source) -> dict[str, Tensor]:
         frames = item["fixed_affine"].numpy(), item["moving_affine"].numpy()
 
         def make() -> dict[str, Tensor]:
-            field, affine = displacement.read_displacement(case["displacement"])
+            field, affine = files.read(case["displacement"], displacement.read_displacement)
             u = displacement.grid_displacement(field, affine, *frames, grid.shape)
+            if "moving_bend" in item:
+                u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
             return {"displacement": torch.from_numpy(u).float()}
 
+        if "moving_bend" in item:
+            return make()
         return self._kept((case["displacement"],), grid, frames, make)
 
     @staticmethod
@@ -132,41 +150,46 @@ class LoadPair:
         """An image's values as a network sees them."""
         return images.normalise(array)
 
-    def _load(self, files: Sequence[Any], affine: np.ndarray, shape: tuple[int, ...], read: Read) -> dict[str, Tensor]:
-        path, label, landmarks, mask = files
-        image, dim = read(path), len(shape)
+    def _load(
+        self, paths: Sequence[Any], affine: np.ndarray, shape: tuple[int, ...], files: Source
+    ) -> dict[str, Tensor]:
+        path, label, landmarks, mask = paths
+        image, dim = files.image(path), len(shape)
         grey = image._replace(array=self.scale(image.array))
         array = images.resample(grey, affine, shape, order=1)
-        labels, points, back = np.zeros(shape, np.int32), [np.zeros((0, dim))], np.linalg.inv(affine)
+        labels, points, back = (
+            np.zeros(shape, np.int32),
+            [np.zeros((0, dim))],
+            np.linalg.inv(affine),
+        )
         if label:
-            found, channels = images.read_label(label, landmark_channels=self.landmark_channels)
+            found, channels = files.label(label, self.landmark_channels)
             labels = images.resample(found, affine, shape, order=0)
             if channels is not None:
-                points.append(apply_affine(back @ found.affine, channels))
+                points.append(geometry.carry(back @ found.affine, channels))
         if landmarks:
-            lps = read_landmarks(landmarks)
-            points.append(apply_affine(back, lps * [-1.0, -1.0, 1.0][:dim]))
+            lps = files.landmarks(landmarks)
+            points.append(geometry.carry(back, geometry.flipped(lps)))
         return {
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],
             "landmarks": torch.from_numpy(np.concatenate(points)).float(),
-            "mask": _mask(image, mask, affine, shape, rims=self.mask_rims)[None],
+            "mask": _mask(image, files.label(mask)[0] if mask else None, affine, shape, rims=self.mask_rims)[None],
         }
 
 
-def _mask(image: images.Image, path: str | None, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool) -> Tensor:
+def _mask(image: Image, drawn: Image | None, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool) -> Tensor:
     """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``) and its mask file."""
     view = image._replace(array=np.ones(image.array.shape, np.uint8))
     inside = images.resample(view, affine, shape, order=0) > 0 if rims else np.ones(shape, bool)
-    if path:
-        drawn, _ = images.read_label(path)
+    if drawn is not None:
         inside &= images.resample(drawn, affine, shape, order=0) != 0
     if inside.all():  # most are: one number in memory in place of a volume
         return torch.ones(()).expand(shape)
     return torch.from_numpy(inside).float()
 
 
-def _covered(image: images.Image, affine: np.ndarray, shape: tuple[int, ...]) -> float:
+def _covered(image: Image, affine: np.ndarray, shape: tuple[int, ...]) -> float:
     """Share of an image's volume inside the working grid, along the grid's axes."""
     low, high = extent(image.array.shape, image.affine, affine)
     inside = np.minimum(high, np.array(shape) - 0.5) - np.maximum(low, -0.5)

@@ -25,6 +25,7 @@ from typing import Any
 
 from regpipe.data.pairs import Case
 from regpipe.io import images
+from regpipe.io.source import Source
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import absolute, parse_json, replace_file, sha256
@@ -151,10 +152,10 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def inputs_of(case: Case, known: Mapping[str, str]) -> list[dict[str, str]]:
-    """Role, name and hash of each file of a case; ``known``: role -> SHA-256, of those that are hashed already."""
+def inputs_of(case: Case, files: Source) -> list[dict[str, str]]:
+    """Role, name and hash of each file of a case."""
     return [
-        {"role": role, "file": Path(path).name, "sha256": known.get(role) or sha256(images.files(path))}
+        {"role": role, "file": Path(path).name, "sha256": files.sha256(path)}
         for role, path in case.items()
         if role != "case"
     ]

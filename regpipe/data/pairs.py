@@ -22,6 +22,7 @@ import numpy as np
 from regpipe.io import images
 from regpipe.io.formats import warn_once
 from regpipe.io.images import SUFFIXES, Grid, PathLike, is_series
+from regpipe.io.source import Source
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError, printable
 from regpipe.utils.files import absolute, parse_json
@@ -304,12 +305,13 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def fixed_grid(case: Case) -> Grid:
+def fixed_grid(case: Case, files: Source | None = None) -> Grid:
     """The grid for one pair alone: the fixed image's extent and spacing, coarser where that is too much to work on.
 
-    Reads the header only.
+    Without ``files`` only the header is read.
     """
-    shape, spacing = images.geometry(case["fixed_image"])
+    header = images.header if files is None else files.header
+    shape, spacing = images.on_own_axes(*header(case["fixed_image"]))
     given, extent, least = shape, shape * spacing, spacing.min()
     while math.prod(shape) > LARGEST_GRID:  # the finest axes first
         least *= 1.02

@@ -3,7 +3,8 @@
 A *frame* is an affine (D+1, D+1), working voxel -> RAS mm of an image. The fixed image's frame is the grid laid around
 its centre, along its own axes. The moving image's is the same grid carried over by the alignment ``T`` (fixed point ->
 moving point): ``moving_frame = T @ fixed_frame``, so that what is left for the network is what no affine map can do.
-``T`` is never applied to an image by itself: every file is resampled once, through everything.
+``T`` is never applied to an image by itself: every file is resampled once, through everything. Of a homography (2-D)
+``T`` is the affine part, and the *bend* the rest, see ``transforms.homography``.
 """
 
 from __future__ import annotations
@@ -20,30 +21,28 @@ from regpipe.data.pairs import SIDES, Case, fixed_grid
 from regpipe.io import images
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
-from regpipe.io.points import read_landmarks
-from regpipe.transforms import affine
+from regpipe.io.source import Source
+from regpipe.transforms import affine, homography, projective
 from regpipe.utils.errors import InputError
 
 if TYPE_CHECKING:
     from regpipe.data.cache import Store
 
-STAGES = ("auto", *affine.STAGES)
+STAGES = ("auto", *affine.STAGES, "projective")
 SOURCES = ("images", "landmarks", "both")
 FOREGROUND = 0.1  # of an image's range, for where its content is
 
 log = logging.getLogger(__name__)
 
-Read = Callable[[str], Image]
-
 
 class Frames:
-    """``frames(case, read) -> (fixed frame, moving frame)``.
+    """``frames(case, files) -> (fixed frame, moving frame)``.
 
     Args:
         grid: the working grid; None: of each pair its own, see ``data.pairs.fixed_grid``.
         stage: ``none``: both images share one space; ``centre``: their centres are laid onto each other; ``rigid``,
-            ``similarity``, ``affine``: see ``transforms.affine``; ``auto``: ``none`` for two images on the grid
-            ``space``, else ``affine``.
+            ``similarity``, ``affine``: see ``transforms.affine``; ``projective``: in 2-D, further to a homography, see
+            ``transforms.projective``; ``auto``: ``none`` for two images on the grid ``space``, else ``affine``.
         source: what rigid and more are found by: the ``images``, the cases' ``landmarks`` files, or ``both``, the
             images starting from the landmarks.
         metric: what images are aligned by: ``mi``, or ``ncc`` for images of one modality.
@@ -51,7 +50,8 @@ class Frames:
         store: where what is found is kept for other processes.
 
     Raises:
-        InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap.
+        InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap,
+            ``projective`` in 3-D or without OpenCV.
     """
 
     def __init__(
@@ -68,24 +68,37 @@ class Frames:
         for option, (value, known) in asked.items():
             if value not in known:
                 raise InputError(f"--{option} {value}: choose among {', '.join(known)}")
+        if grid is not None:
+            _check_dimension(stage, grid)
+        if stage == "projective" and source != "landmarks":
+            projective.opencv()  # told now, and not once a pair
         self.grid, self.stage, self.source, self.metric, self.space = grid, stage, source, metric, space
         self.store = store
         self._own: dict[tuple[str, Grid], np.ndarray] = {}
         self._found: dict[tuple[str | None, ...], affine.Alignment] = {}
 
-    def __call__(self, case: Case, read: Read) -> tuple[np.ndarray, np.ndarray]:
-        grid = self.grid_of(case)
-        start = self.around(case["fixed_image"], grid, read)
-        stage = self.stage_of(case, read)
+    def __call__(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray]:
+        grid = self.grid_of(case, files)
+        start = self.around(case["fixed_image"], grid, files)
+        stage = self.stage_of(case, files)
+        _check_dimension(stage, grid)
         if stage == "none":
             return start, start
         if stage == "centre":
-            return start, same_axes(self.around(case["moving_image"], grid, read), start, grid.shape)
-        return start, self._matrix(case, read, stage) @ start
+            return start, same_axes(self.around(case["moving_image"], grid, files), start, grid.shape)
+        return start, homography.split(self._matrix(case, files, stage), start, grid.shape)[0]
 
-    def grid_of(self, case: Case) -> Grid:
+    def bend(self, case: Case, files: Source) -> np.ndarray | None:
+        """What the frames leave of a homography: (3, 3), working voxels; None where the stage is another."""
+        if self.stage_of(case, files) != "projective":
+            return None
+        grid = self.grid_of(case, files)
+        start = self.around(case["fixed_image"], grid, files)
+        return homography.split(self._matrix(case, files, "projective"), start, grid.shape)[1]
+
+    def grid_of(self, case: Case, files: Source | None = None) -> Grid:
         """The working grid of a case."""
-        return self.grid or fixed_grid(case)
+        return self.grid or fixed_grid(case, files)
 
     def found(self, case: Case) -> dict[str, float]:
         """Of a case that was aligned by its images: how far they overlap, how alike they were before and after."""
@@ -95,26 +108,29 @@ class Frames:
         before, after = known.before, known.after
         return {"affine_overlap": known.overlap, "affine_similarity_before": before, "affine_similarity": after}
 
-    def stage_of(self, case: Case, read: Read) -> str:
+    def stage_of(self, case: Case, files: Source) -> str:
         """What is done to a case."""
         if self.stage != "auto":
             return self.stage
-        known = self.space is not None and all(on_grid(read(case[f"{side}_image"]), self.space) for side in SIDES)
+        known = self.space is not None and all(
+            on_grid(files.header(case[f"{side}_image"]), self.space) for side in SIDES
+        )
         return "none" if known else "affine"
 
-    def around(self, path: str, grid: Grid, read: Read) -> np.ndarray:
+    def around(self, path: str, grid: Grid, files: Source) -> np.ndarray:
         """The frame of a grid around one image, whatever it is paired with."""
         key = (path, grid)
         if key not in self._own:
-            self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, read)])[0]
+            self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, files)])[0]
         return self._own[key]
 
-    def _matrix(self, case: Case, read: Read, stage: str) -> np.ndarray:
+    def _matrix(self, case: Case, files: Source, stage: str) -> np.ndarray:
         """Fixed point -> moving point, RAS mm; found once."""
         key = _files(case)
         if key not in self._found:
-            about = {"stage": stage, "source": self.source, "metric": self.metric, "grid": None}
-            matrix, *numbers = self._kept(key, about, lambda: self._align(case, read, stage))
+            grid = self.grid_of(case, files) if stage == "projective" else None  # the others are the same on any
+            about = {"stage": stage, "source": self.source, "metric": self.metric, "grid": grid}
+            matrix, *numbers = self._kept(key, about, lambda: self._find(case, files, stage))
             self._found[key] = affine.Alignment(matrix, *map(float, numbers))
         return self._found[key].matrix
 
@@ -126,12 +142,32 @@ class Frames:
             return [np.asarray(value) for value in make()]
         return self.store.arrays(files, about, make)
 
-    def _align(self, case: Case, read: Read, stage: str) -> affine.Alignment:
-        start = None if self.source == "images" else self._from_landmarks(case, stage)
+    def _find(self, case: Case, files: Source, stage: str) -> affine.Alignment:
+        linear = self._align(case, files, "affine" if stage == "projective" else stage)
+        return self._align_further(case, files, linear) if stage == "projective" else linear
+
+    def _align_further(self, case: Case, files: Source, linear: affine.Alignment) -> affine.Alignment:
+        """The homography, where it has no fold on the working grid; else what was there before."""
+        grid = self.grid_of(case, files)
+        frame = self.around(case["fixed_image"], grid, files)
+        found = linear
+        if self.source != "images":
+            found = linear._replace(matrix=self._from_landmarks(case, files, "projective"))
+        if self.source != "landmarks" and homography.is_gentle(found.matrix, frame, grid.shape):
+            fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
+            masks = {f"{side}_mask": _mask(case.get(f"{side}_mask"), files) for side in SIDES}
+            found = projective.align_projective(fixed, moving, found.matrix, metric=self.metric, **masks)
+        if not homography.is_gentle(found.matrix, frame, grid.shape):
+            log.warning("%s: its homography folds on the working grid; the affine map is kept", case["moving_image"])
+            return linear
+        return found._replace(before=linear.before)
+
+    def _align(self, case: Case, files: Source, stage: str) -> affine.Alignment:
+        start = None if self.source == "images" else self._from_landmarks(case, files, stage)
         if start is not None and self.source == "landmarks":
             return affine.Alignment(start, math.nan, math.nan, math.nan)
-        fixed_mask, moving_mask = (_mask(case.get(f"{side}_mask")) for side in SIDES)
-        fixed, moving = (read(case[f"{side}_image"]) for side in SIDES)
+        fixed_mask, moving_mask = (_mask(case.get(f"{side}_mask"), files) for side in SIDES)
+        fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
         try:
             return affine.align(
                 fixed, moving, stage, metric=self.metric, fixed_mask=fixed_mask, moving_mask=moving_mask, start=start
@@ -139,16 +175,23 @@ class Frames:
         except InputError as problem:
             raise InputError(f"{case['moving_image']}: {problem}") from None
 
-    def _from_landmarks(self, case: Case, stage: str) -> np.ndarray:
+    def _from_landmarks(self, case: Case, files: Source, stage: str) -> np.ndarray:
         fixed, moving = (case.get(f"{side}_landmarks") for side in SIDES)
         if fixed is None or moving is None:
             missing = f"--affine_from {self.source} needs landmarks of both images; add them, or take images"
             raise InputError(f"{case['moving_image']}: {missing}")
-        points = read_landmarks(fixed), read_landmarks(moving)
+        points = files.landmarks(fixed), files.landmarks(moving)
         try:
+            if stage == "projective":
+                return projective.from_landmarks(*points)
             return affine.from_landmarks(*points, stage)
         except InputError as problem:
             raise InputError(f"{moving}: {problem}") from None
+
+
+def _check_dimension(stage: str, grid: Grid) -> None:
+    if stage == "projective" and len(grid.shape) != 2:
+        raise InputError("--affine projective: projective is for 2D images; use affine")
 
 
 def _files(case: Case) -> tuple[str | None, ...]:
@@ -156,13 +199,13 @@ def _files(case: Case) -> tuple[str | None, ...]:
     return tuple(case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks"))
 
 
-def _mask(path: str | None) -> np.ndarray | None:
-    return None if path is None else images.read_label(path)[0].array != 0
+def _mask(path: str | None, files: Source) -> np.ndarray | None:
+    return None if path is None else files.label(path)[0].array != 0
 
 
-def _own_frame(path: str, grid: Grid, read: Read) -> np.ndarray:
+def _own_frame(path: str, grid: Grid, files: Source) -> np.ndarray:
     try:
-        return frame_of(read(path), grid)
+        return frame_of(files.image(path), grid)
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from None
 
@@ -197,9 +240,9 @@ def same_axes(own: np.ndarray, like: np.ndarray, shape: Sequence[int]) -> np.nda
     return turned
 
 
-def on_grid(image: Image, space: Mapping[str, Any]) -> bool:
-    """Whether an image has the shape and affine of ``space``."""
-    return list(image.array.shape) == list(space["shape"]) and np.allclose(image.affine, space["affine"], atol=1e-3)
+def on_grid(header: tuple[Sequence[int], np.ndarray], space: Mapping[str, Any]) -> bool:
+    """Whether an image of this shape and affine has those of ``space``."""
+    return [*header[0]] == [*space["shape"]] and np.allclose(header[1], space["affine"], atol=1e-3)
 
 
 def common_space(cases: Sequence[Case]) -> dict[str, Any] | None:

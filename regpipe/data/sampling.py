@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import cast
 
 import ignite.distributed as idist
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from regpipe.data.pairs import SIDES, Case
 from regpipe.utils.errors import InputError
 
 
@@ -20,13 +19,15 @@ class PairSampler(Sampler[int]):
     """A random part of the pairs each epoch, without repetition while there are enough, see ``draw``.
 
     Args:
-        known: which of the pairs are supervised, see ``supervised``.
-        num_samples: how many an epoch.
+        known: which of the pairs are supervised, see ``losses.terms.supervised``.
+        size: how many an epoch; no more than there are.
         share: of them supervised, where only some pairs are; None: as they come.
+        again: fill up an epoch with pairs that it has had already.
     """
 
-    def __init__(self, known: Tensor, num_samples: int, *, share: float | None = None) -> None:
-        self.known, self.num_samples, self.share = known, num_samples, checked_share(share)
+    def __init__(self, known: Tensor, size: int, *, share: float | None = None, again: bool = False) -> None:
+        self.known, self.size, self.share = known, size, checked_share(share)
+        self.num_samples = size if again else min(size, len(known))
 
     def __len__(self) -> int:
         return self.num_samples
@@ -43,8 +44,8 @@ class EpochSampler(DistributedSampler):
     not be equally long.
 
     Args:
-        known: which of the pairs are supervised, see ``data.sampling.supervised``.
-        size: pairs an epoch, all processes together.
+        known: which of the pairs are supervised, see ``losses.terms.supervised``.
+        size: pairs an epoch, all processes together; no more than there are.
         seed: the run's.
         share: of them supervised, see ``data.sampling.draw``.
     """
@@ -52,26 +53,14 @@ class EpochSampler(DistributedSampler):
     def __init__(self, known: Tensor, size: int, *, seed: int, share: float | None = None) -> None:
         super().__init__(cast("Dataset[Tensor]", known), idist.get_world_size(), idist.get_rank(), seed=seed)
         self.size, self.known, self.share = size, known, checked_share(share)
-        self.num_samples = -(-size // self.num_replicas)
+        self.drawn = min(size, len(known))
+        self.num_samples = -(-self.drawn // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = draw(self.known, self.size, self.share, generator)
+        drawn = draw(self.known, self.drawn, self.share, generator)
         places = torch.arange(self.num_samples) * self.num_replicas + self.rank
         return iter(drawn[places % len(drawn)].tolist())
-
-
-def needed(weights: Mapping[str, float], *, landmark_channels: int | None) -> dict[str, str]:
-    """The terms of a loss that need labels or landmarks -> which of the two files holds them."""
-    points = "landmarks" if landmark_channels is None else "label"
-    files = {"dice": "label", "anatomy": "label", "landmarks": points}
-    return {term: kind for term, kind in files.items() if weights.get(term)}
-
-
-def supervised(pairs: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None = None) -> Tensor:
-    """(N,) bool: which pairs have, of both images, what a term of the loss needs."""
-    kinds = set(needed(weights, landmark_channels=landmark_channels).values())
-    return torch.tensor([any(all(f"{side}_{kind}" in pair for side in SIDES) for kind in kinds) for pair in pairs])
 
 
 def draw(known: Tensor, size: int, share: float | None, generator: torch.Generator | None = None) -> Tensor:

@@ -1,3 +1,10 @@
+from . import describe as describe
+from . import inferers as inferers
+from . import options as options
+from . import record as record
+from . import refine as refine
+from . import run as run
+from . import step as step
 from .inferers import RegistrationInferer as RegistrationInferer
 from .inferers import ZeroInferer as ZeroInferer
 from .inferers import prepare_batch as prepare_batch

@@ -18,25 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 from regpipe.data import manifest
 from regpipe.metrics import cost
 from regpipe.metrics.cases import write_csv
-from regpipe.metrics.measures import HIGHER_IS_BETTER, bootstrap_interval, known
+from regpipe.metrics.measures import bootstrap_interval, known
+from regpipe.metrics.metric import columns, heading
 from regpipe.report.tensorboard_pages import COSTS, log_evaluation
-from regpipe.utils.console import Progress
+from regpipe.utils.console import Progress, say
 from regpipe.utils.files import replace_file
-
-SHOWN = {  # metric -> (heading, digits); what people read, in this order
-    "dice_before": ("Dice before", 3),
-    "dice": ("Dice", 3),
-    "hd95_before": ("HD95 before mm", 2),
-    "hd95": ("HD95 mm", 2),
-    "tre_before": ("TRE before mm", 2),
-    "tre": ("TRE mm", 2),
-    "ncc_before": ("NCC before", 3),
-    "ncc": ("NCC", 3),
-    "folds_percent": ("folds %", 4),
-    "ndv_percent": ("NDV %", 4),
-    "sdlogj": ("SDlogJ", 3),
-    "inverse_consistency": ("inverse error mm", 3),
-}
 
 
 class EvaluationReport:
@@ -104,22 +90,22 @@ class EvaluationReport:
         if self.writer is not None and self.split == "validation":
             costs = (result["seconds_per_pair"][0], result["parameters"] / 1e6, result["flops"] / 1e9)
             log_evaluation(self.writer, metrics, dict(zip(COSTS, costs, strict=True)))
-        print(table({"held out" if self.split == "validation" else self.split: metrics}))
-        print(f"{len(rows)} cases, each in {self.folder / 'metrics.csv'}; labels warped by nearest neighbour")
+        say(table({"held out" if self.split == "validation" else self.split: metrics}))
+        say(f"{len(rows)} cases, each in {self.folder / 'metrics.csv'}; labels warped by nearest neighbour")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """metric -> [mean, low, high], a bootstrap interval over cases; metrics that no case has are left out."""
-    values = {name: known(row[name] for row in rows) for name in HIGHER_IS_BETTER}
+    values = {name: known(row[name] for row in rows) for name in columns()}
     return {name: list(bootstrap_interval(v)) for name, v in values.items() if len(v)}
 
 
 def table(summaries: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Markdown: a line per name, a column per metric that any has, ``mean [low, high]``."""
-    columns = [m for m in SHOWN if any(m in summary for summary in summaries.values())]
-    lines = ["| | " + " | ".join(SHOWN[m][0] for m in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    shown = {m: metric for m, metric in columns("table").items() if any(m in summary for summary in summaries.values())}
+    lines = ["| | " + " | ".join(map(heading, shown)) + " |", "|---" * (len(shown) + 1) + "|"]
     for name, summary in summaries.items():
-        cells = [interval(summary[m], SHOWN[m][1]) if m in summary else "" for m in columns]
+        cells = [interval(summary[m], metric.digits) if m in summary else "" for m, metric in shown.items()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -11,13 +11,14 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.handlers import ValidationHandler
+from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from regpipe.losses.terms import RegistrationLoss
-from regpipe.networks.weights import save_weights, unwrapped
+from regpipe.networks.weights import save_weights
 from regpipe.utils import console
 from regpipe.utils.distributed import of_first
 from regpipe.utils.errors import InputError
@@ -30,14 +31,12 @@ class TrainingDiverged(InputError):
 class NanGuard:
     """Stops training before a loss that is no number reaches the weights; says which term and which case."""
 
-    def __init__(self, loss: RegistrationLoss) -> None:
-        self.loss = loss
-
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        bad = [name for name, value in self.loss.terms.items() if not math.isfinite(value)]
+        output: Any = engine.state.output
+        bad = [name for name, value in terms_of(output).items() if not math.isfinite(value)]
         if bad:
             named = ", ".join(name for name in bad if name != "loss") or "loss"
             raise TrainingDiverged(
@@ -45,6 +44,11 @@ class NanGuard:
                 f"{_cases(engine)}: look at that case's images, or lower --learning_rate in another --ckpt_dir; "
                 "the last checkpoint and the best model are untouched"
             )
+
+
+def terms_of(output: Mapping[str, Any]) -> dict[str, float]:
+    """The loss terms in a trainer's ``engine.state.output``; of another step than ours the loss alone."""
+    return output["terms"] if "terms" in output else {"loss": float(output[Keys.LOSS])}
 
 
 def _cases(engine: Engine) -> str:
@@ -121,6 +125,8 @@ class Budget:
 class StructuresFirst:
     """In a first share of the training the network learns to see structures, nothing else: ``regpipe.SymmetricNet``.
 
+    ``now`` says whether that is so; the training's step, its validation and the mean of the weights ask.
+
     Args:
         network: without DDP's wrapper.
         share: of the epochs, and of the seconds of a ``budget``: whichever end first. It ends once: a run that goes on
@@ -136,7 +142,7 @@ class StructuresFirst:
             raise InputError(f"--structures_first {share}: give a share of the training, like 0.3; 0 for none")
         if share and getattr(network, "anatomy", None) is None:
             raise InputError("--structures_first: no structures to see; give --label_ids, and anatomy a loss weight")
-        self.network, self.share, self.budget, self.ended = network, share, budget, False
+        self.share, self.budget, self.ended, self.now = share, budget, False, False
 
     def attach(self, engine: Engine) -> None:
         if self.share:
@@ -145,7 +151,7 @@ class StructuresFirst:
     def _choose(self, engine: Engine) -> None:
         within = engine.state.epoch <= int(self.share * (engine.state.max_epochs or 0))
         self.ended = self.ended or not within or self.budget.spent >= self.share
-        self.network.structures_only = not self.ended  # type: ignore[assignment]  # an attribute, not a parameter
+        self.now = not self.ended
 
     def state_dict(self) -> dict[str, bool]:
         return {"ended": self.ended}
@@ -163,15 +169,16 @@ class WeightAverage:
     Args:
         network: without DDP's wrapper.
         batches: 0 for none: ``network`` here is the one given.
+        structures: while it says so, weights are not counted: or the mean would be of what did not learn yet.
 
     Raises:
         InputError: not a number of batches.
     """
 
-    def __init__(self, network: nn.Module, batches: int) -> None:
+    def __init__(self, network: nn.Module, batches: int, *, structures: StructuresFirst | None = None) -> None:
         if not (isinstance(batches, int) and batches >= 0):
             raise InputError(f"--average {batches}: give a number of batches, 0 for none")
-        self.source, self.batches = network, batches
+        self.source, self.batches, self.structures = network, batches, structures
         self.network = AveragedModel(network, multi_avg_fn=self._average) if batches else network
 
     def attach(self, engine: Engine) -> None:
@@ -179,7 +186,7 @@ class WeightAverage:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
 
     def _update(self) -> None:
-        if not sees_only(self.source):  # or the mean would be of what did not learn yet
+        if self.structures is None or not self.structures.now:
             self.network.update_parameters(self.source)  # type: ignore[operator]  # an AveragedModel
 
     def _average(self, kept: Sequence[Tensor], new: Sequence[Tensor], count: Tensor | int) -> None:
@@ -198,14 +205,13 @@ class WeightAverage:
 class Validation(ValidationHandler):
     """MONAI's, but for epochs of ``StructuresFirst``: nothing is registered in them."""
 
+    def __init__(self, interval: int, validator: Evaluator, *, structures: StructuresFirst | None = None) -> None:
+        super().__init__(interval, validator)
+        self.structures = structures
+
     def __call__(self, engine: Engine) -> None:
-        if not sees_only(engine.network):  # type: ignore[attr-defined]
+        if self.structures is None or not self.structures.now:
             super().__call__(engine)
-
-
-def sees_only(network: nn.Module) -> bool:
-    """Whether ``StructuresFirst`` has the network look for structures, and register nothing."""
-    return bool(getattr(unwrapped(network), "structures_only", False))
 
 
 class EpochSeed:
@@ -229,8 +235,8 @@ class EpochSeed:
 class Progress:
     """One bar over the whole training, with the running loss terms, the key metric and the time left."""
 
-    def __init__(self, loss: RegistrationLoss, evaluator: Engine) -> None:
-        self.loss, self.evaluator = loss, evaluator
+    def __init__(self, evaluator: Engine) -> None:
+        self.evaluator = evaluator
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._open)
@@ -245,7 +251,8 @@ class Progress:
 
     def _step(self, engine: Engine) -> None:
         best: Any = self.evaluator.state
-        shown = {"epoch": engine.state.epoch, **{k: f"{v:.4f}" for k, v in self.loss.terms.items()}}
+        output: Any = engine.state.output
+        shown = {"epoch": engine.state.epoch, **{k: f"{v:.4f}" for k, v in terms_of(output).items()}}
         if best.best_metric_epoch > 0:
             shown["best"] = f"{best.best_metric:.4f}"
         self.bar.set_postfix(shown, refresh=False)

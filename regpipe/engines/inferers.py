@@ -1,7 +1,7 @@
 """The adapters between regpipe's functions and MONAI's SupervisedTrainer / SupervisedEvaluator.
 
 ``prepare_batch`` makes the network's input of a collated batch (``data.pairs``), ``RegistrationInferer`` turns the
-network's velocity into warped images, and ``losses.terms.RegistrationLoss`` weighs them. The iteration that does so
+network's velocity into warped images, and ``losses.loss.RegistrationLoss`` weighs them. The iteration that does so
 in training is ``engines.step.TrainingStep``; what happens around it is in ``engines.handlers``.
 """
 
@@ -32,10 +32,9 @@ from regpipe.fields.algebra import (
 from regpipe.fields.folds import repair
 from regpipe.fields.layers import LAYERS
 from regpipe.io import images
-from regpipe.io.images import Grid, load_grid, make_grid
-from regpipe.networks.symmetric import SymmetricNet, unfold
+from regpipe.io.images import Grid, load_grid
+from regpipe.networks.symmetric import Prediction, SymmetricNet, prediction
 from regpipe.networks.weights import check_sound, read_state_dict, unwrapped
-from regpipe.phantoms.cohort import BUILTIN_SHAPES
 from regpipe.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -62,13 +61,12 @@ def prepare_batch(
 class RegistrationInferer(Inferer):
     """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
 
-    Whatever the autocast, only the network computes in half precision; what it gives is float32 from there on. What a
-    network gives beyond the velocity, unfolded, is the dict's ``anatomy`` (B, 2 (K + 1), *full): the logits of the
-    structures in fixed, then in moving; see ``regpipe.SymmetricNet``.
+    Whatever the autocast, only the network computes in half precision; what it gives is float32 from there on. The
+    structures that it sees are the dict's ``anatomy``. Of two velocities, SYMNet's, both fields are composed; see
+    ``networks.symmetric.Prediction``.
 
     Args:
         layers: what warps and integrates.
-        midway: the network gives SYMNet's two velocities instead of one.
         cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
             far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
         refiner: optimises the velocity of each pair further, starting from the network's, or from zero where the
@@ -80,7 +78,6 @@ class RegistrationInferer(Inferer):
         self,
         *,
         layers: Layers = LAYERS,
-        midway: bool = False,
         cascades: int = 1,
         refiner: Refiner | None = None,
         repair: bool = False,
@@ -90,30 +87,35 @@ class RegistrationInferer(Inferer):
         self.cascades = cascades
         self.refiner = refiner
         self.repair = repair
-        self.midway = midway
-        if midway and (refiner is not None or cascades > 1):
-            raise InputError("refinement and cascades go on from one velocity, SYMNet gives two: leave them out")
         if cascades < 1:
             raise InputError(f"--cascades {cascades}: the network is applied once at least")
 
     def __call__(
-        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor | Prediction],
+        *args: Any,
+        masks: Sequence[Tensor] = (),
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        output = network(inputs, *args, **kwargs)
-        dim = (inputs.ndim - 2) * (2 if self.midway else 1)
-        anatomy = {"anatomy": unfold(output[:, dim:].float())} if output.shape[1] > dim else {}
+        found = prediction(network(inputs, *args, **kwargs))
+        if found.back is not None and (self.refiner is not None or self.cascades > 1):
+            raise InputError("refinement and cascades go on from one velocity, SYMNet gives two: leave them out")
+        anatomy = {} if found.structures is None else {"anatomy": found.structures.float()}
         fixed, moving = inputs.float().chunk(2, dim=1)
-        velocity = output[:, :dim].float()
+        velocity = found.velocity.float()
         for _ in range(self.cascades - 1):
-            halves = midway_images(fixed, moving, velocity, self.layers)
-            velocity = velocity + network(halves, *args, **kwargs)[:, :dim].float()
+            more = prediction(network(midway_images(fixed, moving, velocity, self.layers), *args, **kwargs))
+            velocity = velocity + more.velocity.float()
         beside: dict[str, Any] = dict(anatomy)
         with torch.autocast(inputs.device.type, enabled=False):
             if self.refiner is not None:
                 velocity, beside["start"] = self.refiner.from_better(fixed, moving, velocity, masks=masks, **anatomy)
-            finish = register_midway if self.midway else register
-            result = finish(fixed, moving, velocity, layers=self.layers)
-        return {**(without_folds(fixed, moving, result, self.layers) if self.repair else result._asdict()), **beside}
+            if found.back is None:
+                result = register(fixed, moving, velocity, layers=self.layers)
+            else:
+                result = register_midway(fixed, moving, velocity, found.back.float(), layers=self.layers)
+        return {**(without_folds(fixed, moving, result, self.layers) if self.repair else result.tensors()), **beside}
 
 
 def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor, layers: Layers = LAYERS) -> Tensor:
@@ -128,8 +130,8 @@ def without_folds(fixed: Tensor, moving: Tensor, result: Registration, layers: L
     """The registration with both fields repaired (``fields.folds``), and ``repaired`` (B,): see the inferer."""
     there, back = repair(result.displacement), repair(result.inverse)
     warped = warp_both(moving, fixed, there.displacement, back.displacement, layers=layers)
-    mended = Registration(result.velocity, there.displacement, back.displacement, *warped)
-    return {**mended._asdict(), "repaired": torch.maximum(there.moved_max, back.moved_max)}
+    mended = Registration(result.velocity, there.displacement, back.displacement, *warped, result.back)
+    return {**mended.tensors(), "repaired": torch.maximum(there.moved_max, back.moved_max)}
 
 
 class ZeroInferer(Inferer):
@@ -148,7 +150,7 @@ class ZeroInferer(Inferer):
     ) -> dict[str, Tensor]:
         fixed, moving = inputs.float().chunk(2, dim=1)
         result = register(fixed, moving, self.refiner(fixed, moving, masks=masks))
-        return without_folds(fixed, moving, result) if self.repair else result._asdict()
+        return without_folds(fixed, moving, result) if self.repair else result.tensors()
 
 
 def metric_input(output: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +169,8 @@ def parameter_groups(network: nn.Module, learning_rate: float, *, encoder_factor
         if parameter.requires_grad:
             groups[name.startswith("encoder.")].append(parameter)
     rates = {True: learning_rate * encoder_factor, False: learning_rate}
-    return [{"params": params, "lr": rates[key]} for key, params in groups.items() if params]
+    told = {"encoder_factor": encoder_factor}  # torch keeps it
+    return [{"params": params, "lr": rates[key], **told} for key, params in groups.items() if params]
 
 
 def model_folder(folder: str, dataset_dir: str) -> str:
@@ -183,7 +186,7 @@ def model_folder(folder: str, dataset_dir: str) -> str:
     shipped = own / f"{dim}d"
     if not (shipped / "model.pt").is_file():
         return folder
-    if (own / "model.pt").is_file() and len(trained_grid(folder).shape) == dim:
+    if (own / "model.pt").is_file() and trained_dimension(folder) == dim:
         return folder
     log.info("%s: the model that the bundle came with, trained on synthetic pairs", shipped)
     return str(shipped)
@@ -200,12 +203,18 @@ def dimensions_of(dataset_dir: str, *, most: int | None = None) -> set[int]:
     return found or {2}
 
 
-def trained_grid(ckpt_dir: str) -> Grid:
-    """The working grid that the model in ``ckpt_dir`` was trained on; a 2D one where nothing is trained yet."""
+def trained_grid(ckpt_dir: str) -> Grid | None:
+    """The working grid that the model in ``ckpt_dir`` was trained on; None where nothing is trained yet."""
     path = Path(ckpt_dir) / "working_grid.json"
     if path.is_file() or (Path(ckpt_dir) / "model.pt").is_file():  # a model without its grid is an error, not a guess
         return load_grid(path)
-    return make_grid(BUILTIN_SHAPES[2], (1.0, 1.0))
+    return None
+
+
+def trained_dimension(ckpt_dir: str) -> int:
+    """2 or 3, of the data that the model in ``ckpt_dir`` was trained on; 2 where nothing is trained yet."""
+    grid = trained_grid(ckpt_dir)
+    return 2 if grid is None else len(grid.shape)
 
 
 def trained_structures(ckpt_dir: str) -> int:
@@ -227,7 +236,7 @@ def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
         InputError: there is no model.
     """
     path = _model(ckpt_dir)
-    dim, structures = len(trained_grid(ckpt_dir).shape), trained_structures(ckpt_dir)
+    dim, structures = trained_dimension(ckpt_dir), trained_structures(ckpt_dir)
     return SymmetricNet(dim, backbone, pretrained=str(path), structures=structures)
 
 

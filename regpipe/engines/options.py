@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,33 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-from regpipe.utils.errors import InputError
+from regpipe.utils.errors import InputError, one_line_errors
 
 MONAI = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file")
 
 
-def refuse_unknown(argv: Sequence[str] | None = None) -> None:
-    """Check the options of ``python -m monai.bundle run`` against the ids of its configuration files.
+def begin_command() -> None:
+    """Where this process is ``python -m monai.bundle run``: errors end it in a line, misspelt options are refused.
 
-    Does nothing in any other program.
+    In any other program nothing: what it does with errors is its own.
+
+    Raises:
+        InputError: as ``refuse_unknown``.
+    """
+    command = [sys.argv[0], *sys.argv[1:2]]
+    if Path(command[0]).parts[-3:] == ("monai", "bundle", "__main__.py") and command[1:] == ["run"]:
+        one_line_errors()
+        refuse_unknown(sys.argv[2:])
+
+
+def refuse_unknown(words: Sequence[str]) -> None:
+    """Check what follows ``python -m monai.bundle run`` against the ids of its configuration files.
 
     Raises:
         InputError: an option that no file knows; the nearest one is named. ``--tracking`` without its package.
     """
-    argv = [
-        part for arg in (sys.argv if argv is None else argv) for part in arg.split("=", 1 if arg[:2] == "--" else 0)
-    ]
-    if "bundle" not in argv[0] or "--config_file" not in argv or "run" not in argv:
+    argv = [part for arg in words for part in arg.split("=", 1 if arg[:2] == "--" else 0)]
+    if "--config_file" not in argv:
         return
     files = _files(argv[argv.index("--config_file") + 1])
     also = (*MONAI, *_tracking_ids(argv))
@@ -77,6 +87,12 @@ def _files(given: str) -> list[str]:
         return list(ast.literal_eval(given))
     except (ValueError, SyntaxError):
         return [given] if Path(given).is_file() else given.split(",")
+
+
+def check(*, numbers: Mapping[str, object], switches: Mapping[str, object]) -> None:
+    """``check_numbers`` and ``check_switches``."""
+    check_numbers(**numbers)
+    check_switches(**switches)
 
 
 def check_switches(**given: object) -> None:

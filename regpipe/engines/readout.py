@@ -65,4 +65,4 @@ class Readout:
         network = self.evaluator.network.eval()
         found = self.evaluator.inferer(pair, network, **told)
         spacing = self.load.grid_of(case).spacing
-        return measure(Registration(**{name: found[name] for name in Registration._fields}), batch, spacing)
+        return measure(Registration.of(found), batch, spacing)

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import ignite.distributed as idist
 
@@ -22,35 +22,32 @@ from regpipe.utils.errors import InputError
 from regpipe.utils.files import absolute, parse_json, replace_file
 
 NAME = "training.json"
-DATA = (
-    "dataset_dir",
-    "holdout",
-    "pairing",
-    "seed",
-    "landmark_channels",
-    "mask_rims",
-    "cascades",
-    "affine",
-    "affine_from",
-    "space",
-    "to_fit_memory",
-    "own_grids",
-)
-# what older records do not say
-LATER: dict[str, Any] = {"mask_rims": False, "cascades": 1, "affine": "centre", "affine_from": "images", "space": None}
-LATER |= {"to_fit_memory": [], "own_grids": False}  # nor do bundles of before them
-KINDS: dict[str, Any] = {"dataset_dir": str | None, "landmark_channels": int | None, "cascades": int}
-KINDS |= {
-    "space": dict | None,
-    "training_images": list,
-    "own_grids": bool,
-}  # what else may be in them would end in the middle of a run
+
+
+class Data(NamedTuple):
+    """The choices that are kept; what older records, and bundles of before, do not say has a default."""
+
+    dataset_dir: str | None
+    holdout: float | int
+    pairing: str
+    seed: int | None
+    landmark_channels: int | None
+    mask_rims: bool = False
+    cascades: int = 1
+    affine: str = "centre"
+    affine_from: str = "images"
+    space: dict | None = None
+    to_fit_memory: list = []
+    own_grids: bool = False
+
+
+KINDS = get_type_hints(Data) | {"training_images": list}  # anything else would end in the middle of a run
 
 
 def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
-    """Keep the choices ``DATA`` and the images of the training pairs beside the model."""
-    root, known = absolute(data["dataset_dir"]), {**LATER, **data}
-    about = {**{key: known[key] for key in DATA}, "dataset_dir": _way(root, absolute(ckpt_dir))}
+    """Keep the choices ``Data`` and the images of the training pairs beside the model."""
+    root, known = absolute(data["dataset_dir"]), {**Data._field_defaults, **data}
+    about = {**{key: known[key] for key in Data._fields}, "dataset_dir": _way(root, absolute(ckpt_dir))}
     about |= {"dataset": fingerprint(root), "training_images": [fingerprint(path) for path in _images(cases)]}
     text = json.dumps(about, indent=1)
     manifest.forget(Path(ckpt_dir))  # of what was there before this training
@@ -84,6 +81,21 @@ def conclude(
     files = manifest.hashes(Path(folder), manifest.BESIDE if kind == "training" else manifest.TABLES)
     about |= {"machine": machine, "seconds": round(seconds, 2)}
     manifest.write(Path(folder), kind, inputs=known, files=files, settings=settings, **about)
+
+
+def conclude_training(ckpt_dir: str, training: Any, held_out: Sequence[Case], *, device: Any, seconds: float) -> None:
+    """The manifest of a training, see ``conclude``; ``training``: an ``engines.describe.Training``."""
+    pairs = {"training": training.pairs, "validation": held_out}
+    seed = training.split.seed
+    conclude(ckpt_dir, "training", pairs, training.recipe, device=device, seed=seed, seconds=seconds)
+
+
+def conclude_evaluation(
+    folder: str, ckpt_dir: str, cases: Sequence[Case], settings: Mapping[str, Any], *, device: Any, seconds: float
+) -> None:
+    """The manifest of an evaluation, see ``conclude``; ``settings``: ``engines.describe.evaluation``'s."""
+    about = {"seed": settings["seed"], "model": manifest.model_files(ckpt_dir)}
+    conclude(folder, "evaluation", {"evaluated": cases}, settings, device=device, seconds=seconds, **about)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -120,11 +132,17 @@ def read(ckpt_dir: str, *, required: bool = False) -> dict[str, Any]:
     if required and not path.is_file():
         raise InputError(f"{path}: missing; copy the whole folder of the model, or train again")
     if not path.is_file():
-        return {**LATER, "pairing": "all", "landmark_channels": None, "mask_rims": True, "training_images": []}
+        unknown: dict[str, Any] = {
+            "pairing": "all",
+            "landmark_channels": None,
+            "mask_rims": True,
+            "training_images": [],
+        }
+        return Data._field_defaults | unknown
     try:
-        known = LATER | parse_json(path.read_bytes())
-        if not {*DATA, "training_images"} <= known.keys():
-            raise KeyError(f"no {min({*DATA, 'training_images'} - known.keys())}")
+        known = Data._field_defaults | parse_json(path.read_bytes())
+        if not KINDS.keys() <= known.keys():
+            raise KeyError(f"no {min(KINDS.keys() - known.keys())}")
         wrong = next((key for key, kind in KINDS.items() if not isinstance(known[key], kind)), None)
         if wrong:
             raise TypeError(wrong)

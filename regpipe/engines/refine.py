@@ -1,6 +1,6 @@
 """Per-pair optimisation of the velocity: from the network's answer, or from zero without any network.
 
-The same loss as in training (``losses.terms``), minimised for one pair by Adam over the velocity itself, coarse to
+The same loss as in training (``losses.loss``), minimised for one pair by Adam over the velocity itself, coarse to
 fine. The network is not touched, and nothing is kept from one pair to the next.
 """
 
@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from regpipe.fields.algebra import Layers, register, resize, resize_image
+from regpipe.fields.algebra import Layers, register, resize, resize_image, smooth
 from regpipe.fields.layers import LAYERS
-from regpipe.losses.terms import OF_TRAINING, RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import TERMS
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 
 SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
 SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
-SIMILARITY_WEIGHTS = {"lncc": 1.0, "mind": 10.0, "mi": 1.0, "ncc": 1.0, "mse": 10.0}  # of like effect
 STRUCTURES, BESIDE_STRUCTURES = 10.0, 0.3  # weight of those the network sees; the similarity's, then
 # By dimension. LNCC's window in voxels: 5 x 5 pixels say less than 5 x 5 x 5 voxels. A factor on the regularity:
 # ``diffusion`` is a mean over 4 derivatives in 2D and over 9 in 3D, so that the same weight holds a slice more stiffly.
@@ -74,11 +74,11 @@ class Refiner:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
         losses = dict(loss) if isinstance(loss, Mapping) else {dim: loss for dim in WINDOW}
         terms = {name for of_dim in losses.values() for name in of_dim.weights}
-        supervised = sorted(OF_TRAINING & terms)
+        supervised = sorted(name for name in terms if TERMS[name].needs)
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
-        self.layers = next(iter(losses.values())).options.layers.in_steps(SQUARINGS)
+        self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
     def __call__(
         self,
@@ -162,12 +162,10 @@ class Refiner:
         for _ in range(steps):
             optimizer.zero_grad()
             result = register(target["fixed_image"], target["moving_image"], velocity, layers=self.layers)
-            total = points * loss(result._asdict(), target)
-            if not math.isfinite(
-                loss.terms["loss"]
-            ):  # torch's sampler, going backwards from a NaN, writes where it must not
-                raise InputError(f"refinement: {loss.terms} is not finite; look at these images, or leave it out")
-            total.backward()
+            value, terms = loss.weigh(result._asdict(), target)
+            if not math.isfinite(terms["loss"]):  # torch's sampler, going backwards from a NaN, writes out of bounds
+                raise InputError(f"refinement: {terms} is not finite; look at these images, or leave it out")
+            (points * value).backward()
             optimizer.step()
             bar.update(target["fixed_image"].numel())
         return velocity.detach()
@@ -194,11 +192,12 @@ def refinement_loss(
     Raises:
         InputError: no such similarity, or the smoothness is not above 0.
     """
-    if similarity not in SIMILARITY_WEIGHTS:
-        raise InputError(f"--similarity {similarity}: choose among {', '.join(SIMILARITY_WEIGHTS)}")
+    offered = {name: term.weight for name, term in TERMS.items() if term.weight is not None}
+    if similarity not in offered:
+        raise InputError(f"--similarity {similarity}: choose among {', '.join(offered)}")
     if not 0 < smoothness < math.inf:
         raise InputError(f"--smoothness {smoothness:g}: give more than 0, a number; 1 is the default")
-    similar = SIMILARITY_WEIGHTS[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
+    similar = offered[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
     seen = {"predicted_dice": STRUCTURES} if structures else {}
     factor = smoothness * REGULAR[spatial_dims]
     regularity = {name: factor * weight for name, weight in REGULARITY_WEIGHTS.items()}
@@ -217,6 +216,24 @@ def make_refiner(
     if not steps:
         return None
     return Refiner(RegistrationLoss(weights, window=window, layers=layers), steps=steps, finest=finest)
+
+
+class Refinement(NamedTuple):
+    """What a configuration asks for, see ``make_refiner``; kept where it asks for none, too."""
+
+    steps: int
+    weights: Mapping[str, float]
+    window: int = WINDOW[3]
+    finest: int | None = 1
+    layers: Layers = LAYERS
+
+    def refiner(self) -> Refiner | None:
+        """The refiner; None for 0 steps."""
+        return make_refiner(self.steps, self.weights, window=self.window, finest=self.finest, layers=self.layers)
+
+    def asked(self) -> dict[str, Any]:
+        """The ids of a configuration that ask for it."""
+        return {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
 
 
 def zero_refiner(
@@ -255,19 +272,5 @@ def coarsen(image: Tensor, shape: Sequence[int]) -> Tensor:
     for axis, (old, new) in enumerate(zip(image.shape[2:], shape, strict=True)):
         sigma = 0.4 * (old - 1) / max(new - 1, 1)
         if old > new:
-            image = _gaussian(image, 2 + axis, sigma)
+            image = smooth(image, 2 + axis, sigma, reach=3)
     return resize_image(image, shape)
-
-
-def _gaussian(x: Tensor, axis: int, sigma: float) -> Tensor:
-    """Smooth along one axis, the rim repeated."""
-    radius = math.ceil(3 * sigma)
-    kernel = torch.exp(-(torch.arange(-radius, radius + 1, device=x.device) ** 2) / (2 * sigma**2))
-    n = x.shape[axis]
-    reach = torch.arange(-radius, n + radius, device=x.device).clamp(0, n - 1)
-    padded = x.index_select(axis, reach)
-    weights = kernel / kernel.sum()
-    smooth = torch.zeros_like(x)
-    for i, weight in enumerate(weights):
-        smooth += weight * padded.narrow(axis, i, n)
-    return smooth

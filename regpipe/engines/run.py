@@ -21,16 +21,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from regpipe.data.checks import check_pairs
 from regpipe.data.pairs import SIDES, Case
-from regpipe.data.sampling import needed
-from regpipe.engines import checkpoints, record
+from regpipe.engines import checkpoints, describe, record
 from regpipe.engines.checkpoints import saved_states
 from regpipe.engines.checkpoints import training_seconds as training_seconds  # where bundles ask for it
-from regpipe.engines.options import refuse_unknown
+from regpipe.engines.options import begin_command
 from regpipe.io.images import Grid, save_grid
-from regpipe.losses.terms import KNOWING_FIELDS
+from regpipe.losses.terms import needing, supervision
 from regpipe.metrics import typical
 from regpipe.utils import distributed
-from regpipe.utils.errors import LESS_MEMORY, InputError, explain, one_line_errors, out_of_memory
+from regpipe.utils.console import say
+from regpipe.utils.errors import LESS_MEMORY, InputError, explain, out_of_memory
 from regpipe.utils.files import sweep
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,15 @@ LATER = ("scaler", "curves", "averaged", "structures")  # objects that the state
 
 
 def begin(seed: int) -> None:
-    """Seed every random number generator; let mistakes of the user, misspelt options too, end in a line."""
-    one_line_errors()
-    refuse_unknown()
+    """Seed every random number generator; see also ``engines.options.begin_command``."""
+    begin_command()
     set_determinism(seed=seed)
+
+
+def begin_together(seed: int, hours: float) -> None:
+    """``begin`` in each of several processes, which meet; ``hours``: see ``utils.distributed.join``."""
+    begin(seed)
+    distributed.join(hours=hours, nccl=True)
 
 
 def require(cases: Sequence[Case], *, landmark_channels: int | None = None) -> None:
@@ -113,9 +118,7 @@ class Standing:
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises ``InputError`` where the state of a run with other settings is given."""
-        old, new = json.loads(state["settings"]), json.loads(self.settings)
-        # what only one of them knows is another version's, no difference
-        changed = [f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+        changed = describe.same(json.loads(state["settings"]), json.loads(self.settings))
         if changed:
             raise InputError(f"the run saved here had other settings ({'; '.join(changed)}): {checkpoints.ANEW}")
 
@@ -211,7 +214,7 @@ class Run:
             log.warning("%s: damaged; going on from %s, the one before", damaged, file.name)
         try:
             Checkpoint.load_objects(self.objects, {**dict.fromkeys(LATER, {}), **saved})
-        except Exception as error:  # another network's, of the same settings
+        except (KeyError, RuntimeError, ValueError) as error:  # another network's, of the same settings
             raise _unfit(file, error) from error
         state.max_epochs = wanted
         if steps != state.epoch_length:  # another number of processes, another number of steps
@@ -234,16 +237,16 @@ class Run:
             message = f"the run saved in {self.folder} has {epoch} epochs already, more than max_epochs {epochs}"
             raise InputError(f"{message}: give another --ckpt_dir")
         if epoch == epochs:
-            print(f"all {epochs} epochs are done: give more --max_epochs to go on")
+            say(f"all {epochs} epochs are done: give more --max_epochs to go on")
             return
         if self._stopped_early():
             return
         try:
             self.trainer.run()
         except KeyboardInterrupt:
-            print(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
+            say(f"\nstopped in epoch {self.trainer.state.epoch}: the same command goes on from the last whole epoch")
             raise SystemExit(130) from None
-        except Exception as error:
+        except Exception as error:  # what _fault does not know is raised as it is
             why = _fault(error, self.trainer.state.epoch)
             if why is None:
                 raise
@@ -251,7 +254,7 @@ class Run:
         self._stopped_early()
         state: Any = self.standing.evaluator.state
         if state.best_metric_epoch > 0:
-            print(f"best epoch {state.best_metric_epoch}, key metric {state.best_metric:.4f}; weights in {self.folder}")
+            say(f"best epoch {state.best_metric_epoch}, key metric {state.best_metric:.4f}; weights in {self.folder}")
         else:
             raise InputError(
                 "no epoch was validated, so there is no model: more time, --val_interval 1, or less --structures_first"
@@ -261,7 +264,7 @@ class Run:
         """Whether the patience is used up; says so."""
         worse, patience = self.stopper.counter, self.stopper.patience
         if worse >= patience:
-            print(f"stopped: {worse} validations without a better key metric; give more --patience to go on")
+            say(f"stopped: {worse} validations without a better key metric; give more --patience to go on")
         return worse >= patience
 
 
@@ -288,26 +291,26 @@ def _follow(scheduler: LambdaLR) -> None:
         group["lr"] = rate * rule(scheduler.last_epoch)
 
 
-def check_supervision(
-    cases: Sequence[Case],
-    weights: Mapping[str, float],
-    *,
-    landmark_channels: int | None,
-    moved: Any,
-    dataset: Any = None,
-) -> None:
-    """Raises ``InputError`` where a loss term has a weight and no training pair has what it needs.
+def check_training(training: describe.Training) -> None:
+    """See to it that there is a gradient, and that some training pair has what each loss term needs.
 
-    ``moved``: something true where the images are moved at random; ``dataset``: what the pairs come from, which may
-    make ``clean`` images (``phantoms.synthetic.Batches``).
+    Raises:
+        InputError: refinement or repair in training; a term of which no pair has what it needs.
     """
+    inferer = training.trainer.inferer
+    if getattr(inferer, "refiner", None) is not None or getattr(inferer, "repair", False):
+        raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
+    dataset, weights = training.loader.dataset, getattr(training.loss, "weights", {})
+    augment = training.augmentation
+    moved = augment is not None and (augment.amount or augment.mirror)
+    cases = training.pairs
     if weights.get("clean") and not getattr(dataset, "clean", False):
         raise InputError("loss term clean: only pairs of configs/synthetic.yaml have clean images; give it no weight")
-    from_fields = [term for term in sorted(KNOWING_FIELDS) if weights.get(term)]
+    from_fields = needing(weights, "displacement")
     if from_fields and moved:
         why = "a true displacement no longer holds with --augment or --mirror"
         raise InputError(f"loss term {from_fields[0]}: {why}; give one of them")
-    kinds = needed(weights, landmark_channels=landmark_channels)
+    kinds = supervision(weights, landmark_channels=training.load.landmark_channels)
     needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}
     needs |= {term: ["displacement"] for term in from_fields}
     for term, keys in needs.items():
@@ -316,23 +319,26 @@ def check_supervision(
             raise InputError(f"loss term {term}: no training pair has {key}; leave the term out, or add the files")
 
 
-def refuse_detached(refiner: object, repair: object) -> None:
-    """Raises ``InputError`` where training would have no gradient."""
-    if refiner is not None or repair:
-        raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
-
-
 @idist.one_rank_only(with_barrier=True)
-def keep_beside_model(ckpt_dir: str, grid: Grid, cases: Sequence[Case], data: dict[str, Any]) -> None:
-    """Write the working grid, what the model is trained on (``engines.record``) and its looks (``metrics.typical``)."""
-    save_grid(Path(ckpt_dir) / "working_grid.json", grid)
-    record.write(ckpt_dir, cases, data)
+def keep_beside_model(
+    ckpt_dir: str, training: describe.Training, *, affine: str, own_grids: bool, to_fit_memory: Sequence[str]
+) -> None:
+    """Write the working grid, what the model is trained on (``engines.record``) and its looks (``metrics.typical``).
+
+    ``affine`` and what follows: see ``describe.Training.data``.
+    """
+    if training.load.grid is not None:
+        save_grid(Path(ckpt_dir) / "working_grid.json", training.load.grid)
+    cases = training.pairs
+    record.write(ckpt_dir, cases, training.data(affine, own_grids=own_grids, to_fit_memory=to_fit_memory))
     typical.write_images(ckpt_dir, cases)
 
 
 @idist.one_rank_only(with_barrier=True)
-def forget(ckpt_dir: str, log_dir: str) -> None:
-    """Delete a run's states, model and curves: one that begins anew must not be mixed with an old one."""
+def forget(ckpt_dir: str, log_dir: str, *, resume: bool) -> None:
+    """Delete a run's states, model and curves, unless it is to ``resume``: one begun anew is not mixed with it."""
+    if resume:
+        return
     beside = (Path(ckpt_dir) / name for name in ("model.pt", "curves.txt", typical.NAME))
     for path in (*saved_states(ckpt_dir), *beside, *Path(log_dir).glob("events.out.*")):
         path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ of a whole one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 
+from regpipe.engines.handlers import Budget, StructuresFirst
+from regpipe.losses.loss import weigh
 from regpipe.utils.errors import InputError
 
 
@@ -44,6 +46,8 @@ def gradient_scaler(device: torch.device, *, amp: bool) -> torch.amp.GradScaler:
 class TrainingStep:
     """An iteration of MONAI's trainer, for its ``iteration_update``: the same results and events in the same order.
 
+    Beside MONAI's results the output has ``terms``, see ``losses.terms.Weighed``.
+
     The gradient of a group of ``accumulate`` batches is the mean of theirs; what is left at an epoch's end is a group
     too. ``BACKWARD_COMPLETED`` is fired once a group, when its gradient is whole and in its own scale: what then looks
     at it, or clips it, needs to know nothing of groups and scales.
@@ -52,6 +56,7 @@ class TrainingStep:
         scaler: see ``gradient_scaler``.
         amp: the network alone computes in half precision; a ``RegistrationInferer`` and the loss leave the autocast.
         accumulate: batches to a step of the optimiser.
+        structures: while it says so, the network is asked for structures only.
         dtype: what half precision is; None: see ``half_precision``.
     """
 
@@ -61,13 +66,17 @@ class TrainingStep:
         *,
         amp: bool = False,
         accumulate: int = 1,
+        structures: StructuresFirst | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.scaler, self.amp, self.accumulate, self.dtype = scaler, amp, accumulate, dtype
+        self.structures = structures
 
     def __call__(self, engine: Any, batch: Any) -> dict[str, Any]:
         state = engine.state
         pair, target, args, told = engine.prepare_batch(batch, state.device, engine.non_blocking, **engine.to_kwargs)
+        if self.structures is not None and self.structures.now:
+            told = {**told, "structures_only": True}
         state.output = {Keys.IMAGE: pair, Keys.LABEL: target}
         place, size = self._group(engine)
         engine.network.train()
@@ -76,7 +85,8 @@ class TrainingStep:
         with torch.autocast(state.device.type, self.dtype or half_precision(state.device), enabled=self.amp):
             state.output[Keys.PRED] = engine.inferer(pair, engine.network, *args, **told)
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        state.output[Keys.LOSS] = loss = engine.loss_function(state.output[Keys.PRED], target)
+        loss, state.output["terms"] = weigh(engine.loss_function, state.output[Keys.PRED], target)
+        state.output[Keys.LOSS] = loss
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         self.scaler.scale(loss / size).backward()
         if place == size - 1:
@@ -96,6 +106,19 @@ class TrainingStep:
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self.scaler.step(engine.optimizer)  # left out where a scaled gradient was too large for float16
         self.scaler.update()
+
+
+def falling(epochs: int, budget: Budget, *, warm_up: int = 0) -> Callable[[int], float]:
+    """The learning rate's factor: 1 for half of the epochs, or of the budget, then down to a hundredth.
+
+    ``warm_up``: epochs in which it rises to 1. A function: torch would save an object's attributes.
+    """
+
+    def factor(epoch: int) -> float:
+        rising = (epoch + 1) / warm_up if warm_up else 1.0
+        return min(1.0, rising, max(0.01, 2 - 2 * max(epoch / epochs, budget.spent)))
+
+    return factor
 
 
 def checkpointed(network: nn.Module, wanted: bool) -> nn.Module:

@@ -14,10 +14,12 @@ Convention
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +31,21 @@ SQUARINGS = 7
 class Registration(NamedTuple):
     """What registering a batch of pairs gives. Fields are in voxels, see the convention above."""
 
-    velocity: (
-        Tensor  # (B, D, *grid), voxels of its own grid, maybe coarser than the images; SYMNet: two, (B, 2 D, *grid)
-    )
+    velocity: Tensor  # (B, D, *grid), voxels of its own grid, maybe coarser than the images
     displacement: Tensor  # (B, D, *spatial): warps moving onto fixed
     inverse: Tensor  # (B, D, *spatial): warps fixed onto moving
     warped_moving: Tensor  # (B, C, *spatial)
     warped_fixed: Tensor  # (B, C, *spatial)
+    back: Tensor | None = None  # as ``velocity``: the way back's own, of networks that are not symmetric
+
+    @classmethod
+    def of(cls, prediction: Mapping[str, Any], cases: slice = slice(None)) -> Registration:
+        """Of what an inferer gives, some cases' own; what else that holds is left."""
+        return cls(**{name: prediction[name][cases] for name in cls._fields if prediction.get(name) is not None})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name, without ``back`` where there is none."""
+        return {name: field for name, field in self._asdict().items() if field is not None}
 
 
 # A field is sampled in grid_sample's own units, from -1 to 1 across the grid and the last axis first. Integration stays
@@ -50,6 +60,16 @@ def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
         cells = torch.tensor([max(n - 1, 1) for n in reversed(shape)], device=device).view(1, -1, *[1] * len(shape))
         # divided last, as in MONAI's Warp: 2 i / n is rounded once
         return 2 * identity_grid(shape, device=device).flip(1) / cells - 1, 2 / cells
+
+
+@contextlib.contextmanager
+def places_anew() -> Iterator[None]:
+    """Within it the grids' places are computed anew, and none of them is kept after it: for fake tensors, say."""
+    _places.cache_clear()
+    try:
+        yield
+    finally:
+        _places.cache_clear()
 
 
 def sample(image: Tensor, where: Tensor, mode: str = "bilinear", padding: str = "border") -> Tensor:
@@ -140,6 +160,17 @@ def resize_image(image: Tensor, shape: Sequence[int]) -> Tensor:
     return F.interpolate(image, size=tuple(shape), mode=mode, align_corners=True)
 
 
+def smooth(x: Tensor, axis: int, sigma: float, *, reach: float = 2.5) -> Tensor:
+    """(B, C, *spatial) by a Gaussian along one axis of the tensor, cut off at ``reach`` sigmas, the rim repeated."""
+    radius, n = max(1, math.ceil(reach * sigma)), x.shape[axis]
+    taps = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+    at = torch.arange(-radius, n + radius, device=x.device).clamp(0, n - 1)
+    padded, total = x.index_select(axis, at), torch.zeros_like(x)
+    for i, weight in enumerate((taps / taps.sum()).tolist()):
+        total.add_(padded.narrow(axis, i, n), alpha=weight)
+    return total
+
+
 def identity_grid(shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:
     """Voxel coordinates (1, D, *shape) of every voxel, float32."""
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
@@ -206,17 +237,18 @@ def register(fixed: Tensor, moving: Tensor, velocity: Tensor, *, layers: Layers 
     return _registration(fixed, moving, velocity, *both, layers=layers)
 
 
-def register_midway(fixed: Tensor, moving: Tensor, velocities: Tensor, *, layers: Layers = FUNCTIONS) -> Registration:
-    """The same for SYMNet's two velocities (B, 2 D, *spatial), through the midway space (Mok & Chung 2020, eq. 5).
+def register_midway(
+    fixed: Tensor, moving: Tensor, velocity: Tensor, back: Tensor, *, layers: Layers = FUNCTIONS
+) -> Registration:
+    """The same for SYMNet's two velocities (B, D, *spatial), through the midway space (Mok & Chung 2020, eq. 5).
 
-    ``v_FM`` takes fixed halfway to moving and ``v_MF`` moving halfway to fixed; so moving goes onto fixed by
-    ``compose(exp(v_MF), exp(-v_FM))`` and fixed onto moving by ``compose(exp(v_FM), exp(-v_MF))``.
+    ``back``, v_FM, takes fixed halfway to moving and ``velocity``, v_MF, moving halfway to fixed; so moving goes onto
+    fixed by ``compose(exp(v_MF), exp(-v_FM))`` and fixed onto moving by ``compose(exp(v_FM), exp(-v_MF))``.
     """
-    to_moving, to_fixed = velocities.chunk(2, dim=1)
-    both = layers.dvf2ddf(torch.cat([to_moving, to_fixed, -to_moving, -to_fixed]))
+    both = layers.dvf2ddf(torch.cat([back, velocity, -back, -velocity]))
     fm, mf, fm_back, mf_back = both.chunk(4)
     forward, backward = compose(mf, fm_back, layers=layers), compose(fm, mf_back, layers=layers)
-    return _registration(fixed, moving, velocities, forward, backward, layers=layers)
+    return _registration(fixed, moving, velocity, forward, backward, layers=layers)._replace(back=back)
 
 
 def _registration(

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from regpipe.data.load import LoadPair
-from regpipe.data.pairs import Case
+from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
-from regpipe.io.images import PICTURE, Image, read_image, read_label
+from regpipe.io.images import PICTURE
+from regpipe.io.source import Source
 from regpipe.metrics import trust
 from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
 from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
 from regpipe.report.tensorboard import case_pictures
-from regpipe.transforms import displacement, export
+from regpipe.transforms import displacement, export, homography
 from regpipe.utils.files import sweep
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
@@ -50,90 +51,125 @@ def save_case(
     prediction: Mapping[str, Any],
     load: LoadPair,
     folder: Path,
+    files: Source,
     *,
     formats: Sequence[str] = BY_DEFAULT,
     settings: Mapping[str, Any] | None = None,
     typical: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write everything that one registered case gives, in native space; returns its metrics, on the working grid.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write everything that one registered case gives, in native space.
 
-    With them comes a list ``warnings``, see ``metrics.trust``; ``typical``: what is known of the model's training.
+    Args:
+        files: of the case.
+        typical: what is known of the model's training.
+
+    Returns:
+        Its metrics on the working grid with a list ``warnings``, see ``metrics.trust``; and of each file that was
+        written, by its way in ``folder``, the SHA-256.
 
     Raises:
         InputError: a native image cannot be read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    registration = Registration(**{name: prediction[name][:1] for name in Registration._fields})
-    fixed, moving = read_image(case["fixed_image"]), read_image(case["moving_image"])
-    fields = _array(registration.displacement), _array(registration.inverse)
-    frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
+    out = _Folder(folder)
+    registration = Registration.of(prediction, slice(1))
+    fixed, moving = files.image(case["fixed_image"]), files.image(case["moving_image"])
+    fields, frames, matrix = _placed(batch, registration)
     forward = displacement.native_displacement(fields[0], *frames, fixed)
     if DENSE in formats:
         backward = displacement.native_displacement(fields[1], *frames[::-1], moving)
-        displacement.write_displacement(folder / "displacement.nii.gz", forward, fixed.affine)
-        displacement.write_displacement(folder / "inverse_displacement.nii.gz", backward, moving.affine)
+        out.write("displacement.nii.gz", displacement.write_displacement, forward, fixed.affine)
+        out.write("inverse_displacement.nii.gz", displacement.write_displacement, backward, moving.affine)
         del backward  # as large as the image, three times
     pair = export.pair_transform(*fields, *frames, *((image.array.shape, image.affine) for image in (fixed, moving)))
-    files = export.image_file(case["fixed_image"], fixed), export.image_file(case["moving_image"], moving)
-    stage = load.frames.stage_of(case, lambda path: fixed if path == case["fixed_image"] else moving)
+    sides = [export.image_file(case[f"{side}_image"], files) for side in SIDES]
+    stage = load.frames.stage_of(case, files)
     wanted = [name for name in formats if name != DENSE]
-    export.write_transforms(folder, pair, *files, formats=wanted, stage=stage, settings=settings)
+    out.hashes |= export.write_transforms(
+        folder, pair, *sides, formats=wanted, stage=stage, homography=matrix, settings=settings
+    )
     del pair
     determinant = displacement.native_jacobian(forward, fixed.affine)  # takes the most memory: first
-    displacement.write_image(folder / "jacobian.nii.gz", determinant, fixed.affine)
+    out.write("jacobian.nii.gz", displacement.write_image, determinant, fixed.affine)
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
-    images, labels, native = _save_warped(case, fixed, moving, forward, alignment, folder, load)
+    whole = alignment if matrix is None else matrix
+    images, labels, native = _save_warped(case, files, forward, whole, out, load)
     whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment)
-    views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
-    _save_pictures(folder, case_pictures(batch, prediction))
-    spacing = load.grid_of(case).spacing
+    seen = views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
+    out.hashes |= {f"{views.FOLDER}/{name}": digest for name, digest in seen.items()}
+    _save_pictures(out, case_pictures(batch, prediction))
+    spacing = load.grid_of(case, files).spacing
     measured = measure(registration, batch, spacing) | native | load.frames.found(case)
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
-    seen = numbers(batch, registration, spacing)
-    distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, seen, measured)
+    looks = numbers(batch, registration, spacing, measured)
+    distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, looks, measured)
     row = {k: v if math.isfinite(v) else None for k, v in measured.items()}
-    return {"case": case["case"], **row, "warnings": distrust}
+    return {"case": case["case"], **row, "warnings": distrust}, out.hashes
+
+
+class _Folder:
+    """What is written into a case's folder, each file hashed on its way."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.hashes: dict[str, str] = {}
+
+    def write(self, name: str, writer: Callable[..., str], *what: Any) -> None:
+        self.hashes[name] = writer(self.path / name, *what)
+
+
+def _placed(
+    batch: Mapping[str, Any], registration: Registration
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], np.ndarray | None]:
+    """Both displacements, both frames, and the homography (RAS mm) where that is what lies between the frames."""
+    fields = _array(registration.displacement), _array(registration.inverse)
+    frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
+    if "moving_bend" not in batch:
+        return fields, frames, None
+    bend = _array(batch["moving_bend"])
+    return *homography.bent(*fields, frames, bend), frames[1] @ bend @ np.linalg.inv(frames[0])
 
 
 def _array(tensor: Any) -> np.ndarray:
     return tensor[0].cpu().numpy()
 
 
-def _save_pictures(folder: Path, shown: Mapping[str, np.ndarray]) -> None:
+def _save_pictures(out: _Folder, shown: Mapping[str, np.ndarray]) -> None:
     for name in ("checkerboard", "overlay"):
-        pictures.save_png(folder / f"{name}.png", shown[name])
-    pictures.save_png(folder / "sheet.png", pictures.contact_sheet(shown))
+        out.write(f"{name}.png", pictures.save_png, shown[name])
+    sheet = pictures.contact_sheet(shown.values(), [pictures.PICTURES[name].title for name in shown])
+    out.write("sheet.png", pictures.save_png, sheet)
 
 
 def _save_warped(
     case: Case,
-    fixed: Image,
-    moving: Image,
+    files: Source,
     forward: np.ndarray,
     matrix: np.ndarray,
-    folder: Path,
+    out: _Folder,
     load: LoadPair,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, float]]:
     """The warped image and labels; returns what there is to see of both (``report.shown``), and their Dice.
 
     Dice is on the fixed image's own grid, where both images have labels. ``matrix``: the whole alignment.
     """
+    fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
     warped = displacement.resample_through(moving, forward, fixed.affine, order=1)
-    displacement.write_image(folder / "warped.nii.gz", warped.astype(np.float32), fixed.affine)
+    out.write("warped.nii.gz", displacement.write_image, warped.astype(np.float32), fixed.affine)
     fits = warped.min() >= 0 and 1 < warped.max() <= 65535  # what a picture's whole numbers can show
     if fits and case["fixed_image"].lower().endswith(PICTURE):
-        displacement.write_image(folder / "warped.png", warped, fixed.affine)
+        out.write("warped.png", displacement.write_image, warped, fixed.affine)
     images = shown_images(fixed, moving, warped, matrix)
     if "moving_label" not in case:
         return images, {}, {}
-    label, _ = read_label(case["moving_label"], landmark_channels=load.landmark_channels)
+    label, _ = files.label(case["moving_label"], load.landmark_channels)
     labels = displacement.resample_through(label, forward, fixed.affine, order=0)
-    displacement.write_image(folder / "warped_label.nii.gz", labels.astype(np.int32), fixed.affine)
+    out.write("warped_label.nii.gz", displacement.write_image, labels.astype(np.int32), fixed.affine)
     if "fixed_label" not in case:
         return images, {}, {}
-    truth, _ = read_label(case["fixed_label"], landmark_channels=load.landmark_channels)
+    truth, _ = files.label(case["fixed_label"], load.landmark_channels)
     whole = labels.astype(np.int32)
     overlap = mean_of(dice(truth.array, whole, shared_labels(truth.array, label.array)).values())
     return images, shown_labels(truth, label, whole, matrix), {"dice_native": overlap}

@@ -20,10 +20,11 @@ from monai.data import Dataset
 from regpipe.data import manifest
 from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
-from regpipe.data.pairs import Case, list_pairs
-from regpipe.inference.case_files import BY_DEFAULT, DENSE, WRITTEN, clear, save_case
+from regpipe.data.pairs import SIDES, Case, list_pairs
+from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.inference.ladder import require_for_files
 from regpipe.io import images
+from regpipe.io.source import Source
 from regpipe.metrics import typical
 from regpipe.metrics.cases import write_csv
 from regpipe.transforms import export
@@ -86,8 +87,8 @@ class FolderRun:
         # rank 0's list: on that of one that begins later, what others have finished by then would be missing
         left = distributed.of_first([case["case"] for case in self._todo()])
         self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
-        self.dataset = Dataset(data=self._todo(), transform=load)
-        self._current, self._began = "", 0.0
+        self.dataset = Dataset(data=self._todo(), transform=self._load)
+        self._current, self._began, self._files = "", 0.0, Source()
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """The row of a finished case."""
@@ -114,9 +115,9 @@ class FolderRun:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.dataset.data = self._todo()
         for i, case in enumerate(console.Progress(self.dataset.data, what="registering", unit="pairs")):
-            self._current, self._began = case["case"], time.monotonic()
+            self._current, self._began, self._files = case["case"], time.monotonic(), Source(hashed=True)
             try:
-                problem = check_pairs([case], landmark_channels=self.load.landmark_channels)
+                problem = check_pairs([case], landmark_channels=self.load.landmark_channels, files=self._files)
                 if problem:
                     raise InputError(problem[case["case"]])
                 self._require_memory(case)
@@ -127,8 +128,17 @@ class FolderRun:
             yield batch
 
     def _require_memory(self, case: Case) -> None:
+        shapes = [self._files.header(case[f"{side}_image"])[0] for side in SIDES]
         reusable = machine.held_since(self._held)
-        require_for_files(case["fixed_image"], case["moving_image"], memory_gib=self.memory_gib, reusable=reusable)
+        require_for_files(case["fixed_image"], *shapes, memory_gib=self.memory_gib, reusable=reusable)
+
+    def _load(self, case: Case) -> dict[str, Any]:
+        """The case's tensors; of its files what is written later is kept."""
+        item = self.load(case, self._files)
+        for role in case:
+            if not role.endswith(("image", "label")):
+                self._files.let_go(case[role])
+        return item
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
@@ -151,6 +161,7 @@ class FolderRun:
             self._give_up(name, _told("written", problem))
         finally:  # not kept while the next case is registered
             engine.state.output = engine.state.batch = None
+            self._files = Source()
 
     def _write(self, name: str, batch: Mapping[str, Any], prediction: Mapping[str, Any]) -> None:
         """Everything that a case gives, in place of what an earlier run left."""
@@ -162,32 +173,34 @@ class FolderRun:
         spared: dict[str, Any] = {"to_fit_memory": reduced} if reduced else {}
         if "start" in prediction:  # where refinement began
             spared["start"] = prediction["start"][0]
-        row = save_case(
+        row, hashes = save_case(
             case,
             batch,
             prediction,
             self.load,
             folder,
+            self._files,
             formats=self.formats,
             settings={**self._settings, "weights": self._weights, **spared},
             typical=self._typical,
         )
         row |= {**spared, "made_from": self._made_from(case)}
-        self._finish(name, json.dumps(row, indent=1).encode(), prediction)
+        self._finish(name, json.dumps(row, indent=1).encode(), hashes, prediction)
         if row["warnings"]:
             console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
 
-    def _finish(self, name: str, metrics: bytes, prediction: Mapping[str, Any]) -> None:
+    def _finish(self, name: str, metrics: bytes, hashes: Mapping[str, str], prediction: Mapping[str, Any]) -> None:
         """Write the manifest, and last what says that the case is finished."""
         folder = self.folder / name
         manifest.write(
             folder,
             "registration",
             case=name,
-            inputs=manifest.inputs_of(self.cases[name], export.image_hashes(folder)),
+            inputs=manifest.inputs_of(self.cases[name], self._files),
             model=self._model,
             settings=self._settings,
-            files=manifest.hashes(folder, WRITTEN) | {"metrics.json": hashlib.sha256(metrics).hexdigest()},
+            files={path: hashes[path] for path in sorted(hashes, key=Path)}
+            | {"metrics.json": hashlib.sha256(metrics).hexdigest()},
             seed=manifest.SEED,
             machine=manifest.machine(prediction["displacement"].device),
             given_up=prediction.get("to_fit_memory") or [],
@@ -223,12 +236,12 @@ class FolderRun:
             message = f"{self.folder}: cannot be made ({problem.strerror}); give another folder for the results"
             raise InputError(message) from problem
         if self._finished:
-            print(f"{self._finished} of {len(self.cases)} cases are finished already")
+            console.say(f"{self._finished} of {len(self.cases)} cases are finished already")
         try:
             while self._todo():
                 self._run(evaluator)
         except KeyboardInterrupt:
-            print("\nstopped: the same command goes on with the cases that are left")
+            console.say("\nstopped: the same command goes on with the cases that are left")
             raise SystemExit(130) from None
         except OSError as problem:
             raise InputError(f"{explain(problem)}; the same command goes on with the cases that are left") from problem
@@ -246,7 +259,7 @@ class FolderRun:
             evaluator.run()
         except OSError:  # a full disk: nor can any other case be written
             raise
-        except Exception as error:
+        except Exception as error:  # whatever one case meets, the others are done
             if not self._current:
                 raise  # not a case's fault
             log.debug("%s", self._current, exc_info=True)
@@ -288,8 +301,7 @@ def _told(done: str, error: BaseException) -> InputError:
 
 def _stamps(path: str) -> str:
     """A hash of the name, size and time of each file that a case's entry stands for; names can tell of a patient."""
-    known = [file for file in images.files(path) if file.exists()]
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in known]
+    stamps = [[file.name, *about] for file, *about in images.stamps(path)]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 

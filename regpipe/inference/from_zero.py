@@ -53,7 +53,7 @@ def register_from_zero(
         "similarity": similarity,
         "smoothness": smoothness,
         "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
-        "refine_window": {f"{dim}D": loss.options.window for dim, loss in refiner.losses.items()},
+        "refine_window": {f"{dim}D": loss.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
         **alignment,
         "grid": "of each fixed image",

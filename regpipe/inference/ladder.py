@@ -27,7 +27,7 @@ from regpipe.fields.algebra import resize_image
 from regpipe.inference import memory
 from regpipe.io import images
 from regpipe.metrics.measures import shared_labels
-from regpipe.networks.symmetric import VELOCITY_STRIDE, SymmetricNet
+from regpipe.networks.symmetric import VELOCITY_STRIDE, Prediction, SymmetricNet, joined, parted, prediction
 from regpipe.utils import distributed, machine
 from regpipe.utils.errors import LESS_MEMORY, InputError
 from regpipe.utils.machine import GIB
@@ -92,11 +92,9 @@ class FittingInferer(Inferer):
             return []
         try:
             return self._fitting(shape, network, device, room)
-        except InputError:
-            raise
-        except Exception as error:  # an inferer or network of which nothing can be predicted is no reason to stop
+        except memory.Unpredictable as error:
             if shape not in self._said:
-                log.warning("what grid %s needs is not known (%s): done as asked", _grid(shape), _first_line(error))
+                log.warning("what grid %s needs is not known (%s): done as asked", _grid(shape), error)
                 self._said[shape] = []
             return []
 
@@ -167,8 +165,8 @@ def require_memory(
 
         try:
             needed = need()
-        except Exception as error:  # e.g. a loss of one's own that asks for numbers: no reason to refuse a run
-            log.warning("what training on grid %s needs is not known (%s)", _grid(shape), _first_line(error))
+        except memory.Unpredictable as error:  # of a loss of one's own that asks for numbers: no reason to refuse a run
+            log.warning("what training on grid %s needs is not known (%s)", _grid(shape), error)
     if needed > room and not getattr(network, "checkpointing", True):
         network.checkpointing = True  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
         before, needed = needed, need()
@@ -213,12 +211,12 @@ def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, .
     return tuple(shared_labels(*(images.read_label(file, landmark_channels=channels)[0].array for file in both)))
 
 
-def require_for_files(fixed: str, moving: str, *, memory_gib: float | None = None, reusable: int = 0) -> None:
-    """Raises ``InputError`` where there is no memory for writing what registering these two images gives.
+def require_for_files(fixed: str, *shapes: Sequence[int], memory_gib: float | None = None, reusable: int = 0) -> None:
+    """Raises ``InputError`` where there is no memory for writing what registering two images of these shapes gives.
 
     ``reusable``: bytes that this process holds of earlier pairs.
     """
-    shape = max((images.header(path)[0] for path in (fixed, moving)), key=math.prod)
+    shape = max(shapes, key=math.prod)
     needed, room = memory.native(shape), machine.room(memory_gib) + reusable
     if needed > room:
         raise InputError(
@@ -233,10 +231,6 @@ def descended(inferer: Any, network: Any, steps: Sequence[Step]) -> tuple[Any, A
     for step in steps:
         inferer, network = step.take(inferer, network)
     return inferer, network
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def _grid(shape: Sequence[int]) -> str:
@@ -288,7 +282,7 @@ def _tiled(size: int) -> Rung:
 
 
 class HalfPrecision:
-    """A network under bfloat16's autocast; its velocity is float32 as ever."""
+    """A network under bfloat16's autocast; what it gives is float32 as ever."""
 
     def __init__(self, network: SymmetricNet) -> None:
         self.network = network
@@ -297,10 +291,11 @@ class HalfPrecision:
         """The network's."""
         return self.network.inner_shape(shape)
 
-    def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Prediction:
         with torch.autocast(pair.device.type, dtype=torch.bfloat16):
-            found: Tensor = self.network(pair, *args, **kwargs)
-        return found.float()
+            found = prediction(self.network(pair, *args, **kwargs))
+        structures = None if found.structures is None else found.structures.float()
+        return Prediction(found.velocity.float(), structures=structures)
 
 
 class Tiled:
@@ -315,7 +310,7 @@ class Tiled:
         self.network, self.size = network, size
         self.most: int | None = None  # a dry run learns nothing from more tiles than two
 
-    def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Prediction:
         whole = self.network.inner_shape(pair.shape[2:])
         pair = resize_image(pair, whole)
         tile = [min(self.size, n) for n in whole]
@@ -326,10 +321,12 @@ class Tiled:
         total: Tensor | None = None
         places = zip(dense_patch_slices(whole, tile, every), dense_patch_slices(grid, small, steps), strict=True)
         for seen, place in itertools.islice(places, self.most):
-            velocity = self.network(pair[(slice(None), slice(None), *seen)], *args, **kwargs)
+            found = prediction(self.network(pair[(slice(None), slice(None), *seen)], *args, **kwargs))
+            folded = found.velocity if found.structures is None else joined(found.velocity, found.structures)
             if total is None:
-                total = velocity.new_zeros(*velocity.shape[:2], *grid)
-            total[(slice(None), slice(None), *place)] += weight * velocity
+                total = folded.new_zeros(*folded.shape[:2], *grid)
+            total[(slice(None), slice(None), *place)] += weight * folded
             counted[place] += weight
         assert total is not None  # there is a tile
-        return total / counted
+        mean = total / counted
+        return Prediction(mean) if found.structures is None else parted(mean)

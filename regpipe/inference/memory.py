@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from regpipe.fields.algebra import _places, warp_both
-from regpipe.losses.terms import KNOWING_FIELDS, RegistrationLoss
+from regpipe.fields.algebra import places_anew, warp_both
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import needing
+from regpipe.networks.symmetric import Prediction
 
 LIBRARIES = 20 << 20  # bytes: code and kernels that are loaded when they are first used
 HEAP = 32 << 20  # bytes: glibc keeps what it is given back of smaller arrays
@@ -36,7 +38,11 @@ OF_CASE = 64  # bytes for each voxel of the working grid: images, labels, masks,
 DRY_STEPS = 8  # of refinement: two on each level, as many as Adam needs to hold all that it holds
 DRY_TILES = 2  # of a network on tiles: the others are like the second
 
-Network = Callable[[Tensor], Tensor]
+Network = Callable[[Tensor], Tensor | Prediction]
+
+
+class Unpredictable(RuntimeError):
+    """An inferer, network or loss cannot be run without numbers."""
 
 
 class Follower(TorchDispatchMode):
@@ -128,14 +134,17 @@ def _mask_of(func: Any, args: Sequence[Any]) -> Tensor | None:
 
 
 def dry_run(work: Callable[[], object]) -> Follower:
-    """Run ``work`` without numbers: tensors that it makes are fake, those that it is given must be."""
-    _places.cache_clear()  # what it keeps counts, and what is fake must not stay in it
+    """Run ``work`` without numbers: tensors that it makes are fake, those that it is given must be.
+
+    Raises:
+        Unpredictable: it asks for numbers, or for what torch cannot do without them.
+    """
     follower = Follower()
     try:
-        with follower:
+        with places_anew(), follower:
             work()
-    finally:
-        _places.cache_clear()
+    except (RuntimeError, NotImplementedError) as error:  # FakeTensorMode's: they have no class in common
+        raise Unpredictable(f"{type(error).__name__}: {error}".partition("\n")[0][:200]) from error
     return follower
 
 
@@ -182,16 +191,16 @@ def training(
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake, criterion, dry = _fake(network), _fake(loss), _fake(inferer)
-        if isinstance(criterion, RegistrationLoss) and not criterion.options.label_ids:
-            criterion.options = criterion.options._replace(label_ids=tuple(label_ids))
+        if isinstance(criterion, RegistrationLoss) and not criterion.label_ids:
+            criterion.label_ids = tuple(label_ids)
 
         def work() -> object:
             fake.train()
             states = [torch.zeros_like(p) for p in fake.parameters() if p.requires_grad for _ in range(2)]
             batch = _batch(shape, batch_size)
-            if KNOWING_FIELDS & {*getattr(criterion, "weights", {})}:
+            if needing(getattr(criterion, "weights", {}), "displacement"):
                 batch["displacement"] = torch.empty(batch_size, len(shape), *shape)
-            if "clean" in getattr(criterion, "weights", {}):
+            if needing(getattr(criterion, "weights", {}), "clean"):
                 batch |= {f"{side}_clean": torch.empty_like(batch[f"{side}_image"]) for side in ("fixed", "moving")}
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):

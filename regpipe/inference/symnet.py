@@ -16,7 +16,7 @@ from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
 from regpipe.inference.ladder import FittingInferer
 from regpipe.io.images import Grid
-from regpipe.networks.symmetric import load_symnet
+from regpipe.networks.symmetric import Prediction, load_symnet
 from regpipe.utils import distributed
 from regpipe.utils.files import require_file, sha256
 
@@ -40,16 +40,16 @@ class LoadAsAuthors(LoadPair):
 class Turned(nn.Module):
     """SYMNet, whose images' axes lead left, down and to the front, on images whose axes lead right, front and up.
 
-    ``net(pair (B, 2, *spatial)) -> (B, 6, *spatial)``: as ``SymNet``'s, along the axes that are given.
+    ``net(pair (B, 2, *spatial)) -> Prediction``: as ``SymNet``'s, along the axes that are given.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, pair: Tensor) -> Tensor:
+    def forward(self, pair: Tensor) -> Prediction:
         found = self.network(pair.transpose(3, 4).flip(2, 3))
-        return torch.cat([_turned_back(v) for v in found.chunk(2, 1)], 1)
+        return Prediction(_turned_back(found.velocity), _turned_back(found.back))
 
 
 def _turned_back(v: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def register_by_symnet(
         device=distributed.device(),
         val_data_loader=folder,
         network=network,
-        inferer=FittingInferer(RegistrationInferer(midway=True), memory_gib=memory_gib),
+        inferer=FittingInferer(RegistrationInferer(), memory_gib=memory_gib),
         prepare_batch=prepare_batch,
         val_handlers=[folder],
         decollate=False,

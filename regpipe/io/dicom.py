@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe.io import headers
-from regpipe.io.formats import PathLike, Source, is_plane, itk_geometry, plane, squeezed, warn_once
+from regpipe.io.formats import PathLike, Source, is_plane, itk_array, itk_geometry, plane, squeezed, warn_once
 from regpipe.utils.errors import InputError
 
 # By the frame increment pointer, frames follow each other in time: frame time, its vector, cine rate.
@@ -63,8 +63,7 @@ def open_dicom(path: Path) -> Source:
         warn_once(f"{path}: is in colour; its luminance is used")
 
     def voxels(frame: int | None) -> np.ndarray:
-        image = itk.imread(str(path), itk.F, imageio=itk.GDCMImageIO.New())  # rescales
-        array = itk.array_from_image(image).T.reshape(shape)
+        array = itk_array(path, itk.GDCMImageIO, itk.Image[itk.F, len(dims)]).reshape(shape)  # rescaled
         return array if frame is None else array[:, :, 0, frame]
 
     return Source(shape, affine, np.dtype("f4"), voxels)

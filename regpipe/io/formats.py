@@ -11,15 +11,18 @@ import gzip
 import logging
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
+from nibabel.fileholders import FileHolder
 from PIL import Image as Picture
 
 from regpipe.io import headers, nifti_place
+from regpipe.io.geometry import lps_matrix
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError, out_of_memory
 
@@ -36,7 +39,7 @@ SUFFIXES = NIFTI + ITK + DICOM + PICTURE
 
 
 class Source(NamedTuple):
-    """A file whose header has been read and whose voxels have not.
+    """An open file whose header has been read and whose voxels have not.
 
     A film, of any format, is 4-D: (X, Y, Z, T), or (X, Y, 1, T) of pictures.
     """
@@ -106,10 +109,9 @@ def plane(affine: np.ndarray, upright: np.ndarray) -> np.ndarray:
     return upright if across.max() > 1e-3 else affine[np.ix_([0, 1, 3], [0, 1, 3])]
 
 
-def open_nifti(path: Path) -> Source:
+def open_nifti(path: Path, file: BinaryIO) -> Source:
     """NIfTI-1, NIfTI-2 and Analyze, placed as ITK places them, see ``io.nifti_place``."""
-    limits.check_nifti(path)
-    image: Any = nib.load(path)
+    image = load_nifti(path, file)
     shape = squeezed(image.shape)
     _require_bytes(path, image)
     affine = nifti_affine(path, image)
@@ -118,21 +120,38 @@ def open_nifti(path: Path) -> Source:
 
     def voxels(frame: int | None) -> np.ndarray:
         if frame is None:
-            return nifti_array(path, image).reshape(shape)
-        return nifti_array(path, image, (..., frame)).reshape(squeezed(shape[:3]))
+            return nifti_array(image).reshape(shape)
+        return nifti_array(image, (..., frame)).reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, image.get_data_dtype(), voxels)
 
 
-def nifti_array(path: PathLike, image: Any, part: Any = ...) -> np.ndarray:
-    """The array of a NIfTI whose header is read, or a part of it; a ``.gz`` is unpacked to its end.
+def load_nifti(path: PathLike, file: BinaryIO) -> Any:
+    """nibabel's image of an open file, its header checked and read; its voxels are read from the same opening.
+
+    A header and its voxels in two files are opened by nibabel, and what is no NIfTI is refused by it.
+    """
+    stream: Any = gzip.GzipFile(fileobj=file) if str(path).lower().endswith(".gz") else file
+    limits.check_nifti(path, stream)
+    try:
+        stream.seek(0)
+        head = stream.read(nib.Nifti2Header.sizeof_hdr)
+    except (OSError, EOFError, zlib.error):
+        head = b""
+    for kind in (nib.Nifti1Image, nib.Nifti2Image) if str(path).lower().endswith((".nii", ".nii.gz")) else ():
+        if kind.header_class.may_contain_header(head):
+            return kind.from_file_map({"image": FileHolder(str(path), stream)})
+    return nib.load(path)
+
+
+def nifti_array(image: Any, part: Any = ...) -> np.ndarray:
+    """The array of a NIfTI from ``load_nifti``, or a part of it; a ``.gz`` is unpacked to its end.
 
     Only there stands its checksum: nibabel stops at the last voxel, and damaged ones would pass for sound.
     """
-    if not str(path).lower().endswith(".gz"):
-        return np.asanyarray(image.dataobj[part])
-    with gzip.open(path) as stream:
-        array = np.asanyarray(type(image).from_stream(stream).dataobj[part])
+    array = np.asanyarray(image.dataobj[part])
+    stream = image.file_map["image"].fileobj
+    if isinstance(stream, gzip.GzipFile):
         while stream.read(2**20):
             pass
     return array
@@ -163,11 +182,11 @@ def nifti_affine(path: PathLike, image: Any) -> np.ndarray:
     return affine
 
 
-def open_itk(path: Path) -> Source:
+def open_itk(path: Path, file: BinaryIO) -> Source:
     """MetaImage and NRRD: what ITK reads, turned from LPS."""
     import itk  # takes a second, and most cohorts are NIfTI
 
-    headers.check_header(path)
+    headers.check_header(path, file)
     # not whatever can read it: HDF5 under this name may take its voxels from anywhere
     kind = itk.MetaImageIO if path.suffix.lower() in (".mha", ".mhd") else itk.NrrdImageIO
     io = kind.New()
@@ -184,10 +203,23 @@ def open_itk(path: Path) -> Source:
 
     def voxels(frame: int | None) -> np.ndarray:
         # ITK's Python has no int8 or int64 images: read as double, exact for every label.
-        array = itk.array_from_image(itk.imread(str(path), itk.D, imageio=kind.New())).T.reshape(shape)
+        array = itk_array(path, kind, itk.Image[itk.D, len(dims)]).reshape(shape)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, np.dtype("f8"), voxels)
+
+
+def itk_array(path: Path, kind: Any, into: Any) -> np.ndarray:
+    """The voxels [x, y, ...] of a file that an ``itk.ImageIOBase`` of ``kind`` reads, as an ``itk.Image``, ``into``.
+
+    Not by ``itk.imread``: that has all formats that ITK knows look at the file first.
+    """
+    import itk
+
+    reader = itk.ImageFileReader[into].New(FileName=str(path), ImageIO=kind.New())
+    reader.Update()
+    voxels: np.ndarray = itk.array_from_image(reader.GetOutput()).T
+    return voxels
 
 
 def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:
@@ -208,9 +240,9 @@ def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     return shape, affine
 
 
-def open_picture(path: Path, *, label: bool) -> Source:
+def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
     """PNG, JPEG, BMP, TIFF, GIF, of one frame or several: LPS mm are pixels."""
-    with Picture.open(path) as picture:
+    with Picture.open(file) as picture:
         frames, size, mode = getattr(picture, "n_frames", 1), picture.size, picture.mode
     indexed = mode in ("L", "F", "1") or mode.startswith("I") or (label and mode == "P")
     if label and not indexed:
@@ -218,15 +250,15 @@ def open_picture(path: Path, *, label: bool) -> Source:
 
     def voxels(frame: int | None) -> np.ndarray:
         if frames > 1 and frame is None:
-            return np.stack([_pixels(path, i, indexed) for i in range(frames)], -1)[:, :, None]
-        return _pixels(path, frame or 0, indexed)
+            return np.stack([_pixels(path, file, i, indexed) for i in range(frames)], -1)[:, :, None]
+        return _pixels(path, file, frame or 0, indexed)
 
     shape = size if frames == 1 else (*size, 1, frames)
-    return Source(shape, np.diag([-1.0, -1.0, 1.0]), np.dtype("f4"), voxels)
+    return Source(shape, lps_matrix(np.eye(3), places=False), np.dtype("f4"), voxels)
 
 
-def _pixels(path: Path, frame: int, indexed: bool) -> np.ndarray:
-    with Picture.open(path) as picture:
+def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool) -> np.ndarray:
+    with Picture.open(file) as picture:
         picture.seek(frame)
         if indexed:
             return np.array(picture).T

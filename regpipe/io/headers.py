@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
 from regpipe.utils.errors import InputError
 
@@ -79,14 +80,14 @@ def _astray(data: mmap.mmap) -> str | None:
     return None
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path, file: BinaryIO) -> None:
     """Raises ``InputError`` where a NRRD or MetaImage takes its voxels from outside its own folder, or would end ITK.
 
-    ITK reads whatever the header names: ``ElementDataFile = /etc/passwd``.
+    ITK reads whatever the header names: ``ElementDataFile = /etc/passwd``. ``file``: open, at any place.
     """
     if not path.stat().st_size:
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         _require_few_axes(path, data[: LARGEST_TEXT + 1])
         for name in (*_of_nrrd(path, data), *_of_meta(path, data)):
             if _outside(name):

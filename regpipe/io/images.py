@@ -8,23 +8,25 @@ pixel indices.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from nibabel.affines import apply_affine
-from nibabel.orientations import inv_ornt_aff, io_orientation
+from nibabel.orientations import inv_ornt_aff
 from scipy import ndimage
 
 from regpipe.io import dicom, formats
 from regpipe.io.dicom import is_series
 from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
+from regpipe.io.geometry import carry, extent, is_affine, orientation
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, replace_file, require_file
+from regpipe.utils.files import opened, parse_json, replace_file
 
 __all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, offered here too
 
@@ -67,18 +69,19 @@ def files(path: PathLike) -> list[Path]:
     return [*dicom.parts(file)] if file.is_dir() else [file]
 
 
-def read_image(path: PathLike) -> Image:
+def read_image(path: PathLike, file: BinaryIO | None = None) -> Image:
     """Read a 2-D or 3-D image -> float32 ``(*S)`` and RAS affine.
 
     Warns where it takes a liberty: colour becomes grey; a sheared grid is resampled (linearly) onto the nearest
     one with axes at right angles, as no other tool's transform could name it; sform and qform differ.
+    ``file``: the same, open already; see ``io.source``.
 
     Raises:
         InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN, infinite, or too
             large or alike for single precision.
     """
-    source = _open(path)
-    array = _voxels(source, path)
+    with _opened(path, file) as source:
+        array = _voxels(source, path)
     low, high = float(array.min()), float(array.max())  # NaN where one voxel is
     if not math.isfinite(low + high):
         raise InputError(f"{path}: holds NaN or infinite values; replace them by the background's")
@@ -90,11 +93,13 @@ def read_image(path: PathLike) -> Image:
     return _straightened(Image(array, source.affine), path, order=1)
 
 
-def read_label(path: PathLike, *, landmark_channels: int | None = None) -> tuple[Image, np.ndarray | None]:
+def read_label(
+    path: PathLike, file: BinaryIO | None = None, *, landmark_channels: int | None = None
+) -> tuple[Image, np.ndarray | None]:
     """Read a label map -> int32 ``(*S)`` on its image's grid, and the landmarks held as channels.
 
     In a 4-D file (channels last) channel i becomes label i+1, the later one winning; with
-    ``landmark_channels=n`` only those before n do, and each from n on is one landmark.
+    ``landmark_channels=n`` only those before n do, and each from n on is one landmark. ``file``: as of ``read_image``.
 
     Returns:
         The map, and the landmarks' centroids ``(K, D)`` in voxels of the map (empty channel:
@@ -103,8 +108,8 @@ def read_label(path: PathLike, *, landmark_channels: int | None = None) -> tuple
     Raises:
         InputError: missing, unreadable, not integral, more than 4-D.
     """
-    source = _open(path, label=True)
-    array = _voxels(source, path)
+    with _opened(path, file, label=True) as source:
+        array = _voxels(source, path)
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
     if array.dtype.kind != "b" and not -LARGEST <= array.min() <= array.max() <= LARGEST:
@@ -132,15 +137,26 @@ def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:
     return np.array(rows).reshape(-1, dim)
 
 
-def header(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
+def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
+    """File, size and time of each file that an image's path stands for and that is there."""
+    found = [(file, file.stat()) for file in files(path) if file.exists()]
+    return [(file, about.st_size, about.st_mtime_ns) for file, about in found]
+
+
+def header(path: PathLike, file: BinaryIO | None = None) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and RAS affine that ``read_image`` gives, from the header alone."""
-    source = _open(path)
-    return _straight_grid(source.shape, source.affine)
+    with _opened(path, file) as source:
+        return _straight_grid(source.shape, source.affine)
 
 
 def geometry(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and spacing (mm) of an image on its working grid's axes, from the header alone."""
-    shape, affine = _canonical(*header(path))
+    return on_own_axes(*header(path))
+
+
+def on_own_axes(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """The same of an image whose header is known."""
+    shape, affine = _canonical(shape, affine)
     return shape, voxel_size(affine)
 
 
@@ -149,13 +165,19 @@ def voxel_size(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(affine[:-1, :-1], axis=0)
 
 
-def _open(path: PathLike, *, label: bool = False) -> Source:
+@contextlib.contextmanager
+def _opened(path: PathLike, file: BinaryIO | None = None, *, label: bool = False) -> Iterator[Source]:
+    """The header, checked, while the file is open; ``file``: where it is so already."""
+    where, _ = locate(path)
+    with contextlib.nullcontext(file) if file or where.is_dir() else opened(where) as stream:
+        yield _open(path, stream, label)
+
+
+def _open(path: PathLike, stream: BinaryIO | None, label: bool) -> Source:
     """The header, checked; of a film the frame that ``path`` asks for."""
     file, frame = locate(path)
-    if not file.is_dir():
-        require_file(file)
     try:
-        source = _reader(file, label)
+        source = _reader(file, stream, label)
     except InputError:
         raise
     except Exception as cause:  # four libraries, each with its own errors for a broken file
@@ -178,18 +200,18 @@ def _open(path: PathLike, *, label: bool = False) -> Source:
     return source
 
 
-def _reader(file: Path, label: bool) -> Source:
+def _reader(file: Path, stream: BinaryIO | None, label: bool) -> Source:
     name = file.name.lower()
-    if file.is_dir():
+    if stream is None:
         if not is_series(file):
             raise InputError(f"{file}: a folder without DICOM files is no image; give a file")
         return dicom.open_series(file)
     if name.endswith(PICTURE):
-        return formats.open_picture(file, label=label)
+        return formats.open_picture(file, stream, label=label)
     if name.endswith(formats.NIFTI):
-        return formats.open_nifti(file)
+        return formats.open_nifti(file, stream)
     if name.endswith(formats.ITK):
-        return formats.open_itk(file)
+        return formats.open_itk(file, stream)
     if name.endswith(formats.DICOM) or dicom.is_dicom(file):
         return dicom.open_dicom(file)
     raise InputError(f"{file}: unknown format; use one of {' '.join(SUFFIXES)}")
@@ -240,9 +262,7 @@ def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[in
     u, _, v = np.linalg.svd(axes)
     straight = affine.copy()
     straight[:-1, :-1] = u @ v * size
-    corners = np.array([*np.ndindex(*[2] * len(size))]) * shape - 0.5
-    at = apply_affine(np.linalg.inv(straight) @ affine, corners)
-    low, high = at.min(0), at.max(0)
+    low, high = extent(shape, affine, straight)
     n = np.ceil(high - low - 1e-3)  # not a voxel more for the last digit of a label's affine
     straight[:-1, -1] = apply_affine(straight, (low + high - n + 1) / 2)
     return tuple(int(k) for k in n), straight
@@ -250,10 +270,8 @@ def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[in
 
 def _canonical(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and affine with the axes permuted and flipped to the closest RAS; 2-D to LPS, as pictures are stored."""
-    flip = np.diag([-1.0, -1.0, 1.0]) if len(shape) == 2 else np.eye(4)
-    orientation = io_orientation(flip @ affine)
-    order = np.argsort(orientation[:, 0])
-    return tuple(shape[i] for i in order), affine @ inv_ornt_aff(orientation, shape)
+    turn = orientation(affine)
+    return tuple(shape[i] for i in np.argsort(turn[:, 0])), affine @ inv_ornt_aff(turn, shape)
 
 
 def to_grid(image: Image, grid: Grid) -> np.ndarray:
@@ -280,12 +298,15 @@ def to_grid(image: Image, grid: Grid) -> np.ndarray:
 
 
 def resample(image: Image, affine: np.ndarray, shape: Sequence[int], *, order: int) -> np.ndarray:
-    """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm).
+    """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm), which may be a homography.
 
     Order 1 for images (the rim continues outside), 0 for labels (0 outside). Nothing is smoothed
     before a coarser grid.
     """
     pull, mode = np.linalg.inv(image.affine) @ affine, "nearest" if order else "grid-constant"
+    if not is_affine(affine):
+        at = carry(pull, np.moveaxis(np.indices(shape), 0, -1))
+        return ndimage.map_coordinates(image.array, np.moveaxis(at, -1, 0), order=order, mode=mode)
     pull = np.where(np.abs(pull - np.rint(pull)) < 1e-6, np.rint(pull), pull)  # a copy stays a copy
     if order == 0:  # a tie between two labels falls to the same side however the file is stored
         pull[:-1, -1] -= 1e-4 * pull[:-1, :-1].sum(axis=1)

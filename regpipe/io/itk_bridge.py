@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.io import savemat
 
+from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image, voxel_size
 
 # The pixel types that ITK's filters are built for in Python; anything else becomes one of them.
@@ -135,13 +136,6 @@ def _h5_group(file: Any, i: int, part: Part, dim: int) -> None:
         packed = {"compression": "gzip", "shuffle": True, "chunks": (min(values.size, CHUNK),)}
         group.create_dataset("TransformFixedParameters", data=part.fixed_parameters, track_times=False)
         group.create_dataset("TransformParameters", data=values, track_times=False, **packed)
-
-
-def lps_matrix(matrix: np.ndarray, *, places: bool = True) -> np.ndarray:
-    """RAS <-> LPS of (D+1, D+1): a map of points ``L M L``, or with ``places=False`` voxel -> mm, ``L M``."""
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0])[: len(matrix), : len(matrix)]
-    flip[-1, -1] = 1.0
-    return flip @ matrix @ flip if places else flip @ matrix
 
 
 def _pixel(array: np.ndarray) -> str:

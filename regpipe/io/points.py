@@ -12,17 +12,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from regpipe.io import formats
+from regpipe.io.geometry import LPS
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, replace_file, require_file
+from regpipe.utils.files import opened, parse_json, replace_file, require_file
 
-RAS = np.array([-1.0, -1.0, 1.0])  # times RAS mm is LPS mm
-SPACES = {"0": RAS, "RAS": RAS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
+SPACES = {"0": LPS, "RAS": LPS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
 DECIMALS = 6  # of mm, in text
 
 
@@ -64,12 +64,11 @@ def read_points(path: str | Path) -> PointFile:
         raise InputError(f"{path}: not a readable {_kind(path)} ({reason}); export it again") from cause
 
 
-def read_landmarks(path: str | Path) -> np.ndarray:
-    """Read a CSV with header ``x,y`` or ``x,y,z`` -> (K, D) LPS mm; an empty cell is NaN."""
-    require_file(path)
+def read_landmarks(path: str | Path, file: BinaryIO | None = None) -> np.ndarray:
+    """Read a CSV with header ``x,y`` or ``x,y,z`` -> (K, D) LPS mm; an empty cell is NaN. ``file``: the same, open."""
     try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
+        with io.TextIOWrapper(file or opened(path), encoding="utf-8-sig", newline="") as lines:
+            rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(lines)]
     except (OSError, UnicodeDecodeError, csv.Error) as cause:
         raise InputError(f"{path}: cannot be read ({formats.one_line(cause)}); save it as CSV in UTF-8") from cause
     if not rows or not {"x", "y"} <= rows[0].keys():

@@ -1,2 +1,3 @@
+from .loss import RegistrationLoss as RegistrationLoss
 from .terms import TERMS as TERMS
-from .terms import RegistrationLoss as RegistrationLoss
+from .terms import Term as Term

@@ -1,22 +1,20 @@
-"""What training minimises: named terms, one weighted sum.
+"""The terms that training can minimise, by name: ``losses.loss`` sums them.
 
-A term is a function ``(registration, target, options) -> scalar``, listed by name in ``TERMS``; its docstring
-says what zero means and in which unit it counts. ``RegistrationLoss`` adds the terms that have a weight. What
-compares images is in ``losses.similarity``, what measures fields in ``losses.regularity``.
+A term's function is ``(registration, target, options) -> scalar``, listed by name in ``TERMS``; its docstring
+says what zero means and in which unit it counts. What compares images is in ``losses.similarity``, what measures
+fields in ``losses.regularity``.
 Every term is computed in float32, outside any autocast: LNCC in half precision is noise.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from regpipe.data.pairs import SIDES
+from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Layers, Registration, resize, resize_image, sample_at, warp_both
 from regpipe.fields.layers import LAYERS
 from regpipe.losses import regularity, similarity
@@ -39,7 +37,7 @@ class Options(NamedTuple):
 
 FLAT = 1e-3  # variance below which a window of a clean image counts as flat: grey values are in [0, 1]
 
-Term = Callable[[Registration, Target, Options], Tensor]
+Function = Callable[[Registration, Target, Options], Tensor]  # the scalar of a term
 
 
 def nothing(r: Registration) -> Tensor:
@@ -74,21 +72,21 @@ def both_ways(r: Registration, target: Target, options: Options, dissimilarity: 
     return (forward + dissimilarity(r.warped_fixed, target["moving_image"], mask=on_moving)) / 2
 
 
-def _similarity(dissimilarity: Dissimilarity) -> Term:
+def of_images(dissimilarity: Dissimilarity) -> Function:
     """The term of a function of two images: both ways."""
     return lambda r, target, options: both_ways(r, target, options, dissimilarity)
 
 
-def _of_velocity(measure: Callable[[Tensor], Tensor]) -> Term:
-    """The term of a measure of fields: its mean over the velocities, one, or SYMNet's two; the same on any grid."""
+def of_velocity(measure: Callable[[Tensor], Tensor]) -> Function:
+    """The term of a measure of fields: its mean over the velocities, one or two; the same on any grid."""
 
     def term(r: Registration, target: Target, options: Options) -> Tensor:
-        return torch.stack([measure(v) for v in r.velocity.split(r.displacement.shape[1], dim=1)]).mean()
+        return torch.stack([measure(v) for v in (r.back, r.velocity) if v is not None]).mean()
 
     return term
 
 
-def _of_displacements(measure: Callable[[Tensor], Tensor]) -> Term:
+def of_displacements(measure: Callable[[Tensor], Tensor]) -> Function:
     """The term of a measure of fields: its mean over both directions."""
     return lambda r, target, options: torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
 
@@ -107,10 +105,8 @@ def _features(r: Registration, target: Target, options: Options) -> Tensor:
 
 def _midway(r: Registration, target: Target, options: Options) -> Tensor:
     """LNCC of both images in the midway space: exp(v/2) and exp(-v/2), or exp of SYMNet's two velocities."""
-    if r.velocity.shape[1] == r.displacement.shape[1]:
-        halves = torch.cat([r.velocity, -r.velocity]) / 2
-    else:
-        halves = torch.cat(r.velocity.chunk(2, dim=1)[::-1])
+    to_fixed, to_moving = (r.velocity / 2, -r.velocity / 2) if r.back is None else (r.velocity, r.back)
+    halves = torch.cat([to_fixed, to_moving])
     images, masks = torch.cat([target["moving_image"], target["fixed_image"]]), masks_of(target)
     u = resize(options.layers.dvf2ddf(halves), images.shape[2:])
     warp = options.layers.warp
@@ -244,113 +240,52 @@ def _clean(r: Registration, target: Target, options: Options) -> Tensor:
     return lncc(warped, torch.cat([fixed, moving]), mask=mask, window=options.window, epsilon=FLAT)
 
 
+class Term(NamedTuple):
+    """A term of the loss, and what else is known of it."""
+
+    function: Function
+    kind: Literal["similarity", "regularity", "supervision"]
+    needs: str = ""  # what only pairs of a training have: label, landmarks, displacement, clean
+    weight: float | None = None  # in refinement, of like effect; None: refinement does not offer it
+
+
 TERMS: dict[str, Term] = {
-    "lncc": _lncc,
-    "ncc": _similarity(similarity.ncc),  # 1 - global correlation; in [0, 2]
-    "mse": _similarity(similarity.mse),
-    "mi": _similarity(similarity.mi),  # minus mutual information, nats
-    "mind": _similarity(similarity.mind),  # squared difference of MIND-SSC descriptors; in [0, 1]
-    "features": _features,
-    "midway": _midway,
-    "diffusion": _of_velocity(regularity.diffusion),  # voxels per voxel, squared, as those that follow
-    "bending": _of_velocity(regularity.bending),  # on the velocity's grid
-    "elastic": _of_velocity(regularity.elastic),  # mu = lambda = 1
-    "divergence": _of_velocity(regularity.divergence),  # costs local changes of volume, and no shear
-    "jacobian": _of_displacements(regularity.jacobian),  # SYMNet's orientation consistency; 0 without folds
-    "log_jacobian": _of_displacements(regularity.log_jacobian),  # 0 where no volume changes
-    "magnitude": _magnitude,
-    "dice": _dice,
-    "anatomy": _anatomy,
-    "predicted_dice": _predicted_dice,
-    "landmarks": _landmarks,
-    "known_field": _known_field,
-    "end_point": _end_point,
-    "clean": _clean,
+    "lncc": Term(_lncc, "similarity", weight=1.0),
+    "mind": Term(of_images(similarity.mind), "similarity", weight=10.0),  # MIND-SSC, squared differences; in [0, 1]
+    "mi": Term(of_images(similarity.mi), "similarity", weight=1.0),  # minus mutual information, nats
+    "ncc": Term(of_images(similarity.ncc), "similarity", weight=1.0),  # 1 - global correlation; in [0, 2]
+    "mse": Term(of_images(similarity.mse), "similarity", weight=10.0),
+    "features": Term(_features, "similarity"),
+    "midway": Term(_midway, "similarity"),
+    "diffusion": Term(of_velocity(regularity.diffusion), "regularity"),  # voxels per voxel, squared, as what follows
+    "bending": Term(of_velocity(regularity.bending), "regularity"),  # on the velocity's grid
+    "elastic": Term(of_velocity(regularity.elastic), "regularity"),  # mu = lambda = 1
+    "divergence": Term(of_velocity(regularity.divergence), "regularity"),  # costs local changes of volume, no shear
+    "jacobian": Term(of_displacements(regularity.jacobian), "regularity"),  # SYMNet's orientation; 0 without folds
+    "log_jacobian": Term(of_displacements(regularity.log_jacobian), "regularity"),  # 0 where no volume changes
+    "magnitude": Term(_magnitude, "regularity"),
+    "dice": Term(_dice, "supervision", "label"),
+    "anatomy": Term(_anatomy, "supervision", "label"),
+    "predicted_dice": Term(_predicted_dice, "supervision"),
+    "landmarks": Term(_landmarks, "supervision", "landmarks"),
+    "known_field": Term(_known_field, "supervision", "displacement"),
+    "end_point": Term(_end_point, "supervision", "displacement"),
+    "clean": Term(_clean, "similarity", "clean"),
 }
-KNOWING_FIELDS = {"known_field", "end_point"}  # the terms that need pairs with true displacements
-OF_TRAINING = {"dice", "anatomy", "landmarks", "clean"} | KNOWING_FIELDS  # those that need what no new pair has
 
 
-class RegistrationLoss(nn.Module):
-    """The weighted sum of named terms: ``loss(prediction, target) -> scalar``.
-
-    ``loss.terms`` holds the last call's terms, unweighted, and their sum as ``loss``: what logs and the NaN guard read.
-
-    Args:
-        weights: term name -> weight; a weight of 0 leaves the term out.
-        window: LNCC's window in voxels, odd.
-        label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
-        encoder: what ``features`` looks through. A frozen copy is used; it is no part of this module's parameters.
-        layers: what warps and integrates.
-
-    Raises:
-        InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window,
-            ``features`` without an encoder.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        *,
-        window: int = 9,
-        label_ids: Sequence[int] = (),
-        encoder: Encoder | None = None,
-        layers: Layers = LAYERS,
-    ) -> None:
-        super().__init__()
-        self.weights = _checked(weights)
-        if window < 1 or window % 2 == 0:
-            raise InputError(f"the window of lncc must be odd, got {window} voxels")
-        if "features" in self.weights and encoder is None:
-            raise InputError(
-                "loss term features: no encoder to look through; give RegistrationLoss(encoder=Encoder(...)) with "
-                "transferred weights, or leave the term out"
-            )
-        if "anatomy" in self.weights and not label_ids:
-            raise InputError("loss term anatomy: give --label_ids, the structures to tell apart")
-        if encoder is not None:
-            encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
-        # in a tuple the encoder is not registered: nothing trains it
-        self.options = Options(window, tuple(label_ids), encoder, layers)
-        self.terms: dict[str, float] = {}
-
-    def forward(self, prediction: Mapping[str, Tensor], target: Target) -> Tensor:
-        registration = Registration(**{name: prediction[name] for name in Registration._fields})
-        if "anatomy" in prediction:  # what the network sees in both images
-            target = {**target, "anatomy": prediction["anatomy"]}
-        with torch.autocast(registration.displacement.device.type, enabled=False):
-            terms = {name: TERMS[name](registration, target, self.options) for name in self.weights}
-            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        self.terms = {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()}
-        return total
+def needing(weights: Mapping[str, float], *what: str) -> list[str]:
+    """The terms with a weight that need one of these (``Term.needs``) of a pair."""
+    return [name for name in sorted(weights) if weights[name] and name in TERMS and TERMS[name].needs in what]
 
 
-def _checked(weights: Mapping[str, float]) -> dict[str, float]:
-    """The terms that have a weight. Raises InputError for what cannot be one."""
-    unknown = sorted(set(weights) - set(TERMS))
-    if unknown:
-        raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
-    if any(not math.isfinite(w) or w < 0 for w in weights.values()):
-        raise InputError(f"loss weights must be finite and not negative, got {dict(weights)}")
-    kept = {name: float(w) for name, w in weights.items() if w > 0}
-    if not kept:
-        raise InputError("every loss weight is 0: give at least one term a weight")
-    return kept
+def supervision(weights: Mapping[str, float], *, landmark_channels: int | None) -> dict[str, str]:
+    """The terms of a loss that need labels or landmarks -> which of the two files holds them."""
+    kinds = {"label": "label", "landmarks": "landmarks" if landmark_channels is None else "label"}
+    return {name: kinds[TERMS[name].needs] for name in needing(weights, *kinds)}
 
 
-def feature_encoder(
-    weights: Mapping[str, float], backbone: str, spatial_dims: int, *, pretrained: str
-) -> Encoder | None:
-    """The encoder that the loss ``weights`` call for, or None where ``features`` has no weight.
-
-    Raises:
-        InputError: ``features`` has a weight, but there are no transferred weights to look through.
-    """
-    if not weights.get("features"):
-        return None
-    if pretrained == "none":
-        raise InputError(
-            "loss term features: random features tell nothing; give --pretrained (imagenet, a file, a bundle), "
-            "or leave the term out"
-        )
-    return Encoder(backbone, spatial_dims, pretrained=pretrained)
+def supervised(pairs: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None = None) -> Tensor:
+    """(N,) bool: which pairs have, of both images, what a term of the loss needs."""
+    kinds = set(supervision(weights, landmark_channels=landmark_channels).values())
+    return torch.tensor([any(all(f"{side}_{kind}" in pair for side in SIDES) for kind in kinds) for pair in pairs])

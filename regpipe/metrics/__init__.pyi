@@ -1,3 +1,6 @@
+from . import measures as measures
 from .cases import CaseMetrics as CaseMetrics
-from .measures import HIGHER_IS_BETTER as HIGHER_IS_BETTER
+from .measures import Measured as Measured
 from .measures import measure as measure
+from .metric import METRICS as METRICS
+from .metric import Metric as Metric

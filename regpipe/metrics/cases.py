@@ -17,7 +17,8 @@ from ignite.metrics import Metric
 from ignite.metrics.metric import MetricUsage
 
 from regpipe.fields.algebra import FUNCTIONS, Layers, Registration
-from regpipe.metrics.measures import HIGHER_IS_BETTER, known, mean_of, measure
+from regpipe.metrics.measures import known, mean_of, measure
+from regpipe.metrics.metric import columns, key_metric
 from regpipe.utils.distributed import gathered
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
@@ -35,7 +36,7 @@ class CaseMetrics(Metric):
 
     Args:
         spacing: mm per voxel of the working grid.
-        key: a name of ``HIGHER_IS_BETTER``, or ``auto``: Dice if any case has labels, else TRE if
+        key: a name of ``metrics.metric.columns``, or ``auto``: Dice if any case has labels, else TRE if
             any has landmarks, else NCC.
         layers: see ``measure``.
         output_transform: from ``engine.state.output`` to what ``update`` takes.
@@ -52,8 +53,8 @@ class CaseMetrics(Metric):
         layers: Layers = FUNCTIONS,
         output_transform: Callable[[Any], Any] = lambda output: output,
     ) -> None:
-        if key != "auto" and key not in HIGHER_IS_BETTER:
-            names = ", ".join(["auto", *HIGHER_IS_BETTER])
+        if key != "auto" and key not in columns():
+            names = ", ".join(["auto", *columns()])
             raise InputError(f"unknown metric {key!r}; choose one of {names}")
         self.spacing, self.key, self.layers = tuple(spacing), key, layers
         super().__init__(output_transform)
@@ -66,7 +67,7 @@ class CaseMetrics(Metric):
         pred, batch = output["pred"], output["batch"]
         for i, case in enumerate(batch["case"]):
             one = slice(i, i + 1)
-            registration = Registration(*(pred[field][one] for field in Registration._fields))
+            registration = Registration.of(pred, one)
             item = {name: value[one] for name, value in batch.items()}
             self._rows.append({"case": case, **measure(registration, item, self.spacing, layers=self.layers)})
 
@@ -79,7 +80,7 @@ class CaseMetrics(Metric):
         return _means(_gather(self._rows))
 
     def attach(self, engine: Engine, name: str, usage: str | MetricUsage = "epoch_wise") -> None:
-        if name in HIGHER_IS_BETTER:  # the negated TRE must not overwrite the TRE
+        if name in columns():  # the negated TRE must not overwrite the TRE
             raise ValueError(f"{name!r} is a metric's own name; attach as 'key_metric' or the like")
         super().attach(engine, name, usage)
 
@@ -90,11 +91,12 @@ class CaseMetrics(Metric):
     def completed(self, engine: Engine, name: str) -> None:
         rows = _gather(self._rows)
         means = _means(rows)
-        key = _choose_key(means) if self.key == "auto" else self.key
+        measured = {name for name, mean in means.items() if not math.isnan(mean)}
+        key = key_metric(measured | {"ncc"}) if self.key == "auto" else self.key
         if math.isnan(means[key]):
             raise InputError(f"key metric {key}: no case has what it needs (labels or landmarks); choose another")
         engine.state.metrics.update(means)
-        engine.state.metrics[name] = means[key] if HIGHER_IS_BETTER[key] else -means[key]
+        engine.state.metrics[name] = means[key] if columns()[key].higher else -means[key]
         details = getattr(engine.state, "metric_details", None) or {}  # MONAI's addition to Ignite
         engine.state.metric_details = {**details, "cases": rows}  # type: ignore[attr-defined]
 
@@ -131,14 +133,10 @@ def _std(values: Iterable[float]) -> float:
     return float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan
 
 
-def _choose_key(means: Mapping[str, float]) -> str:
-    return next((key for key in ("dice", "tre") if not math.isnan(means[key])), "ncc")
-
-
 def _means(rows: Sequence[Row]) -> dict[str, float]:
     if not rows:
         raise NotComputableError("CaseMetrics has seen no case")
-    return {name: mean_of(row[name] for row in rows) for name in HIGHER_IS_BETTER}
+    return {name: mean_of(row[name] for row in rows) for name in columns()}
 
 
 def _gather(rows: list[Row]) -> list[Row]:

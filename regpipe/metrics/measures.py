@@ -12,7 +12,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,25 +31,11 @@ from regpipe.fields.algebra import (
     sample_at,
     warp,
 )
+from regpipe.io.geometry import carry
+from regpipe.metrics.metric import columns
+from regpipe.transforms.likeness import correlation
 
 Array = np.ndarray | Tensor
-
-# Every metric of a case; the same names in the log, CSV, TensorBoard and report.
-HIGHER_IS_BETTER: dict[str, bool] = {
-    "dice_before": True,
-    "dice": True,  # mean over the labels of both images, labels warped by nearest neighbour
-    "hd95_before": False,
-    "hd95": False,  # mm
-    "tre_before": False,
-    "tre": False,  # mm
-    "ncc_before": True,
-    "ncc": True,
-    "folds_percent": False,
-    "ndv_percent": False,
-    "sdlogj": False,
-    "sdlogj_l2r": False,
-    "inverse_consistency": False,  # mm
-}
 
 # ----------------------------------------------------------------------------- overlap and distance
 
@@ -114,6 +100,8 @@ def tre(
     moving_points: Array,
     displacement: Array,
     spacing: Sequence[float] | Array,
+    *,
+    bend: Array | None = None,
 ) -> np.ndarray:
     """Target registration error |p + u(p) - q| in mm, one per landmark known in both images.
 
@@ -121,6 +109,7 @@ def tre(
         fixed_points, moving_points: p and q, (K, D) in voxels; rows with a NaN are dropped.
         displacement: u (D, *spatial), interpolated linearly at p.
         spacing: mm per voxel of the moving points, (D,); or the matrix (D, D) that makes mm of their voxels.
+        bend: (3, 3) where the moving image was seen through a homography, see ``transforms.homography``.
     """
     u = _batched(displacement)
     p, q = (torch.as_tensor(x).to(u) for x in (fixed_points, moving_points))
@@ -129,16 +118,16 @@ def tre(
     if not len(p):
         return np.empty(0)
     mm = torch.as_tensor(spacing).to(u)
-    error = (p + sample_at(u, p[None])[0] - q) @ (mm.diag() if mm.ndim == 1 else mm.T)
+    found = p + sample_at(u, p[None])[0]
+    if bend is not None:
+        found, q = (carry(torch.as_tensor(bend).to(u), points) for points in (found, q))
+    error = (found - q) @ (mm.diag() if mm.ndim == 1 else mm.T)
     return error.norm(dim=1).double().cpu().numpy()
 
 
 def ncc(a: Array, b: Array) -> float:
     """Global normalised cross-correlation in [-1, 1]; 0 if an image is constant."""
-    x, y = (torch.as_tensor(image).double().flatten() for image in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 0 else 0.0
+    return correlation(*(torch.as_tensor(image).detach().cpu().numpy() for image in (a, b)))
 
 
 # --------------------------------------------------------------------------------------- regularity
@@ -253,10 +242,26 @@ def bootstrap_interval(
     return mean, float(interval.low), float(interval.high)
 
 
+class Measured(NamedTuple):
+    """A registered pair as metrics see it, on the working grid."""
+
+    fixed: Tensor  # (1, 1, *S), images in [0, 1]
+    warped: Tensor  # the moving one, onto the fixed one
+    labels: tuple[Tensor, Tensor]  # (1, 1, *S), the fixed one's, and the moving one's, warped by nearest neighbour
+    ids: Sequence[int]  # of the structures that both images hold
+    points: tuple[Tensor, Tensor]  # (K, D) landmarks in voxels, fixed and moving; NaN: not known
+    displacement: Tensor  # (D, *S) voxels
+    inverse: Tensor
+    spacing: Sequence[float]  # mm per voxel
+    moving_mm: Sequence[float] | Tensor  # see ``tre``
+    bend: Tensor | None
+    layers: Layers  # what warps and integrates
+
+
 def measure(
     registration: Registration, item: Mapping[str, Any], spacing: Sequence[float], *, layers: Layers = FUNCTIONS
 ) -> dict[str, float]:
-    """Every metric of ``HIGHER_IS_BETTER`` for one case: one row of the CSV.
+    """Every metric of ``metrics.metric.columns`` for one case: one row of the CSV.
 
     Args:
         registration: of batch size 1.
@@ -265,29 +270,31 @@ def measure(
         layers: what warps; labels are warped by nearest neighbour, by ``fields.algebra.warp`` always.
 
     Returns:
-        name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage.
+        name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage,
+        projective included: what measures the displacement measures what was found beyond it.
     """
-    u, inverse = registration.displacement[0], registration.inverse[0]
+    u = registration.displacement
     fixed, moving = (item[f"{side}_image"].to(u.device) for side in ("fixed", "moving"))
     labels = item["fixed_label"].to(u.device), item["moving_label"].to(u.device)
-    points = item["fixed_landmarks"][0], item["moving_landmarks"][0]
-    ids = shared_labels(*labels)
-    in_moving = item["moving_affine"][0, :-1, :-1] if "moving_affine" in item else spacing  # where errors are lengths
-    warped_label = warp(labels[1], registration.displacement, mode="nearest")
+    after = Measured(
+        fixed,
+        registration.warped_moving,
+        (labels[0], warp(labels[1], u, mode="nearest")),
+        shared_labels(*labels),
+        (item["fixed_landmarks"][0], item["moving_landmarks"][0]),
+        u[0],
+        registration.inverse[0],
+        spacing,
+        item["moving_affine"][0, :-1, :-1] if "moving_affine" in item else spacing,  # where errors are lengths
+        item["moving_bend"][0] if "moving_bend" in item else None,
+        layers,
+    )
+    still = torch.zeros_like(u[0])
+    before = after._replace(warped=moving, labels=labels, displacement=still, inverse=still)
     return {
-        "dice_before": mean_of(dice(*labels, ids).values()),
-        "dice": mean_of(dice(labels[0], warped_label, ids).values()),
-        "hd95_before": mean_of(hd95(*labels, ids, spacing).values()),
-        "hd95": mean_of(hd95(labels[0], warped_label, ids, spacing).values()),
-        "tre_before": mean_of(tre(*points, torch.zeros_like(u), in_moving)),
-        "tre": mean_of(tre(*points, u, in_moving)),
-        "ncc_before": ncc(fixed, moving),
-        "ncc": ncc(fixed, registration.warped_moving),
-        "folds_percent": folds_percent(u),
-        "ndv_percent": ndv_percent(u),
-        "sdlogj": sdlogj(u),
-        "sdlogj_l2r": sdlogj_l2r(u),
-        "inverse_consistency": inverse_consistency(u, inverse, spacing, layers=layers),
+        name: metric.measure(before if name.endswith("_before") else after)
+        for name, metric in columns().items()
+        if metric.measure is not None
     }
 
 

@@ -1,8 +1,7 @@
 """Which registered cases a person should look at: a threshold per metric, a verdict per case, the worst first.
 
-The defaults stand in ``THRESHOLDS``, each with its reason; ``TG-132`` is Brock et al., 'Use of image registration and
-fusion algorithms and techniques in radiotherapy', Med. Phys. 44 (2017). They sort cases for people; they do not
-replace looking.
+The defaults stand in ``metrics.metric.METRICS``, each with its reason. They sort cases for people; they do not replace
+looking.
 """
 
 from __future__ import annotations
@@ -14,26 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from regpipe.metrics.metric import METRICS, Threshold, shown_in
 from regpipe.utils.errors import InputError
 
 Status = Literal["pass", "warn", "fail"]
-
-
-class Threshold(NamedTuple):
-    """From ``warn`` on a case is looked at, from ``fail`` on it is not used; beyond, not at. NaN: no such step."""
-
-    warn: float
-    fail: float
-    why: str
-
-
-class Metric(NamedTuple):
-    """How a metric is called on a page."""
-
-    title: str
-    unit: str
-    higher: bool  # is better
-    about: str
 
 
 class Verdict(NamedTuple):
@@ -42,39 +25,6 @@ class Verdict(NamedTuple):
     status: Status
     badness: tuple[float, ...]  # of each metric, 0 at warn and 1 at fail, the worst first: what cases are sorted by
     steps: dict[str, Status]  # of each metric that has a threshold, and a value or should have one
-
-
-METRICS = {
-    "dice": Metric(
-        "Dice", "", True, "overlap of the labels after registration, mean over structures, nearest neighbour"
-    ),
-    "dice_gain": Metric("Dice gain", "", True, "Dice after minus Dice before"),
-    "hd95": Metric("HD95", "mm", False, "95 % Hausdorff distance between label surfaces"),
-    "tre": Metric("TRE", "mm", False, "mean distance of corresponding landmarks after registration"),
-    "ncc": Metric("NCC", "", True, "normalised cross-correlation of fixed and warped image, of one modality only"),
-    "ncc_gain": Metric("NCC gain", "", True, "NCC after minus NCC before"),
-    "folds_percent": Metric("folds", "%", False, "voxels whose Jacobian determinant is 0 or less"),
-    "ndv_percent": Metric("NDV", "%", False, "volume that is turned inside out, exact between voxels"),
-    "sdlogj": Metric("SDlogJ", "", False, "spread of the logarithm of the local volume change"),
-    "inverse_consistency": Metric("inverse error", "mm", False, "mean distance after going there and back"),
-    "affine_overlap": Metric("aligned overlap", "", True, "Dice of both images' masks or fields of view once aligned"),
-    "repaired": Metric("repaired", "voxel", False, "how far removing folds moved the field, at most"),
-}
-
-THRESHOLDS = {
-    "dice": Threshold(0.8, 0.5, "TG-132 expects 0.80 to 0.90 for organs; below one half more differs than agrees"),
-    "dice_gain": Threshold(0.0, -0.05, "registration shall not make overlap worse than it was"),
-    "hd95": Threshold(5, 10, "surfaces within 2 to 3 mm on average (TG-132) leave few places 5 mm apart"),
-    "tre": Threshold(2, 5, "TG-132: 2 mm on average, 5 mm at most"),
-    "ncc_gain": Threshold(0.0, math.nan, "images of one modality shall be more alike than before; turn it off for two"),
-    "folds_percent": Threshold(0, 0.1, "TG-132: no Jacobian determinant below 0; a few voxels at a rim can be borne"),
-    "ndv_percent": Threshold(0.01, 0.1, "as for folds; this one also sees those between voxels"),
-    "sdlogj": Threshold(0.5, 1.0, "one standard deviation is a factor of 1.6 in volume, then 2.7: seldom anatomy"),
-    "inverse_consistency": Threshold(1, 3, "TG-132: within the largest voxel dimension, about 2 to 3 mm"),
-    "affine_overlap": Threshold(0.5, 0.3, "the images show different places, or the alignment went wrong"),
-}
-
-ALWAYS = ("folds_percent", "ndv_percent", "sdlogj", "inverse_consistency")  # of any pair
 
 
 def thresholds(file: Path | None = None, given: Iterable[str] = ()) -> dict[str, Threshold]:
@@ -86,7 +36,7 @@ def thresholds(file: Path | None = None, given: Iterable[str] = ()) -> dict[str,
     Raises:
         InputError: an unreadable file, an unknown metric, a value of another form, steps in the wrong order.
     """
-    chosen = dict(THRESHOLDS)
+    chosen = {name: metric.threshold for name, metric in METRICS.items() if metric.threshold}
     for name, value in _of_file(file).items():
         _change(chosen, name, value, f"{file}: ", f"set in {file.name}" if file else "")
     for item in given:
@@ -115,8 +65,8 @@ def _of_file(file: Path | None) -> dict[str, Any]:
 
 
 def _change(chosen: dict[str, Threshold], name: str, value: Any, where: str, why: str) -> None:
-    if name not in METRICS:
-        raise InputError(f"{where}{name}: no such metric; choose among {', '.join(METRICS)}")
+    if name not in shown_in("page"):
+        raise InputError(f"{where}{name}: no such metric; choose among {', '.join(shown_in('page'))}")
     if value is False or value == "off":  # YAML reads off as false
         chosen.pop(name, None)
         return
@@ -140,8 +90,8 @@ def said(name: str, limit: Threshold) -> str:
 
 def with_gains(row: Mapping[str, float]) -> dict[str, float]:
     """A row of metrics with what they gained."""
-    gains = {f"{name}_gain": row[name] - row[f"{name}_before"] for name in ("dice", "ncc") if f"{name}_before" in row}
-    return {**row, **gains}
+    gained = (name.removesuffix("_gain") for name in METRICS if name.endswith("_gain"))
+    return {**row, **{f"{name}_gain": row[name] - row[f"{name}_before"] for name in gained if f"{name}_before" in row}}
 
 
 def judge(row: Mapping[str, float], limits: Mapping[str, Threshold]) -> Verdict:
@@ -169,7 +119,7 @@ def _step(value: float, limit: Threshold, higher: bool) -> Status:
 
 def _should_have(row: Mapping[str, float], name: str) -> bool:
     before = row.get(f"{name.removesuffix('_gain')}_before", math.nan)
-    return not math.isnan(before) or (name in ALWAYS and name in row)
+    return not math.isnan(before) or (METRICS[name].sound and name in row)
 
 
 def _badness(value: float, limit: Threshold, higher: bool) -> float:

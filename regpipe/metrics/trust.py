@@ -14,19 +14,13 @@ from typing import Any
 import numpy as np
 
 from regpipe.io.images import Image
-from regpipe.metrics.thresholds import METRICS, THRESHOLDS, judge
+from regpipe.metrics.metric import METRICS
+from regpipe.metrics.thresholds import judge
 from regpipe.metrics.typical import Look, content, look
 
 SLACK, SMALL_SAMPLE = 0.25, 5.0  # a range is widened by 0.25 + 5 / n of its width: n values do not reach its ends
 LEAST = {"brightness": 0.1, "content": 0.1, "ncc": 0.05, "mi": 0.05, "covered": 0.1}  # and by this at least
-FACTORS = {
-    "spacing": 1.25,
-    "extent": 1.25,
-    "texture": 1.25,
-    "moved": 1.25,
-    "sdlogj": 1.25,
-}  # or this, of what is a scale
-SOUND = ("folds_percent", "ndv_percent", "sdlogj", "inverse_consistency", "affine_overlap")  # that need no truth
+FACTORS = dict.fromkeys(("spacing", "extent", "texture", "moved", "sdlogj"), 1.25)  # or this, of what is a scale
 WORSE = 0.02  # share of the mutual information: interpolation alone moves it by as much
 COVERED = 0.7  # share of the fixed image
 SHARED = 0.1  # of what is to be known of an image; see docs/results/robustness_trust.md
@@ -116,12 +110,12 @@ def _of_itself(numbers: Mapping[str, float], metrics: Mapping[str, float], *, al
         yield f"similarity: the images have little in common even after registration ({told})"
     if alone and numbers["covered"] < COVERED:
         yield f"overlap: the moving image covers only {100 * numbers['covered']:.0f} % of the fixed one"
-    limits = {name: THRESHOLDS[name] for name in SOUND}
+    limits = {name: metric.threshold for name, metric in METRICS.items() if metric.sound and metric.threshold}
     for name, step in judge(metrics, limits).steps.items():
         if step != "pass":
-            title, unit, higher, _ = METRICS[name]
-            than = "<" if higher else ">"
-            yield f"{title}: {metrics[name]:.3g}{f' {unit}' * bool(unit)} ({than} {limits[name].warn:g})"
+            metric, than = METRICS[name], "<" if METRICS[name].higher else ">"
+            value = f"{metrics[name]:.3g} {metric.unit}".strip()
+            yield f"{metric.title}: {value} ({than} {limits[name].warn:g})"
 
 
 def _listed(values: Sequence[float] | np.ndarray) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ignite.distributed as idist
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -22,6 +21,7 @@ from ignite.engine import Engine, Events
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
 from regpipe.io import images
+from regpipe.io.geometry import upright
 from regpipe.io.images import Image
 from regpipe.metrics.measures import ncc, sdlogj
 from regpipe.transforms.likeness import DARK, information
@@ -53,10 +53,8 @@ class Look(NamedTuple):
 def look(image: Image) -> Look:
     """The numbers of one image."""
     dim = image.array.ndim
-    as_kept = np.diag([-1.0, -1.0, 1.0]) if dim == 2 else np.eye(4)
-    turn = nib.orientations.io_orientation(as_kept @ image.affine)
-    array = images.normalise(np.ascontiguousarray(nib.orientations.apply_orientation(image.array, turn)))
-    spacing = image.spacing[np.argsort(turn[:, 0])]
+    array, affine = upright(*image)
+    array, spacing = images.normalise(np.ascontiguousarray(array)), images.voxel_size(affine)
     steps = np.mean([np.abs(np.diff(array, axis=axis)).mean() for axis in range(dim)])
     pool = torch.nn.functional.adaptive_avg_pool2d if dim == 2 else torch.nn.functional.adaptive_avg_pool3d
     small = pool(torch.from_numpy(array)[None], THUMBNAIL[dim])[0].numpy()
@@ -69,12 +67,18 @@ def content(thumbnail: np.ndarray, mean: np.ndarray) -> float:
     return ncc(thumbnail, mean)
 
 
-def numbers(batch: Mapping[str, Any], registration: Registration, spacing: Sequence[float]) -> dict[str, float]:
+def numbers(
+    batch: Mapping[str, Any],
+    registration: Registration,
+    spacing: Sequence[float],
+    measured: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """What a registered pair looks like on the working grid, where both images are; a batch of one.
 
     ``ncc``; ``mi_before`` and ``mi``, mutual information in nats; ``moved``, the displacement in mm that all but a
     few voxels stay below; ``sdlogj``; ``covered``, the share of the fixed image where the moving one is; ``shared``,
     the mutual information where the fixed image is not dark, as a share of what is to be known of the plainer of both.
+    ``measured``: what ``metrics.measures.measure`` gave of it, so that neither NCC nor SDlogJ is computed again.
     """
     u = registration.displacement
     fixed, moving = (batch[f"{side}_image"].to(u.device) for side in SIDES)
@@ -84,11 +88,11 @@ def numbers(batch: Mapping[str, Any], registration: Registration, spacing: Seque
     lengths = _some((u * mm).norm(dim=1))
     both = inside & other
     return {
-        "ncc": ncc(fixed[0], registration.warped_moving[0]),
+        "ncc": ncc(fixed[0], registration.warped_moving[0]) if measured is None else measured["ncc"],
         "mi_before": _information(fixed, moving, both),
         "mi": _information(fixed, registration.warped_moving, both),
         "moved": float(np.quantile(lengths, FAR)),
-        "sdlogj": sdlogj(u[0]),
+        "sdlogj": sdlogj(u[0]) if measured is None else measured["sdlogj"],
         "shared": _shared(fixed, registration.warped_moving, both & (fixed > DARK)),
         "covered": float((both.sum() / inside.sum().clamp(min=1)).item()),
     }
@@ -221,7 +225,7 @@ class TypicalPairs:
         for i, case in enumerate(batch["case"]):
             one = slice(i, i + 1)
             item = {name: value[one] for name, value in batch.items()}
-            registration = Registration(*(prediction[field][one] for field in Registration._fields))
+            registration = Registration.of(prediction, one)
             self._rows[case] = numbers(item, registration, self.spacing)
 
     def _keep(self, engine: Engine) -> None:

@@ -16,6 +16,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from regpipe.fields.algebra import Registration, warp
+from regpipe.networks.symmetric import Prediction
 
 DIVISOR = 8  # three poolings by two, in both networks
 
@@ -42,10 +43,10 @@ class VoxelMorph(nn.Module):
 
 
 class LocalNet(nn.Module):
-    """MONAI's LocalNet: ``net(pair) -> (B, 2 D, *spatial)``, displacements in voxels, with no integration.
+    """MONAI's LocalNet: ``net(pair) -> Prediction``, both (B, D, *spatial) displacements in voxels, not integrated.
 
-    The first D channels warp moving onto fixed. The last D, the same network on the swapped pair, warp fixed onto
-    moving: LocalNet gives no inverse, and a loss that looks both ways needs one.
+    ``velocity`` warps moving onto fixed. ``back``, the same network on the swapped pair, warps fixed onto moving:
+    LocalNet gives no inverse, and a loss that looks both ways needs one.
     Source: Hu et al., 'Weakly-supervised convolutional neural networks for multimodal image registration', MedIA 2018.
 
     Args:
@@ -64,8 +65,9 @@ class LocalNet(nn.Module):
             out_kernel_initializer="zeros",  # begin at the identity
         )
 
-    def forward(self, pair: Tensor) -> Tensor:
-        return torch.cat(divisible(self.net, torch.cat([pair, pair.flip(1)])).chunk(2), 1)
+    def forward(self, pair: Tensor) -> Tensor | Prediction:
+        forward, backward = divisible(self.net, torch.cat([pair, pair.flip(1)])).chunk(2)
+        return torch.cat([forward, backward], 1) if torch.jit.is_tracing() else Prediction(forward, backward)
 
 
 def divisible(network: Callable[[Tensor], Tensor], pair: Tensor) -> Tensor:
@@ -79,18 +81,24 @@ def divisible(network: Callable[[Tensor], Tensor], pair: Tensor) -> Tensor:
 
 
 class DisplacementInferer(Inferer):
-    """Network -> two displacements (B, 2 D, *spatial) -> a dict of ``Registration``'s fields.
+    """Network -> two displacements (B, D, *spatial) -> a dict of ``Registration``'s fields.
 
     Stands where ``engines.inferers.RegistrationInferer`` does, and takes masks as that does, with no use for them.
-    ``velocity`` holds both displacements, so that regularity terms count them.
+    ``velocity`` and ``back`` hold the displacements too, so that regularity terms count them.
     """
 
     def __call__(
-        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
+        self,
+        inputs: Tensor,
+        network: Callable[..., Prediction],
+        *args: Any,
+        masks: Sequence[Tensor] = (),
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
-        both = network(inputs, *args, **kwargs).float()
+        found = network(inputs, *args, **kwargs)
+        assert found.back is not None  # LocalNet's
         with torch.autocast(inputs.device.type, enabled=False):
             fixed, moving = inputs.float().chunk(2, dim=1)
-            forward, backward = both.chunk(2, dim=1)
+            forward, backward = found.velocity.float(), found.back.float()
             warped = warp(torch.cat([moving, fixed]), torch.cat([forward, backward]))
-            return Registration(both, forward, backward, *warped.chunk(2))._asdict()
+            return Registration(forward, forward, backward, *warped.chunk(2))._replace(back=backward).tensors()

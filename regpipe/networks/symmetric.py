@@ -1,7 +1,8 @@
 """From a pair of images to a velocity: the symmetric coarse-to-fine network, and SYMNet itself.
 
-Both take one tensor ``(B, 2, *spatial)``, channel 0 fixed and channel 1 moving, and return one tensor, so that
-tracing, export and MONAI's bundle checks work; integration and warping are not theirs (``fields.algebra.register``).
+Both take one tensor ``(B, 2, *spatial)``, channel 0 fixed and channel 1 moving. A network that gives a velocity alone
+returns that tensor, as MONAI's bundle checks ask; one that gives more returns a ``Prediction``, and one tensor where it
+is traced. Integration and warping are not theirs (``fields.algebra.register``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,30 @@ VELOCITY_STRIDE = 2  # the velocity lives at half resolution
 SMALL_IMAGE, SMALL_LEVEL = 2**20, 2**17
 
 
+class Prediction(NamedTuple):
+    """What a network says of a pair."""
+
+    velocity: Tensor  # (B, D, *grid), voxels of its own grid
+    back: Tensor | None = None  # the same size: the way back's own velocity, where that is not minus ``velocity``
+    structures: Tensor | None = None  # (B, 2 (K + 1), *full), logits, background first: fixed's, then moving's
+
+
+def prediction(output: Tensor | Prediction) -> Prediction:
+    """What any network returns, with names."""
+    return output if isinstance(output, Prediction) else Prediction(output)
+
+
+def joined(velocity: Tensor, structures: Tensor) -> Tensor:
+    """Velocity and structures in one tensor: the logits, folded onto the velocity's grid, follow its channels."""
+    return torch.cat([velocity, fold(structures)], 1)
+
+
+def parted(output: Tensor) -> Prediction:
+    """``joined`` backwards: of what a traced network with structures gives."""
+    dim = output.ndim - 2
+    return Prediction(output[:, :dim], structures=unfold(output[:, dim:]))
+
+
 class SymmetricNet(nn.Module):
     """One encoder for both images, then a velocity refined from coarse to fine, antisymmetric in the two.
 
@@ -47,17 +72,14 @@ class SymmetricNet(nn.Module):
         transfer: what is taken from ``pretrained``: its ``encoder``, or the whole ``network``.
         width: channels of the decoder's coarse levels; the finest has half as many.
         correlation: radius in voxels of the local correlation that each level sees; 0 for none.
-        structures: how many labelled structures the network shall tell apart, where labels supervise. Their logits at
-            full resolution, background first, then follow the velocity's channels, folded onto its grid: fixed's, then
-            moving's, see ``unfold``; and the levels see them as features.
+        structures: how many labelled structures the network shall tell apart, where labels supervise. It then returns
+            a ``Prediction``; and the levels see the logits as features.
 
     With ``net.checkpointing = True`` what each part computes is let go of and computed again for the gradient, the same
-    to the bit (Chen et al. 2016): less memory, more time. With ``net.structures_only = True`` a network in training
-    looks for structures and nothing else, and gives a velocity of zero: a third of the time.
+    to the bit (Chen et al. 2016): less memory, more time.
     """
 
     checkpointing = False
-    structures_only = False
 
     def __init__(
         self,
@@ -74,6 +96,7 @@ class SymmetricNet(nn.Module):
         super().__init__()
         if transfer not in ("encoder", "network"):
             raise InputError(f"transfer is '{transfer}': choose encoder or network")
+        self.backbone, self.pretrained, self.freeze, self.transfer = backbone, str(pretrained), freeze, transfer
         self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze)
         self.detail = _Detail(spatial_dims, width // 2)
         channels = {VELOCITY_STRIDE: width // 2}
@@ -89,25 +112,35 @@ class SymmetricNet(nn.Module):
         if transfer == "network":
             lay_in_decoder(self, pretrained, backbone)
 
-    def forward(self, pair: Tensor) -> Tensor:
+    def forward(self, pair: Tensor, *, structures_only: bool = False) -> Tensor | Prediction:
+        """``structures_only``: of a network with structures; its velocity is zero, in a third of the time."""
+        logits = None if self.anatomy is None else self._structures(self.anatomy, pair)  # (2B, K + 1, *grid)
         inner = self.inner_shape(pair.shape[2:])
-        if self.structures_only and self.training and self.anatomy is not None:
-            folded = fold(resize_image(self._structures(self.anatomy, pair), inner))
-            still = folded.new_zeros(len(pair), len(inner), *folded.shape[2:])
-            return torch.cat([still, *folded.chunk(2)], 1)
+        if structures_only:
+            still = pair.new_zeros(len(pair), len(inner), *(math.ceil(n / VELOCITY_STRIDE) for n in inner))
+            return self._named(still, logits, inner)
+        return self._named(self._velocity(pair, logits, inner), logits, inner)
+
+    def _named(self, velocity: Tensor, logits: Tensor | None, inner: Sequence[int]) -> Tensor | Prediction:
+        if logits is None:
+            return velocity
+        structures = torch.cat(resize_image(logits, inner).chunk(2), 1)
+        if torch.jit.is_tracing():
+            return joined(velocity, structures)
+        return Prediction(velocity, structures=structures)
+
+    def _velocity(self, pair: Tensor, logits: Tensor | None, inner: Sequence[int]) -> Tensor:
         images = resize_image(pair, inner)
         seen = [self._part(self._see, both) for both in together(images.chunk(2, 1), SMALL_IMAGE)]
         maps = [torch.cat(parts) for parts in zip(*seen, strict=True)]  # (2B, C, *grid) each: fixed first
-        logits = None if self.anatomy is None else self._structures(self.anatomy, pair)
         if logits is not None:
             tissue = logits.softmax(1)
             maps = [torch.cat([x, resize_image(tissue, x.shape[2:])], 1) for x in maps]
-            logits = resize_image(logits, inner)
         velocity: Tensor | None = None
         for level in self.levels:
             velocity = self._part(level, maps.pop(0), velocity)  # a map is let go of when its level has warped it
         assert velocity is not None  # every backbone has a level
-        return velocity if logits is None else torch.cat([velocity, *fold(logits).chunk(2)], 1)
+        return velocity
 
     def _part(self, compute: Callable[..., Any], *given: Tensor | None) -> Any:
         if not (self.checkpointing and torch.is_grad_enabled()):
@@ -277,8 +310,8 @@ def together(parts: Sequence[Tensor], points: int) -> Sequence[Tensor]:
 class SymNet(nn.Module):
     """SYMNet (Mok & Chung, CVPR 2020), the study's reference: images concatenated, a U-Net, two velocity heads.
 
-    ``net(pair (B, 2, *spatial)) -> (B, 2 D, *spatial)``: the velocity that takes fixed towards moving's midway space
-    and the one that takes moving towards fixed's, in voxels; see ``fields.algebra.register_midway``.
+    ``net(pair (B, 2, *spatial)) -> Prediction``: its velocity (B, D, *spatial) takes moving towards fixed's midway
+    space and ``back`` fixed towards moving's, in voxels; see ``fields.algebra.register_midway``.
 
     Args:
         spatial_dims: 2 or 3 (the authors': 3).
@@ -307,7 +340,7 @@ class SymNet(nn.Module):
         self.merge = nn.ModuleList(two_convolutions(spatial_dims, *shape) for shape in shapes)
         self.heads = nn.ModuleList(CONV[spatial_dims](2 * c, spatial_dims, 5, padding=2, bias=False) for _ in range(2))
 
-    def forward(self, pair: Tensor) -> Tensor:
+    def forward(self, pair: Tensor) -> Tensor | Prediction:
         x, skips = pair, []
         for block in self.down:
             x = block(x)
@@ -315,7 +348,8 @@ class SymNet(nn.Module):
         x = self.bottom(x)
         for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
             x = merge(torch.cat([resize_image(up(x), skip.shape[2:]), skip], 1))
-        return self.limit * torch.cat([F.softsign(head(x)) for head in self.heads], 1)
+        back, velocity = (self.limit * F.softsign(head(x)) for head in self.heads)
+        return torch.cat([back, velocity], 1) if torch.jit.is_tracing() else Prediction(velocity, back)
 
 
 def _transposed(spatial_dims: int, width: int) -> nn.Sequential:

@@ -11,6 +11,7 @@ from pathlib import Path
 import ignite.distributed as idist
 import numpy as np
 
+from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image
 from regpipe.phantoms import synthetic
 from regpipe.phantoms.scenes import KINDS, MAGNITUDE, Phantom, checked_shape, make_pair
@@ -111,7 +112,7 @@ def _holds(out: Path, record: str) -> bool:
 
 def _write_case(out: Path, case: str, pair: Phantom) -> None:
     dim = len(pair.displacement)
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0][:dim] + [1.0])  # RAS mm; in LPS mm, then, a voxel lies at its index
+    affine = lps_matrix(np.eye(dim + 1), places=False)  # RAS mm; in LPS mm, then, a voxel lies at its index
     for side in ("fixed", "moving"):
         for what in ("image", "label"):
             array = getattr(pair, f"{side}_{what}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from regpipe.fields.algebra import resize_image, sample
+from regpipe.fields.algebra import resize_image, sample, smooth
 
 MARGIN = 1.5  # size of a noise in sizes of the image: motion brings in what lies beyond the image
 
@@ -40,18 +40,6 @@ def smooth_noise(shape: Sequence[int], channels: int, scale: Tensor, *, generato
     table = torch.randn(1, channels, *steps, generator=generator, device=generator.device)
     finer = blur(resize_image(table, [min(n, 3 * m - 2) for n, m in zip(shape, steps, strict=True)]), 1.2)
     return 1.4 * resize_image(finer, shape)
-
-
-def smooth(x: Tensor, axis: int, sigma: float) -> Tensor:
-    """Gaussian along one axis, the rim repeated."""
-    radius = max(1, math.ceil(2.5 * sigma))
-    taps = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
-    n = x.shape[axis]
-    reach = torch.arange(-radius, n + radius, device=x.device).clamp(0, n - 1)
-    padded, total = x.index_select(axis, reach), torch.zeros_like(x)
-    for i, weight in enumerate((taps / taps.sum()).tolist()):
-        total.add_(padded.narrow(axis, i, n), alpha=weight)
-    return total
 
 
 def blur(image: Tensor, sigma: float) -> Tensor:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from regpipe.networks.encoders import BACKBONES
 from regpipe.utils.files import replace_file
 
 PAGE = 7.2
@@ -44,17 +45,24 @@ STYLE: Any = {  # matplotlib names its parameters in a type of its own
     "svg.hashsalt": "regpipe",
 }
 DOTS_PER_INCH = 300
-MARKERS = {"resnet18": "o", "vgg16": "s", "alexnet": "^", "plain": "D"}
-COLOURS = {"scratch": "#000000", "frozen": "#0072B2", "finetuned": "#D55E00"}
-LOOKS: dict[str, dict[str, str]] = {  # of a line, by its name
-    "scratch": {"color": COLOURS["scratch"], "linestyle": "-", "marker": "o"},
-    "frozen": {"color": COLOURS["frozen"], "linestyle": "--", "marker": "s"},
-    "finetuned": {"color": COLOURS["finetuned"], "linestyle": "-.", "marker": "^"},
-    "resnet18": {"color": "#0072B2", "linestyle": "-", "marker": MARKERS["resnet18"]},
-    "vgg16": {"color": "#D55E00", "linestyle": "--", "marker": MARKERS["vgg16"]},
-    "alexnet": {"color": "#009E73", "linestyle": "-.", "marker": MARKERS["alexnet"]},
-    "plain": {"color": "#000000", "linestyle": ":", "marker": MARKERS["plain"]},
-}
+# Colour, dashes and mark of a line; of backbones in the order of ``BACKBONES``, then over again.
+TRANSFERS = {"scratch": ("#000000", "-", "o"), "frozen": ("#0072B2", "--", "s"), "finetuned": ("#D55E00", "-.", "^")}
+LOOKS = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#000000", ":", "D"),
+    ("#CC79A7", "-", "v"),
+    ("#E69F00", "--", "P"),
+    ("#56B4E9", "-.", "X"),
+)
+
+
+def look(name: str) -> dict[str, str]:
+    """Of a line, by its name: a kind of transfer, or a backbone."""
+    values = TRANSFERS[name] if name in TRANSFERS else LOOKS[[*BACKBONES].index(name) % len(LOOKS)]
+    return dict(zip(("color", "linestyle", "marker"), values, strict=True))
+
 
 Interval = tuple[float, float, float]  # mean, low, high
 
@@ -95,8 +103,8 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[s
                 if name in panel:
                     mean, low, high = panel[name]
                     reach = [[max(mean - low, 0)], [max(high - mean, 0)]]
-                    look: dict[str, Any] = {"marker": MARKERS[name], "color": LOOKS[name]["color"], "linestyle": "none"}
-                    axes.errorbar(mean, place, xerr=reach, **look)
+                    mark: dict[str, Any] = {**look(name), "linestyle": "none"}
+                    axes.errorbar(mean, place, xerr=reach, **mark)
             if title in before:
                 axes.axvline(before[title], color="#777777", linestyle=":")
             axes.set(xlabel=title)
@@ -108,8 +116,8 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, before: Mapping[s
 
 
 def cost(points: Sequence[Point], *, ylabel: str) -> Figure:
-    """Accuracy with its interval against each known cost; up and to the left is better."""
-    transfers = [name for name in COLOURS if any(point.transfer == name for point in points)]
+    """Accuracy with its interval against each cost, where that is known: up and to the left is better."""
+    transfers = [name for name in TRANSFERS if any(point.transfer == name for point in points)]
     with rc_context(STYLE):
         figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
         row = _panels(figure, len(points[0].costs), columns=3)
@@ -131,18 +139,18 @@ def cost(points: Sequence[Point], *, ylabel: str) -> Figure:
 
 def _look(point: Point, transfers: Sequence[str]) -> dict[str, Any]:
     """A mark for each backbone; a colour for each transfer where there are several, else for each backbone."""
-    color = COLOURS[point.transfer] if len(transfers) > 1 else LOOKS[point.backbone]["color"]
-    return {"marker": MARKERS[point.backbone], "color": color, "linestyle": "none"}
+    color = look(point.transfer)["color"] if len(transfers) > 1 else look(point.backbone)["color"]
+    return {**look(point.backbone), "color": color, "linestyle": "none"}
 
 
 def _cost_legend(figure: Figure, points: Sequence[Point], transfers: Sequence[str]) -> None:
     several = len(transfers) > 1
     handles = []
     for name in dict.fromkeys(point.backbone for point in points):
-        color = "#777777" if several else LOOKS[name]["color"]
-        handles.append(Line2D([], [], marker=MARKERS[name], color=color, linestyle="none", label=name))
+        color = "#777777" if several else look(name)["color"]
+        handles.append(Line2D([], [], marker=look(name)["marker"], color=color, linestyle="none", label=name))
     if several:
-        handles += [Line2D([], [], color=COLOURS[name], linewidth=4, label=name) for name in transfers]
+        handles += [Line2D([], [], color=look(name)["color"], linewidth=4, label=name) for name in transfers]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
@@ -152,9 +160,9 @@ def curves(
     """A panel per title, a line per kind of run with its intervals, over the number of training subjects.
 
     Args:
-        panels: title -> a name of ``LOOKS`` -> subjects -> interval.
-        ylabel: the quantity, with its unit.
-        columns: panels in a row.
+        panels: title -> a name that ``look`` knows -> subjects -> interval.
+        ylabel: what is shown, with its unit.
+        columns: panels beside each other.
         zero: draw the line at 0, for differences.
     """
     sizes = sorted({size for panel in panels.values() for line in panel.values() for size in line})
@@ -164,7 +172,7 @@ def curves(
         for axes, (title, panel) in zip(cells, panels.items(), strict=True):
             for turn, (name, line) in enumerate(panel.items()):
                 aside = 1 + 0.06 * (turn - (len(panel) - 1) / 2)  # intervals of the same size beside each other
-                _upright(axes, [size * aside for size in line], [*line.values()], {**LOOKS[name], "label": name})
+                _upright(axes, [size * aside for size in line], [*line.values()], {**look(name), "label": name})
             if zero:
                 axes.axhline(0, color="#777777", linewidth=0.6)
             axes.set(title=title, xlabel="training subjects", xscale="log")

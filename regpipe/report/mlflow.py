@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
 
-from regpipe.losses.terms import RegistrationLoss
-from regpipe.report.tensorboard import tag_terms
+from regpipe.report.tensorboard import training_terms
 from regpipe.report.tensorboard_pages import plain
 
 
@@ -24,20 +24,16 @@ def adapt(
     settings: Mapping[str, Any],
     folder: str,
     *,
-    loss: RegistrationLoss | None = None,
-    close: bool = False,
+    close: Engine | None = None,
 ) -> None:
     """Give the MLflow handlers among ``handlers`` one run, with the settings as its parameters.
 
-    Call it before the engine is made.
-
     Args:
-        handlers: all handlers of an engine.
-        settings: the run's parameters. With ``folder`` they name the run, unless it has a name: a training that is
-            resumed continues its run, another training begins a new one.
+        handlers: of an engine that has not run yet, any.
+        settings: what the run's parameters are; with ``folder`` they name the run, unless it was named: the same
+            training goes on in the run that it began, another one begins its own.
         folder: where the weights are.
-        loss: its terms are logged at each iteration.
-        close: end the run with the engine.
+        close: end the run when this engine is done.
     """
     about = json.dumps([dict(settings), folder], default=str, sort_keys=True)
     digest = hashlib.sha256(about.encode()).hexdigest()[:8]
@@ -45,9 +41,9 @@ def adapt(
         handler.run_name = handler.run_name or f"{settings['backbone']} {digest}"
         handler.experiment_param = {name: plain(value) for name, value in settings.items()}
         handler.artifacts = tuple(_path(path) for path in handler.artifacts)
-        handler.close_on_complete |= close
-        if loss is not None:
-            handler.output_transform = lambda _: tag_terms(loss.terms, "training")
+        if close is not None:
+            close.add_event_handler(Events.COMPLETED, handler.close)
+        handler.output_transform = training_terms
 
 
 def _path(written: str | None) -> str | None:

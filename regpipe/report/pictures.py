@@ -1,16 +1,16 @@
-"""Pictures of a registered pair: before and after, checkerboard, deformed grid, Jacobian map.
+"""Pictures of a registration for people: before and after, checkerboard, bent grid, Jacobian map.
 
-A picture is (H, W, 3) uint8. Array axis 0 runs to the right; axis 1 runs downwards for a 2-D image (as in an image
-viewer) and upwards for a slice of a 3-D volume in RAS order, which is cut across its last axis. One voxel becomes a
-square of k x k pixels, k the same for every picture of a pair.
+A picture is (H, W, 3) uint8. Array axis 0 runs to the right; axis 1 runs downwards for a 2-D image
+(as in an image viewer) and upwards for a slice of a 3-D volume in RAS order, unless ``origin`` says
+otherwise. One voxel becomes a square of k x k pixels, k the same for every picture of a pair.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,38 +23,31 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from regpipe.fields.algebra import jacobian_determinant
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import replace_hashed
 
 Array = NDArray[np.floating]
 Picture = NDArray[np.uint8]
+Origin = Literal["upper", "lower"]
 
-# The captions; the keys are those of ``pictures``.
-TITLES = {
-    "fixed": "fixed",
-    "moving": "moving",
-    "warped": "moving, warped",
-    "checkerboard": "checkerboard: fixed / warped",
-    "overlay": "fixed magenta; before | after in green",
-    "grid": "fixed grid, carried by x + u(x)",
-    "jacobian": "local volume change",
-}
 SHORTEST_SIDE = 256  # pixels
 SQUARES = 8  # of the checkerboard, along the shorter side
 LINES = 16  # of the grid, along the shorter side
 GAP = 4  # pixels between pictures
-SHEET_WIDTH, CELL_HEIGHT = 1200, 256  # pixels: where rows of the contact sheet break; of each picture on it
 DPI = 128  # a power of two: pixels / DPI is exact and no figure loses a row to rounding
 FOLD = "red"
 FOREGROUND = 0.1  # of an image in [0, 1]
 
 
 class Slice(NamedTuple):
-    """The slice of one pair that is drawn."""
+    """What is drawn of one pair."""
 
+    fixed: Picture  # (H, W) as on the screen, like the next two
+    moving: Picture
+    warped: Picture
     displacement: Array  # (2, X, Y) in voxels, the part that lies in the plane
-    determinant: Array  # (X, Y) of the whole map, motion across the plane included
-    title: str  # range of the determinant and folds, over the whole volume
-    origin: str  # where voxel (0, 0) lies: ``upper`` or ``lower`` left
+    determinant: Array  # (X, Y) of the whole map, out-of-plane motion included
+    title: str  # of the determinant, over the whole volume
+    origin: Origin
     scale: int  # pixels per voxel
 
 
@@ -63,58 +56,74 @@ def pictures(
     moving: ArrayLike,
     warped: ArrayLike,
     displacement: ArrayLike,
+    *,
+    axis: int = -1,
+    origin: Origin | None = None,
 ) -> dict[str, Picture]:
-    """The pictures of one registered pair, by name; the names are the keys of ``TITLES``.
+    """The pictures of one registered pair, by the names of ``PICTURES``.
 
     Args:
         fixed, moving, warped: (*S) in [0, 1] on one grid, 2-D or 3-D.
         displacement: (D, *S) in voxels, ``warped(x) = moving(x + u(x))``.
+        axis: of a volume, the axis across which a slice is shown, amid what fixed shows; not used in 2-D.
+        origin: where voxel (0, 0) lies, ``upper`` or ``lower`` left; default: upper in 2-D, lower
+            in 3-D.
+
+    Raises:
+        ValueError: if the shapes do not belong together, or for another ``origin``.
     """
     images = [np.asarray(image, float) for image in (fixed, moving, warped)]
     u = np.asarray(displacement, np.float32)
-    at = _content(images[0])
-    view = _slice(u, at)
-    f, m, w = (_enlarged(_plane(image, at), view) for image in images)
-    return {
-        "fixed": _grey(f),
-        "moving": _grey(m),
-        "warped": _grey(w),
-        "checkerboard": _grey(_checkerboard(f, w, view.scale)),
-        "overlay": _beside(np.dstack([f, m, f]), np.dstack([f, w, f])),
-        "grid": _grid(f, view),
-        "jacobian": _jacobian(view),
-    }
+    _check(images, u, origin)
+    at = _content(images[0], axis)
+    seen = _slice(images, u, axis, at, origin or ("upper" if len(u) == 2 else "lower"))
+    return {name: kind.draw(seen) for name, kind in PICTURES.items()}
 
 
-def _content(volume: Array) -> int:
-    """The slice in the middle of the foreground, half of it to either side: a head seldom fills its scan."""
-    share = np.cumsum((volume > FOREGROUND).sum(axis=tuple(range(volume.ndim - 1))))
+def _check(images: list[Array], u: Array, origin: str | None) -> None:
+    shape = u.shape[1:]
+    if len(shape) not in (2, 3) or len(u) != len(shape) or any(i.shape != shape for i in images):
+        raise ValueError(
+            f"images {[i.shape for i in images]} and displacement {u.shape} do not belong "
+            "together: expected three images (*S) and a displacement (D, *S), D = 2 or 3"
+        )
+    if origin not in (None, "upper", "lower"):
+        raise ValueError(f"origin {origin!r} is unknown: 'upper' or 'lower'")
+
+
+def _content(volume: Array, axis: int) -> int:
+    """The slice in the middle of an image's foreground, half of it to either side: a head seldom fills its scan."""
+    others = tuple(a for a in range(volume.ndim) if a != axis % volume.ndim)
+    share = np.cumsum((volume > FOREGROUND).sum(axis=others))
     return int(np.searchsorted(share, share[-1] / 2)) if share[-1] else len(share) // 2
 
 
-def _plane(volume: Array, at: int) -> Array:
+def _plane(volume: Array, axis: int, at: int) -> Array:
     """One slice of a volume; an image (X, Y) is its own."""
-    return volume if volume.ndim == 2 else volume[..., at]
+    return volume if volume.ndim == 2 else np.take(volume, at, axis)
 
 
-def _slice(u: Array, at: int) -> Slice:
+def _slice(images: Sequence[Array], u: Array, axis: int, at: int, origin: Origin) -> Slice:
+    dim = len(u)
+    normal = range(dim)[axis] if dim == 3 else None
+    plane = np.stack([_plane(u[i], axis, at) for i in range(dim) if i != normal])
     det = jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
     folds = 100 * np.mean(~(det > 0))  # NaN is a fold
     title = f"det J {np.nanmin(det):.2f} to {np.nanmax(det):.2f}, folds {folds:.2g} %"
-    plane = np.stack([_plane(channel, at) for channel in u[:2]])
     scale = -(-SHORTEST_SIDE // min(plane.shape[1:]))
-    return Slice(plane, _plane(det, at), title, "upper" if len(u) == 2 else "lower", scale)
+    fixed, moving, warped = (_enlarged(_plane(image, axis, at), origin, scale) for image in images)
+    return Slice(fixed, moving, warped, plane, _plane(det, axis, at), title, origin, scale)
 
 
 # ---------------------------------------------------------------------------------- drawn by pixels
 
 
-def _enlarged(plane: Array, view: Slice) -> Picture:
-    """(X, Y) in [0, 1] -> (H, W) uint8 as on the screen, k x k pixels per voxel."""
+def _enlarged(plane: Array, origin: Origin, scale: int) -> Picture:
+    """(X, Y) in [0, 1] -> (H, W) uint8 as on the screen, k x k pixels for a voxel."""
     grey = (255 * np.clip(np.nan_to_num(plane), 0, 1)).round().astype(np.uint8)
-    upright = grey.T if view.origin == "upper" else grey.T[::-1]
+    upright = grey.T if origin == "upper" else grey.T[::-1]
     height, width = upright.shape
-    size = (width * view.scale, height * view.scale)
+    size = (width * scale, height * scale)
     return np.asarray(Image.fromarray(upright).resize(size, Image.Resampling.BICUBIC))
 
 
@@ -147,24 +156,24 @@ def _drawn(canvas: FigureCanvasAgg) -> Picture:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _frame(axes: Axes, shape: tuple[int, ...], origin: str) -> None:
+def _frame(axes: Axes, shape: tuple[int, ...], origin: Origin) -> None:
     """Voxel coordinates on ``axes``: x is array axis 0, y is array axis 1."""
     low, high = (shape[1] - 0.5, -0.5) if origin == "upper" else (-0.5, shape[1] - 0.5)
     axes.set(xlim=(-0.5, shape[0] - 0.5), ylim=(low, high), xticks=[], yticks=[])
 
 
-def _grid(fixed: Picture, view: Slice) -> Picture:
+def _grid(view: Slice) -> Picture:
     """Lines of the fixed grid where x + u(x) takes them, over the (dimmed) fixed image."""
     shape = view.displacement.shape[1:]
     step = max(1, round(min(shape) / LINES))
     where = np.moveaxis(np.indices(shape) + view.displacement, 0, -1)  # (X, Y, 2)
     first = step // 2
     lines = [*where[first::step], *where[:, first::step].swapaxes(0, 1)]
-    figure, canvas = _canvas(fixed.shape[1], fixed.shape[0])
+    figure, canvas = _canvas(view.fixed.shape[1], view.fixed.shape[0])
     axes = figure.add_axes((0, 0, 1, 1), frameon=False)
     _frame(axes, shape, view.origin)
     rim = (*axes.get_xlim(), *axes.get_ylim())
-    axes.imshow(_grey(fixed) // 3 * 2, extent=rim, origin="upper", aspect="auto", interpolation="nearest")
+    axes.imshow(_grey(view.fixed) // 3 * 2, extent=rim, origin="upper", aspect="auto", interpolation="nearest")
     drawn = LineCollection(lines, colors="gold", linewidths=0.6)
     drawn.set_snap(False)  # else straight lines jump to whole pixels
     axes.add_collection(drawn, autolim=False)
@@ -184,8 +193,15 @@ def _jacobian(view: Slice) -> Picture:
     axes = figure.add_axes((edge / wide, edge / high, width / wide, height / high))
     colours = colormaps["PRGn"].with_extremes(under=FOLD, bad=FOLD)
     shown: Any = np.where(det <= 0, -1, det).T
-    look: Any = {"vmin": 0, "vmax": 2, "origin": view.origin, "aspect": "auto", "interpolation": "nearest"}
-    image = axes.imshow(shown, cmap=colours, **look)
+    image = axes.imshow(
+        shown,
+        cmap=colours,
+        vmin=0,
+        vmax=2,
+        origin=view.origin,
+        aspect="auto",
+        interpolation="nearest",
+    )
     folds = np.argwhere(~(det > 0))
     size = max(view.scale, 4) * 72 / DPI  # at least 4 pixels: one folded voxel must not be overlooked
     axes.plot(*folds.T, "s", color=FOLD, markersize=size, markeredgewidth=0)
@@ -197,15 +213,52 @@ def _jacobian(view: Slice) -> Picture:
     return _drawn(canvas)
 
 
+class Kind(NamedTuple):
+    """A kind of picture."""
+
+    title: str  # on the sheet
+    draw: Callable[[Slice], Picture]
+
+
+PICTURES: dict[str, Kind] = {
+    "fixed": Kind("fixed", lambda seen: _grey(seen.fixed)),
+    "moving": Kind("moving", lambda seen: _grey(seen.moving)),
+    "warped": Kind("moving, warped", lambda seen: _grey(seen.warped)),
+    "checkerboard": Kind(
+        "checkerboard: fixed / warped", lambda seen: _grey(_checkerboard(seen.fixed, seen.warped, seen.scale))
+    ),
+    "overlay": Kind(
+        "fixed magenta; before | after in green",
+        lambda seen: _beside(*(np.dstack([seen.fixed, other, seen.fixed]) for other in seen[1:3])),
+    ),
+    "grid": Kind("fixed grid, carried by x + u(x)", _grid),
+    "jacobian": Kind("local volume change", _jacobian),
+}
+
+
 # ----------------------------------------------------------------------------------- sheet and file
 
 
-def contact_sheet(pictures: Mapping[str, Picture]) -> Picture:
-    """Pictures of any sizes on one white sheet, each below its title from ``TITLES``; one at least."""
-    cells = [_captioned(picture, TITLES[name]) for name, picture in pictures.items()]
+def contact_sheet(
+    pictures: Iterable[Picture], titles: Iterable[str], *, width: int = 1200, height: int = 256
+) -> Picture:
+    """Pictures on one white sheet, each under its title.
+
+    Args:
+        pictures: (H, W, 3) uint8 each, of any sizes.
+        titles: one for each.
+        width: of the sheet in pixels, where rows break; a wider picture gets a wider sheet.
+        height: to which every picture is scaled, in pixels.
+
+    Raises:
+        ValueError: without pictures, or if there are more or fewer titles.
+    """
+    cells = [_captioned(p, t, height) for p, t in zip(pictures, titles, strict=True)]
+    if not cells:
+        raise ValueError("no picture to put on a contact sheet")
     corners, x, y, widest = [], GAP, GAP, 0
     for cell in cells:
-        if x > GAP and x + cell.width + GAP > SHEET_WIDTH:
+        if x > GAP and x + cell.width + GAP > width:
             x, y = GAP, y + cell.height + GAP
         corners.append((x, y))
         x += cell.width + GAP
@@ -216,22 +269,20 @@ def contact_sheet(pictures: Mapping[str, Picture]) -> Picture:
     return np.asarray(sheet)
 
 
-def _captioned(picture: Picture, title: str) -> Image.Image:
+def _captioned(picture: Picture, title: str, height: int) -> Image.Image:
     image = Image.fromarray(picture)
-    image = image.resize(
-        (max(round(image.width * CELL_HEIGHT / image.height), 1), CELL_HEIGHT), Image.Resampling.LANCZOS
-    )
+    image = image.resize((max(round(image.width * height / image.height), 1), height), Image.Resampling.LANCZOS)
     font = ImageFont.load_default(size=15)
     band = 24  # pixels
     width = max(image.width, round(font.getlength(title)) + 2 * GAP)
-    cell = Image.new("RGB", (width, CELL_HEIGHT + band), "white")
+    cell = Image.new("RGB", (width, height + band), "white")
     cell.paste(image, (0, band))
     ImageDraw.Draw(cell).text((GAP, band / 2), title, fill="black", font=font, anchor="lm")
     return cell
 
 
-def save_png(path: str | Path, picture: Picture) -> None:
-    """Write (H, W, 3) or (H, W) uint8 as PNG; folders are made."""
+def save_png(path: str | Path, picture: Picture) -> str:
+    """Write (H, W, 3) or (H, W) uint8 as PNG; folders are made. Returns its SHA-256."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
-    replace_file(path, buffer.getvalue())
+    return replace_hashed(path, buffer.getvalue())

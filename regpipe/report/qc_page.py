@@ -16,7 +16,8 @@ from urllib.parse import quote
 import numpy as np
 
 from regpipe import __version__
-from regpipe.metrics.thresholds import METRICS, Threshold, Verdict, judge, said, with_gains
+from regpipe.metrics.metric import METRICS, Threshold, shown_in
+from regpipe.metrics.thresholds import Verdict, judge, said, with_gains
 from regpipe.report import views
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file
@@ -66,7 +67,7 @@ def write_report(
         cases=list(zip(cases, shown, strict=True)),
         problems=problems,
         counts={status: sum(case.verdict.status == status for case in cases) for status in ("fail", "warn", "pass")},
-        columns=[name for name in METRICS if any(_has(case, name) for case in cases)],
+        columns=[name for name in shown_in("page") if any(_has(case, name) for case in cases)],
         limits=limits,
         made=_made([case.folder for case in cases]),
     )
@@ -182,7 +183,7 @@ def _for_viewer(case: Registered, pictures: Mapping[str, str], limits: Mapping[s
             "limits": said(name, limits[name]) if name in limits else "",
             "step": case.verdict.steps.get(name, ""),
         }
-        for name in METRICS
+        for name in shown_in("page")
         if _has(case, name)
     ]
     view = case.view or {"planes": [], "layers": {}, "landmarks": []}

@@ -32,6 +32,11 @@ def tag_terms(terms: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in terms.items()}
 
 
+def training_terms(output: Mapping[str, Any]) -> dict[str, float]:
+    """A trainer's ``engine.state.output`` (``engines.step``) -> its loss terms, tagged; none of an evaluator's."""
+    return tag_terms(output.get("terms", {}), "training")
+
+
 class MetricLog:
     """Writes the evaluator's metrics that are numbers, each its own curve ``validation/<metric>`` over epochs."""
 

@@ -18,35 +18,40 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from regpipe.data.pairs import Case
+from regpipe.losses.terms import TERMS
+from regpipe.metrics.metric import METRICS, shown_in
 from regpipe.report.tensorboard import tag_terms
 from regpipe.utils.versions import versions
 
-SIMILARITY = "lncc|ncc|mse|mi|mind|features|midway|clean"  # terms of ``losses.terms``
-REGULARITY = "diffusion|bending|elastic|divergence|jacobian|log_jacobian|magnitude"
-# The Custom Scalars tab. TensorBoard draws every run that it shows into each of these charts, so that the backbones of
-# a comparison stand in one; what is given are regular expressions of tags.
-LAYOUT = {
-    "Accuracy, held-out pairs": {
-        "Dice": ["Multiline", ["validation/dice$"]],
-        "HD95, mm": ["Multiline", ["validation/hd95$"]],
-        "TRE, mm": ["Multiline", ["validation/tre$"]],
-        "error of known displacements, training pairs, voxels": ["Multiline", ["training/end_point$"]],
-    },
-    "Similarity": {
-        "NCC, held-out pairs": ["Multiline", ["validation/ncc$"]],
-        "similarity terms, training pairs": ["Multiline", [f"training/({SIMILARITY})$"]],
-    },
-    "Regularity": {
-        "SDlogJ, held-out pairs": ["Multiline", ["validation/sdlogj$"]],
-        "folds, % of voxels": ["Multiline", ["validation/folds_percent$"]],
-        "inverse error, mm": ["Multiline", ["validation/inverse_consistency$"]],
-        "regularity terms, training pairs": ["Multiline", [f"training/({REGULARITY})$"]],
-    },
-}
 # The HParams tab: its columns, and the settings that it shows first. Of both TensorBoard shows five until one asks.
-BEST = ("dice", "hd95", "tre", "ncc", "sdlogj", "folds_percent", "ndv_percent", "training_seconds")
 COSTS = ("seconds_per_pair", "parameters_millions", "gflop")
 QUESTIONS = ("backbone", "freeze", "learning_rate", "pretrained", "transfer")
+
+
+def layout() -> dict[str, dict[str, list[Any]]]:
+    """The Custom Scalars tab: group -> chart -> a regular expression of the tags that are drawn.
+
+    TensorBoard draws every run that it shows into each chart, so that the backbones of a comparison stand in one.
+    """
+    charts: dict[Any, dict[str, list[Any]]] = {"accuracy": {}, "similarity": {}, "regularity": {}}
+    for name in shown_in("chart"):
+        metric = METRICS[name]
+        of = metric.unit or ("held-out pairs" if metric.kind != "accuracy" else "")
+        charts[metric.kind][f"{metric.title}, {of}" if of else metric.title] = _chart(f"validation/{name}$")
+    charts["accuracy"]["error of known displacements, training pairs, voxels"] = _chart("training/end_point$")
+    for kind in ("similarity", "regularity"):
+        terms = "|".join(name for name, term in TERMS.items() if term.kind == kind)
+        charts[kind][f"{kind} terms, training pairs"] = _chart(f"training/({terms})$")
+    return dict(zip(("Accuracy, held-out pairs", "Similarity", "Regularity"), charts.values(), strict=True))
+
+
+def _chart(tags: str) -> list[Any]:
+    return ["Multiline", [tags]]
+
+
+def best() -> list[str]:
+    """The metrics of the HParams tab, those first that the comparison's figure has."""
+    return [*sorted(shown_in("best"), key=lambda name: "figure" not in METRICS[name].shown), "training_seconds"]
 
 
 def describe(
@@ -61,7 +66,7 @@ def describe(
         configuration: names and values.
         training, held_out: the pairs.
     """
-    writer.add_custom_scalars(LAYOUT)
+    writer.add_custom_scalars(layout())
     pages = {"configuration": configuration, "data": _data(training, held_out), "environment": _environment()}
     for name, page in pages.items():
         writer.add_text(f"about/{name}", _table({key: plain(value) for key, value in page.items()}))
@@ -101,9 +106,9 @@ def _table(rows: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def log_graph(writer: SummaryWriter, network: nn.Module, shape: Sequence[int]) -> None:
+def log_graph(writer: SummaryWriter, network: nn.Module, shape: Sequence[int], *, wanted: bool = True) -> None:
     """The network's operations on one pair of a working grid, for the Graphs tab; traced, on its own device."""
-    if idist.get_rank() > 0:
+    if not wanted or idist.get_rank() > 0:
         return
     training, device = network.training, next(network.parameters()).device
     with warnings.catch_warnings():
@@ -120,11 +125,11 @@ def log_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], metr
     """
     if idist.get_rank() > 0:
         return
-    best = tag_terms({name: metrics[name] for name in BEST if math.isfinite(metrics.get(name, math.nan))}, "best")
-    for name, value in best.items():
+    tagged = tag_terms({name: metrics[name] for name in best() if math.isfinite(metrics.get(name, math.nan))}, "best")
+    for name, value in tagged.items():
         writer.add_scalar(name, value)
-    later = [name.replace("best/", "evaluation/") for name in best if name != "best/training_seconds"]
-    columns = [*later, *(f"evaluation/{name}" for name in COSTS), *best]  # the first five are shown at once
+    later = [name.replace("best/", "evaluation/") for name in tagged if name != "best/training_seconds"]
+    columns = [*later, *(f"evaluation/{name}" for name in COSTS), *tagged]  # the first five are shown at once
     row = hparams({name: plain(value) for name, value in settings.items()}, dict.fromkeys(columns, 0.0))
     _ask(row[0])
     for summary in row:
@@ -149,7 +154,7 @@ def log_evaluation(writer: SummaryWriter, metrics: Mapping[str, Sequence[float]]
         metrics: name -> (mean, low, high).
         costs: ``COSTS`` and their values.
     """
-    means = {name: metrics[name][0] for name in BEST if name in metrics}
+    means = {name: metrics[name][0] for name in best() if name in metrics}
     for name, value in tag_terms({**means, **costs}, "evaluation").items():
         writer.add_scalar(name, value)
     writer.flush()
@@ -160,7 +165,7 @@ def log_comparison(folder: str | Path, table: str, figures: Mapping[str, Figure]
     for old in Path(folder).glob("events.out.tfevents.*"):
         old.unlink()  # one comparison, not all that were ever made
     with SummaryWriter(str(folder)) as writer:
-        writer.add_custom_scalars(LAYOUT)
+        writer.add_custom_scalars(layout())
         writer.add_text("comparison", table)
         for name, figure in figures.items():
             writer.add_figure(f"comparison/{name}", figure)

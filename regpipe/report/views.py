@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import colormaps
 from nibabel.affines import apply_affine
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from PIL import Image as Picture
 from PIL import ImageDraw
 
+from regpipe.io.geometry import flipped, upright
 from regpipe.io.images import voxel_size
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import replace_hashed
 
 FORMAT = "regpipe view 1"
 FOLDER, NAME = "view", "view.json"  # in a case's folder
@@ -86,11 +86,14 @@ class Plane(NamedTuple):
         return plane.T if self.across is None else plane.T[::-1, ::-1]
 
 
-def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -> None:
-    """Write the atlases of a case into ``folder``, and last ``view.json``, which describes them."""
+def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -> dict[str, str]:
+    """Write the atlases of a case into ``folder``, and last ``view.json``, which describes them.
+
+    Returns name -> SHA-256.
+    """
     affine, shown = _canonical(shown)
     spacing, dim = voxel_size(affine), len(affine) - 1
-    about = []
+    about, hashes = [], {}
     for plane in _planes(shown.images["fixed"]):
         shape = [shown.images["fixed"].shape[axis] for axis in plane.axes]
         size = [shape[i] * spacing[axis] for i, axis in enumerate(plane.axes)]  # mm
@@ -98,7 +101,7 @@ def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -
         fine = _fitting(size, LINE_TILE[dim], enlarge=True)
         columns = math.ceil(math.sqrt(len(plane.slices)))
         for name, picture in _atlases(plane, shown, affine, (tile, fine), columns):
-            replace_file(folder / f"{plane.name}_{name}", picture)
+            hashes[f"{plane.name}_{name}"] = replace_hashed(folder / f"{plane.name}_{name}", picture)
         about.append(
             {"name": plane.name, "axes": plane.axes, "across": plane.across, "slices": plane.slices}
             | {"shape": shape, "mm": size, "tile": tile, "fine": fine, "columns": columns}
@@ -107,7 +110,7 @@ def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -
     layers = ["grid", "jacobian", *IMAGES, *(f"outline_{side}" for side in shown.labels)]
     content = {"format": FORMAT, "planes": about, "layers": {name: _file(name) for name in layers}}
     content["landmarks"] = [] if landmarks is None else _rows(landmarks, np.linalg.inv(affine))
-    replace_file(folder / NAME, json.dumps(content, separators=(",", ":")).encode())
+    return hashes | {NAME: replace_hashed(folder / NAME, json.dumps(content, separators=(",", ":")).encode())}
 
 
 def _file(layer: str) -> str:
@@ -117,14 +120,11 @@ def _file(layer: str) -> str:
 
 def _canonical(shown: Shown) -> tuple[np.ndarray, Shown]:
     """The affine and arrays with the axes closest to RAS, in 2-D to LPS, as pictures are stored."""
-    shape = shown.determinant.shape
-    flip = np.diag([-1.0, -1.0, 1.0]) if len(shape) == 2 else np.eye(4)
-    orientation = io_orientation(flip @ shown.affine)
 
     def turned(array: np.ndarray) -> np.ndarray:
-        return apply_orientation(array, orientation)
+        return upright(array, shown.affine)[0]
 
-    return shown.affine @ inv_ornt_aff(orientation, shape), shown._replace(
+    return upright(shown.determinant, shown.affine)[1], shown._replace(
         images={side: turned(image) for side, image in shown.images.items()},
         labels={side: turned(label) for side, label in shown.labels.items()},
         displacement=np.stack([turned(channel) for channel in shown.displacement]),
@@ -216,7 +216,6 @@ def stops() -> list[str]:
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:
     """The lines of the fixed grid, deformed by the registration without the alignment; intensity 0 to 255."""
     d = plane.cut(shown.displacement, at)  # (D, A, B)
-    flip = np.array([-1.0, -1.0, 1.0][: len(d)])
     shape = np.array(d.shape[1:])
     mm = voxel_size(affine)[list(plane.axes)]
     apart = np.maximum(1, np.rint((shape * mm).min() / GRID_LINES / mm)).astype(int)
@@ -229,7 +228,7 @@ def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndar
             index[:, i], index[:, 1 - i] = start, along
             voxel = np.full((len(along), len(d)), float(at))
             voxel[:, list(plane.axes)] = index
-            carried = apply_affine(back, apply_affine(affine, voxel) + flip * d[:, index[:, 0], index[:, 1]].T)
+            carried = apply_affine(back, apply_affine(affine, voxel) + flipped(d[:, index[:, 0], index[:, 1]].T))
             share = (carried[:, list(plane.axes)] + 0.5) / shape
             share = share if plane.across is None else 1 - share
             pen.line([tuple(xy) for xy in share * 2 * fine], fill=255, width=2)

@@ -22,7 +22,7 @@ from regpipe.data import manifest
 from regpipe.data.pairs import list_pairs
 from regpipe.engines.options import refuse_unknown_ids
 from regpipe.io import images
-from regpipe.metrics.measures import HIGHER_IS_BETTER
+from regpipe.metrics.metric import METRICS, key_metric
 from regpipe.report import tensorboard_pages
 from regpipe.study import compare_page
 from regpipe.utils import console
@@ -101,8 +101,8 @@ def best_of(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     def score(name: str) -> float:
         metrics = results[name]["metrics"]
-        key = compare_page.key_metric(metrics)
-        return metrics[key][0] if HIGHER_IS_BETTER[key] else -metrics[key][0]
+        key = key_metric(metrics)
+        return metrics[key][0] if METRICS[key].higher else -metrics[key][0]
 
     return max(results, key=score)
 
@@ -139,8 +139,7 @@ def _files(settings: Mapping[str, Any]) -> str:
     pairing = str(settings.get("pairing", "all"))
     cases = list_pairs(settings["dataset_dir"], pairing=pairing, problems={})
     paths = sorted({path for case in cases for key, path in case.items() if key != "case"})
-    files = [file for path in paths for file in images.files(path)]
-    known = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = [(str(file), *about) for path in paths for file, *about in images.stamps(path)]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

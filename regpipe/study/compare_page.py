@@ -10,7 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from regpipe.engines.evaluation import SHOWN, interval, table
+from regpipe.engines.evaluation import interval, table
+from regpipe.metrics.metric import columns, heading, key_metric, shown_in
+from regpipe.networks.encoders import BACKBONES
 from regpipe.report import figures
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
@@ -19,7 +21,6 @@ NAME = "comparison.csv"
 PAGE = ("comparison.md", "comparison_*.svg", "comparison_*.png")  # made of the CSV
 COSTS = ("seconds/pair", "parameters M", "GFLOP", "peak memory GiB", "training min")
 COUNTS = ("parameters", "flops", "peak_memory_bytes", "training_seconds")  # a number each, without an interval
-DRAWN = ("dice", "hd95", "tre", "ncc", "sdlogj")  # the panels of the first figure
 CAPTIONS = {
     "accuracy": "Means with 95 % intervals over cases; dotted: before registration",
     "cost": "Accuracy against parameters, GFLOP and seconds a pair",
@@ -29,16 +30,11 @@ CAPTIONS = {
 Results = dict[str, dict[str, Any]]  # backbone -> what its summary.json says
 
 
-def key_metric(metrics: Mapping[str, Any]) -> str:
-    """The metric that ranks backbones: Dice; without labels the TRE; else NCC."""
-    return next(key for key in ("dice", "tre", "ncc") if key in metrics)
-
-
 def write_csv(out: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """``comparison.csv``: a line per backbone and metric, with mean and interval."""
     lines = ["backbone,metric,mean,low,high"]
     for name, result in results.items():
-        for metric in [m for m in SHOWN if m in result["metrics"]]:
+        for metric in [m for m in columns("table") if m in result["metrics"]]:
             lines.append(f"{name},{metric}," + ",".join(f"{v:.6g}" for v in result["metrics"][metric]))
         lines.append(f"{name},seconds_per_pair," + ",".join(f"{v:.6g}" for v in result["seconds_per_pair"]))
         for cost in COUNTS:
@@ -56,8 +52,8 @@ def read_csv(out: Path) -> Results:
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             for line in csv.DictReader(stream):
-                if line["backbone"] not in figures.MARKERS:
-                    raise ValueError(f"backbone {line['backbone']!r} is none of {', '.join(figures.MARKERS)}")
+                if line["backbone"] not in BACKBONES:
+                    raise ValueError(f"backbone {line['backbone']!r} is none of {', '.join(BACKBONES)}")
                 result = results.setdefault(line["backbone"], {"metrics": {}})
                 if line["metric"] in COUNTS:
                     result[line["metric"]] = float(line["mean"])
@@ -113,10 +109,10 @@ def drawings(out: Path) -> dict[str, Figure]:
     before: dict[str, float] = {}
     for name, result in results.items():
         metrics = result["metrics"]
-        for metric in [metric for metric in DRAWN if metric in metrics]:
-            panels.setdefault(SHOWN[metric][0], {})[name] = tuple(metrics[metric])
+        for metric in [metric for metric in shown_in("figure") if metric in metrics]:
+            panels.setdefault(heading(metric), {})[name] = tuple(metrics[metric])
             if f"{metric}_before" in metrics:
-                before[SHOWN[metric][0]] = metrics[f"{metric}_before"][0]
+                before[heading(metric)] = metrics[f"{metric}_before"][0]
     return {"accuracy": figures.intervals(panels, before=before), "cost": _cost_figure(results)}
 
 
@@ -131,4 +127,4 @@ def _cost_figure(results: Results) -> Figure:
                 "seconds a pair": result["seconds_per_pair"][0],
             }
             points.append(figures.Point(name, costs, tuple(result["metrics"][key])))
-    return figures.cost(points, ylabel=SHOWN[key][0])
+    return figures.cost(points, ylabel=heading(key))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe.study.runs import METRICS
+from regpipe.metrics.metric import columns
 from regpipe.utils.files import replace_file
 
 Run = dict[str, Any]  # what ``study.runs.run`` returns
@@ -30,12 +30,13 @@ def read_runs(out: Path) -> list[Run]:
 
 
 def write_runs(out: Path) -> None:
-    """``study.csv``: one line per finished run."""
-    lines = []
-    for run in read_runs(out):
-        numbers = [*(run["metrics"][name] for name in METRICS), *(run[name] for name in COSTS)]
+    """``study.csv``: one line per finished run; a metric that an older version did not keep is left out."""
+    runs, lines = read_runs(out), []
+    metrics = [name for name in columns() if all(name in run["metrics"] for run in runs)]
+    for run in runs:
+        numbers = [*(run["metrics"][name] for name in metrics), *(run[name] for name in COSTS)]
         lines.append([*(run[name] for name in CELL), len(run["cases"]["dice"]), *map(float, numbers)])
-    _write(out / "study.csv", [*CELL, "pairs", *METRICS, *COSTS], lines)
+    _write(out / "study.csv", [*CELL, "pairs", *metrics, *COSTS], lines)
 
 
 def write_effects(out: Path) -> None:

@@ -12,14 +12,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from regpipe.engines.evaluation import interval
+from regpipe.metrics.metric import METRICS, heading
+from regpipe.networks.encoders import BACKBONES
 from regpipe.report import figures
 from regpipe.study.effects import CELL, COSTS, DRAWS, KIND, LEVEL, Effect
-from regpipe.study.runs import METRICS
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
 PAGE = ("study.md", "*_[23]d.svg", "*_[23]d.png")  # made of the CSVs
 MARKUP = re.compile(r"[<>&|`$\[\]\\]")  # not in a name: it would be markup in the page or a figure
+
+BESIDE = ("hd95", "sdlogj", "folds_percent")  # the metrics in the table of costs
 
 Row = dict[str, Any]  # a line of ``study.csv``
 Panels = dict[str, dict[str, dict[int, figures.Interval]]]  # as ``figures.curves`` takes them
@@ -46,7 +49,7 @@ def write_page(out: str | Path) -> str:
         InputError: one of the two is missing, or not as ``regpipe study`` writes it.
     """
     out = Path(out)
-    runs = _read(out / "study.csv", [*CELL, "pairs", *METRICS, *COSTS])
+    runs = _read(out / "study.csv", [*CELL, "pairs", "dice_before", *BESIDE, *COSTS])
     found = _read(out / "effects.csv", ["dims", *Effect._fields])
     parts = []
     for dims in sorted({run["dims"] for run in runs}):
@@ -112,7 +115,7 @@ def _levels(found: Iterable[Effect]) -> dict[tuple[str, str], dict[int, figures.
 
 
 def _order(kind: tuple[str, str]) -> tuple[int, int]:
-    return [*figures.MARKERS].index(kind[0]), [*figures.COLOURS].index(kind[1])
+    return [*BACKBONES].index(kind[0]), [*figures.TRANSFERS].index(kind[1])
 
 
 def _dice_table(found: Sequence[Effect]) -> str:
@@ -125,13 +128,12 @@ def _dice_table(found: Sequence[Effect]) -> str:
 
 
 def _cost_table(runs: Sequence[Row]) -> str:
-    lines = [["", "parameters M", "trained M", "GFLOP", "training s", "CPU s", "HD95 mm", "SDlogJ", "folds %"]]
-    names = ("seconds", "cpu_seconds", "hd95", "sdlogj", "folds_percent")
+    lines = [["", "parameters M", "trained M", "GFLOP", "training s", "CPU s", *map(heading, BESIDE)]]
     for backbone, transfer in sorted({(run["backbone"], run["transfer"]) for run in runs}, key=_order):
         mine = [run for run in runs if (run["backbone"], run["transfer"]) == (backbone, transfer)]
         numbers = [mine[0]["parameters"] / 1e6, mine[0]["trainable"] / 1e6, mine[0]["gflop"]]
-        numbers += [np.mean([run[name] for run in mine]) for name in names]
-        digits = (2, 2, 2, 1, 1, 2, 3, 4)
+        numbers += [np.mean([run[name] for run in mine]) for name in ("seconds", "cpu_seconds", *BESIDE)]
+        digits = (2, 2, 2, 1, 1, *(METRICS[name].digits for name in BESIDE))
         shown = [f"{number:.{n}f}" for number, n in zip(numbers, digits, strict=True)]
         lines.append([f"{backbone}, {transfer}", *shown])
     return _markdown(lines)

@@ -20,17 +20,15 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
 from regpipe.data.load import LoadPair
-from regpipe.engines.handlers import sees_only
 from regpipe.io.images import Grid
 from regpipe.metrics import cost
 from regpipe.metrics.measures import mean_of
+from regpipe.metrics.metric import columns
 from regpipe.networks.weights import save_weights
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
-# of train.yaml's handlers, which asks for the first two by their places
-KEPT = ("Budget", "WeightAverage", "StructuresFirst", "NanGuard", "GradientClip", "LrScheduleHandler")
-METRICS = ("dice_before", "dice", "hd95", "sdlogj", "folds_percent", "ncc")  # kept of each case
+KEPT = ("NanGuard", "GradientClip", "LrScheduleHandler")  # of train.yaml's list of handlers
 
 
 class Task(NamedTuple):
@@ -94,7 +92,7 @@ def run(task: Task) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     trainer.run()
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    if sees_only(network):
+    if parser.get_parsed_content("structures_stage").now:
         raise InputError(f"{task.name}: nothing was registered; give more budget_seconds, or less structures_first")
     evaluator.run()
     grid = parser.get_parsed_content("grid")
@@ -119,7 +117,7 @@ def run_config(configs: Sequence[str], settings: Mapping[str, Any]) -> dict[str,
     """
     config = ConfigParser.load_config_files(list(configs))
     config["train"]["handlers"] = [h for h in config["train"]["handlers"] if h["_target_"].endswith(KEPT)]
-    config["train"]["sampler"]["num_samples"] = "@pairs_per_epoch"
+    config["train"]["sampler"]["again"] = True
     config["validate"]["handlers"] = []
     config["load"]["_target_"] = "regpipe.study.runs.loader"
     return {**config, **settings}
@@ -139,5 +137,5 @@ def _cost(network: torch.nn.Module, grid: Grid) -> dict[str, Any]:
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means, and values per case in the order of the held-out pairs; NaN where a case has none."""
-    cases = {name: [row[name] for row in rows] for name in METRICS}
+    cases = {name: [row[name] for row in rows] for name in columns()}
     return {"metrics": {name: mean_of(values) for name, values in cases.items()}, "cases": cases}

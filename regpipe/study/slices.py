@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from regpipe.data.pairs import list_pairs
 from regpipe.engines import record
 from regpipe.io import images
-from regpipe.io.images import Image, PathLike
+from regpipe.io.geometry import upright
+from regpipe.io.images import PathLike
 from regpipe.transforms import displacement
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -81,7 +81,7 @@ def _areas(image: str, label: str | None) -> list[np.ndarray]:
     """For each axis: label voxels in each slice across it, 0 where a label of the subject is missing."""
     if label is None:
         raise InputError(f"{image}: has no label, by which the slice is chosen; add the label file")
-    array, _ = _canonical(images.read_label(label)[0])
+    array, _ = upright(*images.read_label(label)[0])
     if array.ndim != 3:
         raise InputError(f"{label}: is {array.ndim}D; slices are made of 3D images")
     counts = []
@@ -101,17 +101,8 @@ def _write_slice(out: Path, image: str, label: str, axis: int, index: int) -> No
     if kinds["images"].array.shape != kinds["labels"].array.shape:
         raise InputError(f"{label}: is not on the grid of {image}; resample it first")
     for folder, whole in kinds.items():
-        array, spacing = _canonical(whole)
-        plane = np.diag([*np.delete(spacing, axis), 1.0])
+        array, affine = upright(*whole)
+        plane = np.diag([*np.delete(images.voxel_size(affine), axis), 1.0])
         path = out / folder / f"{images.stem(image)}.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         displacement.write_image(path, array.take(index, axis), plane)
-
-
-def _canonical(image: Image) -> tuple[np.ndarray, np.ndarray]:
-    """The array with its axes closest to RAS, and the voxel size along them."""
-    orientation = nib.orientations.io_orientation(image.affine)
-    order = np.argsort(orientation[:, 0])
-    if image.array.ndim != 3:
-        return image.array, image.spacing
-    return nib.orientations.apply_orientation(image.array, orientation), image.spacing[order]

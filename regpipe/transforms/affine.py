@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image
-from regpipe.io.itk_bridge import itk_affine, lps_matrix, to_itk
+from regpipe.io.itk_bridge import itk_affine, to_itk
 from regpipe.transforms.likeness import Side, Sides, make_sides, overlap, reduced, similarity
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe.io import itk_bridge
+from regpipe.io.geometry import flipped
 from regpipe.io.images import SUFFIXES, header, stem
 from regpipe.io.points import READERS, is_points, read_points, write_points
 from regpipe.transforms import displacement
@@ -227,7 +228,7 @@ def _warn_outside(path: Path, points: np.ndarray, source: Space) -> None:
     known = points[np.isfinite(points).all(axis=1), :dim]
     if known.shape[1] < dim or not len(known):
         return
-    ras = known * np.array([-1.0, -1.0, 1.0])[:dim]
+    ras = flipped(known)
     at = np.linalg.solve(source.affine, np.c_[ras, np.ones(len(ras))].T)[:dim].T
     outside = ((at < -0.5) | (at > np.array(source.shape) - 0.5)).any(axis=1)
     if outside.mean() > 0.5:

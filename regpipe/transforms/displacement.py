@@ -9,10 +9,12 @@ exchanged and the inverse displacement. No function here changes its arguments.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -21,11 +23,12 @@ from PIL import Image as Picture
 from scipy import ndimage
 
 from regpipe.fields.algebra import jacobian_determinant
-from regpipe.io.formats import nifti_affine, nifti_array
+from regpipe.io.formats import load_nifti, nifti_affine, nifti_array
+from regpipe.io.geometry import LPS
 from regpipe.io.images import PICTURE, Image, PathLike
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import opened, replace_hashed
 
 WRITABLE = (".nii.gz", ".nii")
 VECTOR = 1007  # the NIfTI intent whose values ITK takes as they are, that is as LPS; 1006 is RAS
@@ -101,8 +104,8 @@ def map_points(points: np.ndarray, d: np.ndarray, affine: np.ndarray) -> np.ndar
     return (lps + _interpolate(d, np.nan_to_num(at))).T
 
 
-def write_displacement(path: PathLike, d: np.ndarray, affine: np.ndarray) -> None:
-    """Write ``d`` (D, *S) LPS mm as the NIfTI vector field that ITK, ANTs and 3D Slicer read.
+def write_displacement(path: PathLike, d: np.ndarray, affine: np.ndarray) -> str:
+    """Write ``d`` (D, *S) LPS mm as the NIfTI vector field that ITK, ANTs and 3D Slicer read; returns its SHA-256.
 
     Shape (X, Y, Z, 1, 3), or (X, Y, 1, 1, 2) for 2-D; float32; intent 1007. Same input, same bytes.
 
@@ -111,23 +114,30 @@ def write_displacement(path: PathLike, d: np.ndarray, affine: np.ndarray) -> Non
     """
     if not str(path).lower().endswith(WRITABLE):
         raise InputError(f"{path}: displacements are NIfTI; name it .nii.gz")
+    return replace_hashed(path, displacement_bytes(d, affine, compressed=str(path).lower().endswith(".gz")))
+
+
+def displacement_bytes(d: np.ndarray, affine: np.ndarray, *, compressed: bool = True) -> bytes:
+    """The file that ``write_displacement`` writes."""
     shape = (*d.shape[1:], 1, 1)[:4]
     vectors = np.moveaxis(np.asarray(d, np.float32), 0, -1).reshape(*shape, len(d))
-    _write_nifti(path, vectors, affine, intent="vector")
+    return _nifti(vectors, affine, compressed=compressed, intent="vector")
 
 
-def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
+def read_displacement(path: PathLike, file: BinaryIO | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read what ``write_displacement`` (or ITK) wrote -> d (D, *S) float32 LPS mm, RAS affine.
+
+    ``file``: the same, open already.
 
     Raises:
         InputError: missing or broken, or another kind of NIfTI.
     """
     try:
-        limits.check_nifti(Path(path))
-        image = nib.Nifti1Image.from_filename(path)
-        limits.require_room(path, image.shape, 4)
-        vectors = nifti_array(path, image).astype(np.float32)
-        affine = nifti_affine(path, image)
+        with contextlib.nullcontext(file) if file else opened(path) as stream:
+            image = load_nifti(path, stream)
+            limits.require_room(path, image.shape, 4)
+            vectors = nifti_array(image).astype(np.float32)
+            affine = nifti_affine(path, image)
     except InputError:
         raise
     except Exception as cause:  # nibabel's, gzip's and the system's errors for a broken file
@@ -144,8 +154,8 @@ def read_displacement(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(d), affine[np.ix_(keep, keep)]
 
 
-def write_image(path: PathLike, array: np.ndarray, affine: np.ndarray) -> None:
-    """Write an image or label map (*S) as NIfTI, its dtype kept, or as a grey picture by suffix.
+def write_image(path: PathLike, array: np.ndarray, affine: np.ndarray) -> str:
+    """Write an image or label map (*S) as NIfTI, its dtype kept, or as a grey picture by suffix; returns its SHA-256.
 
     A picture (2-D only) has no affine, and is 8-bit, or 16-bit where a value exceeds 255; real
     values are rounded. Same input, same bytes.
@@ -156,11 +166,10 @@ def write_image(path: PathLike, array: np.ndarray, affine: np.ndarray) -> None:
     name = str(path).lower()
     if name.endswith(WRITABLE):
         kept = array.astype(np.uint8) if array.dtype == bool else array
-        _write_nifti(path, kept, affine)
-    elif name.endswith(PICTURE):
-        replace_file(path, _picture(path, array))
-    else:
-        raise InputError(f"{path}: unknown format; use one of {' '.join(WRITABLE + PICTURE)}")
+        return replace_hashed(path, _nifti(kept, affine, compressed=name.endswith(".gz")))
+    if name.endswith(PICTURE):
+        return replace_hashed(path, _picture(path, array))
+    raise InputError(f"{path}: unknown format; use one of {' '.join(WRITABLE + PICTURE)}")
 
 
 def _indices(shape: Sequence[int]) -> np.ndarray:
@@ -179,7 +188,7 @@ def _move(affine: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 def _flip(vectors: np.ndarray) -> np.ndarray:
     """RAS <-> LPS of vectors or points (D, ...): ``L = diag(-1, -1, 1)``, or its 2-D block."""
-    return _column(np.array([-1.0, -1.0, 1.0][: len(vectors)]), vectors.ndim) * vectors
+    return _column(LPS[: len(vectors)], vectors.ndim) * vectors
 
 
 def _interpolate(field: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -188,7 +197,7 @@ def _interpolate(field: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.stack([ndimage.map_coordinates(c, at, order=1, mode="nearest") for c in channels])
 
 
-def _write_nifti(path: PathLike, array: np.ndarray, affine: np.ndarray, *, intent: str = "none") -> None:
+def _nifti(array: np.ndarray, affine: np.ndarray, *, compressed: bool, intent: str = "none") -> bytes:
     placed = np.eye(4)
     dim = len(affine) - 1
     keep = [*range(dim), 3]
@@ -201,9 +210,7 @@ def _write_nifti(path: PathLike, array: np.ndarray, affine: np.ndarray, *, inten
     if not np.allclose(image.get_qform(), placed, atol=1e-3):
         image.set_qform(None, code=0)  # sheared: a quaternion cannot say it, so it says nothing
     data = image.to_bytes()
-    if str(path).lower().endswith(".gz"):
-        data = gzip.compress(data, compresslevel=1, mtime=0)  # no time stamp: same bytes
-    replace_file(path, data)
+    return gzip.compress(data, compresslevel=1, mtime=0) if compressed else data  # no time stamp: same bytes
 
 
 def _picture(path: PathLike, array: np.ndarray) -> bytes:

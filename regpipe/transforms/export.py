@@ -15,7 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,26 +24,21 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
 
-from regpipe.io import geometry, images
-from regpipe.io.images import Image, PathLike, voxel_size
-from regpipe.io.itk_bridge import affine_mat, affine_part, composite_h5, field_part, lps_matrix
-from regpipe.transforms.displacement import map_points, write_displacement
+from regpipe.io import geometry
+from regpipe.io.geometry import lps_matrix
+from regpipe.io.images import PathLike, voxel_size
+from regpipe.io.itk_bridge import affine_mat, affine_part, composite_h5, field_part
+from regpipe.io.source import Source
+from regpipe.transforms.displacement import displacement_bytes, map_points
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, replace_file, sha256
+from regpipe.utils.files import replace_hashed
 
-FORMATS = ("itk", "ants", "fsl", "freesurfer", "l2r")
-THREE_D = ("fsl", "freesurfer", "l2r")
 WAYS = ("moving_to_fixed", "fixed_to_moving")
 DOES = (
     "pulls the moving image onto the fixed grid; as a map of points: fixed -> moving, LPS mm",
     "pulls the fixed image onto the moving grid; as a map of points: moving -> fixed, LPS mm",
 )
-# The lists of ANTs' -t options: a point meets their transforms in this order.
 ANTS_AFFINE, ANTS_WARPS = "0GenericAffine.mat", ("1Warp.nii.gz", "1InverseWarp.nii.gz")
-ANTS: tuple[dict[str, Any], ...] = (
-    {"ants": [ANTS_WARPS[0], ANTS_AFFINE], "ants_invert": [False, False]},
-    {"ants": [ANTS_AFFINE, ANTS_WARPS[1]], "ants_invert": [True, False]},
-)
 FNIRT = 2006  # the NIfTI intent of FSL's displacement fields
 RIM = 2  # voxels by which the fields extend beyond the images
 LARGEST = 8  # times the working grid's number of voxels
@@ -67,9 +62,9 @@ class ImageFile(NamedTuple):
     sha256: str
 
 
-def image_file(path: PathLike, image: Image) -> ImageFile:
-    """What ``transform.json`` says of an image read from ``path``; the hash of a series is that of all its files."""
-    return ImageFile(Path(path).name, image.array.shape, image.affine, sha256(images.files(path)))
+def image_file(path: PathLike, files: Source) -> ImageFile:
+    """What ``transform.json`` says of an image; the hash of a series is that of all its files."""
+    return ImageFile(Path(path).name, *files.header(path), files.sha256(path))
 
 
 def pair_transform(
@@ -139,10 +134,9 @@ def check_formats(formats: Iterable[str], dim: int) -> None:
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"no transform format {name!r}; choose among {', '.join(FORMATS)}")
-        if name in THREE_D and dim != 3:
+        if dim not in FORMATS[name].dims:
             raise InputError(f"transform format {name}: is 3-D only, these images are {dim}-D; take itk or ants")
-        if name == "freesurfer":
-            _surfa()
+        FORMATS[name].require()
 
 
 def write_transforms(
@@ -153,9 +147,12 @@ def write_transforms(
     *,
     formats: Sequence[str] = ("itk", "ants"),
     stage: str = "",
+    homography: np.ndarray | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write a pair's transforms into ``folder``, and last ``transform.json``, which describes them.
+
+    Returns name -> SHA-256.
 
     Args:
         formats: of ``FORMATS``. ``itk``: a composite .h5 each way. ``ants``: ``0GenericAffine.mat``, ``1Warp.nii.gz``,
@@ -163,6 +160,8 @@ def write_transforms(
             a warp .mgz each way, as ``mri_convert -at`` takes it. ``l2r``: what Learn2Reg's evaluation reads:
             (X, Y, Z, 3) float32 voxels on the fixed grid, moving voxel minus fixed voxel.
         stage: how the alignment was found, see ``data.placement``.
+        homography: (3, 3) RAS mm where it was ``projective``: the alignment whole. ``pair`` has its affine part as its
+            matrix, and the rest in its fields.
         settings: what else to keep in ``transform.json``.
 
     Raises:
@@ -176,18 +175,14 @@ def write_transforms(
         "fixed": fixed._asdict(),
         "moving": moving._asdict(),
         **dict(zip(WAYS, about, strict=True)),
-        "alignment": {"matrix": pair.matrix, "stage": stage},
+        "alignment": {"matrix": pair.matrix, "stage": stage}
+        | ({} if homography is None else {"homography": homography}),
         "settings": dict(settings or {}),
         "versions": {package: version(package) for package in ("regpipe", "itk", "torch", "monai")},
     }
     text = json.dumps(content, indent=1, default=np.ndarray.tolist)
-    replace_file(folder / "transform.json", f"{text}\n".encode())
-
-
-def image_hashes(folder: Path) -> dict[str, str]:
-    """Role in a case -> SHA-256 of both images, from the ``transform.json`` in ``folder``."""
-    content = parse_json((folder / "transform.json").read_bytes())
-    return {f"{side}_image": content[side]["sha256"] for side in ("fixed", "moving")}
+    hashes = {name: digest for way in about for name, digest in way["sha256"].items()}
+    return hashes | {"transform.json": replace_hashed(folder / "transform.json", f"{text}\n".encode())}
 
 
 def _write_way(
@@ -196,21 +191,13 @@ def _write_way(
     """Write the files of ``WAYS[i]``; returns what ``transform.json`` says of them."""
     about: dict[str, Any] = {"does": DOES[i]}
     onto, of = (fixed, moving) if i == 0 else (moving, fixed)
-    files = []
-    for name in (name for name in WRITERS if name in formats):
-        write, suffix = WRITERS[name]
-        if name == "l2r" and i == 1:
-            continue  # Learn2Reg has one direction
-        about[name] = f"{WAYS[i]}{suffix}"
-        files.append(about[name])
-        replace_file(folder / about[name], write(pair, WAYS[i], onto, of))
-    if "ants" in formats:
-        replace_file(folder / ANTS_AFFINE, affine_mat(pair.matrix))
-        write_displacement(folder / ANTS_WARPS[i], (pair.forward, pair.inverse)[i], pair.frame)
-        about |= ANTS[i]
-        files += ANTS[i]["ants"]
-    about["sha256"] = {file: sha256([folder / file]) for file in files}
-    return about
+    hashes: dict[str, str] = {}
+    for name in (name for name in FORMATS if name in formats):
+        made = FORMATS[name].make(pair, WAYS[i], onto, of)
+        hashes |= {file: replace_hashed(folder / file, data) for file, data in made.items()}
+        if made:
+            about |= {name: next(iter(made)) if len(made) == 1 else [*made]} | FORMATS[name].about[i]
+    return about | {"sha256": hashes}
 
 
 def _itk(pair: PairTransform, way: str, _onto: ImageFile, _of: ImageFile) -> bytes:
@@ -219,6 +206,14 @@ def _itk(pair: PairTransform, way: str, _onto: ImageFile, _of: ImageFile) -> byt
     else:
         parts = [affine_part(np.linalg.inv(pair.matrix)), field_part(pair.inverse, pair.frame)]
     return composite_h5(*parts)
+
+
+def _ants(pair: PairTransform, way: str, _onto: ImageFile, _of: ImageFile) -> dict[str, bytes]:
+    """In the order of ANTs' -t options: a point meets their transforms in it."""
+    i = WAYS.index(way)
+    warp = {ANTS_WARPS[i]: displacement_bytes((pair.forward, pair.inverse)[i], pair.frame)}
+    affine = {ANTS_AFFINE: affine_mat(pair.matrix)}
+    return warp | affine if i == 0 else affine | warp
 
 
 def _fsl(pair: PairTransform, way: str, onto: ImageFile, of: ImageFile) -> bytes:
@@ -283,10 +278,33 @@ def _gzip(data: bytes) -> bytes:
     return gzip.compress(data, compresslevel=1, mtime=0)  # no time stamp: same bytes
 
 
-# How a file of each format is made, and its name after ``moving_to_fixed``; ANTs has names and parts of its own.
-WRITERS = {
-    "itk": (_itk, ".h5"),
-    "fsl": (_fsl, "_fsl.nii.gz"),
-    "freesurfer": (_freesurfer, "_freesurfer.mgz"),
-    "l2r": (_l2r, "_l2r.nii.gz"),
+Files = Callable[[PairTransform, str, ImageFile, ImageFile], dict[str, bytes]]
+
+
+class Format(NamedTuple):
+    """A format of transform files."""
+
+    make: Files  # (pair, one of WAYS, image that is pulled onto, image that is pulled) -> name -> content; {}: none
+    dims: Sequence[int] = (2, 3)
+    require: Callable[[], object] = lambda: None  # raises InputError where a package is missing
+    about: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # what else transform.json says of each way
+
+
+def one_file(
+    content: Callable[[PairTransform, str, ImageFile, ImageFile], bytes], suffix: str, ways: Sequence[str] = WAYS
+) -> Files:
+    """Files of a format that is one file each way, called by the way and a suffix."""
+
+    def make(pair: PairTransform, way: str, onto: ImageFile, of: ImageFile) -> dict[str, bytes]:
+        return {f"{way}{suffix}": content(pair, way, onto, of)} if way in ways else {}
+
+    return make
+
+
+FORMATS: dict[str, Format] = {
+    "itk": Format(one_file(_itk, ".h5")),
+    "ants": Format(_ants, about=({"ants_invert": [False, False]}, {"ants_invert": [True, False]})),
+    "fsl": Format(one_file(_fsl, "_fsl.nii.gz"), dims=(3,)),
+    "freesurfer": Format(one_file(_freesurfer, "_freesurfer.mgz"), dims=(3,), require=_surfa),
+    "l2r": Format(one_file(_l2r, "_l2r.nii.gz", WAYS[:1]), dims=(3,)),  # Learn2Reg knows one way
 }

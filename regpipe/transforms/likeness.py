@@ -1,17 +1,17 @@
 """How similar two images are under an alignment matrix, and how much they overlap.
 
-A matrix (D+1, D+1) is in RAS mm and takes a fixed point to its moving point. Both images are first turned to the
-closest RAS and reduced to about one size, so that nothing depends on how they are stored.
+A matrix (D+1, D+1) is in RAS mm and takes a fixed point to its moving point; a homography is one too. Both images are
+first turned to the closest RAS and reduced to about one size, so that nothing depends on how they are stored.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from regpipe.io.geometry import upright
 from regpipe.io.images import Image, normalise
 from regpipe.io.itk_bridge import from_itk, to_itk
 from regpipe.utils.errors import InputError
@@ -56,9 +56,7 @@ def _side(image: Image, mask: np.ndarray | None, name: str, size: int) -> Side:
         raise InputError(f"{name} mask: shape {mask.shape}, its image's is {image.array.shape}; give it on that grid")
     if not mask.any():
         raise InputError(f"{name} mask: is empty; mark where the image counts, or give none")
-    turn = nib.orientations.io_orientation(image.affine)
-    array, mask = (nib.orientations.apply_orientation(a, turn) for a in (image.array, mask))
-    affine = image.affine @ nib.orientations.inv_ornt_aff(turn, image.array.shape)
+    (array, affine), (mask, _) = (upright(a, image.affine, pictures=False) for a in (image.array, mask))
     side = reduced(Side(array.astype(np.float32), mask, affine), size)
     return side._replace(array=normalise(side.array))
 
@@ -90,9 +88,11 @@ def _meet(fixed: Side, moving: Side, matrix: np.ndarray) -> tuple[np.ndarray, np
         (D, N) voxels; (N,) whether in the moving mask; (N,) volume in mm^D of the moving space.
     """
     pull = np.linalg.inv(moving.affine) @ matrix @ fixed.affine
-    at = (pull[:, :-1] @ np.array(np.nonzero(fixed.mask)) + pull[:, -1:])[:-1]
+    ahead = pull[:, :-1] @ np.array(np.nonzero(fixed.mask)) + pull[:, -1:]
+    w = np.where(ahead[-1] > 0, ahead[-1], np.inf)  # beyond the horizon of a homography there is nothing
+    at = ahead[:-1] / w
     inside = ndimage.map_coordinates(moving.mask.astype(np.uint8), at, order=0, mode="grid-constant") > 0
-    return at, inside, np.full(inside.shape, abs(np.linalg.det(matrix @ fixed.affine)))
+    return at, inside & np.isfinite(w), abs(np.linalg.det(matrix @ fixed.affine)) / w ** len(matrix)
 
 
 def similarity(fixed: Side, moving: Side, matrix: np.ndarray, metric: str) -> float:
@@ -105,7 +105,7 @@ def similarity(fixed: Side, moving: Side, matrix: np.ndarray, metric: str) -> fl
         return 0.0
     x = fixed.array[fixed.mask][inside]
     y = ndimage.map_coordinates(moving.array, at[:, inside], order=1, mode="nearest")
-    value = information(x, y) if metric == "mi" else _correlation(x, y)
+    value = information(x, y) if metric == "mi" else correlation(x, y)
     return float(value * inside.mean())
 
 
@@ -118,7 +118,9 @@ def information(x: np.ndarray, y: np.ndarray) -> float:
     return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
 
 
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Of values of one shape, in [-1, 1]; 0 where one side is constant."""
+    x, y = (v.ravel().astype(np.float64) for v in (x, y))
     return float(np.corrcoef(x, y)[0, 1]) if min(x.std(), y.std()) > 0 else 0.0
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from regpipe.io import itk_bridge
 from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, locate
+from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image, header, read_image, read_label
 from regpipe.transforms import displacement
 from regpipe.transforms.read import Space
@@ -100,7 +101,9 @@ def result_suffix(path: Path, grid: Space) -> str:
     """The suffix of an image's result: its own, unless a picture could not say where the grid lies."""
     file, _ = locate(path)
     suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s) and file.is_file()), ".nii.gz")
-    if suffix in PICTURE and (len(grid.shape) != 2 or not np.allclose(grid.affine, np.diag([-1.0, -1.0, 1.0]))):
+    if suffix in PICTURE and (
+        len(grid.shape) != 2 or not np.allclose(grid.affine, lps_matrix(np.eye(3), places=False))
+    ):
         return ".nii.gz"
     return WRITTEN.get(suffix, suffix)
 

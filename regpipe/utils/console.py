@@ -94,9 +94,10 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, above a progress bar."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """A line on stdout, above a bar that is shown there; of several processes rank 0 says it."""
+    if first():
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def complain(kind: str, line: str) -> None:

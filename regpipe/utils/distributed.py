@@ -10,7 +10,6 @@ import inspect
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -52,7 +51,6 @@ def join(*, hours: float, nccl: bool = False) -> None:
     idist.sync()  # now: if rank 0 alone were the first to use Ignite, it would wait for the others
     _say_when_ended()
     if idist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         logging.getLogger("regpipe").setLevel(logging.WARNING)
 
 

@@ -32,7 +32,7 @@ def printable(text: str) -> str:
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and what it comes from."""
     while error is not None:
         yield error
@@ -41,7 +41,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def cause(error: BaseException | None) -> InputError | None:
     """The ``InputError`` that ``error`` is or comes from: MONAI wraps what a configuration raises."""
-    return next((one for one in _chain(error) if isinstance(one, InputError)), None)
+    return next((one for one in chain(error) if isinstance(one, InputError)), None)
 
 
 def root(error: BaseException) -> str:
@@ -64,12 +64,12 @@ LESS_MEMORY = "take --amp true, then --checkpointing true, then a smaller --grid
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or comes from, memory that torch, numpy, ITK or Python did not get."""
+    """Whether this is, or comes from, memory that was asked for and not given, by torch, numpy, ITK or Python."""
     return any(
         isinstance(one, MemoryError)
         or type(one).__name__ == "OutOfMemoryError"
         or (isinstance(one, RuntimeError) and any(text in str(one) for text in OUT_OF_MEMORY))
-        for one in _chain(error)
+        for one in chain(error)
     )
 
 
@@ -98,10 +98,10 @@ def explain(error: BaseException) -> str | None:
         return f"out of memory: {REMEDIES}"
     if _lost(error):
         return ENDED_TOGETHER
-    misconfigured = next((text for text in map(str, _chain(error)) if any(said in text for said in MONAI_SAYS)), None)
+    misconfigured = next((text for text in map(str, chain(error)) if any(said in text for said in MONAI_SAYS)), None)
     if misconfigured is not None:
         return f"configuration: {printable(misconfigured)[:300]}; mend the file that says so, or copy the bundle anew"
-    refused = next((one for one in _chain(error) if isinstance(one, OSError)), None)
+    refused = next((one for one in chain(error) if isinstance(one, OSError)), None)
     if refused is None or refused.strerror is None:
         return None
     if refused.errno == errno.ENOENT and refused.filename is None:  # of os.getcwd
@@ -117,8 +117,8 @@ def disk_full(error: OSError) -> bool:
 
 def _lost(error: BaseException) -> bool:
     """Whether torch.distributed says that another process is gone, by gloo's text or a type of its own."""
-    kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
-    return any("gloo/" in str(one) or type(one).__name__ in kinds for one in _chain(error))
+    names = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return any("gloo/" in str(one) or type(one).__name__ in names for one in chain(error))
 
 
 def one_line_errors() -> None:

@@ -10,7 +10,7 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from regpipe.utils.errors import InputError
 
@@ -20,9 +20,20 @@ def sha256(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            _add(digest, file)
     return digest.hexdigest()
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The hash of the rest of an open file."""
+    digest = hashlib.sha256()
+    _add(digest, file)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, file: BinaryIO) -> None:
+    while block := file.read(1 << 20):
+        digest.update(block)
 
 
 def replace_file(path: str | Path, data: bytes) -> None:
@@ -48,6 +59,12 @@ def replace_file(path: str | Path, data: bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     _folder_to_disk(path.parent)
+
+
+def replace_hashed(path: str | Path, data: bytes) -> str:
+    """``replace_file``, and the SHA-256 of what was written: none of it is read again for that."""
+    replace_file(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _folder_to_disk(folder: Path) -> None:
@@ -104,7 +121,13 @@ def absolute(path: str | Path) -> Path:
 
 
 def require_file(path: str | Path) -> Path:
-    """The path of a regular, readable file.
+    """The path of a file that ``opened`` opens."""
+    opened(path).close()
+    return Path(path)
+
+
+def opened(path: str | Path) -> BinaryIO:
+    """A regular, readable file, open.
 
     Raises:
         InputError: missing, not readable, or a folder, a pipe or a device (opening a pipe would wait for ever).
@@ -115,10 +138,9 @@ def require_file(path: str | Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: is no file but a folder, a pipe or a device; give a file")
     try:
-        path.open("rb").close()
+        return path.open("rb")
     except OSError as cause:
         raise InputError(f"{path}: {cause.strerror}; make it readable") from cause
-    return path
 
 
 def parse_json(data: bytes) -> Any:

@@ -40,11 +40,13 @@ def require_size(path: str | Path) -> None:
     require_room(path, [Path(path).stat().st_size], 4)  # with what is made of it
 
 
-def check_nifti(path: Path) -> None:
-    """Raises ``InputError`` where header extensions claim to be huge: nibabel reads them with the header."""
+def check_nifti(path: str | Path, file: Any) -> None:
+    """Raises ``InputError`` where header extensions claim to be huge: nibabel reads them with the header.
+
+    ``file``: open, at its beginning, and unpacked where it is packed.
+    """
     try:
-        with nib.openers.ImageOpener(str(path)) as file:
-            longest = _longest(file)
+        longest = _longest(file)
     except (OSError, EOFError, zlib.error):  # who reads it next says what is wrong
         return
     if not longest <= LARGEST_EXTENSIONS:

@@ -21,9 +21,10 @@ from torch import nn
 
 from regpipe import LoadPair, collate_pairs, list_pairs, working_grid
 from regpipe.engines.inferers import ZeroInferer
-from regpipe.engines.refine import REGULARITY_WEIGHTS, SIMILARITY_WEIGHTS, WINDOW, Refiner
+from regpipe.engines.refine import REGULARITY_WEIGHTS, WINDOW, Refiner
 from regpipe.fields.algebra import Registration
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import TERMS
 from regpipe.metrics.measures import mean_of, measure
 
 matplotlib.use("Agg")
@@ -48,7 +49,9 @@ def losses() -> list[tuple[str, str, float, dict[str, float]]]:
         for factor in factors
     ]
     return curves + [
-        ("similarity", name, 1.0, {name: weight, **REGULARITY_WEIGHTS}) for name, weight in SIMILARITY_WEIGHTS.items()
+        ("similarity", name, 1.0, {name: term.weight, **REGULARITY_WEIGHTS})
+        for name, term in TERMS.items()
+        if term.weight is not None
     ]
 
 

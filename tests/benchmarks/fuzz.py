@@ -124,7 +124,8 @@ def _of_text() -> dict[str, Kind]:
     facet = f"facet normal 0 0 1\nouter loop\n{TRIANGLE}endloop\nendfacet\n"
     facets = b"mesh".ljust(80) + (2).to_bytes(4, "little") + bytes(range(100))
     state = {"state_dict": {"module.conv.weight": torch.arange(6.0), "bias": torch.ones(2, 3, dtype=torch.float16)}}
-    choices = dict.fromkeys(record.DATA) | record.LATER | {"pairing": "all", "training_images": ["a.nii"]}
+    choices = {"pairing": "all", "holdout": 0.2, "seed": 0, "training_images": ["a.nii"]}
+    choices |= record.Data._field_defaults | {"dataset_dir": None, "landmark_channels": None}
     trained = json.dumps(choices).encode()
     way = {"itk": "t.h5", "sha256": {"t.h5": hashlib.sha256(TRANSFORM).hexdigest()}}
     side = {"shape": [4, 5], "affine": np.eye(3).tolist()}

@@ -22,7 +22,8 @@ from regpipe.fields.algebra import register
 from regpipe.inference import memory
 from regpipe.inference.case_files import save_case
 from regpipe.io.images import make_grid
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.io.source import Source
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.cost import peak_memory
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import machine
@@ -90,9 +91,10 @@ def _files(shape: Sequence[int]) -> tuple[int, int]:
         predicted = machine.held() + memory.native(shape, shape)
         case = list_pairs(str(folder))[0]
         load = LoadPair(make_grid(shape, (1.0, 1.0, 1.0)), cache=False)
-        batch = collate_pairs([load(case)])
+        files = Source()
+        batch = collate_pairs([load(case, files)])
         found = register(batch["fixed_image"], batch["moving_image"], torch.zeros(1, 3, *(n // 2 for n in shape)))
-        save_case(case, batch, found._asdict(), load, folder / "out")
+        save_case(case, batch, found._asdict(), load, folder / "out", files)
     return predicted, peak_memory()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
 from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
-from regpipe.fields.algebra import Registration, register_midway
+from regpipe.fields.algebra import Registration
 from regpipe.networks.symmetric import SymNet, load_symnet
 
 STEPS = 50  # of refining a network's answer
@@ -51,7 +51,7 @@ def infer(model: Model, pair: Pair) -> Registration:
 
 
 def _registration(found: Mapping[str, Tensor]) -> Registration:
-    return Registration(**{name: found[name] for name in Registration._fields})
+    return Registration.of(found)
 
 
 def regpipe_refined(model: Model | None, pair: Pair) -> Registration:
@@ -79,7 +79,7 @@ def load_authors_symnet(path: Path) -> SymNet:
 def infer_symnet(net: SymNet, pair: Pair) -> Registration:
     """SYMNet as its authors trained it: images turned to L I A axes and scaled to [0, 1] by their extremes."""
     fixed, moving = (to_lia(_unit(image)) for image in _images(pair))
-    found = register_midway(fixed, moving, net(torch.cat([fixed, moving], 1)))
+    found = Registration.of(RegistrationInferer()(torch.cat([fixed, moving], 1), net))
     u, inverse = field_from_lia(found.displacement), field_from_lia(found.inverse)
     return Registration(found.velocity, u, inverse, from_lia(found.warped_moving), from_lia(found.warped_fixed))
 

@@ -40,12 +40,12 @@ from torch import Tensor, nn
 from ultrasound import tissue
 
 from regpipe import InputError, SymmetricNet
-from regpipe.engines.evaluation import SHOWN
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer, prepare_batch
 from regpipe.engines.refine import WINDOW, make_refiner, refinement_loss, zero_refiner
 from regpipe.fields.algebra import warp
 from regpipe.losses.similarity import lncc
-from regpipe.metrics.measures import HIGHER_IS_BETTER, known
+from regpipe.metrics.measures import known
+from regpipe.metrics.metric import columns, heading
 from regpipe.networks.weights import read_state_dict
 from regpipe.utils.errors import one_line_errors
 from regpipe.utils.files import replace_file, sha256
@@ -66,8 +66,8 @@ OWN = {  # measures beyond ``metrics.measures.measure``'s: heading, digits
     "moved_p95": ("moved, p95 voxels", 3),
 }
 COUNTED = {"ncc_rose": "NCC rose", "lncc_rose": "LNCC rose"}  # 1 or 0
-COLUMNS = (*TEXT, "cpu_seconds", *HIGHER_IS_BETTER, *SPLIT_DICE, *OWN, *COUNTED)
-SHOWN_HERE = SHOWN | HEADINGS | OWN
+COLUMNS = (*TEXT, "cpu_seconds", *columns(), *SPLIT_DICE, *OWN, *COUNTED)
+SHOWN_HERE = {name: (heading(name), metric.digits) for name, metric in columns("table").items()} | HEADINGS | OWN
 
 
 # ---- who answers

@@ -27,10 +27,11 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 from monai.networks.blocks import DVF2DDF, Warp
 from torch import Tensor
 
+from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.refine import Refiner, refinement_loss
-from regpipe.fields.algebra import integrate_both, register, register_midway, resize
+from regpipe.fields.algebra import integrate_both, register, resize
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.similarity import lncc
-from regpipe.losses.terms import RegistrationLoss
 from regpipe.metrics.cost import peak_memory
 from regpipe.networks.symmetric import SymmetricNet, SymNet
 
@@ -85,11 +86,11 @@ def inferred(shape: Sequence[int], backbone: str) -> Work:
     torch.manual_seed(0)
     symnet = backbone == "symnet"
     network = (SymNet(3) if symnet else SymmetricNet(3, backbone)).eval()
-    finish = register_midway if symnet else register
+    inferer = RegistrationInferer()
 
     def work() -> None:
         with torch.no_grad():
-            finish(fixed, moving, network(torch.cat([fixed, moving], 1)))
+            inferer(torch.cat([fixed, moving], 1), network)
 
     return work
 

@@ -14,14 +14,19 @@ from judging import SPLIT_DICE
 from scipy.stats import wilcoxon
 
 from regpipe import InputError
-from regpipe.engines.evaluation import SHOWN, interval
-from regpipe.metrics.measures import HIGHER_IS_BETTER, bootstrap_interval, known
+from regpipe.engines.evaluation import interval
+from regpipe.metrics.measures import bootstrap_interval, known
+from regpipe.metrics.metric import columns, heading
 from regpipe.utils.files import replace_file
 
 COSTS = ("seconds", "cpu_seconds", "peak_mib")
 TEXT = ("method", "case", "made_from")
-COLUMNS = (*TEXT, *COSTS, *HIGHER_IS_BETTER, *SPLIT_DICE)
-HEADINGS = {name: SHOWN[name] for name in SHOWN if not name.endswith("_before") and name != "ncc"} | {
+COLUMNS = (*TEXT, *COSTS, *columns(), *SPLIT_DICE)
+HEADINGS = {
+    name: (heading(name), metric.digits)
+    for name, metric in columns("table").items()
+    if not name.endswith("_before") and name != "ncc"
+} | {
     "dice_subcortical": ("Dice subcortical", 3),
     "dice_cortical": ("Dice cortical", 3),
     "seconds": ("s / pair", 2),

@@ -24,7 +24,7 @@ from helpers.inprocess import as_if_in_its_own_process
 from helpers.places import QUICK, ROOT
 from regpipe.bundle.write import METADATA, write_all, write_bundle
 from regpipe.io.images import Grid
-from regpipe.losses.terms import KNOWING_FIELDS
+from regpipe.losses.terms import needing
 from regpipe.metrics.cases import read_rows
 from regpipe.networks.encoders import TRANSFERRED
 from regpipe.networks.symmetric import SymmetricNet
@@ -239,7 +239,7 @@ def test_an_overlay_trains_and_sets_only_ids_that_the_bundles_have(
     new = {key.lstrip("+").partition("::")[0] for key in changes} - ids.keys()
     assert all(f"@{key}" in text for key in new)  # its own, not a misspelt one
     data = volumes if changes.get("spatial_dims") == 3 else cohort / "fixed_images"
-    if KNOWING_FIELDS & {*changes.get("loss_weights", {})}:
+    if needing(changes.get("loss_weights", {}), "displacement"):
         data = cohort
     few = (
         "--max_epochs",

@@ -60,9 +60,9 @@ FAULTS: dict[str, tuple[str, Any, str, Callable[[Any], Any], str]] = {
     "the files": (PAIR, doctor.export, "pair_transform", exchanged, "landmarks "),
     "reading": (
         PAIR,
-        doctor,
-        "read_image",
-        lambda read: lambda path: read(path)._replace(affine=np.eye(3)),
+        doctor.Source,
+        "image",
+        lambda read: lambda source, path: read(source, path)._replace(affine=np.eye(3)),
         "landmarks ",
     ),
 }

@@ -36,9 +36,9 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     read = images.read_image
 
-    def noting(path: Any) -> Any:
+    def noting(path: Any, file: Any = None) -> Any:
         seen.append(Path(path).name)
-        return read(path)
+        return read(path, file)
 
     monkeypatch.setattr(images, "read_image", noting)
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,9 +49,9 @@ def test_check_pairs_names_the_file_of_each_planted_problem(tmp_path: Path) -> N
 def test_check_pairs_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def counted(path: str) -> Image:
+    def counted(path: str, file: Any = None) -> Image:
         seen.append(path)
-        return read_image(path)
+        return read_image(path, file)
 
     monkeypatch.setattr("regpipe.io.images.read_image", counted)
     assert check_pairs(list_pairs(frames(tmp_path, 5))) == {}

@@ -18,7 +18,8 @@ from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs, working_grid
 from regpipe.fields.algebra import Registration, register
-from regpipe.losses.terms import TERMS, Options, RegistrationLoss, masks_of
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import TERMS, Options, masks_of
 from regpipe.phantoms.cohort import write_cohort
 
 
@@ -47,9 +48,10 @@ def test_in_a_mixed_cohort_only_pairs_with_labels_and_landmarks_are_supervised(t
     seen = []
     for batch in DataLoader([load(c) for c in cases], batch_size, collate_fn=collate_pairs):  # type: ignore[arg-type]
         r = register(batch["fixed_image"], batch["moving_image"], velocity.expand(batch_size, -1, -1, -1))
-        (gradient,) = torch.autograd.grad(loss(r._asdict(), batch), velocity)
+        value, terms = loss.weigh(r._asdict(), batch)
+        (gradient,) = torch.autograd.grad(value, velocity)
         assert gradient.isfinite().all() and gradient.any()
-        seen.append((loss.terms["dice"], loss.terms["landmarks"]))
+        seen.append((terms["dice"], terms["landmarks"]))
     supervised = [[d > 0.01 and p > 0.1, d == p == 0] for d, p in seen]
     expected = [i in (0, 2) for i in range(4)] if batch_size == 1 else [True] * (4 // batch_size)
     assert supervised == [[known, not known] for known in expected]
@@ -63,8 +65,8 @@ def test_an_unlabelled_pair_in_a_batch_does_not_dilute_the_labelled_ones(tmp_pat
     for other in (cases[1], cases[3]):
         mixed = collate_pairs([load(cases[0]), load(other)])
         for name in ("dice", "landmarks"):
-            both = TERMS[name](still(u.expand(2, -1, -1, -1)), mixed, Options())
-            assert float(both) == pytest.approx(float(TERMS[name](still(u), alone, Options())), rel=1e-5)
+            both = TERMS[name].function(still(u.expand(2, -1, -1, -1)), mixed, Options())
+            assert float(both) == pytest.approx(float(TERMS[name].function(still(u), alone, Options())), rel=1e-5)
 
 
 def test_subjects_without_landmarks_pair_with_those_that_have_them(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from scipy import ndimage
 from regpipe.data import placement
 from regpipe.data.load import LoadPair
 from regpipe.data.placement import Frames, common_space, training_stage
-from regpipe.io.images import Grid, Image, read_image
+from regpipe.io.images import Grid, Image
+from regpipe.io.source import Source
 from regpipe.metrics.measures import tre
 from regpipe.transforms.affine import Alignment
 from regpipe.utils.errors import InputError
@@ -60,16 +61,16 @@ def answer(monkeypatch: pytest.MonkeyPatch, matrix: np.ndarray) -> list[str]:
 
 def test_none_leaves_the_files_in_their_places_and_centre_lays_the_middles_on_each_other(tmp_path: Path) -> None:
     case = pair(tmp_path, np.eye(4), turn(0, (35, -4, 2)))
-    fixed, moving = Frames(GRID, "none")(case, read_image)
+    fixed, moving = Frames(GRID, "none")(case, Source())
     np.testing.assert_array_equal(fixed, moving)
-    fixed, moving = Frames(GRID, "centre")(case, read_image)
+    fixed, moving = Frames(GRID, "centre")(case, Source())
     np.testing.assert_allclose(moving @ np.linalg.inv(fixed), turn(0, (35, -4, 2)), atol=1e-9)
 
 
 def test_centre_keeps_the_angle_between_oblique_images(tmp_path: Path) -> None:
     """The middles of both agree; what the headers say of the angle is left for the registration to see."""
     case = pair(tmp_path, np.eye(4), turn(30))
-    fixed, moving = Frames(GRID, "centre")(case, read_image)
+    fixed, moving = Frames(GRID, "centre")(case, Source())
     np.testing.assert_allclose(moving[:3, :3], fixed[:3, :3], atol=1e-9)
     middle = (np.array(GRID.shape) - 1) / 2
     image_middle = apply_affine(turn(30), (np.array(head().shape) - 1) / 2)
@@ -94,12 +95,12 @@ def test_auto_aligns_what_is_not_in_the_training_s_space(tmp_path: Path, monkeyp
     assert space == {"shape": [22, 20, 24], "affine": np.eye(4).tolist()}
     assert training_stage("auto", [case]) == "none" and training_stage("rigid", [case]) == "rigid"
     asked = answer(monkeypatch, turn(0, (1, 0, 0)))
-    there, here = Frames(GRID, "auto", space=space)(case, read_image)
+    there, here = Frames(GRID, "auto", space=space)(case, Source())
     np.testing.assert_array_equal(there, here)
     other = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0)))
-    first, moving = Frames(GRID, "auto", space=space)(other, read_image)
+    first, moving = Frames(GRID, "auto", space=space)(other, Source())
     np.testing.assert_allclose(moving, turn(0, (1, 0, 0)) @ first)
-    Frames(GRID, "auto")(case, read_image)  # of a training that kept no space
+    Frames(GRID, "auto")(case, Source())  # of a training that kept no space
     assert asked == ["affine", "affine"]
     assert common_space([other]) is None and training_stage("auto", [other]) == "centre"
 
@@ -159,4 +160,4 @@ def test_what_is_asked_for_wrongly_is_named(tmp_path: Path) -> None:
         Frames(GRID, metric="corr")
     case = pair(tmp_path, np.eye(4), np.eye(4))
     with pytest.raises(InputError, match="moving.nii.gz: --affine_from landmarks needs landmarks of both"):
-        Frames(GRID, "affine", source="landmarks")(case, read_image)
+        Frames(GRID, "affine", source="landmarks")(case, Source())

@@ -24,7 +24,7 @@ from regpipe.data import sampling
 from regpipe.engines import run
 from regpipe.engines.handlers import Budget
 from regpipe.networks.symmetric import SymmetricNet
-from regpipe.utils import distributed
+from regpipe.utils import console, distributed
 from regpipe.utils.errors import ENDED_TOGETHER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ def agreements(rank: int) -> dict[str, Any]:
         "share": distributed.share("abcde"),
         "few": distributed.validation_indices(1),
         "spent": budget.spent,
-        "silent": sys.stdout.name == os.devnull,
+        "silent": not console.first(),
     }
     distributed.leave()
     return {**found, "after": idist.get_world_size()}

@@ -17,7 +17,7 @@ from regpipe.data.pairs import list_pairs
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
 from regpipe.engines.step import TrainingStep, gradient_scaler
 from regpipe.io.images import Grid
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import distributed
 
@@ -47,10 +47,11 @@ def gradients(
     batch = {key: value[which] if torch.is_tensor(value) else value for key, value in everything.items()}
     torch.manual_seed(0)
     net = SymmetricNet(2, "alexnet", structures=structures)
-    net.structures_only = structures > 0
     loss = RegistrationLoss({"anatomy": 1.0} if structures else LOSSES, window=5, label_ids=range(1, structures + 1))
     seen_by_trainer = wrap(net)
     pair, target, _, told = prepare_batch(batch)
+    if structures:
+        told["structures_only"] = True
     for _ in range(2 if structures else 1):
         net.zero_grad()
         loss(RegistrationInferer(cascades=cascades)(pair, seen_by_trainer, **told), target).backward()

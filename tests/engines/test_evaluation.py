@@ -17,16 +17,16 @@ from monai.engines import SupervisedEvaluator
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from regpipe.engines.evaluation import SHOWN, EvaluationReport, interval, summarise, table
+from regpipe.engines.evaluation import EvaluationReport, interval, summarise, table
 from regpipe.engines.inferers import RegistrationInferer, metric_input, prepare_batch
 from regpipe.metrics import cost
 from regpipe.metrics.cases import CaseMetrics
-from regpipe.metrics.measures import HIGHER_IS_BETTER
+from regpipe.metrics.metric import columns
 from regpipe.networks.symmetric import SymmetricNet
 
 
 def row(**values: float) -> dict[str, Any]:
-    return {"case": "x", **dict.fromkeys(HIGHER_IS_BETTER, math.nan), **values}
+    return {"case": "x", **dict.fromkeys(columns(), math.nan), **values}
 
 
 def batch(name: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_the_table_has_a_line_a_name_and_a_column_a_metric_in_reading_order() ->
         "| b | 0.700 [0.650, 0.750] |  |",
     ]
     assert interval((1.25, 0.0, 2.0), 1) == "1.2 [0.0, 2.0]"
-    assert set(SHOWN) < set(HIGHER_IS_BETTER)  # SDlogJ as Learn2Reg computes it is for the files
+    assert {*columns()} - {*columns("table")} == {"sdlogj_l2r"}  # SDlogJ as Learn2Reg computes it is for the files
 
 
 def test_parameters_count_frozen_ones_too() -> None:

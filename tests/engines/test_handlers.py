@@ -26,8 +26,9 @@ from regpipe.engines.handlers import (
     WeightAverage,
 )
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.engines.step import TrainingStep, gradient_scaler
 from regpipe.fields.layers import LAYERS
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils.errors import InputError
 
@@ -52,6 +53,7 @@ def trainer(
         loss,
         inferer=RegistrationInferer(layers=LAYERS.in_steps(3)),
         prepare_batch=prepare_batch,
+        iteration_update=TrainingStep(gradient_scaler(CPU, amp=False)),
         train_handlers=list(handlers),
         decollate=False,
     )
@@ -107,7 +109,7 @@ def test_a_term_that_is_no_number_stops_the_training_names_itself_and_its_case_a
     bad = batch("case_17", "case_18")
     bad["fixed_image"][1, 0, 3, 3] = value
     # the network must not see it: then every term would be none
-    seen, error = states(_Blind(network), [batch("a"), bad, batch("b")], loss, NanGuard(loss))
+    seen, error = states(_Blind(network), [batch("a"), bad, batch("b")], loss, NanGuard())
     assert "loss term mse is not finite at iteration 2" in str(error)
     assert "case case_17, case_18" in str(error) and "diffusion" not in str(error)
     assert len(seen) == 2 and not same(seen[0], seen[1])
@@ -125,13 +127,13 @@ class _Blind(nn.Module):
 
 def test_a_sum_that_overflows_is_named_as_the_loss() -> None:
     network, loss = net(), RegistrationLoss({"mse": 1e40})  # beyond float32
-    _, error = states(network, [batch("a")], loss, NanGuard(loss))
+    _, error = states(network, [batch("a")], loss, NanGuard())
     assert "loss term loss is not finite at iteration 1, case a" in str(error)
 
 
 def test_finite_losses_pass_the_guard() -> None:
     loss = RegistrationLoss({"mse": 1})
-    engine = trainer(net(), [batch("a"), batch("b")], loss, NanGuard(loss), epochs=2)
+    engine = trainer(net(), [batch("a"), batch("b")], loss, NanGuard(), epochs=2)
     engine.run()
     assert engine.state.iteration == 4
 
@@ -173,17 +175,18 @@ def test_the_bar_counts_all_iterations_shows_terms_and_best_and_closes(capsys, m
     loss = RegistrationLoss({"mse": 1})
     validator = evaluator(net(), [0.5])
     validator.run(1)
-    progress = Progress(loss, validator)
-    trainer(net(), [batch("a"), batch("b")], loss, progress, epochs=3).run()
+    progress = Progress(validator)
+    engine = trainer(net(), [batch("a"), batch("b")], loss, progress, epochs=3)
+    engine.run()
     assert progress.bar.n == progress.bar.total == 6
     shown = capsys.readouterr().err
-    assert "epoch=3" in shown and f"mse={loss.terms['mse']:.4f}" in shown and "best=0.5" in shown
+    assert "epoch=3" in shown and f"mse={engine.state.output['terms']['mse']:.4f}" in shown and "best=0.5" in shown
 
 
 @pytest.mark.parametrize("error", [ValueError("in the loss"), KeyboardInterrupt()])
 def test_the_bar_swallows_no_error(error) -> None:
     loss = RegistrationLoss({"mse": 1})
-    engine = trainer(net(), [batch("a"), batch("b")], loss, Progress(loss, evaluator(net(), [])))
+    engine = trainer(net(), [batch("a"), batch("b")], loss, Progress(evaluator(net(), [])))
 
     def stop() -> None:
         raise error
@@ -253,16 +256,15 @@ def test_structures_come_first_and_only_then_is_validated(share, spent, first) -
     validator, seen, budget = Validator(torch.device("cpu"), [], network), list[bool](), Budget(1e6)
     validator.asked = []
     budget.load_state_dict({"used": spent * 1e6})
-    trainer = Engine(lambda engine, batch: seen.append(network.structures_only))
-    trainer.network = network  # type: ignore[attr-defined]
     stage = StructuresFirst(network, share, budget)
+    trainer = Engine(lambda engine, batch: seen.append(stage.now))
     stage.attach(trainer)
-    Validation(1, validator).attach(trainer)
+    Validation(1, validator, structures=stage).attach(trainer)
     trainer.run([0], max_epochs=4)
     assert seen == [True] * first + [False] * (4 - first) and validator.asked == list(range(first + 1, 5))
     again = StructuresFirst(network, share, Budget())
     again.load_state_dict(stage.state_dict())
-    longer = Engine(lambda engine, batch: seen.append(network.structures_only))
+    longer = Engine(lambda engine, batch: seen.append(again.now))
     again.attach(longer)
     longer.run([0], max_epochs=40)  # begun with more epochs it is not begun again
     assert not any(seen[4:])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from regpipe import InputError
-from regpipe.engines.options import check_numbers, check_switches, refuse_unknown
+from regpipe.engines.options import begin_command, check_numbers, check_switches, refuse_unknown
 
 PROGRAM = "/somewhere/monai/bundle/__main__.py"
 
@@ -48,8 +50,20 @@ def test_a_switch_is_true_or_false_and_no_text() -> None:
         check_switches(resume="false")
 
 
-def test_other_programs_are_left_alone() -> None:
-    refuse_unknown(["/bin/pytest", "--nonsense"])
+@pytest.mark.usefixtures("restored")
+def test_only_the_command_itself_has_its_options_checked_and_its_errors_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, before = command(tmp_path, "--max_epoch", "4"), sys.excepthook
+    for argv in (["/bin/pytest", *wrong[1:]], [PROGRAM, "ckpt_export", *wrong[2:]]):
+        monkeypatch.setattr("sys.argv", argv)
+        begin_command()
+    assert sys.excepthook is before
+    monkeypatch.setattr("sys.argv", wrong)
+    monkeypatch.setattr("threading.excepthook", threading.excepthook)
+    with pytest.raises(InputError, match="--max_epochs"):
+        begin_command()
+    assert sys.excepthook is not before
 
 
 @pytest.mark.parametrize(

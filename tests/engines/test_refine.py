@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from regpipe import SymmetricNet
+from regpipe import SymmetricNet, SymNet
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
 from regpipe.engines.refine import Refiner, coarsen, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
 from regpipe.fields.algebra import identity_grid, jacobian_determinant, register
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.utils.errors import InputError
 
 SHAPE = (40, 48)
@@ -161,13 +161,13 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(InputError, match="choose among lncc, mind"):
         refinement_loss("corr")
     with pytest.raises(InputError, match="SYMNet"):
-        RegistrationInferer(midway=True, refiner=refiner(1))
+        RegistrationInferer(refiner=refiner(1))(torch.rand(1, 2, 16, 16), SymNet(2))
     assert make_refiner(0, {"lncc": 1.0}, window=7) is None
 
 
 def test_slices_are_compared_in_wider_windows_and_held_less_stiffly_than_volumes() -> None:
     in_2d, in_3d = (zero_refiner().losses[dim] for dim in (2, 3))
-    assert (in_2d.options.window, in_3d.options.window) == (7, 5)
+    assert (in_2d.window, in_3d.window) == (7, 5)
     assert in_2d.weights == pytest.approx({"lncc": 1.0, "diffusion": 0.28, "divergence": 0.07})
     assert in_3d.weights == pytest.approx({"lncc": 1.0, "diffusion": 0.4, "divergence": 0.1})
     assert refinement_loss("lncc", smoothness=2, spatial_dims=2)["diffusion"] == pytest.approx(0.56)

@@ -203,8 +203,5 @@ def test_pairs_that_cannot_be_used_are_listed_before_training(cohort, tmp_path) 
         run.require(bad[3:4])
 
 
-def test_what_has_no_gradient_is_refused_in_training() -> None:
-    run.refuse_detached(None, False)
-    for given in ((None, True), ("a refiner", False)):
-        with pytest.raises(InputError, match="no gradient"):
-            run.refuse_detached(*given)
+def test_what_has_no_gradient_is_refused_in_training(bundle, cohort) -> None:
+    assert "no gradient" in refusal(bundle, cohort, 1, repair=True)

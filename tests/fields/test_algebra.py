@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.blocks import DVF2DDF, Warp
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter1d, map_coordinates
 from torch import Tensor
 
 from regpipe.fields import algebra
@@ -232,11 +232,11 @@ def test_swapping_the_images_and_the_sign_swaps_the_registration(shape: tuple[in
 def test_the_midway_registration_composes_half_ways(shape: tuple[int, ...]) -> None:
     fixed, moving, v = smooth(shape, 1, 1.0, 1), smooth(shape, 1, 1.0, 2), smooth(shape, len(shape), 1.5, 3)
     w = smooth(shape, len(shape), 1.0, 4)
-    got = algebra.register_midway(fixed, moving, torch.cat([v, w], 1))
+    got = algebra.register_midway(fixed, moving, w, v)
     assert torch.allclose(got.displacement, compose(integrate(w), integrate(-v)), atol=1e-5)
     assert torch.allclose(got.inverse, compose(integrate(v), integrate(-w)), atol=1e-5)
     # a flow split in halves, v = -w: exp(w) after exp(w) is exp(2 w), the plain registration
-    halves, whole = algebra.register_midway(fixed, moving, torch.cat([-w, w], 1)), register(fixed, moving, 2 * w)
+    halves, whole = algebra.register_midway(fixed, moving, w, -w), register(fixed, moving, 2 * w)
     assert (inner(halves.displacement - whole.displacement, 3)).abs().max() < 0.1
 
 
@@ -245,8 +245,8 @@ def test_a_batch_of_two_equals_two_batches_of_one(shape: tuple[int, ...]) -> Non
     v, images = smooth(shape, len(shape), 2.0, batch=2), smooth(shape, 2, 1.0, batch=2)
     both = register(images[:, :1], images[:, 1:], v)
     for i in range(2):
-        one = register(images[i : i + 1, :1], images[i : i + 1, 1:], v[i : i + 1])
-        assert all(torch.allclose(a[i : i + 1], b, atol=1e-6) for a, b in zip(both, one, strict=True))
+        one = register(images[i : i + 1, :1], images[i : i + 1, 1:], v[i : i + 1]).tensors()
+        assert all(torch.allclose(a[i : i + 1], one[name], atol=1e-6) for name, a in both.tensors().items())
 
 
 def test_the_cached_places_are_not_confused_by_shapes_or_inference() -> None:
@@ -270,3 +270,11 @@ def test_a_metatensor_leaves_nothing_behind_for_plain_tensors() -> None:
 def test_an_image_on_another_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="not on the grid"):
         warp(torch.zeros(1, 1, 8, 9), torch.zeros(1, 2, 9, 8))
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_smoothing_is_scipys_gaussian_with_the_rim_repeated(axis: int) -> None:
+    image = torch.rand(1, 2, 9, 8, 7, generator=torch.Generator().manual_seed(0))
+    expected = gaussian_filter1d(image.double().numpy(), 1.2, axis=axis, mode="nearest", radius=3)
+    found = algebra.smooth(image, axis, 1.2)  # 2.5 sigmas: 3 voxels
+    assert torch.allclose(found.double(), torch.from_numpy(expected), atol=1e-6)

@@ -138,7 +138,6 @@ FILES: dict[str, tuple[str, Content, str]] = {
     "colour": (PLAIN, nifti(rgb()), "one real value"),
     "unknown type": (PLAIN, nifti(blob(), datatype=77), "77"),
     # geometry
-    "negative voxel size": (PLAIN, sized(-1, 1), "voxel size -1 x 1 mm"),
     "no voxel size": (PLAIN, sized(0, 1), "voxel size 0 x 1 mm"),
     "voxel size NaN": (PLAIN, sized(np.nan, 1), "voxel size nan x 1 mm"),
     "voxels smaller than atoms": (PLAIN, sized(1e-8, 1e-8), "voxel size 1e-08 x 1e-08 mm"),

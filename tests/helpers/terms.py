@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regpipe.fields.algebra import Registration, register, resize_image
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.encoders import Encoder
 
 WAYS = ("displacement", "inverse")

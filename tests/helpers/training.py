@@ -64,11 +64,11 @@ def train(
 ) -> Trained:
     """Train up to an epoch with the bundle's own configuration; ``stop`` is called after each iteration."""
     flow, done = workflow(bundle, data, max_epochs=epochs, **settings), into or Trained()
-    trainer, evaluator, loss = map(flow.parser.get_parsed_content, ("train#trainer", "validate#evaluator", "loss"))
+    trainer, evaluator = map(flow.parser.get_parsed_content, ("train#trainer", "validate#evaluator"))
 
     def note() -> None:
         state = trainer.state
-        done.curve.append((state.iteration, tuple(state.batch["case"]), loss.terms["loss"]))
+        done.curve.append((state.iteration, tuple(state.batch["case"]), state.output["terms"]["loss"]))
 
     def validated() -> None:
         state = evaluator.state

@@ -33,7 +33,7 @@ def registering(rank: int, bundle: Path, data: Path, out: Path) -> tuple[list[st
     done: list[str] = []
     save_case, status = folder.save_case, 0
 
-    def noted(case: dict[str, str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def noted(case: dict[str, str], *args: Any, **kwargs: Any) -> Any:
         done.append(case["case"])
         return save_case(case, *args, **kwargs)
 

@@ -265,7 +265,7 @@ def test_ctrl_c_keeps_what_is_finished(
 ) -> None:
     real = folder_module.save_case
 
-    def interrupted(case: dict[str, str], *rest: Any, **kwargs: Any) -> dict[str, Any]:
+    def interrupted(case: dict[str, str], *rest: Any, **kwargs: Any) -> Any:
         if case["case"] == "case_001":
             raise KeyboardInterrupt
         return real(case, *rest, **kwargs)

@@ -19,10 +19,10 @@ def test_a_failure_while_loading_is_its_own_case_s(
 ) -> None:
     data, real = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=3), LoadPair.__call__
 
-    def broken(self: LoadPair, case: dict[str, str]) -> dict[str, Any]:
+    def broken(self: LoadPair, case: dict[str, str], *files: Any) -> dict[str, Any]:
         if case["case"] == "case_001":
             raise RuntimeError("no memory left\nin some library")
-        return real(self, case)
+        return real(self, case, *files)
 
     monkeypatch.setattr(LoadPair, "__call__", broken)
     with pytest.raises(SystemExit):

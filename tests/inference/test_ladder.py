@@ -52,15 +52,15 @@ def smooth_pair(shape: tuple[int, int]) -> torch.Tensor:
 @torch.no_grad()
 def test_a_tile_as_large_as_the_grid_is_the_network_itself(network: SymmetricNet) -> None:
     pair = smooth_pair((60, 50))
-    assert torch.allclose(Tiled(network, 65)(pair), network(pair), atol=1e-5)
+    assert torch.allclose(Tiled(network, 65)(pair).velocity, network(pair), atol=1e-5)
 
 
 @torch.no_grad()
 def test_swapping_the_images_flips_the_sign_of_the_tiles_velocity_bit_for_bit(network: SymmetricNet) -> None:
     tiled, pair = Tiled(network, 65), smooth_pair((120, 100))
-    velocity = tiled(pair)
+    velocity = tiled(pair).velocity
     assert velocity.shape == network(pair).shape and velocity.abs().max() > 0.1
-    assert torch.equal(tiled(pair.flip(1)), -velocity)
+    assert torch.equal(tiled(pair.flip(1)).velocity, -velocity)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def test_tiles_lie_on_the_wholes_grid() -> None:
     rows, columns = torch.meshgrid(torch.arange(129.0), torch.arange(97.0), indexing="ij")
     found = Tiled(Shift(), 65)(torch.stack([rows, columns])[None])
     truth = torch.meshgrid(torch.arange(65.0), torch.arange(49.0), indexing="ij")
-    assert torch.allclose(found[0], torch.stack(truth), atol=1e-4)
+    assert torch.allclose(found.velocity[0], torch.stack(truth), atol=1e-4)
 
 
 def test_tiles_take_less_memory_than_the_whole() -> None:
@@ -88,7 +88,7 @@ def test_tiles_take_less_memory_than_the_whole() -> None:
 @torch.no_grad()
 def test_a_velocity_in_bfloat16_is_near_that_in_float32(network: SymmetricNet) -> None:
     pair = smooth_pair((64, 48))
-    half, whole = HalfPrecision(network)(pair), network(pair)
+    half, whole = HalfPrecision(network)(pair).velocity, network(pair)
     assert half.dtype == torch.float32
     assert (half - whole).abs().mean() < 0.1 * whole.abs().mean()
 
@@ -237,11 +237,11 @@ def test_refinement_at_coarser_images_is_predicted_to_need_less() -> None:
 
 def test_files_that_do_not_fit_are_refused_by_the_images_name(monkeypatch: pytest.MonkeyPatch, cohort: Path) -> None:
     image = str(cohort / "fixed_images" / "case_000.nii.gz")
-    ladder.require_for_files(image, image)
+    ladder.require_for_files(image, (32, 32), (30, 30))
     monkeypatch.setattr(machine, "free", lambda *_: 1000)
-    ladder.require_for_files(image, image, reusable=memory.native((32, 32)) - 1000)
+    ladder.require_for_files(image, (32, 32), (30, 30), reusable=memory.native((32, 32)) - 1000)
     with pytest.raises(InputError, match="case_000.nii.gz: writing files on 32x32 voxels needs"):
-        ladder.require_for_files(image, image)
+        ladder.require_for_files(image, (30, 30), (32, 32))
 
 
 # ---------------------------------------------------------------------------------------- out of memory

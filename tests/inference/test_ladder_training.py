@@ -13,7 +13,7 @@ from regpipe.data.pairs import list_pairs
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.inference import ladder, memory
 from regpipe.io.images import Grid, read_label
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.measures import shared_labels
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import machine

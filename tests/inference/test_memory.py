@@ -16,7 +16,7 @@ from regpipe.cli.main import main
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
 from regpipe.engines.refine import zero_refiner
 from regpipe.inference import memory
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import machine
 from regpipe.utils.errors import InputError

@@ -15,7 +15,7 @@ from helpers.places import DATA
 from regpipe.fields.algebra import register_midway
 from regpipe.inference.symnet import GRID, SPACE, LoadAsAuthors, Turned
 from regpipe.io.images import read_image
-from regpipe.networks.symmetric import SymNet
+from regpipe.networks.symmetric import Prediction, SymNet
 from regpipe.transforms.displacement import read_displacement
 
 
@@ -38,9 +38,9 @@ class Listening(nn.Module):
         super().__init__()
         self.seen = seen
 
-    def forward(self, pair: Tensor) -> Tensor:
+    def forward(self, pair: Tensor) -> Prediction:
         self.seen.append(pair)
-        return pair.repeat(1, 3, 1, 1, 1)
+        return Prediction(pair[:, :1].repeat(1, 3, 1, 1, 1), pair[:, 1:].repeat(1, 3, 1, 1, 1))
 
 
 def test_turning_the_images_and_the_fields_back_changes_no_registration() -> None:
@@ -48,9 +48,9 @@ def test_turning_the_images_and_the_fields_back_changes_no_registration() -> Non
     net = SymNet(3, start_channels=2, limit=3.0).eval()
     pair = torch.rand(1, 2, 16, 18, 20)  # along left, down, front
     with torch.no_grad():
-        theirs = register_midway(pair[:, :1], pair[:, 1:], net(pair))
+        theirs = register_midway(pair[:, :1], pair[:, 1:], *net(pair)[:2])
         upright = pair.flip(2, 3).transpose(3, 4)
-        ours = register_midway(upright[:, :1], upright[:, 1:], Turned(net)(upright))
+        ours = register_midway(upright[:, :1], upright[:, 1:], *Turned(net)(upright)[:2])
     assert theirs.displacement.abs().max() > 0.1
     assert torch.allclose(ours.warped_moving, theirs.warped_moving.flip(2, 3).transpose(3, 4), atol=1e-5)
     left, down, front = theirs.displacement.flip(2, 3).transpose(3, 4).unbind(1)

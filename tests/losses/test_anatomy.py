@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.terms import example, term
-from regpipe.losses.terms import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.utils.errors import InputError
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.terms import WAYS, example, noise, smooth, term
 from regpipe.fields.algebra import Registration, identity_grid, register, register_midway, resize, warp
-from regpipe.losses.terms import TERMS, Options, RegistrationLoss, feature_encoder, overlaps
+from regpipe.losses.loss import RegistrationLoss, feature_encoder, weigh
+from regpipe.losses.terms import TERMS, Options, overlaps, supervised
 from regpipe.networks.encoders import Encoder
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils.errors import InputError
@@ -102,8 +103,8 @@ def test_midway_sees_a_match_where_both_images_go_half_of_the_way() -> None:
 
 def test_two_opposite_velocities_of_symnet_count_like_the_one_they_stand_for() -> None:
     r, target = example((20, 18), half=False)
-    both = torch.cat([-r.velocity, r.velocity], 1) / 2  # fixed to the middle, moving to the middle
-    symnet = register_midway(target["fixed_image"], target["moving_image"], both)
+    half = r.velocity / 2  # moving to the middle; minus it fixed
+    symnet = register_midway(target["fixed_image"], target["moving_image"], half, -half)
     assert float(term("midway", symnet, target)) == pytest.approx(float(term("midway", r, target)), rel=1e-5)
     for name in ("diffusion", "bending", "elastic"):
         assert float(term(name, symnet, target)) == pytest.approx(float(term(name, r, target)) / 4, rel=1e-5)
@@ -258,13 +259,13 @@ def test_only_terms_that_compare_images_look_at_images_and_masks() -> None:
             assert same == (name not in COMPARING), name
 
 
-def test_a_loss_uses_a_frozen_copy_of_the_encoder_that_is_none_of_its_parameters() -> None:
+def test_a_loss_uses_a_frozen_copy_of_the_encoder_that_stays_in_evaluation_mode() -> None:
     encoder = Encoder("alexnet", 2)
     loss = RegistrationLoss({"features": 1.0}, encoder=encoder)
-    assert not list(loss.parameters()) and not loss.state_dict()
+    assert not any(p.requires_grad for p in loss.parameters())
     assert all(p.requires_grad for p in encoder.parameters()) and encoder.training  # the caller's is left alone
-    held = loss.options.encoder
-    assert held is not None and not held.training and not any(p.requires_grad for p in held.parameters())
+    held = loss.train().encoder
+    assert held is not None and held is not encoder and not held.training
     with pytest.raises(InputError, match=r"features: no encoder.*encoder=Encoder"):
         RegistrationLoss({"lncc": 1.0, "features": 1.0})
 
@@ -287,19 +288,27 @@ def test_a_batch_without_supervision_at_all_has_none() -> None:
         assert float(loss.detach()) == 0 and not torch.autograd.grad(loss, u)[0].any()
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms_and_remembers_them() -> None:
+class OnesOwn(nn.Module):
+    """A loss of one's own."""
+
+    def forward(self, prediction: dict, target: dict) -> Tensor:
+        return torch.full((2,), 2.0)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms_and_gives_them_too() -> None:
     r, target = example(SHAPES[0])
     loss = RegistrationLoss({"mse": 0.5, "diffusion": 3, "lncc": 0})
-    total = loss(r._asdict(), target)
-    assert list(loss.terms) == ["mse", "diffusion", "loss"]
+    total, terms = loss.weigh(r._asdict(), target)
+    assert list(terms) == ["mse", "diffusion", "loss"]
     mse = ((r.warped_moving - target["fixed_image"]) ** 2 + (r.warped_fixed - target["moving_image"]) ** 2).mean() / 2
-    assert loss.terms["mse"] == pytest.approx(float(mse), rel=1e-5)
-    expected = 0.5 * loss.terms["mse"] + 3 * loss.terms["diffusion"]
-    assert float(total) == loss.terms["loss"] == pytest.approx(expected, rel=1e-6)
+    assert terms["mse"] == pytest.approx(float(mse), rel=1e-5)
+    expected = 0.5 * terms["mse"] + 3 * terms["diffusion"]
+    assert float(total) == terms["loss"] == pytest.approx(expected, rel=1e-6)
+    assert weigh(OnesOwn(), r._asdict(), target).terms == {"loss": 2.0}  # any other loss is the one term
 
 
 def test_terms_weights_and_windows_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown loss terms \['lnc'\].*lncc, ncc, mse, mi, mind.*known_field"):
+    with pytest.raises(ValueError, match=r"unknown loss terms \['lnc'\].*lncc, mind, mi, ncc, mse.*known_field"):
         RegistrationLoss({"lnc": 1, "mse": 1})
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite and not negative"):
@@ -329,8 +338,21 @@ def test_the_loss_falls_on_two_discs(name) -> None:
     loss, losses = RegistrationLoss({name: 1.0, "diffusion": 0.05}), []
     for _ in range(30):
         optimizer.zero_grad()
-        loss(register(fixed, moving, velocity)._asdict(), target).backward()
+        value = loss(register(fixed, moving, velocity)._asdict(), target)
+        value.backward()
         optimizer.step()
-        losses.append(loss.terms["loss"])
+        losses.append(float(value.detach()))
     assert losses[-1] < losses[0] - 0.2 * abs(losses[0])
     assert dice(torch.zeros_like(velocity)) < 0.8 < 0.9 < dice(velocity.detach())
+
+
+def test_pairs_with_labels_or_landmarks_of_both_images_are_supervised() -> None:
+    labels = {"fixed_label": "a", "moving_label": "b"}
+    points = {"fixed_landmarks": "a", "moving_landmarks": "b"}
+    pairs = [labels, points, {"fixed_label": "a"}, {"fixed_label": "a", "moving_landmarks": "b"}, {}]
+    every = {"dice": 1.0, "landmarks": 0.1, "lncc": 1.0}
+    assert supervised(pairs, every).tolist() == [True, True, False, False, False]
+    assert supervised(pairs, {"anatomy": 1.0}).tolist() == [True, False, False, False, False]
+    assert supervised(pairs, {"landmarks": 1.0}).tolist() == [False, True, False, False, False]
+    assert supervised(pairs, {"landmarks": 1.0}, landmark_channels=1).tolist() == [True, False, False, False, False]
+    assert not supervised(pairs, {"lncc": 1.0, "dice": 0.0}).any()  # labels that the loss does not see change nothing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.places import ROOT
-from regpipe.metrics.thresholds import METRICS, THRESHOLDS, Threshold, judge, said, thresholds, with_gains
+from regpipe.metrics.thresholds import METRICS, Threshold, judge, said, thresholds, with_gains
 from regpipe.utils.errors import InputError
 
 LIMITS = {"dice": Threshold(0.8, 0.5, ""), "tre": Threshold(2, 5, "")}
@@ -61,16 +61,16 @@ def test_a_metric_with_one_step_only_warns() -> None:
     ],
 )
 def test_what_should_have_a_value_and_has_none_does_not_pass(row: dict[str, float], unknown: set[str]) -> None:
-    verdict = judge(with_gains(row), THRESHOLDS)
+    verdict = judge(with_gains(row), thresholds())
     assert {name for name, step in verdict.steps.items() if step == "warn"} == unknown
     assert verdict.status == ("warn" if unknown else "pass")
     assert not any(map(math.isnan, verdict.badness))  # they sort
-    off = {name: limit for name, limit in THRESHOLDS.items() if name not in unknown}
+    off = {name: limit for name, limit in thresholds().items() if name not in unknown}
     assert judge(with_gains(row), off).status == "pass"
 
 
 def test_beyond_a_single_step_further_is_worse() -> None:
-    limits = {"ncc_gain": THRESHOLDS["ncc_gain"], "tre": Threshold(math.nan, 7, "")}
+    limits = {"ncc_gain": thresholds()["ncc_gain"], "tre": Threshold(math.nan, 7, "")}
     rows = [{"ncc_gain": 0.2}, {"ncc_gain": 0.1}, {"ncc_gain": -0.01}, {"ncc_gain": -0.5}, {"tre": 8.0}, {"tre": 14.0}]
     found = [judge(row, limits).badness[0] for row in rows]
     assert found == sorted(found) and len(set(found)) == len(found)
@@ -84,14 +84,14 @@ def test_gains_are_after_minus_before() -> None:
 
 
 def test_every_default_has_a_reason_and_steps_in_order() -> None:
-    for name, limit in THRESHOLDS.items():
+    for name, limit in thresholds().items():
         assert limit.why
         assert not (limit.warn < limit.fail if METRICS[name].higher else limit.warn > limit.fail)
 
 
 def test_the_documentation_has_the_same_steps_and_reasons() -> None:
     page = (ROOT / "docs" / "report.md").read_text()
-    for name, limit in THRESHOLDS.items():
+    for name, limit in thresholds().items():
         steps = [part for part in said(name, limit).split(", ")] + [""]
         unit = f", {METRICS[name].unit}" if METRICS[name].unit == "mm" else ""
         assert f"| `{name}`{unit} | {steps[0]} | {steps[1]} | {limit.why} |".replace("|  |", "| |") in page
@@ -100,7 +100,7 @@ def test_the_documentation_has_the_same_steps_and_reasons() -> None:
 def test_a_file_and_options_change_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("# all as it is\n")
-    assert thresholds(file) == THRESHOLDS
+    assert thresholds(file) == thresholds()
     file.write_text("tre: [3, 6]\nncc_gain: off\nsdlogj: [0.6, null]\n")
     found = thresholds(file, ["dice=0.6,0.4", "hd95=off", "tre=,7"])
     assert found["sdlogj"][0] == 0.6
@@ -110,7 +110,7 @@ def test_a_file_and_options_change_the_defaults(tmp_path: Path) -> None:
     assert math.isnan(found["tre"].warn)  # the option comes after the file
     assert found["tre"].fail == 7
     assert not {"ncc_gain", "hd95"} & found.keys()
-    assert found["folds_percent"] == THRESHOLDS["folds_percent"]
+    assert found["folds_percent"] == thresholds()["folds_percent"]
     assert said("tre", found["tre"]) == "> 7"
 
 

@@ -18,7 +18,7 @@ from helpers.reported import write_case
 from regpipe.io.images import Grid, Image, read_image
 from regpipe.metrics import trust, typical
 from regpipe.metrics.cases import read_rows
-from regpipe.metrics.thresholds import THRESHOLDS
+from regpipe.metrics.thresholds import thresholds
 from regpipe.report.qc_page import write_report
 
 METRICS = {"folds_percent": 0.0, "ndv_percent": 0.0, "sdlogj": 0.1, "inverse_consistency": 0.1, "affine_overlap": 0.9}
@@ -158,7 +158,7 @@ def test_a_warning_is_on_stderr_in_the_files_in_the_report_and_strictly_in_the_e
     counts = {row["case"]: row["warnings"] for row in read_rows(tmp_path / "out" / "metrics.csv")}
     assert counts == {"good": 0, "half": len(rows["half"]["warnings"])}
     assert run(monkeypatch, *command, "--strict") == 1  # though all are finished
-    _, cases = write_report(tmp_path / "out", {"dice": THRESHOLDS["dice"]})
+    _, cases = write_report(tmp_path / "out", {"dice": thresholds()["dice"]})
     assert {case.name: case.verdict.status for case in cases} == {"good": "pass", "half": "warn"}
 
 
@@ -182,7 +182,7 @@ def test_the_report_says_why_as_text_and_a_failing_case_stays_failing(tmp_path: 
     for name in "ab":
         file = tmp_path / "r" / name / "metrics.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "warnings": [hostile]}))
-    page, cases = write_report(tmp_path / "r", THRESHOLDS)
+    page, cases = write_report(tmp_path / "r", thresholds())
     assert [(case.name, case.verdict.status) for case in cases] == [("b", "fail"), ("a", "warn")]
     text = page.read_text()
     assert "alert(1)" in text and hostile not in text

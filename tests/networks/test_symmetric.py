@@ -19,7 +19,7 @@ from regpipe.fields.algebra import register, register_midway, resize_image
 from regpipe.networks import symmetric
 from regpipe.networks.correlation import local_correlations
 from regpipe.networks.encoders import BACKBONES
-from regpipe.networks.symmetric import SymmetricNet, SymNet, fold, load_symnet, unfold
+from regpipe.networks.symmetric import Prediction, SymmetricNet, SymNet, fold, joined, load_symnet, parted, unfold
 
 SIZES: dict[int, list[tuple[int, ...]]] = {
     2: [(40, 33), (37, 50), (9, 5), (1, 2)],
@@ -104,7 +104,9 @@ def test_large_images_are_looked_at_one_by_one_with_the_same_velocity_and_gradie
 
     def found() -> list[Tensor]:
         net.zero_grad()
-        output = net(pair)
+        velocity, _, structures = net(pair)
+        assert structures is not None
+        output = joined(velocity, structures)
         output.square().sum().backward()
         return [output.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
 
@@ -118,7 +120,7 @@ def test_large_images_are_looked_at_one_by_one_with_the_same_velocity_and_gradie
     most = max(float(x.abs().max()) for x in small[1:])
     for one, other in zip(small, large, strict=True):  # a bias before a norm has no gradient but rounding
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * max(float(one.abs().max()), 1e-2 * most))
-    assert torch.equal(net(pair.flip(1))[:, :dims], -net(pair)[:, :dims])
+    assert torch.equal(net(pair.flip(1))[0], -net(pair)[0])  # the velocities
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*is deprecated")
@@ -199,18 +201,19 @@ def test_symnet_takes_any_size_in_2d_and_3d_and_is_bounded(size: tuple[int, ...]
     torch.manual_seed(0)
     net, both = SymNet(len(size), start_channels=4, limit=3.0).eval(), pair(size)
     with torch.no_grad():
-        velocities = net(both)
-        got = register_midway(both[:, :1], both[:, 1:], velocities)
-    assert velocities.shape == (1, 2 * len(size), *size) and velocities.abs().max() < 3
+        velocity, back, _ = net(both)
+        got = register_midway(both[:, :1], both[:, 1:], velocity, back)
+    assert velocity.shape == back.shape == (1, len(size), *size) and max(velocity.abs().max(), back.abs().max()) < 3
     assert got.displacement.shape == (1, len(size), *size) and got.warped_moving.isfinite().all()
 
 
 Reference = dict[str, np.ndarray]
+Authors = tuple[Tensor, Prediction, Reference]
 Block = tuple[slice, slice, slice]
 
 
 @pytest.fixture(scope="module")
-def authors() -> tuple[Tensor, Tensor, Reference]:
+def authors() -> Authors:
     """The authors' pair (A, B), our velocities by their weights, and what their own code computed."""
     folder = DATA / "symnet"
     if not folder.is_dir():
@@ -224,10 +227,11 @@ def authors() -> tuple[Tensor, Tensor, Reference]:
         return both, load_symnet(str(folder / "symnet_oasis.pth")).eval()(both), dict(reference)
 
 
-def registration_errors(authors: tuple[Tensor, Tensor, Reference], block: Block, margin: int) -> dict[str, float]:
+def registration_errors(authors: Authors, block: Block, margin: int) -> dict[str, float]:
     """Largest difference by field, A fixed and B moving, in ``block`` without its outer ``margin``: multiples of 4."""
-    (both, velocities, theirs), place = authors, (slice(None), slice(None), *block)
-    ours = register_midway(both[place][:, :1], both[place][:, 1:], velocities[place])
+    (both, (velocity, back, _), theirs), place = authors, (slice(None), slice(None), *block)
+    assert back is not None
+    ours = register_midway(both[place][:, :1], both[place][:, 1:], velocity[place], back[place])
     names = {"displacement_B_to_A": ours.displacement, "displacement_A_to_B": ours.inverse}
     names |= {"warped_B": ours.warped_moving, "warped_A": ours.warped_fixed}
     seen = {name: theirs[name][(slice(None), *(slice(s.start // 4, s.stop // 4) for s in block))] for name in names}
@@ -236,19 +240,21 @@ def registration_errors(authors: tuple[Tensor, Tensor, Reference], block: Block,
     return {k: np.abs(u[0, :, ::4, ::4, ::4].numpy() - seen[k])[inner].max() for k, u in names.items()}
 
 
-def test_symnet_reproduces_its_authors_velocities(authors: tuple[Tensor, Tensor, Reference]) -> None:
-    for name, ours in zip(("velocity_AB", "velocity_BA"), authors[1][0].chunk(2), strict=True):
-        assert np.abs(ours[:, ::4, ::4, ::4].numpy() - authors[2][name]).max() < 1e-3  # voxels
+def test_symnet_reproduces_its_authors_velocities(authors: Authors) -> None:
+    for name, ours in (("velocity_AB", authors[1].back), ("velocity_BA", authors[1].velocity)):
+        assert ours is not None and np.abs(ours[0, :, ::4, ::4, ::4].numpy() - authors[2][name]).max() < 1e-3  # voxels
 
 
-def test_symnet_reproduces_its_authors_registration_in_the_middle(authors: tuple[Tensor, Tensor, Reference]) -> None:
+def test_symnet_reproduces_its_authors_registration_in_the_middle(
+    authors: tuple[Tensor, Prediction, Reference],
+) -> None:
     # nothing moves by the 16 voxels that the block is cut short by, so the rest is as in the whole volume
     errors = registration_errors(authors, (slice(32, 128), slice(32, 160), slice(48, 176)), 16)
     assert max(errors.values()) < 1e-3, errors  # voxels; of intensity for the images
 
 
 @pytest.mark.slow  # 25 s and more of warping on one thread
-def test_symnet_reproduces_its_authors_registration(authors: tuple[Tensor, Tensor, Reference]) -> None:
+def test_symnet_reproduces_its_authors_registration(authors: Authors) -> None:
     # 8 voxels in: their sampler pads with zeros
     errors = registration_errors(authors, (slice(0, 160), slice(0, 192), slice(0, 224)), 8)
     assert max(errors.values()) < 1e-3, errors
@@ -272,19 +278,22 @@ def test_structures_follow_the_velocity_at_full_resolution(shape) -> None:
     net = SymmetricNet(dims, "alexnet", width=16, structures=1)
     images = pair(shape)
     output, swapped = net(images), net(images.flip(1))
-    anatomy, other = unfold(output[:, dims:]), unfold(swapped[:, dims:])
+    anatomy, other = output.structures, swapped.structures
+    assert anatomy is not None
     assert anatomy.shape == (1, 4, *(16 * -(-(n - 1) // 16) + 1 for n in shape))
     torch.testing.assert_close(anatomy, torch.cat(other.chunk(2, dim=1)[::-1], 1))
-    torch.testing.assert_close(output[:, :dims], -swapped[:, :dims])
+    torch.testing.assert_close(output.velocity, -swapped.velocity)
+    again = parted(joined(output.velocity, anatomy))  # as a traced one gives it
+    assert torch.equal(again.velocity, output.velocity)
+    assert again.structures is not None and torch.equal(again.structures, anatomy)
 
 
 def test_a_network_that_looks_for_structures_only_sees_what_the_whole_one_sees_and_nothing_else_learns() -> None:
     torch.manual_seed(0)
     net = SymmetricNet(2, "alexnet", width=16, structures=1)
     images = pair((33, 40))
-    whole, net.structures_only = net(images), True
-    only = net(images)
-    assert torch.equal(only[:, 2:], whole[:, 2:]) and not only[:, :2].any() and whole[:, :2].any()
-    only.square().sum().backward()
+    whole, only = net(images), net(images, structures_only=True)
+    assert torch.equal(only.structures, whole.structures)
+    assert only.velocity.shape == whole.velocity.shape and not only.velocity.any() and whole.velocity.any()
+    only.structures.square().sum().backward()
     assert {name.split(".")[0] for name, weight in net.named_parameters() if weight.grad is not None} == {"anatomy"}
-    torch.testing.assert_close(net.eval()(images), whole)  # what is validated, and saved, registers

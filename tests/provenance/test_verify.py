@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from regpipe.inference.from_zero import register_from_zero
 from regpipe.io.images import Grid
 from regpipe.provenance import rerun
 from regpipe.provenance.verify import verify
-from regpipe.transforms import export
 from regpipe.transforms.displacement import read_displacement, write_displacement
 from regpipe.utils.files import sha256
 
@@ -52,24 +51,6 @@ def done(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def out(tmp_path: Path, done: Path) -> Path:
     """A copy, to be spoilt."""
     return shutil.copytree(done, tmp_path / "out")
-
-
-def test_each_input_of_a_case_is_read_for_hashing_once(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("case_001.*"))
-    hashed: list[Path] = []
-
-    def noted(paths: Iterable[Path]) -> str:
-        hashed.extend(paths)
-        return sha256(paths)
-
-    for module in (export, manifest):
-        monkeypatch.setattr(module, "sha256", noted)
-    register_from_zero(str(mine), str(tmp_path / "out"), **FEW)  # type: ignore[arg-type]
-    inputs = sorted(path for path in hashed if path.is_relative_to(mine))
-    roles = {source["role"] for source in content(tmp_path / "out" / "case_000")["inputs"]}
-    assert len(inputs) == len(roles) and inputs == sorted(set(inputs))
 
 
 def test_a_manifest_names_every_input_and_every_file_of_the_result_by_its_hash(done: Path, data: Path) -> None:
@@ -317,7 +298,6 @@ def test_what_is_no_manifest_is_a_line_and_no_traceback(text: str, tmp_path: Pat
 
 
 def test_the_hash_of_a_series_is_that_of_all_its_files_in_order(tmp_path: Path) -> None:
-    from regpipe.utils.files import sha256
 
     parts = [tmp_path / name for name in "ab"]
     for part, data in zip(parts, (b"x" * (1 << 20), b"y" * 3), strict=True):

@@ -11,10 +11,10 @@ from regpipe.report import pictures
 SIZE, SCALE = 64, 4  # 64 voxels on 256 pixels
 
 
-def draw(u: np.ndarray, fixed: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def draw(u: np.ndarray, fixed: np.ndarray | None = None, **options) -> dict[str, np.ndarray]:
     """Pictures of black images, or of ``fixed`` thrice, with the displacement ``u``."""
     image = np.zeros(u.shape[1:]) if fixed is None else fixed
-    return pictures.pictures(image, image, image, u)
+    return pictures.pictures(image, image, image, u, **options)
 
 
 def still(*shape: int) -> np.ndarray:
@@ -41,7 +41,7 @@ def is_red(picture: np.ndarray) -> np.ndarray:
 
 def test_every_title_has_its_picture_and_all_are_rgb_bytes():
     result = pictures.pictures(*random_pair(48, 40))
-    assert list(result) == list(pictures.TITLES)
+    assert list(result) == list(pictures.PICTURES)
     for picture in result.values():
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
         assert min(picture.shape[:2]) >= 256
@@ -66,6 +66,14 @@ def test_a_slice_of_a_volume_has_axis_0_to_the_right_and_axis_1_upwards():
     volume[40:, 40:, 2] = 1  # right and anterior, on the middle slice only
     picture = draw(still(SIZE, SIZE, 5), volume)["fixed"]
     assert picture[:80, 180:].min() > 240 and picture[110:].max() == 0
+    flipped = draw(still(SIZE, SIZE, 5), volume, origin="upper")["fixed"]
+    assert np.array_equal(flipped, picture[::-1])
+
+
+@pytest.mark.parametrize("axis, shape", [(0, (12, 11)), (1, (12, 10)), (-1, (11, 10))])
+def test_the_two_axes_that_are_not_cut_are_shown(axis, shape):
+    picture = draw(still(10, 11, 12), axis=axis)["fixed"]
+    assert picture.shape[0] * shape[1] == picture.shape[1] * shape[0]
 
 
 def test_without_motion_the_lines_are_straight_and_four_voxels_apart():
@@ -97,21 +105,21 @@ def test_along_axis_1_lines_move_down_in_a_picture_and_up_in_a_volume():
 
 
 def test_a_volume_is_cut_amid_its_content():
-    volume = np.zeros((12, 10, 20))
-    volume[2:9, 2:8, 12:17] = 0.8
-    volume[4, 4, 14] = 1.0  # the middle of the content, and not of the volume
-    assert draw(still(12, 10, 20), volume)["fixed"].max() == 255
-    volume[4, 4, 14], volume[4, 4, 10] = 0.8, 1.0
-    assert draw(still(12, 10, 20), volume)["fixed"].max() < 250
+    volume = np.zeros((20, 12, 10))
+    volume[12:17, 2:9, 2:8] = 0.8
+    volume[14, 4, 4] = 1.0  # the middle of the content, and not of the volume
+    assert draw(still(20, 12, 10), volume, axis=0)["fixed"].max() == 255
+    volume[14, 4, 4], volume[10, 4, 4] = 0.8, 1.0
+    assert draw(still(20, 12, 10), volume, axis=0)["fixed"].max() < 250
 
 
-def test_a_volume_is_bent_by_channels_0_and_1_only():
-    u = still(SIZE, SIZE, 5)
-    before = draw(u)["grid"]
-    u[2] = 2
-    assert np.array_equal(draw(u)["grid"], before)
-    u[0] = 1
-    moved = columns_of_lines(draw(u)["grid"]) - columns_of_lines(before)
+def test_a_volume_cut_across_axis_0_is_bent_by_channels_1_and_2_only():
+    u = still(5, SIZE, SIZE)
+    before = draw(u, axis=0)["grid"]
+    u[0] = 2
+    assert np.array_equal(draw(u, axis=0)["grid"], before)
+    u[1] = 1
+    moved = columns_of_lines(draw(u, axis=0)["grid"]) - columns_of_lines(before)
     np.testing.assert_allclose(moved, SCALE, atol=0.3)
 
 
@@ -168,7 +176,7 @@ def test_the_title_tells_the_range_and_the_folds_of_the_whole_volume():
     u[2, :, :, :4] = np.array([0, -2, -4, -6])  # folded far from the middle slice
     # det = 1 - 2 on z = 0, 1, 2; (0 + 4) / 2 + 1 = 3 at z = 3; (0 + 6) / 2 + 1 = 4 at z = 4.
     # Folded are 3 of 16 slices.
-    assert pictures._slice(u, 8).title == "det J -1.00 to 4.00, folds 19 %"
+    assert pictures._slice([np.zeros((16, 16, 16))] * 3, u, -1, 8, "lower").title == "det J -1.00 to 4.00, folds 19 %"
 
 
 def test_values_outside_0_to_1_and_nan_are_drawn_and_not_wrapped():
@@ -177,13 +185,22 @@ def test_values_outside_0_to_1_and_nan_are_drawn_and_not_wrapped():
     assert [picture[50, 50], picture[50, 200], picture[200, 50]] == [0, 255, 0]
 
 
+def test_shapes_that_do_not_belong_together_and_unknown_origins_are_refused():
+    image = np.zeros((8, 8))
+    with pytest.raises(ValueError, match="do not belong together"):
+        pictures.pictures(image, image, np.zeros((8, 9)), still(8, 8))
+    with pytest.raises(ValueError, match="do not belong together"):
+        pictures.pictures(image, image, image, np.zeros((3, 8, 8)))
+    with pytest.raises(ValueError, match="'upper' or 'lower'"):
+        draw(still(8, 8), origin="left")
+
+
 def test_a_contact_sheet_holds_every_picture_below_its_title():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    names = ("fixed", "moving", "warped")
-    shown = {name: np.full((256, 512, 3), c, np.uint8) for name, c in zip(names, colours, strict=True)}
-    sheet = pictures.contact_sheet(shown)
+    shown = [np.full((64, 64, 3), c, np.uint8) for c in colours]
+    sheet = pictures.contact_sheet(shown, ["one", "two", "three"], width=150, height=64)
     for colour in colours:
-        assert (sheet == colour).all(-1).sum() == 256 * 512
+        assert (sheet == colour).all(-1).sum() == 64 * 64
     red, green, blue = (np.argwhere((sheet == c).all(-1)).min(0) for c in colours)
     assert red[0] == green[0] < blue[0] and red[1] == blue[1] < green[1]  # two in a row, one below
     assert sheet[: red[0]].min() < 100  # ink above the first
@@ -191,7 +208,14 @@ def test_a_contact_sheet_holds_every_picture_below_its_title():
 
 def test_a_contact_sheet_of_a_picture_two_pixels_wide_is_made() -> None:
     thin = np.zeros((3000, 2, 3), np.uint8)
-    assert pictures.contact_sheet({"fixed": thin}).ndim == 3
+    assert pictures.contact_sheet([thin], ["thin"]).ndim == 3
+
+
+def test_a_contact_sheet_needs_pictures_and_a_title_for_each():
+    with pytest.raises(ValueError, match="no picture"):
+        pictures.contact_sheet([], [])
+    with pytest.raises(ValueError):
+        pictures.contact_sheet([np.zeros((8, 8, 3), np.uint8)], [])
 
 
 def test_a_saved_picture_reads_back_exactly_and_leaves_nothing_beside_it(tmp_path):

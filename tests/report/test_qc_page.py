@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from helpers.reported import write_case
 from regpipe.cli.main import app
-from regpipe.metrics.thresholds import THRESHOLDS, Threshold
+from regpipe.metrics.thresholds import Threshold, thresholds
 from regpipe.report.qc_page import _number, chart, read_cases, write_report
 from regpipe.report.views import FORMAT
 from regpipe.utils.errors import InputError
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_cases_come_the_worst_first_and_count_by_verdict(folder: Path) -> None:
-    path, cases = write_report(folder, THRESHOLDS)
+    path, cases = write_report(folder, thresholds())
     assert path == folder / "report.html"
     assert [(case.name, case.verdict.status) for case in cases] == [("b", "fail"), ("c", "warn"), ("a", "pass")]
     page = Page(path)
@@ -71,7 +71,7 @@ def test_cases_come_the_worst_first_and_count_by_verdict(folder: Path) -> None:
 def test_a_hostile_name_is_text_and_its_pictures_are_found(tmp_path: Path) -> None:
     name = HOSTILE.replace("/", "")
     write_case(tmp_path / name, HOSTILE, {"dice": 0.9})
-    path, _ = write_report(tmp_path, THRESHOLDS)
+    path, _ = write_report(tmp_path, thresholds())
     page = Page(path)
     assert HOSTILE in "".join(page.cells)
     assert page.data[0]["name"] == HOSTILE
@@ -85,7 +85,7 @@ def test_the_page_names_no_address_and_no_path_of_the_disk(folder: Path) -> None
     about = json.loads((folder / "a" / "transform.json").read_text())
     about["settings"] = {"model": "/home/doctor/secret/model.pt", "loss": {"lncc": 1.0}}
     (folder / "a" / "transform.json").write_text(json.dumps(about))
-    text = write_report(folder, THRESHOLDS)[0].read_text()
+    text = write_report(folder, thresholds())[0].read_text()
     assert "model.pt" in text
     assert "/home" not in text
     assert str(folder.parent) not in text
@@ -94,21 +94,21 @@ def test_the_page_names_no_address_and_no_path_of_the_disk(folder: Path) -> None
 
 
 def test_pictures_lie_beside_or_are_copied_or_are_inside(folder: Path, tmp_path: Path) -> None:
-    beside = Page(write_report(folder, THRESHOLDS)[0]).data[0]["pictures"]
+    beside = Page(write_report(folder, thresholds())[0]).data[0]["pictures"]
     assert all((folder / address).is_file() for address in beside.values())
     out = tmp_path / "handed on"
-    copied = Page(write_report(folder, THRESHOLDS, out=out)[0]).data[0]["pictures"]
+    copied = Page(write_report(folder, thresholds(), out=out)[0]).data[0]["pictures"]
     shutil.rmtree(folder / "b")
     assert copied.keys() == beside.keys()
     assert all((out / address).is_file() for address in copied.values())
-    inside = Page(write_report(folder, THRESHOLDS, single_file=True)[0]).data[0]["pictures"]
+    inside = Page(write_report(folder, thresholds(), single_file=True)[0]).data[0]["pictures"]
     assert inside
     assert all(address.startswith(("data:image/png;base64,", "data:image/webp;base64,")) for address in inside.values())
 
 
 def test_a_metric_that_could_not_be_computed_is_said_in_the_table_and_beside_the_pictures(tmp_path: Path) -> None:
     write_case(tmp_path / "a", "a", {"sdlogj": None, "dice_before": None, "dice": None})
-    path, (case,) = write_report(tmp_path, THRESHOLDS)
+    path, (case,) = write_report(tmp_path, thresholds())
     assert case.verdict.status == "warn"
     (number,) = Page(path).data[0]["numbers"]
     assert (number["title"], number["value"], number["step"]) == ("SDlogJ", "could not be computed", "warn")
@@ -122,7 +122,7 @@ def test_small_numbers_keep_their_digits() -> None:
 
 
 def test_one_case_is_a_folder_too(folder: Path) -> None:
-    path, (case,) = write_report(folder / "c", THRESHOLDS)
+    path, (case,) = write_report(folder / "c", thresholds())
     assert path == folder / "c" / "report.html"
     pictures = Page(path).data[0]["pictures"]
     assert pictures
@@ -145,9 +145,9 @@ WRONG: tuple[dict[str, Any], ...] = (
 )
 def test_a_view_that_is_none_of_ours_is_as_none(text: str, folder: Path) -> None:
     (folder / "a" / "view" / "view.json").write_text(text)
-    cases, _ = read_cases(folder, THRESHOLDS)
+    cases, _ = read_cases(folder, thresholds())
     assert {case.name for case in cases if case.view is None} == {"a"}
-    write_report(folder, THRESHOLDS)
+    write_report(folder, thresholds())
 
 
 @pytest.mark.parametrize("value", [10**400, "much", {}, [1]])
@@ -155,9 +155,9 @@ def test_a_view_that_is_none_of_ours_is_as_none(text: str, folder: Path) -> None
 def test_a_number_that_is_none_spoils_its_own_case_at_most(name: str, value: Any, folder: Path) -> None:
     file = folder / "a" / "metrics.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    cases, problems = read_cases(folder, THRESHOLDS)
+    cases, problems = read_cases(folder, thresholds())
     assert {"b", "c"} <= {case.name for case in cases} and len(cases) + len(problems) >= 3
-    write_report(folder, THRESHOLDS)
+    write_report(folder, thresholds())
 
 
 def test_what_is_unfinished_damaged_or_without_pictures_is_said_and_the_others_shown(folder: Path) -> None:
@@ -165,12 +165,12 @@ def test_what_is_unfinished_damaged_or_without_pictures_is_said_and_the_others_s
     (folder / "b" / "metrics.json").write_text('{"dice"')
     (folder / "c" / "view" / "view.json").write_text(json.dumps({"format": FORMAT, "planes": [{}]}))  # cut off
     (folder / "notes").mkdir()
-    cases, problems = read_cases(folder, THRESHOLDS)
+    cases, problems = read_cases(folder, thresholds())
     assert [case.name for case in cases] == ["c"]
     assert len(problems) == 2
     assert problems[0].startswith("a: unfinished")
     assert problems[1].startswith("b: its metrics.json is damaged")
-    path, _ = write_report(folder, THRESHOLDS)
+    path, _ = write_report(folder, thresholds())
     assert "a: unfinished" in path.read_text()
     assert Page(path).data[0]["planes"] == []
     assert list(Page(path).data[0]["pictures"]) == ["sheet.png"]
@@ -179,7 +179,7 @@ def test_what_is_unfinished_damaged_or_without_pictures_is_said_and_the_others_s
 def test_settings_that_differ_between_cases_are_said_to(folder: Path) -> None:
     about = json.loads((folder / "a" / "transform.json").read_text())
     (folder / "a" / "transform.json").write_text(json.dumps({**about, "settings": {"refine": 80}}))
-    text = write_report(folder, THRESHOLDS)[0].read_text()
+    text = write_report(folder, thresholds())[0].read_text()
     assert "<dt>refine</dt><dd>differs between cases</dd>" in text
 
 
@@ -189,10 +189,10 @@ def test_cases_of_an_earlier_run_are_named(folder: Path) -> None:
         file = folder / name / "metrics.json"
         files = {"fixed_image": [name, 1, 2]}  # each case's own
         file.write_text(json.dumps({**json.loads(file.read_text()), "made_from": {**files, **made, **other}}))
-    cases, (problem,) = read_cases(folder, THRESHOLDS)
+    cases, (problem,) = read_cases(folder, thresholds())
     assert len(cases) == 3
     assert problem == "c: was registered with other weights or settings than 2 other cases; register the folder again"
-    assert problem in write_report(folder, THRESHOLDS)[0].read_text()
+    assert problem in write_report(folder, thresholds())[0].read_text()
 
 
 def test_copies_of_linked_cases_have_a_folder_each(folder: Path, tmp_path: Path) -> None:
@@ -201,15 +201,17 @@ def test_copies_of_linked_cases_have_a_folder_each(folder: Path, tmp_path: Path)
     for run in ("first", "second"):
         write_case(tmp_path / run / "case", run, {"dice": 0.9})
         (picked / run).symlink_to(tmp_path / run / "case")
-    one, two = (set(case["pictures"].values()) for case in Page(write_report(picked, THRESHOLDS, out=tmp_path)[0]).data)
+    one, two = (
+        set(case["pictures"].values()) for case in Page(write_report(picked, thresholds(), out=tmp_path)[0]).data
+    )
     assert one and two and not one & two
 
 
 def test_a_folder_without_registrations_is_said_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished registration"):
-        write_report(tmp_path, THRESHOLDS)
+        write_report(tmp_path, thresholds())
     with pytest.raises(InputError, match="no such folder"):
-        write_report(tmp_path / "none", THRESHOLDS)
+        write_report(tmp_path / "none", thresholds())
 
 
 def test_a_histogram_holds_every_value_and_a_threshold_that_is_near() -> None:

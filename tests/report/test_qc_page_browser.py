@@ -13,7 +13,7 @@ import pytest
 
 from helpers.browsing import Opened, chromium
 from helpers.reported import write_case
-from regpipe.metrics.thresholds import THRESHOLDS
+from regpipe.metrics.thresholds import thresholds
 from regpipe.report.qc_page import write_report
 
 WORST = "<script>alert(1)<script>"  # as a folder's name, which has no slash
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (dice, dim) in CASES.items():
         metrics = {"dice_before": 0.25, "dice": dice, "tre": dice, "folds_percent": 0.0}
         write_case(root / name, name, metrics, dim=dim)
-    write_report(root, THRESHOLDS)
+    write_report(root, thresholds())
     return root
 
 
@@ -251,7 +251,7 @@ def test_a_thousand_cases_open_at_once_with_the_pictures_of_one(browser: Any, tm
     write_case(tmp_path / "one", "one", {"dice": 0.9, "folds_percent": 0.0})
     for i in range(1, 1000):
         (tmp_path / f"case_{i:04d}").symlink_to(tmp_path / "one")
-    path, _ = write_report(tmp_path, THRESHOLDS)
+    path, _ = write_report(tmp_path, thresholds())
     began = time.monotonic()
     opened = Opened(browser, path)
     seconds = time.monotonic() - began
@@ -285,7 +285,7 @@ def test_a_missing_picture_is_said(browser: Any, folder: Path, tmp_path: Path) -
 
 
 def test_a_page_in_a_single_file_needs_no_other(browser: Any, folder: Path, tmp_path: Path) -> None:
-    page, _ = write_report(folder, THRESHOLDS, out=tmp_path / "mail", single_file=True)
+    page, _ = write_report(folder, thresholds(), out=tmp_path / "mail", single_file=True)
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
     opened = Opened(browser, page, "flat")
     opened.bare()

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from regpipe.bundle.write import write_bundle
 from regpipe.engines import run
-from regpipe.metrics.measures import HIGHER_IS_BETTER
+from regpipe.metrics.metric import columns
 from regpipe.report import pictures, tensorboard
 from regpipe.report.tensorboard import MetricLog, PictureLog, Profile, case_pictures, case_values, tag_terms
 from regpipe.utils.errors import InputError
@@ -72,7 +72,7 @@ def test_each_term_is_a_curve_over_iterations(board) -> None:
 
 def test_each_metric_is_a_curve_over_epochs(board) -> None:
     tags = {tag for tag in board.Tags()["scalars"] if tag.startswith("validation/")}
-    assert tags == {f"validation/{name}" for name in [*HIGHER_IS_BETTER, "key_metric"]}
+    assert tags == {f"validation/{name}" for name in [*columns(), "key_metric"]}
     assert all([point.step for point in board.Scalars(tag)] == [1, 2] for tag in tags)
     assert board.Scalars("validation/key_metric")[1].value == board.Scalars("validation/dice")[1].value
 

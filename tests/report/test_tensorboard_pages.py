@@ -21,12 +21,12 @@ from tensorboard.plugins.hparams.metadata import (
 from torch.utils.tensorboard import SummaryWriter
 
 from regpipe.losses.terms import TERMS
-from regpipe.metrics.measures import HIGHER_IS_BETTER
+from regpipe.metrics.metric import columns
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.report.tensorboard_pages import (
     COSTS,
-    LAYOUT,
     describe,
+    layout,
     log_comparison,
     log_evaluation,
     log_graph,
@@ -59,21 +59,21 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
 
 
 def test_every_metric_and_loss_term_that_a_chart_asks_for_is_one_that_is_written() -> None:
-    known = {f"validation/{name}" for name in HIGHER_IS_BETTER} | {f"training/{name}" for name in TERMS}
-    asked = [tags for charts in LAYOUT.values() for _, (tags,) in charts.values()]
+    known = {f"validation/{name}" for name in columns()} | {f"training/{name}" for name in TERMS}
+    asked = [tags for charts in layout().values() for _, (tags,) in charts.values()]
     assert all(any(re.match(tags, name) for name in known) for tags in asked)
     drawn = [name for name in known for tags in asked if re.match(tags, name)]
     assert len(drawn) == len(set(drawn)) and "training/log_jacobian" in drawn and "validation/sdlogj_l2r" not in drawn
-    supervised = {"dice", "anatomy", "predicted_dice", "landmarks", "known_field"}
-    assert {name for name in TERMS if f"training/{name}" not in drawn} == supervised
+    supervised = {name for name, term in TERMS.items() if term.kind == "supervision"}
+    assert {name for name in TERMS if f"training/{name}" not in drawn} == supervised - {"end_point"}
 
 
 def test_the_charts_are_laid_out_as_the_custom_scalars_tab_reads_them(board) -> None:
     (told,) = board.Tensors(metadata.CONFIG_SUMMARY_TAG)
-    layout = layout_pb2.Layout.FromString(told.tensor_proto.string_val[0])
-    found = {category.title: [chart.title for chart in category.chart] for category in layout.category}
-    assert found == {title: list(charts) for title, charts in LAYOUT.items()}
-    assert list(layout.category[0].chart[0].multiline.tag) == ["validation/dice$"]
+    told_layout = layout_pb2.Layout.FromString(told.tensor_proto.string_val[0])
+    found = {category.title: [chart.title for chart in category.chart] for category in told_layout.category}
+    assert found == {title: list(charts) for title, charts in layout().items()}
+    assert list(told_layout.category[0].chart[0].multiline.tag) == ["validation/dice$"]
 
 
 def test_the_text_tells_configuration_data_and_environment_and_no_folder(board) -> None:
@@ -102,7 +102,7 @@ def experiment(board: EventAccumulator) -> Any:
     return parse_experiment_plugin_data(board.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content)
 
 
-def columns(board: EventAccumulator) -> set[str]:
+def asked(board: EventAccumulator) -> set[str]:
     return {metric.name.tag for metric in experiment(board).metric_infos}
 
 
@@ -124,12 +124,12 @@ def test_settings_and_results_are_a_row_with_columns_of_the_best_epoch_and_of_th
     board = events(tmp_path)
     assert row(board) == {**settings, "steps": 3.0, "none": "None", "weights": "w.pt"}
     costs = {f"evaluation/{name}" for name in COSTS}
-    assert columns(board) == {"evaluation/dice", "best/dice", "best/training_seconds", *costs}
+    assert asked(board) == {"evaluation/dice", "best/dice", "best/training_seconds", *costs}
     assert board.Scalars("best/dice")[-1].value == pytest.approx(0.7)
     assert experiment(board).metric_infos[0].name.tag == "evaluation/dice"
     assert [setting.name for setting in experiment(board).hparam_infos if setting.differs] == ["backbone"]
     assert board.Scalars("evaluation/dice")[-1].value == pytest.approx(0.6)
-    assert set(board.Tags()["scalars"]) == columns(board)  # nothing else: each would be a chart of one point
+    assert set(board.Tags()["scalars"]) == asked(board)  # nothing else: each would be a chart of one point
 
 
 def test_the_graph_holds_the_networks_layers_and_leaves_the_network_as_it_was(tmp_path) -> None:

@@ -16,7 +16,7 @@ from helpers.bundles import Command
 from helpers.places import QUICK
 from regpipe.bundle.run import bundle_in
 from regpipe.cli import main as cli
-from regpipe.engines.evaluation import SHOWN
+from regpipe.metrics.metric import columns, heading
 from regpipe.provenance.verify import verify
 from regpipe.study.compare import best_of, compare
 from regpipe.study.compare_page import COSTS
@@ -64,8 +64,8 @@ def test_two_backbones_are_trained_evaluated_and_tabled_once(
     assert runs == [(what, name) for name in ("resnet18", "alexnet") for what in ("training", "evaluating")]
     head, _, *lines = page.splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["resnet18", "alexnet"]
-    for heading in [*(heading for heading, _ in SHOWN.values()), *COSTS]:
-        assert f"| {heading} |" in head  # the phantoms have labels and landmarks: nothing is missing
+    for title in [*map(heading, columns("table")), *COSTS]:
+        assert f"| {title} |" in head  # the phantoms have labels and landmarks: nothing is missing
     assert all(line.count("|") == head.count("|") for line in lines)
     assert (tmp_path / "comparison.md").read_text().startswith(page + "\n\n![")
     assert {path.name for path in tmp_path.glob("comparison_*.*")} == {

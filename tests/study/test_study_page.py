@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from helpers.places import ROOT
 from regpipe.cli import main as cli
+from regpipe.metrics.metric import columns
 from regpipe.report import figures
 from regpipe.study import page
 from regpipe.study.effects import LEVEL, Effect, effects, levels, paired, write_effects, write_runs
 from regpipe.study.page import write_page
-from regpipe.study.runs import METRICS
 from regpipe.utils.errors import InputError
 
 PUBLISHED = ROOT / "docs" / "results" / "study"
@@ -28,7 +28,7 @@ ENDS = [["a", "b"], ["b", "a"], ["a", "c"], ["d", "c"]]
 
 
 def made(backbone: str, transfer: str, subjects: int, seed: int, dice: list[float]) -> dict[str, Any]:
-    cases = {name: [0.5] * len(dice) for name in METRICS} | {"dice": dice}
+    cases = {name: [0.5] * len(dice) for name in columns()} | {"dice": dice}
     cell = {"dims": 2, "backbone": backbone, "transfer": transfer, "subjects": subjects, "seed": seed}
     costs = {"steps": 10, "seconds": 3.0, "cpu_seconds": 2.0, "parameters": 2_000_000, "trainable": 1_000_000}
     return {**cell, **costs, "gflop": 1.5, "cases": cases, "metrics": {k: float(np.mean(v)) for k, v in cases.items()}}

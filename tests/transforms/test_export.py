@@ -21,10 +21,11 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from helpers.exported import WAY, Setup, dense, image_files, lps, pulled_and_pulling, setup
-from regpipe.io import itk_bridge
+from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image
+from regpipe.io.source import Source
 from regpipe.transforms import export
-from regpipe.transforms.displacement import resample_through
+from regpipe.transforms.displacement import resample_through, write_image
 from regpipe.utils.errors import InputError
 
 BOTH = pytest.mark.parametrize("dim", [2, 3])
@@ -175,7 +176,7 @@ def test_simpleitk_and_ants_resample_images_as_the_formula_does(dim, way, writte
 
 
 def sitk_image(image: Image) -> sitk.Image:
-    placed_lps = itk_bridge.lps_matrix(image.affine, places=False)
+    placed_lps = lps_matrix(image.affine, places=False)
     made = sitk.GetImageFromArray(np.ascontiguousarray(image.array.T))
     made.SetSpacing(image.spacing.tolist())
     made.SetOrigin(placed_lps[:-1, -1].tolist())
@@ -228,11 +229,10 @@ def test_transform_json_says_which_files_they_are(dim, written):
 
 def test_an_image_is_named_without_its_folder_and_hashed_whole(tmp_path):
     path = tmp_path / "secret" / "scan.nii.gz"
-    path.parent.mkdir()
-    path.write_bytes(b"voxels")
-    about = export.image_file(path, setup(2).fixed)
-    assert about.file == "scan.nii.gz"
-    assert about.sha256 == hashlib.sha256(b"voxels").hexdigest()
+    write_image(path, np.arange(12.0).reshape(3, 4), np.eye(3))
+    about = export.image_file(path, Source(hashed=True))
+    assert about.file == "scan.nii.gz" and about.shape == (3, 4)
+    assert about.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from helpers.bundles import Command
 from helpers.docpages import PAGES, blocks
 from helpers.inprocess import as_if_in_its_own_process
 from helpers.places import ROOT
+from helpers.registries import restored
 from regpipe.cli import main as cli
 from regpipe.phantoms.cohort import write_cohort
 
@@ -93,11 +94,13 @@ def test_every_link_within_the_repository_leads_to_a_file_and_a_heading(page: Pa
 
 
 @pytest.mark.parametrize("page", PAGES, ids=docpages.name)
-def test_every_python_snippet_holds(page: Path) -> None:
+def test_every_python_snippet_holds(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # snippets write files
     for block in blocks(page.read_text(encoding="utf-8"), "python"):
         code = compile(block.text, docpages.name(page), "exec")
         if block.runs:
-            exec(code, {})
+            with restored():
+                exec(code, {})
 
 
 def test_the_notebook_is_committed_without_outputs_and_its_commands_are_known() -> None:

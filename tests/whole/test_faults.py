@@ -110,6 +110,8 @@ def test_a_disk_too_full_for_the_curves_ends_a_training_in_a_line(
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(LocalFileSystem, "append", at_call(20, LocalFileSystem.append, full))
     monkeypatch.setattr("threading.excepthook", sys.__excepthook__)
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    one_line_errors()  # as the command has it
     told = broken_off(bundle, cohort)
     assert "writing: No space left on device; free some space" in told and "goes on" in told
     assert "Traceback" not in capfd.readouterr().err  # of the thread that writes

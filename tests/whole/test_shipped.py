@@ -15,7 +15,7 @@ from regpipe.cli import completion
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs
 from regpipe.engines import record
-from regpipe.engines.inferers import RegistrationInferer, dimensions_of, model_folder, trained_grid
+from regpipe.engines.inferers import RegistrationInferer, dimensions_of, model_folder, trained_dimension
 from regpipe.fields.algebra import Registration
 from regpipe.io.images import Grid
 from regpipe.metrics.cases import read_rows
@@ -29,8 +29,7 @@ from regpipe.provenance.rerun import rerun
 from regpipe.utils.errors import InputError
 
 GRID = Grid((32, 32), (1.0, 1.0))
-DATA = dict.fromkeys(record.DATA) | {"dataset_dir": ".", "cascades": 1, "affine": "affine", "own_grids": True}
-DATA |= {"pairing": "all", "mask_rims": True, "affine_from": "images", "to_fit_memory": []}
+DATA = record.Data(".", 0.2, "all", 0, None, mask_rims=True, affine="affine", own_grids=True)._asdict()
 
 
 def shipped_bundle(folder: Path, *, gain: float = 300.0, dim: int = 2) -> Path:
@@ -87,7 +86,7 @@ def measured_alone(case: dict[str, str], folder: Path) -> float:
     batch = collate_pairs([LoadPair(Grid((48, 40), (1.0, 1.0)), affine="affine")(case)])
     with torch.no_grad():
         found = RegistrationInferer()(torch.cat([batch["fixed_image"], batch["moving_image"]], 1), net)
-    registration = Registration(**{name: found[name] for name in Registration._fields})
+    registration = Registration.of(found)
     return measure(registration, batch, (1.0, 1.0))["dice"]
 
 
@@ -99,7 +98,7 @@ def test_it_is_evaluated_on_the_grid_of_the_data(tmp_path, two_sizes, monai_bund
     monai_bundle("run", "evaluating", "--config_file", str(configs), *told)
     rows = read_rows(tmp_path / "out" / "metrics.csv")
     truth = [measured_alone(case, folder) for case in list_pairs(two_sizes)]
-    assert trained_grid(str(folder)).shape == (32, 32)
+    assert trained_dimension(str(folder)) == 2
     assert [row["dice"] for row in rows] == pytest.approx(truth, abs=1e-4)
 
 

@@ -1,0 +1,235 @@
+"""What a training or an evaluation was, read off the objects that it is made of: whatever was given, and wherever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from monai.transforms import Compose
+from torch import nn
+
+from regpipe.data.augment import RandomAffine
+from regpipe.data.load import LoadPair
+from regpipe.data.pairs import Case
+from regpipe.data.placement import common_space
+from regpipe.data.split import Split
+from regpipe.engines.handlers import Budget, StructuresFirst, Validation, WeightAverage
+from regpipe.engines.record import digest, named
+from regpipe.engines.refine import Refinement
+from regpipe.engines.step import TrainingStep
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.metrics.cases import CaseMetrics
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.networks.weights import unwrapped
+
+T = TypeVar("T")
+
+
+class Training:
+    """A training in words and numbers.
+
+    Args:
+        trainer: MONAI's.
+        handlers: what is attached to it.
+        step: its iteration.
+        load: how a case becomes tensors.
+        split: the data.
+        score: the key metric.
+        patience: as ``engines.run.Run``'s.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        handlers: Sequence[Any],
+        step: TrainingStep,
+        load: LoadPair,
+        split: Split,
+        score: CaseMetrics,
+        patience: int,
+    ) -> None:
+        self.trainer, self.handlers, self.step, self.load = trainer, handlers, step, load
+        self.split, self.score, self.patience = split, score, patience
+        self.network, self.loss, self.loader = unwrapped(trainer.network), trainer.loss_function, trainer.data_loader
+
+    @property
+    def cases(self) -> list[Case] | None:
+        """The training pairs; None where they are made on the fly."""
+        return getattr(self.loader.dataset, "data", None)
+
+    @property
+    def pairs(self) -> list[Case]:
+        """``cases``; where there are none, the training pairs of the data on disk."""
+        return self.split.pairs("training") if self.cases is None else self.cases
+
+    @property
+    def augmentation(self) -> RandomAffine | None:
+        """What moves the training images; None where nothing does."""
+        transform = getattr(self.loader.dataset, "transform", None)
+        parts = transform.transforms if isinstance(transform, Compose) else [transform]
+        return next((part for part in parts if isinstance(part, RandomAffine)), None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs comparable: TensorBoard's HParams; a run goes on only where they are the same."""
+        average, structures = self._handler(WeightAverage), self._handler(StructuresFirst)
+        about: dict[str, Any] = {
+            **_of_network(self.network),
+            "cascades": getattr(self.trainer.inferer, "cascades", 1),
+            "learning_rate": self.trainer.optimizer.defaults["lr"],
+            "encoder_factor": self.trainer.optimizer.param_groups[0].get("encoder_factor", 1.0),
+            "average": average.batches if average else 0,
+            "batch_size": self.loader.batch_size or self.loader.dataset.batch_size,
+            "accumulate": self.step.accumulate,
+            "amp": self.step.amp,
+            **_of_loss(self.loss),
+            "structures_first": structures.share if structures else 0.0,
+            "key_metric": self.score.key,
+            **_of_load(self.load),
+            "seed": self.split.seed,
+        }
+        return about | self._of_pairs() | _of_grid(self.load)
+
+    def _of_pairs(self) -> dict[str, Any]:
+        dataset, sampler = self.loader.dataset, self.loader.sampler
+        if self.cases is None:
+            return {"training_pairs": "synthetic", "pairs_per_epoch": len(dataset) * dataset.batch_size}
+        augment = self.augmentation
+        return {
+            "training_pairs": len(self.cases),
+            "data": digest(self.cases),
+            "augment": augment.amount if augment else 0.0,
+            "augment_intensity": getattr(augment.load, "amount", 0.0) if augment else 0.0,
+            "mirror": _words(augment.mirror) if augment else "",
+            "pairs_per_epoch": getattr(sampler, "size", len(self.cases)),
+            "supervised_share": getattr(sampler, "share", None),
+        }
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What may differ between two runs that go on from each other."""
+        budget, validation = self._handler(Budget), self._handler(Validation)
+        return {
+            "max_epochs": self.trainer.state.max_epochs,
+            "budget_seconds": budget.seconds if budget else None,
+            "val_interval": validation.interval if validation else None,
+            "max_val_pairs": self.split.max_val_pairs,
+            "patience": self.patience,
+        }
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that it takes to train the same again: ``regpipe rerun``."""
+        return {
+            **self.settings,
+            **self.schedule,
+            "network": type(self.network).__name__,
+            "loss_weights": dict(getattr(self.loss, "weights", {})),
+            "label_ids": list(getattr(self.loss, "label_ids", ())),
+            "mirror": self.augmentation.mirror if self.augmentation else [],
+            "grid_shape": list(self.load.grid.shape) if self.load.grid else None,
+            "grid_spacing": list(self.load.grid.spacing) if self.load.grid else None,
+            "holdout": self.split.holdout,
+            "pairing": self.split.pairing,
+            "num_workers": self.loader.num_workers,
+            "epochs": self.trainer.state.epoch,
+        }
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What TensorBoard tells of it."""
+        return {**self.recipe, "dataset_dir": str(self.split.dataset_dir)}
+
+    def data(self, affine: str, *, own_grids: bool, to_fit_memory: Sequence[str]) -> dict[str, Any]:
+        """What evaluating and inference must know, see ``engines.record``.
+
+        ``affine``: the stage at inference, ``own_grids``: whether each pair is then registered on a grid of its own.
+        """
+        about = _of_load(self.load) | self.split.chosen()
+        return about | {
+            "dataset_dir": self.split.dataset_dir,
+            "cascades": getattr(self.trainer.inferer, "cascades", 1),
+            "affine": affine,
+            "space": common_space(self.pairs) if affine == "none" else None,
+            "own_grids": own_grids,
+            "to_fit_memory": list(to_fit_memory),
+        }
+
+    def _handler(self, kind: type[T]) -> T | None:
+        return next((handler for handler in self.handlers if isinstance(handler, kind)), None)
+
+
+def evaluation(
+    network: nn.Module, load: LoadPair, split: Split, *, part: str, refinement: Refinement, inferer: Any
+) -> dict[str, Any]:
+    """The choices of an evaluation, with which ``regpipe rerun`` evaluates again.
+
+    Args:
+        network: without DDP's wrapper.
+        load: how a case becomes tensors.
+        split: the data; ``part`` of them was evaluated.
+        refinement: what was asked for.
+        inferer: ``engines.inferers``'.
+    """
+    return {
+        "network": type(network).__name__,
+        "backbone": _of_network(network)["backbone"],
+        "split": part,
+        **split.chosen(),
+        "max_val_pairs": split.max_val_pairs,
+        **_of_load(load),
+        **refinement.asked(),
+        "repair": getattr(inferer, "repair", False),
+    }
+
+
+def registrations(network: nn.Module, load: LoadPair, *, refinement: Refinement, inferer: Any) -> dict[str, Any]:
+    """The choices of registering a folder: a case is done anew where they differ; as ``evaluation``."""
+    return {
+        "network": _of_network(network)["backbone"],
+        **{name: getattr(load, name) for name in ("landmark_channels", "affine", "affine_from", "affine_metric")},
+        **refinement.asked(),
+        "refine_finest": refinement.finest,
+        "repair": inferer.repair,
+    }
+
+
+def _of_network(network: nn.Module) -> dict[str, Any]:
+    if not isinstance(network, SymmetricNet):  # an overlay's: named as its overlay does
+        return {"backbone": type(network).__name__.lower(), "pretrained": "none", "freeze": 0, "transfer": "encoder"}
+    about = {name: getattr(network, name) for name in ("backbone", "freeze", "transfer")}
+    return about | {"pretrained": named(network.pretrained)}
+
+
+def _of_loss(loss: nn.Module) -> dict[str, Any]:
+    if not isinstance(loss, RegistrationLoss):
+        return {"loss": type(loss).__name__}
+    weights = " ".join(f"{name}={weight:g}" for name, weight in loss.weights.items())
+    return {"loss": weights, "lncc_window": loss.window, "label_ids": _words(loss.label_ids)}
+
+
+def _of_load(load: LoadPair) -> dict[str, Any]:
+    return {name: getattr(load, name) for name in ("landmark_channels", "mask_rims", "affine", "affine_from")}
+
+
+def _of_grid(load: LoadPair) -> dict[str, Any]:
+    if load.grid is None:
+        return {}
+    grid = {"grid": "x".join(map(str, load.grid.shape)), "spacing": "x".join(f"{s:g}" for s in load.grid.spacing)}
+    return {"spatial_dims": len(load.grid.shape), **grid}
+
+
+def _words(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
+
+
+def same(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Where the settings of two runs differ, in words; what only one of them knows is another version's."""
+    old, new = ({**about, "loss": _weighty(about.get("loss"))} for about in (old, new))
+    return [f"{key}: {old[key]} -> {new[key]}" for key in new if key in old and old[key] != new[key]]
+
+
+def _weighty(loss: Any) -> Any:
+    """Terms of no weight were told once."""
+    return " ".join(term for term in loss.split() if not term.endswith("=0")) if isinstance(loss, str) else loss

@@ -1,0 +1,79 @@
+"""The files of a case, each opened once: what checks, loads, places and saves it asks here.
+
+open -> hash -> header, checked -> voxels -> closed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from regpipe.io import images
+from regpipe.io.formats import locate
+from regpipe.io.images import Image, PathLike
+from regpipe.io.points import read_landmarks
+from regpipe.utils.files import opened, sha256, sha256_of
+
+
+class Source:
+    """What the files of one case hold, read when it is first asked for and kept until ``let_go``.
+
+    Make one for each case: with it goes all that it holds. The methods raise what the readers raise.
+
+    Args:
+        hashed: whether the hash of each file is taken when it is read; else it is read again for that.
+    """
+
+    def __init__(self, *, hashed: bool = False) -> None:
+        self.hashed = hashed
+        self._kept: dict[PathLike, dict[Any, Any]] = {}
+        self._hashes: dict[PathLike, str] = {}
+
+    def image(self, path: PathLike) -> Image:
+        """``io.images.read_image``."""
+        image: Image = self.read(path, images.read_image)
+        return image
+
+    def label(self, path: PathLike, landmark_channels: int | None = None) -> tuple[Image, np.ndarray | None]:
+        """``io.images.read_label``."""
+        label: tuple[Image, np.ndarray | None] = self.read(path, images.read_label, landmark_channels=landmark_channels)
+        return label
+
+    def landmarks(self, path: PathLike) -> np.ndarray:
+        """``io.points.read_landmarks``."""
+        points: np.ndarray = self.read(path, read_landmarks)
+        return points
+
+    def header(self, path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
+        """``io.images.header``; without another look at a file whose image is known."""
+        image = self._kept.get(path, {}).get((images.read_image,))
+        found: tuple[tuple[int, ...], np.ndarray]
+        found = (image.array.shape, image.affine) if image else self.read(path, images.header)
+        return found
+
+    def read(self, path: PathLike, reader: Callable[..., Any], **how: Any) -> Any:
+        """What ``reader(path, file, **how)`` gives, or gave; ``file``: open, None of a folder with a DICOM series."""
+        kept, key = self._kept.setdefault(path, {}), (reader, *how.items())
+        if key not in kept:
+            where, _ = locate(path)
+            if where.is_dir():
+                kept[key] = reader(path, None, **how)
+                return kept[key]
+            with opened(where) as file:
+                if self.hashed and path not in self._hashes:
+                    self._hashes[path] = sha256_of(file)
+                    file.seek(0)
+                kept[key] = reader(path, file, **how)
+        return kept[key]
+
+    def sha256(self, path: PathLike) -> str:
+        """Of the bytes of a file; of a series of all files."""
+        if path not in self._hashes:
+            self._hashes[path] = sha256(images.files(path))
+        return self._hashes[path]
+
+    def let_go(self, path: PathLike) -> None:
+        """Forget what a file holds, but not its hash."""
+        self._kept.pop(path, None)

@@ -1,0 +1,126 @@
+"""What training minimises: the weighted sum of ``losses.terms``."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from regpipe.fields.algebra import Layers, Registration
+from regpipe.fields.layers import LAYERS
+from regpipe.losses.terms import TERMS, Options, Target
+from regpipe.networks.encoders import Encoder
+from regpipe.utils.errors import InputError
+
+
+class Weighed(NamedTuple):
+    """What a loss says of a batch."""
+
+    value: Tensor  # what is minimised
+    terms: dict[str, float]  # each term, unweighted, and ``value`` as ``loss``: what logs and the NaN guard read
+
+
+def weigh(loss: nn.Module, prediction: Mapping[str, Tensor], target: Target) -> Weighed:
+    """A loss of any kind, with its terms; one that is no ``RegistrationLoss`` has none but ``loss``."""
+    if isinstance(loss, RegistrationLoss):
+        return loss.weigh(prediction, target)
+    value = loss(prediction, target).mean()
+    return Weighed(value, {"loss": float(value.detach())})
+
+
+class RegistrationLoss(nn.Module):
+    """The weighted sum of named terms: ``loss(prediction, target) -> scalar``; ``weigh`` gives the terms too.
+
+    Args:
+        weights: term name -> weight; a weight of 0 leaves the term out.
+        window: LNCC's window in voxels, odd.
+        label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
+        encoder: what ``features`` looks through; a frozen copy is used.
+        layers: what warps and integrates.
+
+    Raises:
+        InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window,
+            ``features`` without an encoder.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        window: int = 9,
+        label_ids: Sequence[int] = (),
+        encoder: Encoder | None = None,
+        layers: Layers = LAYERS,
+    ) -> None:
+        super().__init__()
+        self.weights = _checked(weights)
+        if window < 1 or window % 2 == 0:
+            raise InputError(f"the window of lncc must be odd, got {window} voxels")
+        if "features" in self.weights and encoder is None:
+            raise InputError(
+                "loss term features: no encoder to look through; give RegistrationLoss(encoder=Encoder(...)) with "
+                "transferred weights, or leave the term out"
+            )
+        if "anatomy" in self.weights and not label_ids:
+            raise InputError("loss term anatomy: give --label_ids, the structures to tell apart")
+        self.encoder = None if encoder is None else copy.deepcopy(encoder).requires_grad_(False)
+        self.window, self.label_ids, self.layers = window, tuple(label_ids), layers
+        self.eval()
+
+    def train(self, mode: bool = True) -> RegistrationLoss:
+        """Stays in evaluation mode: the encoder is a fixed measure."""
+        return super().train(False)
+
+    def forward(self, prediction: Mapping[str, Tensor], target: Target) -> Tensor:
+        return self.weigh(prediction, target).value
+
+    def weigh(self, prediction: Mapping[str, Tensor], target: Target) -> Weighed:
+        """The weighted sum, and each term.
+
+        Args:
+            prediction: ``Registration``'s fields by name, and ``anatomy`` where the network sees structures.
+            target: the collated batch.
+        """
+        options = Options(self.window, self.label_ids, self.encoder, self.layers)
+        registration = Registration.of(prediction)
+        if "anatomy" in prediction:  # what the network sees in both images
+            target = {**target, "anatomy": prediction["anatomy"]}
+        with torch.autocast(registration.displacement.device.type, enabled=False):
+            terms = {name: TERMS[name].function(registration, target, options) for name in self.weights}
+            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return Weighed(total, {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()})
+
+
+def _checked(weights: Mapping[str, float]) -> dict[str, float]:
+    """The terms that have a weight. Raises InputError for what cannot be one."""
+    unknown = sorted(set(weights) - set(TERMS))
+    if unknown:
+        raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()):
+        raise InputError(f"loss weights must be finite and not negative, got {dict(weights)}")
+    kept = {name: float(w) for name, w in weights.items() if w > 0}
+    if not kept:
+        raise InputError("every loss weight is 0: give at least one term a weight")
+    return kept
+
+
+def feature_encoder(
+    weights: Mapping[str, float], backbone: str, spatial_dims: int, *, pretrained: str
+) -> Encoder | None:
+    """The encoder that the loss ``weights`` call for, or None where ``features`` has no weight.
+
+    Raises:
+        InputError: ``features`` has a weight, but there are no transferred weights to look through.
+    """
+    if not weights.get("features"):
+        return None
+    if pretrained == "none":
+        raise InputError(
+            "loss term features: random features tell nothing; give --pretrained (imagenet, a file, a bundle), "
+            "or leave the term out"
+        )
+    return Encoder(backbone, spatial_dims, pretrained=pretrained)
