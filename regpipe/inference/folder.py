@@ -16,13 +16,17 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer
+from torch import nn
 
 from regpipe.data import manifest
 from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
+from regpipe.engines.inferers import prepare_batch
 from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
-from regpipe.inference.ladder import require_for_files
+from regpipe.inference.ladder import FittingInferer, require_for_files
 from regpipe.io import images
 from regpipe.io.source import Source
 from regpipe.metrics import typical
@@ -221,6 +225,19 @@ class FolderRun:
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)
         console.complain("error", f"{name}: {problem}")
+
+    def register_by(self, network: nn.Module, inferer: Inferer, *, strict: bool = False) -> None:
+        """``register`` without a bundle: ``inferer`` applies ``network``, fitted to the memory there is."""
+        evaluator = SupervisedEvaluator(
+            device=distributed.device(),
+            val_data_loader=self,
+            network=network,
+            inferer=FittingInferer(inferer, memory_gib=self.memory_gib),
+            prepare_batch=prepare_batch,
+            val_handlers=[self],
+            decollate=False,
+        )
+        self.register(evaluator, strict=strict)
 
     def register(self, evaluator: Engine, *, strict: bool = False) -> None:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.

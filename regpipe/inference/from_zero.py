@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.engines import SupervisedEvaluator
 
 from regpipe.data.load import LoadPair
-from regpipe.engines.inferers import ZeroInferer, prepare_batch
+from regpipe.engines.inferers import ZeroInferer
 from regpipe.engines.refine import ZERO_STEPS, zero_refiner
 from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
-from regpipe.inference.ladder import FittingInferer
 from regpipe.utils import distributed
 
 
@@ -69,13 +67,4 @@ def register_from_zero(
         settings=settings,
         memory_gib=memory_gib,
     )
-    evaluator = SupervisedEvaluator(
-        device=distributed.device(),
-        val_data_loader=folder,
-        network=torch.nn.Identity(),
-        inferer=FittingInferer(ZeroInferer(refiner, repair=True), memory_gib=memory_gib),
-        prepare_batch=prepare_batch,
-        val_handlers=[folder],
-        decollate=False,
-    )
-    folder.register(evaluator, strict=strict)
+    folder.register_by(torch.nn.Identity(), ZeroInferer(refiner, repair=True), strict=strict)

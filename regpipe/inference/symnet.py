@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.engines import SupervisedEvaluator
 from torch import Tensor, nn
 
 from regpipe.data.load import LoadPair
-from regpipe.engines.inferers import RegistrationInferer, prepare_batch
+from regpipe.engines.inferers import RegistrationInferer
 from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
-from regpipe.inference.ladder import FittingInferer
 from regpipe.io.images import Grid
 from regpipe.networks.symmetric import Prediction, load_symnet
 from regpipe.utils import distributed
@@ -95,13 +93,4 @@ def register_by_symnet(
         settings={**settings, "landmark_channels": landmark_channels},
         memory_gib=memory_gib,
     )
-    evaluator = SupervisedEvaluator(
-        device=distributed.device(),
-        val_data_loader=folder,
-        network=network,
-        inferer=FittingInferer(RegistrationInferer(), memory_gib=memory_gib),
-        prepare_batch=prepare_batch,
-        val_handlers=[folder],
-        decollate=False,
-    )
-    folder.register(evaluator, strict=strict)
+    folder.register_by(network, RegistrationInferer(), strict=strict)
