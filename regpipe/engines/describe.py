@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -89,8 +90,9 @@ class Training:
             **_of_load(self.load),
             "seed": self.split.seed,
         }
-        return about | self._of_pairs() | _of_grid(self.load)
+        return about | self._of_pairs | _of_grid(self.load)
 
+    @functools.cached_property  # a look at every image file, and the data as they were when it was first asked for
     def _of_pairs(self) -> dict[str, Any]:
         dataset, sampler = self.loader.dataset, self.loader.sampler
         if self.cases is None:
@@ -120,7 +122,7 @@ class Training:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """All that it takes to train the same again: ``regpipe rerun``."""
+        """All that it takes to train the same again, for the manifest."""
         return {
             **self.settings,
             **self.schedule,
@@ -163,7 +165,7 @@ class Training:
 def evaluation(
     network: nn.Module, load: LoadPair, split: Split, *, part: str, refinement: Refinement, inferer: Any
 ) -> dict[str, Any]:
-    """The choices of an evaluation, with which ``regpipe rerun`` evaluates again.
+    """The choices of an evaluation, for the manifest.
 
     Args:
         network: without DDP's wrapper.
