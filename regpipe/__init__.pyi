@@ -17,6 +17,6 @@ from .metrics.measures import measure as measure
 from .networks.encoders import BACKBONES as BACKBONES
 from .networks.encoders import Encoder as Encoder
 from .networks.symmetric import SymmetricNet as SymmetricNet
-from .networks.symmetric import SymNet as SymNet
-from .networks.symmetric import load_symnet as load_symnet
+from .networks.symnet import SymNet as SymNet
+from .networks.symnet import load_symnet as load_symnet
 from .utils.errors import InputError as InputError

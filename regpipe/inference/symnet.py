@@ -14,7 +14,8 @@ from regpipe.engines.inferers import RegistrationInferer
 from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
 from regpipe.io.images import Grid
-from regpipe.networks.symmetric import Prediction, load_symnet
+from regpipe.networks.symmetric import Prediction
+from regpipe.networks.symnet import load_symnet
 from regpipe.utils import distributed
 from regpipe.utils.files import require_file, sha256
 

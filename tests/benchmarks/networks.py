@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
 from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
 from regpipe.fields.algebra import Registration
-from regpipe.networks.symmetric import SymNet, load_symnet
+from regpipe.networks.symnet import SymNet, load_symnet
 
 STEPS = 50  # of refining a network's answer
 

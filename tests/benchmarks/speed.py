@@ -33,7 +33,8 @@ from regpipe.fields.algebra import integrate_both, register, resize
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.similarity import lncc
 from regpipe.metrics.cost import peak_memory
-from regpipe.networks.symmetric import SymmetricNet, SymNet
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.networks.symnet import SymNet
 
 Work = Callable[[], object]
 STEPS = 50  # of refinement

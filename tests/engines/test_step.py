@@ -17,7 +17,8 @@ from regpipe.engines.inferers import RegistrationInferer, prepare_batch
 from regpipe.engines.step import TrainingStep, check_amp, checkpointed, gradient_scaler, half_precision
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.peers import VoxelMorph
-from regpipe.networks.symmetric import SymmetricNet, SymNet
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.networks.symnet import SymNet
 from regpipe.utils.errors import InputError
 
 CPU = torch.device("cpu")

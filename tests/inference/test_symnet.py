@@ -15,7 +15,8 @@ from helpers.places import DATA
 from regpipe.fields.algebra import register_midway
 from regpipe.inference.symnet import GRID, SPACE, LoadAsAuthors, Turned
 from regpipe.io.images import read_image
-from regpipe.networks.symmetric import Prediction, SymNet
+from regpipe.networks.symmetric import Prediction
+from regpipe.networks.symnet import SymNet
 from regpipe.transforms.displacement import read_displacement
 
 

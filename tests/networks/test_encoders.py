@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regpipe.networks.encoders import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, TRANSFERRED, Encoder
-from regpipe.networks.symmetric import SymNet
+from regpipe.networks.symnet import SymNet
 
 SIZES: dict[int, list[tuple[int, ...]]] = {
     2: [(64, 48), (33, 50), (5, 7), (1, 2)],

@@ -19,7 +19,8 @@ from regpipe.fields.algebra import register, register_midway, resize_image
 from regpipe.networks import symmetric
 from regpipe.networks.correlation import local_correlations
 from regpipe.networks.encoders import BACKBONES
-from regpipe.networks.symmetric import Prediction, SymmetricNet, SymNet, fold, joined, load_symnet, parted, unfold
+from regpipe.networks.symmetric import Prediction, SymmetricNet, fold, joined, parted, unfold
+from regpipe.networks.symnet import SymNet, load_symnet
 
 SIZES: dict[int, list[tuple[int, ...]]] = {
     2: [(40, 33), (37, 50), (9, 5), (1, 2)],

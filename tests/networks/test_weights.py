@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from regpipe.io.images import InputError
 from regpipe.networks.encoders import Encoder
-from regpipe.networks.symmetric import SymmetricNet, load_symnet
+from regpipe.networks.symmetric import SymmetricNet
+from regpipe.networks.symnet import load_symnet
 from regpipe.networks.weights import inflate, lay_in_decoder, read_state_dict, read_weights
 
 State = dict[str, Tensor]
