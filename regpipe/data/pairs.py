@@ -310,8 +310,7 @@ def fixed_grid(case: Case, files: Source | None = None) -> Grid:
 
     Without ``files`` only the header is read.
     """
-    header = images.header if files is None else files.header
-    shape, spacing = images.on_own_axes(*header(case["fixed_image"]))
+    shape, spacing = images.on_own_axes(*(files or Source()).header(case["fixed_image"]))
     given, extent, least = shape, shape * spacing, spacing.min()
     while math.prod(shape) > LARGEST_GRID:  # the finest axes first
         least *= 1.02

@@ -1,12 +1,17 @@
-"""The saved states of a training, ``checkpoint_<epoch>.pt``: written whole, checked by their checksums, two kept."""
+"""The saved states of a training, ``checkpoint_<epoch>.pt``: written whole, checked by their checksums, two kept.
+
+``RandomState`` is what of them holds the random numbers.
+"""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from regpipe.utils.errors import InputError
@@ -63,3 +68,25 @@ def training_seconds(folder: str | Path) -> float:
     except InputError:
         return math.nan
     return math.nan if found is None else float(found[1]["progress"]["seconds"])
+
+
+class RandomState:
+    """The states of torch's, CUDA's, numpy's and Python's generators, in types that ``weights_only`` loads."""
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, position, *gauss = np.random.get_state()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, *gauss],
+            "python": list(random.getstate()[1]),
+            "python_gauss": random.getstate()[2],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        random.setstate((3, tuple(state["python"]), state.get("python_gauss")))

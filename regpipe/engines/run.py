@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, EarlyStopping
 from monai.utils import set_determinism
@@ -64,28 +61,6 @@ def require(cases: Sequence[Case], *, landmark_channels: int | None = None) -> N
         more = len(found) - SHOWN_PROBLEMS
         lines = found[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
         raise InputError(f"{len(problems)} of {len(cases)} pairs cannot be used:", *lines)
-
-
-class RandomState:
-    """The states of torch's, CUDA's, numpy's and Python's generators, in types that ``weights_only`` loads."""
-
-    def state_dict(self) -> dict[str, Any]:
-        kind, keys, position, *gauss = np.random.get_state()
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, *gauss],
-            "python": list(random.getstate()[1]),
-            "python_gauss": random.getstate()[2],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        torch.set_rng_state(state["torch"])
-        if torch.cuda.is_available() and state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-        random.setstate((3, tuple(state["python"]), state.get("python_gauss")))
 
 
 class Standing:
@@ -163,7 +138,7 @@ class Run:
             "trainer": trainer,
             "stopper": self.stopper,
             "progress": self.standing,
-            "random": RandomState(),
+            "random": checkpoints.RandomState(),
         }
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 

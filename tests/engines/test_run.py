@@ -15,7 +15,7 @@ import torch
 from helpers.training import Trained, assert_same, equal, kill_at, refusal, train
 from regpipe.bundle.write import write_bundle
 from regpipe.data.pairs import list_pairs
-from regpipe.engines import run
+from regpipe.engines import checkpoints, run
 from regpipe.utils.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("restored")
@@ -174,10 +174,10 @@ def test_random_states_come_back_through_a_file(tmp_path) -> None:
 
     run.begin(7)
     draw()
-    torch.save(run.RandomState().state_dict(), tmp_path / "state.pt")
+    torch.save(checkpoints.RandomState().state_dict(), tmp_path / "state.pt")
     expected = draw()
     draw()
-    run.RandomState().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    checkpoints.RandomState().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert draw() == expected
     run.begin(7)
     first = draw()
