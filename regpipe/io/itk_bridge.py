@@ -2,11 +2,12 @@
 
 Arrays are indexed ``[x, y(, z)]`` and affines are voxel index -> RAS mm (see ``io.images``); ITK's
 arrays are ``[(z, )y, x]`` and its mm are LPS: both are turned here. Everything given out owns its memory.
-ITK is imported by the functions: that takes seconds, and most commands need none of it.
+ITK is imported by the functions, and of it the classes that they need: see ``wrapped``.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 from typing import Any, NamedTuple
 
@@ -22,36 +23,44 @@ PIXELS = {"uint8": "UC", "int16": "SS", "uint16": "US", "float32": "F", "float64
 CHUNK = 2**18  # values of an .h5 file that are packed together
 
 
+def wrapped(name: str, of: str) -> Any:
+    """The class of ITK that Python calls ``itk<name><of>``: ``wrapped("Image", "F3")`` is ``itk.Image[itk.F, 3]``.
+
+    From the module that wraps it. The name in ``itk`` loads its whole part of ITK, and all parts below that: 8 seconds
+    for elastix, and a half by this way.
+    """
+    return getattr(importlib.import_module(f"itk.itk{name}Python"), f"itk{name}{of}")
+
+
 def to_itk(array: np.ndarray, affine: np.ndarray) -> Any:
     """An image or label map (*S) as ``itk.Image`` at its place, its values kept.
 
     Booleans become uint8; other whole numbers int16 where they fit, else float64; float16 becomes float32.
     """
-    import itk
-
-    kind = itk.Image[getattr(itk, PIXELS[_pixel(array)]), array.ndim]
-    return _filled(kind, array.T, affine)
+    return _filled(f"{PIXELS[_pixel(array)]}{array.ndim}", array.T, affine)
 
 
 def from_itk(image: Any) -> Image:
     """An ``itk.Image`` of one value per voxel -> array (*S) of its pixel type and RAS affine."""
-    import itk
-
     dim = image.GetImageDimension()
-    affine = np.eye(dim + 1)
-    affine[:-1, :-1] = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
+    affine, direction = np.eye(dim + 1), image.GetDirection()
+    axes = [[direction(i, j) for j in range(dim)] for i in range(dim)]
+    affine[:-1, :-1] = np.array(axes) * np.array(image.GetSpacing())
     affine[:-1, -1] = np.array(image.GetOrigin())
-    return Image(np.ascontiguousarray(itk.array_from_image(image).T), lps_matrix(affine, places=False))
+    return Image(values(image).T.copy(order="C"), lps_matrix(affine, places=False))
+
+
+def values(image: Any) -> np.ndarray:
+    """The voxels of an ``itk.Image``, ([z, ]y, x[, D]), in its own memory: it must be kept while they are used."""
+    view: np.ndarray = wrapped("PyBuffer", type(image).__name__.replace("itkImage", "I")).GetArrayViewFromImage(image)
+    return view
 
 
 def itk_affine(matrix: np.ndarray) -> Any:
     """A map of points (D+1, D+1) in RAS mm as ``itk.AffineTransform[itk.D, D]``, centred on the origin."""
-    import itk
-
-    dim = len(matrix) - 1
     lps = lps_matrix(matrix)
-    transform = itk.AffineTransform[itk.D, dim].New()
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:-1, :-1])))
+    transform = wrapped("AffineTransform", f"D{len(matrix) - 1}").New()
+    transform.SetMatrix(_matrix(lps[:-1, :-1]))
     transform.SetTranslation([float(mm) for mm in lps[:-1, -1]])
     return transform
 
@@ -61,20 +70,15 @@ def itk_field(d: np.ndarray, affine: np.ndarray) -> Any:
 
     Linear between voxels; outside its grid ITK displaces nothing.
     """
-    import itk
-
-    dim = len(d)
-    field = _filled(itk.Image[itk.Vector[itk.D, dim], dim], d.T, affine)
-    transform = itk.DisplacementFieldTransform[itk.D, dim].New()
+    field = _filled(f"VD{len(d)}{len(d)}", d.T, affine)
+    transform = wrapped("DisplacementFieldTransform", f"D{len(d)}").New()
     transform.SetDisplacementField(field)
     return transform
 
 
 def composite(*transforms: Any) -> Any:
     """``itk.CompositeTransform[itk.D, D]`` of transforms given in the order in which a point meets them."""
-    import itk
-
-    chain = itk.CompositeTransform[itk.D, transforms[0].GetInputSpaceDimension()].New()
+    chain = wrapped("CompositeTransform", f"D{transforms[0].GetInputSpaceDimension()}").New()
     for transform in reversed(transforms):  # ITK applies the one added last first
         chain.AddTransform(transform)
     return chain
@@ -105,7 +109,7 @@ def affine_mat(matrix: np.ndarray) -> bytes:
     """A map of points (D+1, D+1) in RAS mm as ITK's .mat, which is MATLAB's version 4."""
     part, dim, data = affine_part(matrix), len(matrix) - 1, io.BytesIO()
     columns = {f"{part.kind}_double_{dim}_{dim}": part.parameters, "fixed": part.fixed_parameters}
-    savemat(data, {name: values[:, None] for name, values in columns.items()}, format="4")
+    savemat(data, {name: column[:, None] for name, column in columns.items()}, format="4")
     return data.getvalue()
 
 
@@ -132,10 +136,10 @@ def _h5_group(file: Any, i: int, part: Part, dim: int) -> None:
     kind = np.array([f"{part.kind}_float_{dim}_{dim}"], object)
     group.create_dataset("TransformType", data=kind, dtype=h5py.string_dtype("ascii"), track_times=False)
     if part.parameters.size:
-        values = part.parameters.astype(np.float32)
-        packed = {"compression": "gzip", "shuffle": True, "chunks": (min(values.size, CHUNK),)}
+        numbers = part.parameters.astype(np.float32)
+        packed = {"compression": "gzip", "shuffle": True, "chunks": (min(numbers.size, CHUNK),)}
         group.create_dataset("TransformFixedParameters", data=part.fixed_parameters, track_times=False)
-        group.create_dataset("TransformParameters", data=values, track_times=False, **packed)
+        group.create_dataset("TransformParameters", data=numbers, track_times=False, **packed)
 
 
 def _pixel(array: np.ndarray) -> str:
@@ -149,21 +153,27 @@ def _pixel(array: np.ndarray) -> str:
     return "int16" if fits else "float64"
 
 
-def _filled(kind: Any, values: np.ndarray, affine: np.ndarray) -> Any:
-    """An image of ``kind`` with ``values`` ([z, ]y, x[, D]) at its place.
+def _filled(kind: str, voxels: np.ndarray, affine: np.ndarray) -> Any:
+    """An image of ``kind``, as ITK shortens it, with ``voxels`` ([z, ]y, x[, D]) at its place.
 
     Not by ``image_from_array``: it has no vectors of doubles, and takes a single row of voxels for a column.
     """
-    import itk
-
-    dim = kind.GetImageDimension()
-    image, region = kind.New(), itk.ImageRegion[dim]()
-    region.SetSize([int(n) for n in values.shape[:dim][::-1]])
+    dim = len(affine) - 1
+    image, region = wrapped("Image", kind).New(), wrapped("ImageRegion", f"{dim}")()
+    region.SetSize([int(n) for n in voxels.shape[:dim][::-1]])
     image.SetRegions(region)
     image.Allocate()
-    itk.PyBuffer[kind].GetArrayViewFromImage(image)[...] = values
+    values(image)[...] = voxels
     lps, spacing = lps_matrix(affine, places=False), voxel_size(affine)
     image.SetSpacing([float(mm) for mm in spacing])
     image.SetOrigin([float(mm) for mm in lps[:-1, -1]])
-    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(lps[:-1, :-1] / spacing)))
+    image.SetDirection(_matrix(lps[:-1, :-1] / spacing))
     return image
+
+
+def _matrix(linear: np.ndarray) -> Any:
+    """(D, D) as ``itk.Matrix``."""
+    numbers = importlib.import_module("itk.vnl_matrixPython").vnl_matrixD(*linear.shape)
+    for at, value in np.ndenumerate(linear):
+        numbers.put(*at, float(value))
+    return wrapped("Matrix", f"D{len(linear)}{len(linear)}")(numbers)

@@ -11,6 +11,7 @@ an image is stored: it is turned to the closest RAS first.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from scipy import ndimage
 
 from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image
-from regpipe.io.itk_bridge import itk_affine, to_itk
+from regpipe.io.itk_bridge import itk_affine, to_itk, wrapped
 from regpipe.transforms.likeness import Side, Sides, make_sides, overlap, reduced, similarity
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -222,14 +223,15 @@ def _improved(
 
 def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
     """One run of elastix from ``matrix`` -> the refined matrix. Raises RuntimeError where elastix gives up."""
-    import itk
-
     fixed, moving = (to_itk(side.array, side.affine) for side in pair)
-    method: Any = itk.ElastixRegistrationMethod[type(fixed), type(moving)].New(fixed, moving)
+    pixels = type(fixed).__name__.replace("itkImage", "I")
+    method: Any = wrapped("ElastixRegistrationMethod", pixels * 2).New()
+    method.SetFixedImage(fixed)
+    method.SetMovingImage(moving)
     for side, give in zip(pair, (method.SetFixedMask, method.SetMovingMask), strict=True):
         if not side.mask.all():
             give(to_itk(side.mask, side.affine))
-    stages = itk.ParameterObject.New()
+    stages = importlib.import_module("itk.elxParameterObjectPython").elastixParameterObject.New()
     settings = stages.GetDefaultParameterMap("rigid")  # adaptive stochastic gradient descent, random samples
     chosen = {
         "Transform": f"{kind}Transform",

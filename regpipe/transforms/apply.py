@@ -138,15 +138,13 @@ def _alike(one: Space, other: Space) -> bool:
 
 def _displacement(transform: Any, grid: Space) -> np.ndarray:
     """``transform(p) - p`` at each voxel of a grid -> (D, *S) float32 LPS mm."""
-    import itk
-
     dim = len(grid.shape)
-    sampler = itk.TransformToDisplacementFieldFilter[itk.Image[itk.Vector[itk.F, dim], dim], itk.D].New()
+    sampler = itk_bridge.wrapped("TransformToDisplacementFieldFilter", f"IVF{dim}{dim}D").New()
     sampler.SetTransform(transform)
     sampler.SetReferenceImage(itk_bridge.to_itk(np.zeros(grid.shape, np.uint8), grid.affine))
     sampler.SetUseReferenceImage(True)
     sampler.Update()
-    return itk.array_from_image(sampler.GetOutput()).T
+    return itk_bridge.values(sampler.GetOutput()).T.copy(order="K")
 
 
 def _carrier(

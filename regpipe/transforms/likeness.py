@@ -6,14 +6,14 @@ first turned to the closest RAS and reduced to about one size, so that nothing d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from regpipe.io.geometry import upright
-from regpipe.io.images import Image, normalise
-from regpipe.io.itk_bridge import from_itk, to_itk
+from regpipe.io.geometry import lps_matrix, upright
+from regpipe.io.images import Image, normalise, voxel_size
 from regpipe.utils.errors import InputError
 
 BINS = 32
@@ -63,17 +63,29 @@ def _side(image: Image, mask: np.ndarray | None, name: str, size: int) -> Side:
 
 def reduced(side: Side, size: int) -> Side:
     """Averages blocks to about ``size`` voxels an axis, of about cubic shape; at least 8 voxels remain."""
-    import itk
-
     image, shape = Image(side.array, side.affine), np.array(side.array.shape)
     target = np.prod(shape * image.spacing) ** (1 / len(shape)) / size
     factors = np.clip(np.rint(target / image.spacing), 1, np.maximum(shape // 8, 1)).astype(int).tolist()
-    small, share = (
-        from_itk(itk.bin_shrink_image_filter(to_itk(a.astype(np.float32), side.affine), shrink_factors=factors))
-        for a in (side.array, side.mask)
-    )
-    mask = share.array >= min(0.5, share.array.max())  # a mask thinner than a block remains
-    return Side(small.array, mask, small.affine)
+    small, share = (_averaged(a.astype(np.float32), factors) for a in (side.array, side.mask))
+    mask = share >= min(0.5, share.max())  # a mask thinner than a block remains
+    return Side(small, mask, _of_blocks(side.affine, np.array(factors)))
+
+
+def _averaged(array: np.ndarray, factors: Sequence[int]) -> np.ndarray:
+    """Mean of each block of ``factors`` voxels; voxels that fill no block are left out: ITK's ``BinShrink``."""
+    counts = [n // k for n, k in zip(array.shape, factors, strict=True)]
+    whole = array[tuple(slice(n * k) for n, k in zip(counts, factors, strict=True))]
+    blocks = whole.reshape([side for pair in zip(counts, factors, strict=True) for side in pair])
+    return blocks.mean(axis=tuple(range(1, 2 * array.ndim, 2)), dtype=np.float64).astype(np.float32)
+
+
+def _of_blocks(affine: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """The affine of the blocks' grid, rounded as ITK rounds it."""
+    lps, spacing = lps_matrix(affine, places=False), voxel_size(affine)
+    direction, blocks = lps[:-1, :-1] / spacing, np.eye(len(affine))
+    middle = sum(column * at for column, at in zip((direction * spacing).T, (factors - 1) / 2, strict=True))
+    blocks[:-1, :-1], blocks[:-1, -1] = direction * (spacing * factors), middle + lps[:-1, -1]
+    return lps_matrix(blocks, places=False)
 
 
 def _foreground(side: Side) -> Side:

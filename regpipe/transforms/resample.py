@@ -27,6 +27,7 @@ from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
 INTERPOLATIONS = ("auto", "linear", "bspline", "nearest", "label")
+INTERPOLATORS = {"linear": ("Linear", "D"), "nearest": ("NearestNeighbor", "D"), "bspline": ("BSpline", "DF")}  # ITK's
 LABEL_WORDS = ("label", "labelmap", "seg", "segmentation", "parcellation", "mask")
 FEW = 32
 # The result's suffix for formats of several files, and for lossy ones.
@@ -78,23 +79,17 @@ def resample(image: Image, transform: Any, grid: Space, method: str) -> np.ndarr
 
 
 def _pull(image: Image, transform: Any, grid: Space, method: str) -> np.ndarray:
-    import itk
-
     source = itk_bridge.to_itk(image.array, image.affine)
-    kind = type(source)
-    interpolators = {
-        "linear": lambda: itk.LinearInterpolateImageFunction[kind, itk.D],
-        "nearest": lambda: itk.NearestNeighborInterpolateImageFunction[kind, itk.D],
-        "bspline": lambda: itk.BSplineInterpolateImageFunction[kind, itk.D, itk.F],  # order 3
-    }
-    result = itk.resample_image_filter(
-        source,
-        transform=transform,
-        interpolator=interpolators[method]().New(),
-        use_reference_image=True,
-        reference_image=itk_bridge.to_itk(np.zeros(grid.shape, np.uint8), grid.affine),
-    )
-    return itk_bridge.from_itk(result).array
+    kind = type(source).__name__.replace("itkImage", "I")
+    sampler = itk_bridge.wrapped("ResampleImageFilter", kind * 2).New()
+    sampler.SetInput(source)
+    sampler.SetTransform(transform)
+    name, of = INTERPOLATORS[method]
+    sampler.SetInterpolator(itk_bridge.wrapped(f"{name}InterpolateImageFunction", f"{kind}{of}").New())
+    sampler.SetReferenceImage(itk_bridge.to_itk(np.zeros(grid.shape, np.uint8), grid.affine))
+    sampler.SetUseReferenceImage(True)
+    sampler.Update()
+    return itk_bridge.from_itk(sampler.GetOutput()).array
 
 
 def result_suffix(path: Path, grid: Space) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import itk
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 
 from regpipe.io.images import Image
+from regpipe.io.itk_bridge import from_itk, to_itk
 from regpipe.phantoms.scenes import make_pair
 from regpipe.transforms.affine import STAGES, Alignment, align, from_landmarks
+from regpipe.transforms.likeness import Side, reduced
 from regpipe.utils.errors import InputError
 
 BLOBS = np.random.default_rng(5)
@@ -336,3 +339,17 @@ def test_landmarks_begin_what_the_images_alone_would_not_find() -> None:
     assert error(start, far) > 1
     assert error(align(FIXED, moving, "rigid", start=start).matrix, far) < 0.3
     assert error(align(FIXED, moving, "rigid").matrix, far) > 10
+
+
+@pytest.mark.parametrize("shape", [(45, 33), (41, 29, 23)])
+def test_an_image_is_reduced_as_itk_reduces_it_to_the_bit(shape):
+    affine = placed(
+        turned([20, -10, 15][: 2 * len(shape) - 3], len(shape)), [1, 1.3, 2][: len(shape)], shape, [7] * len(shape)
+    )
+    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    small = reduced(Side(array, array > 0, affine), 10)
+    factors = [n // k for n, k in zip(shape, small.array.shape, strict=True)]
+    truth = from_itk(itk.bin_shrink_image_filter(to_itk(array, affine), shrink_factors=factors))
+    assert max(factors) > 1
+    np.testing.assert_array_equal(small.array, truth.array)
+    np.testing.assert_array_equal(small.affine, truth.affine)
