@@ -6,13 +6,14 @@ resolution tag of a picture is ignored: a pixel is 1 mm.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import logging
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,8 +35,19 @@ NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima")
 PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
+GZIP = b"\x1f\x8b"
 DEFLATE = 1032  # bytes that one byte of gzip's stands for at most
 SUFFIXES = NIFTI + ITK + DICOM + PICTURE
+
+
+REASONS = {  # of a library's refusal, where the file may be sound
+    r"cannot identify image file|cannot work out file type|not a gzip file|empty file": "is not what its name says, or "
+    "truncated at its beginning; look what it is, or export it again",
+    r"decompress(ed|or) data too large|text chunk": "its notes are longer than Pillow reads; save it without them",
+    r"unsupported|not supported|not implemented|unknown (raw mode|compression|codec)|decoder .* not available"
+    r"|codec configuration|unknown data ?type|not recogni[sz]ed": "is of a kind that is not read; save it "
+    "uncompressed, of 8 or 16 bits",
+}
 
 
 class Source(NamedTuple):
@@ -69,12 +81,18 @@ def unreadable(path: PathLike, cause: Exception) -> InputError:
     """What is said of a file that a library cannot read."""
     if out_of_memory(cause):
         return InputError(f"{path}: what its header says does not fit into memory; mend it, or save it coarser")
-    return InputError(f"{path}: broken or truncated ({one_line(cause)}); export it again")
+    if isinstance(cause, OSError) and cause.errno:  # the system's own: no right to it, a disk that fails
+        return InputError(f"{path}: cannot be read: {cause.strerror}; see to its disk and to your right to it")
+    told = one_line(cause)
+    for pattern, reason in REASONS.items():
+        if re.search(pattern, told, re.IGNORECASE):
+            return InputError(f"{path}: {reason} ({told})")
+    return InputError(f"{path}: broken or truncated ({told}); export it again")
 
 
 def one_line(cause: Exception) -> str:
     """An error's text without line breaks, and without where in ITK it arose; its end where it is long."""
-    told = re.sub(r".*ITK ERROR: (\w+\(0x\w+\): )?", "", " ".join(str(cause).split()))
+    told = re.sub(r".*ITK ERROR: (\w+\(0x\w+\): )?| ?<_io\.[^>]*>", "", " ".join(str(cause).split()))
     return (told or type(cause).__name__)[-160:]
 
 
@@ -131,14 +149,20 @@ def load_nifti(path: PathLike, file: BinaryIO) -> Any:
 
     A header and its voxels in two files are opened by nibabel, and what is no NIfTI is refused by it.
     """
-    stream: Any = gzip.GzipFile(fileobj=file) if str(path).lower().endswith(".gz") else file
+    file.seek(0)
+    packed = file.read(2) == GZIP  # whatever its name says
+    file.seek(0)
+    name = str(path).lower()
+    if name.endswith((".nii", ".nii.gz")) and packed != name.endswith(".gz"):
+        warn_once(f"{path}: is {'' if packed else 'not '}packed by gzip, which its name does not say")
+    stream: Any = gzip.GzipFile(fileobj=file) if packed else file
     limits.check_nifti(path, stream)
     try:
         stream.seek(0)
         head = stream.read(nib.Nifti2Header.sizeof_hdr)
     except (OSError, EOFError, zlib.error):
         head = b""
-    for kind in (nib.Nifti1Image, nib.Nifti2Image) if str(path).lower().endswith((".nii", ".nii.gz")) else ():
+    for kind in (nib.Nifti1Image, nib.Nifti2Image) if name.endswith((".nii", ".nii.gz")) else ():
         if kind.header_class.may_contain_header(head):
             return kind.from_file_map({"image": FileHolder(str(path), stream)})
     return nib.load(path)
@@ -160,7 +184,8 @@ def nifti_array(image: Any, part: Any = ...) -> np.ndarray:
 def _require_bytes(path: Path, image: Any) -> None:
     """Refuse a header that promises more voxels than its file can hold, before memory is asked for them."""
     file = Path(image.file_map["image"].filename)
-    unpacked = file.stat().st_size * (DEFLATE if file.name.lower().endswith(".gz") else 1)
+    packed = isinstance(image.file_map["image"].fileobj, gzip.GzipFile) or file.name.lower().endswith(".gz")
+    unpacked = file.stat().st_size * (DEFLATE if packed else 1)
     if image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize > unpacked:
         raise InputError(f"{path}: truncated: its header says {image.shape}, the file holds less; export it again")
 
@@ -242,7 +267,7 @@ def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:
 
 def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
     """PNG, JPEG, BMP, TIFF, GIF, of one frame or several: LPS mm are pixels."""
-    with Picture.open(file) as picture:
+    with _picture(file) as picture:
         frames, size, mode = getattr(picture, "n_frames", 1), picture.size, picture.mode
     indexed = mode in ("L", "F", "1") or mode.startswith("I") or (label and mode == "P")
     if label and not indexed:
@@ -257,8 +282,19 @@ def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
     return Source(shape, lps_matrix(np.eye(3), places=False), np.dtype("f4"), voxels)
 
 
+@contextlib.contextmanager
+def _picture(file: BinaryIO) -> Iterator[Any]:
+    """An open picture, of any size: whether it fits into memory is asked by who reads it, not by Pillow's limit."""
+    limit, Picture.MAX_IMAGE_PIXELS = Picture.MAX_IMAGE_PIXELS, None
+    try:
+        with Picture.open(file) as picture:
+            yield picture
+    finally:
+        Picture.MAX_IMAGE_PIXELS = limit
+
+
 def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool) -> np.ndarray:
-    with Picture.open(file) as picture:
+    with _picture(file) as picture:
         picture.seek(frame)
         if indexed:
             return np.array(picture).T

@@ -153,7 +153,7 @@ def _carrier(
     """Reads only the transforms that the inputs need: those of a large case take time."""
     move = find(transform, to)
     points = [is_points(path) for path in paths]
-    point_map = read_transform(move.points) if any(points) else None
+    point_map = read_transform(move.points, points=True) if any(points) else None
     if all(points):
         return _Carrier(None, point_map, None, move.source, interpolation)
     image_map = read_transform(move.images)

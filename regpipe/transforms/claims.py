@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from regpipe.utils import limits
 
+BASE = "MatrixOffsetTransformBase"  # the class of affines, by which c3d, lta_convert and old ANTs name theirs
 MOST_FIXED = 1000  # numbers; of a grid there are 20
 
 
@@ -50,7 +51,7 @@ def _needed(kind: str) -> int:
     """
     import itk
 
-    named = re.fullmatch(r"(\w+Transform|MatrixOffsetTransformBase)_(?:double|float)_(\d)_\d", kind)
+    named = re.fullmatch(r"(\w+Transform)_(?:double|float)_(\d)_\d", kind.replace(BASE, "AffineTransform"))
     classes = None if named is None else getattr(itk, named[1], None)
     if named is None or classes is None:
         raise ValueError(f"holds a transform of no known kind, {kind[:40]!r}")

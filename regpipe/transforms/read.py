@@ -7,6 +7,7 @@ takes a point of the fixed image to its moving point, and by that pulls the movi
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe.io import itk_bridge
-from regpipe.transforms import claims
+from regpipe.transforms import claims, foreign
 from regpipe.transforms.displacement import WRITABLE, read_displacement
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
@@ -106,25 +107,30 @@ def _checked(folder: Path, way: dict[str, Any]) -> Path:
     return path
 
 
-def read_transform(path: str | Path) -> Any:
-    """A transform file as ``itk.Transform``, LPS mm: ITK's .h5 .tfm .txt .mat, or a NIfTI displacement (intent 1007).
+def read_transform(path: str | Path, *, points: bool = False) -> Any:
+    """A transform file as ``itk.Transform``, LPS mm, that pulls images onto the target's grid.
+
+    Read are ITK's .h5 .tfm .txt .mat, a NIfTI displacement (intent 1007), and what ``transforms.foreign`` knows.
+    ``points``: the map of points that the file says; of FreeSurfer's and MINC's affines that is the other way.
 
     Raises:
         InputError: missing, broken, several transforms without an order, an unknown suffix.
     """
-    import itk
-
     path = Path(path)
     name = path.name.lower()
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if name.endswith(WRITABLE):
         return itk_bridge.itk_field(*read_displacement(path))
-    if not name.endswith(ITK):
-        raise InputError(f"{path}: no transform file; use one of {' '.join(ITK + WRITABLE)}")
     try:
+        limits.require_size(path)
+        other = foreign.read(path)
+        if other is not None:
+            return other.points if points else other.images
+        if not name.endswith(ITK):
+            raise InputError(f"{path}: no transform file; use one of {' '.join((*ITK, *WRITABLE, *foreign.SUFFIXES))}")
         claims.check(path)  # opens HDF5, too: of a broken one ITK prints a page before it raises
-        transforms = itk.transformread(str(path))
+        transforms = _as_itk(path)
     except InputError:
         raise
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as cause:
@@ -133,6 +139,41 @@ def read_transform(path: str | Path) -> Any:
     if len(transforms) != 1:
         raise InputError(f"{path}: holds {len(transforms)} transforms; save one, or one composite")
     return transforms[0]
+
+
+def _as_itk(path: Path) -> Any:
+    """What ITK reads; a transform by the name of its base class, which it cannot make, as the affine that it is."""
+    import itk
+
+    data = path.read_bytes()
+    if claims.BASE.encode() not in data:
+        return itk.transformread(str(path))
+    with tempfile.TemporaryDirectory() as aside:
+        named = Path(aside) / path.name
+        if path.suffix.lower() in HDF5:
+            named.write_bytes(data)
+            _rename_h5(named)
+        else:
+            named.write_bytes(re.sub(rf"{claims.BASE}(\w*)".encode(), _padded, data))
+        return itk.transformread(str(named))
+
+
+def _padded(found: re.Match[bytes]) -> bytes:
+    """The name of as many bytes, for those that count them; of text the rest is blank."""
+    name = b"AffineTransform" + found[1]
+    return name.ljust(len(found[0]), b" " if found.string.startswith(b"#") else b"\0")
+
+
+def _rename_h5(path: Path) -> None:
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        for group in file["TransformGroup"].values():
+            for name in [name for name in group if name.endswith("Type")]:
+                kind = group[name].asstr()[()]
+                del group[name]
+                named = np.array([str(k).replace(claims.BASE, "AffineTransform") for k in np.atleast_1d(kind)], object)
+                group.create_dataset(name, data=named, dtype=h5py.string_dtype("ascii"))
 
 
 def composite_bytes(transform: Any) -> bytes:

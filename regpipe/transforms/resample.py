@@ -14,17 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from regpipe.io import itk_bridge
-from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, locate
+from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, load_nifti, locate
 from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image, header, read_image, read_label
 from regpipe.transforms import displacement
 from regpipe.transforms.read import Space
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import opened, replace_file
 
 INTERPOLATIONS = ("auto", "linear", "bspline", "nearest", "label")
 INTERPOLATORS = {"linear": ("Linear", "D"), "nearest": ("NearestNeighbor", "D"), "bspline": ("BSpline", "DF")}  # ITK's
@@ -136,7 +135,9 @@ def _stored_type(path: Path, array: np.ndarray) -> np.dtype:
     """The type of the file's voxels; of formats without one (pictures), or unknown here, that of ``array``."""
     file, _ = locate(path)
     if file.name.lower().endswith(NIFTI):
-        return nib.load(file).get_data_dtype()  # type: ignore[attr-defined]
+        with opened(file) as stream:
+            stored: np.dtype = load_nifti(file, stream).get_data_dtype()
+        return stored
     if not file.name.lower().endswith(ITK):
         return array.dtype
     import itk
