@@ -19,6 +19,7 @@ from regpipe.engines.record import digest, named
 from regpipe.engines.refine import Refinement
 from regpipe.engines.step import TrainingStep
 from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.modules import in_words
 from regpipe.metrics.cases import CaseMetrics
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.weights import unwrapped
@@ -208,7 +209,8 @@ def _of_loss(loss: nn.Module) -> dict[str, Any]:
     if not isinstance(loss, RegistrationLoss):
         return {"loss": type(loss).__name__}
     weights = " ".join(f"{name}={weight:g}" for name, weight in loss.weights.items())
-    return {"loss": weights, "lncc_window": loss.window, "label_ids": _words(loss.label_ids)}
+    own = {f"loss_{name}": in_words(loss.terms[name]) for name in loss.weights if loss.terms[name].module}
+    return {"loss": weights, "lncc_window": loss.window, "label_ids": _words(loss.label_ids), **own}
 
 
 def _of_load(load: LoadPair) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, EarlyStopping
 from monai.utils import set_determinism
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from regpipe.data.checks import check_pairs
@@ -23,6 +24,7 @@ from regpipe.engines.checkpoints import saved_states
 from regpipe.engines.checkpoints import training_seconds as training_seconds  # where bundles ask for it
 from regpipe.engines.options import begin_command
 from regpipe.io.images import Grid, save_grid
+from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.terms import needing, supervision
 from regpipe.metrics import typical
 from regpipe.utils import distributed
@@ -266,16 +268,24 @@ def _follow(scheduler: LambdaLR) -> None:
         group["lr"] = rate * rule(scheduler.last_epoch)
 
 
-def check_training(training: describe.Training) -> None:
+def check_training(training: describe.Training, loss: nn.Module) -> None:
     """See to it that there is a gradient, and that some training pair has what each loss term needs.
 
+    ``loss``: the bundle's.
+
     Raises:
-        InputError: refinement or repair in training; a term of which no pair has what it needs.
+        InputError: refinement or repair in training; a loss beside the bundle's, or one without terms; a term of
+            which no pair has what it needs.
     """
+    if training.loss is not loss or not isinstance(loss, RegistrationLoss):
+        raise InputError(
+            f"{type(training.loss).__name__} as loss_function or loss: it would have no curves, no weight and no "
+            "place in the record; list it by name in loss_terms, and give that name a weight in loss_weights"
+        )
     inferer = training.trainer.inferer
     if getattr(inferer, "refiner", None) is not None or getattr(inferer, "repair", False):
         raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
-    dataset, weights = training.loader.dataset, getattr(training.loss, "weights", {})
+    dataset, weights, terms = training.loader.dataset, loss.weights, loss.terms
     augment = training.augmentation
     moved = augment is not None and (augment.amount or augment.mirror)
     cases = training.pairs
@@ -285,7 +295,7 @@ def check_training(training: describe.Training) -> None:
     if from_fields and moved:
         why = "a true displacement no longer holds with --augment or --mirror"
         raise InputError(f"loss term {from_fields[0]}: {why}; give one of them")
-    kinds = supervision(weights, landmark_channels=training.load.landmark_channels)
+    kinds = supervision(weights, landmark_channels=training.load.landmark_channels, terms=terms)
     needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}
     needs |= {term: ["displacement"] for term in from_fields}
     for term, keys in needs.items():

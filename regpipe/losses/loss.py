@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from regpipe.fields.algebra import Layers, Registration
 from regpipe.fields.layers import LAYERS
-from regpipe.losses.terms import TERMS, Options, Target
+from regpipe.losses.modules import terms_of
+from regpipe.losses.terms import TERMS, Options, Target, Term
 from regpipe.networks.encoders import Encoder
 from regpipe.utils.errors import InputError
 
@@ -41,6 +42,7 @@ class RegistrationLoss(nn.Module):
         label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
         encoder: what ``features`` looks through; a frozen copy is used.
         layers: what warps and integrates.
+        terms: further terms by name, as modules: ``losses.modules.term_of``.
 
     Raises:
         InputError: a term that does not exist, a negative or non-finite weight, no term at all, an even window,
@@ -55,9 +57,11 @@ class RegistrationLoss(nn.Module):
         label_ids: Sequence[int] = (),
         encoder: Encoder | None = None,
         layers: Layers = LAYERS,
+        terms: Mapping[str, nn.Module | Term] | None = None,
     ) -> None:
         super().__init__()
-        self.weights = _checked(weights)
+        self.terms = terms_of(terms or {}, TERMS)
+        self.weights = _checked(weights, self.terms)
         if window < 1 or window % 2 == 0:
             raise InputError(f"the window of lncc must be odd, got {window} voxels")
         if "features" in self.weights and encoder is None:
@@ -90,16 +94,16 @@ class RegistrationLoss(nn.Module):
         if "anatomy" in prediction:  # what the network sees in both images
             target = {**target, "anatomy": prediction["anatomy"]}
         with torch.autocast(registration.displacement.device.type, enabled=False):
-            terms = {name: TERMS[name].function(registration, target, options) for name in self.weights}
+            terms = {name: self.terms[name].function(registration, target, options) for name in self.weights}
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Weighed(total, {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()})
 
 
-def _checked(weights: Mapping[str, float]) -> dict[str, float]:
+def _checked(weights: Mapping[str, float], terms: Mapping[str, Term]) -> dict[str, float]:
     """The terms that have a weight. Raises InputError for what cannot be one."""
-    unknown = sorted(set(weights) - set(TERMS))
+    unknown = sorted(set(weights) - set(terms))
     if unknown:
-        raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(TERMS)}")
+        raise InputError(f"unknown loss terms {unknown}: choose among {', '.join(terms)}")
     if any(not math.isfinite(w) or w < 0 for w in weights.values()):
         raise InputError(f"loss weights must be finite and not negative, got {dict(weights)}")
     kept = {name: float(w) for name, w in weights.items() if w > 0}

@@ -125,7 +125,8 @@ def one_hot(labels: Tensor, ids: Sequence[int]) -> Tensor:
     return torch.cat([labels == i for i in ids], 1).float()
 
 
-def _shared_ids(fixed: Tensor, moving: Tensor) -> list[int]:
+def shared_ids(fixed: Tensor, moving: Tensor) -> list[int]:
+    """The labels that both maps hold."""
     shared = set(fixed.unique().tolist()) & set(moving.unique().tolist())
     return sorted(int(i) for i in shared if i > 0)
 
@@ -134,7 +135,7 @@ def _dice(r: Registration, target: Target, options: Options) -> Tensor:
     """1 - soft Dice of linearly warped one-hot labels, both ways, over the labels both images of a pair hold."""
     if not all(f"{side}_label" in target for side in SIDES):
         return nothing(r)
-    ids = options.label_ids or _shared_ids(target["fixed_label"], target["moving_label"])
+    ids = options.label_ids or shared_ids(target["fixed_label"], target["moving_label"])
     if not ids:
         return nothing(r)
     fixed, moving = (one_hot(target[key], ids) for key in ("fixed_label", "moving_label"))
@@ -247,6 +248,7 @@ class Term(NamedTuple):
     kind: Literal["similarity", "regularity", "supervision"]
     needs: str = ""  # what only pairs of a training have: label, landmarks, displacement, clean
     weight: float | None = None  # in refinement, of like effect; None: refinement does not offer it
+    module: nn.Module | None = None  # what ``losses.modules`` made it of
 
 
 TERMS: dict[str, Term] = {
@@ -274,18 +276,26 @@ TERMS: dict[str, Term] = {
 }
 
 
-def needing(weights: Mapping[str, float], *what: str) -> list[str]:
+def needing(weights: Mapping[str, float], *what: str, terms: Mapping[str, Term] = TERMS) -> list[str]:
     """The terms with a weight that need one of these (``Term.needs``) of a pair."""
-    return [name for name in sorted(weights) if weights[name] and name in TERMS and TERMS[name].needs in what]
+    return [name for name in sorted(weights) if weights[name] and name in terms and terms[name].needs in what]
 
 
-def supervision(weights: Mapping[str, float], *, landmark_channels: int | None) -> dict[str, str]:
+def supervision(
+    weights: Mapping[str, float], *, landmark_channels: int | None, terms: Mapping[str, Term] = TERMS
+) -> dict[str, str]:
     """The terms of a loss that need labels or landmarks -> which of the two files holds them."""
     kinds = {"label": "label", "landmarks": "landmarks" if landmark_channels is None else "label"}
-    return {name: kinds[TERMS[name].needs] for name in needing(weights, *kinds)}
+    return {name: kinds[terms[name].needs] for name in needing(weights, *kinds, terms=terms)}
 
 
-def supervised(pairs: Sequence[Case], weights: Mapping[str, float], *, landmark_channels: int | None = None) -> Tensor:
+def supervised(
+    pairs: Sequence[Case],
+    weights: Mapping[str, float],
+    *,
+    landmark_channels: int | None = None,
+    terms: Mapping[str, Term] = TERMS,
+) -> Tensor:
     """(N,) bool: which pairs have, of both images, what a term of the loss needs."""
-    kinds = set(supervision(weights, landmark_channels=landmark_channels).values())
+    kinds = set(supervision(weights, landmark_channels=landmark_channels, terms=terms).values())
     return torch.tensor([any(all(f"{side}_{kind}" in pair for side in SIDES) for kind in kinds) for pair in pairs])
