@@ -44,7 +44,7 @@ def difference(bundle: Path, configs: Sequence[str]) -> str | None:
     Raises:
         InputError: its metadata are no JSON.
     """
-    backbone = _backbone(bundle / "configs" / configs[0])
+    backbone = backbone_of(bundle / "configs" / configs[0])
     for path in (bundle / "configs" / name for name in (*configs, *ALWAYS)):
         line = _first_line(path, rendered(f"configs/{path.name}", backbone)) if path.is_file() else None
         if line is not None:
@@ -72,7 +72,8 @@ def _modules(bundle: Path) -> Iterator[str]:
         yield from (name for name in sorted(names) if name.endswith(tuple(all_suffixes())))
 
 
-def _backbone(config: Path) -> str:
+def backbone_of(config: Path) -> str:
+    """The backbone that a configuration names; the first one where it names none."""
     said = re.search(r"^backbone: (\w+)", config.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     return said[1] if said and said[1] in BACKBONES else next(iter(BACKBONES))
 

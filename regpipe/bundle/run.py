@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regpipe.bundle.own import require_own
+from regpipe.bundle.own import backbone_of, difference, require_own
 from regpipe.utils.errors import InputError
 
 BEST = "best"  # in a comparison's folder: names its best bundle
@@ -15,6 +15,15 @@ def bundle_in(folder: Path) -> Path:
     """``folder`` itself, or the best bundle of a comparison in it."""
     best = folder / BEST
     return folder / Path(best.read_text().strip()).name if best.is_file() else folder
+
+
+def own(folder: Path) -> tuple[Path, str] | None:
+    """The bundle that ``folder`` is or holds, and its backbone, where its inference is regpipe's own; else None."""
+    bundle = bundle_in(folder).absolute()
+    config = bundle / "configs" / "inference.yaml"
+    if not config.is_file() or difference(bundle, [config.name]):
+        return None
+    return bundle, backbone_of(config)
 
 
 def _trusted(folder: Path, trust: bool) -> Path:

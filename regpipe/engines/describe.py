@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from monai.transforms import Compose
 from torch import nn
 
 from regpipe.data.augment import RandomAffine
@@ -14,15 +13,16 @@ from regpipe.data.load import LoadPair
 from regpipe.data.pairs import Case
 from regpipe.data.placement import common_space
 from regpipe.data.split import Split
-from regpipe.engines.handlers import Budget, StructuresFirst, Validation, WeightAverage
 from regpipe.engines.record import digest, named
 from regpipe.engines.refine import Refinement
-from regpipe.engines.step import TrainingStep
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.modules import in_words
-from regpipe.metrics.cases import CaseMetrics
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.weights import unwrapped
+
+if TYPE_CHECKING:  # registering a folder needs none of a training, nor MONAI
+    from regpipe.engines.step import TrainingStep
+    from regpipe.metrics.cases import CaseMetrics
 
 T = TypeVar("T")
 
@@ -68,6 +68,8 @@ class Training:
     @property
     def augmentation(self) -> RandomAffine | None:
         """What moves the training images; None where nothing does."""
+        from monai.transforms import Compose
+
         transform = getattr(self.loader.dataset, "transform", None)
         parts = transform.transforms if isinstance(transform, Compose) else [transform]
         return next((part for part in parts if isinstance(part, RandomAffine)), None)
@@ -75,6 +77,8 @@ class Training:
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two runs comparable: TensorBoard's HParams; a run goes on only where they are the same."""
+        from regpipe.engines.handlers import StructuresFirst, WeightAverage
+
         average, structures = self._handler(WeightAverage), self._handler(StructuresFirst)
         about: dict[str, Any] = {
             **_of_network(self.network),
@@ -112,6 +116,8 @@ class Training:
     @property
     def schedule(self) -> dict[str, Any]:
         """What may differ between two runs that go on from each other."""
+        from regpipe.engines.handlers import Budget, Validation
+
         budget, validation = self._handler(Budget), self._handler(Validation)
         return {
             "max_epochs": self.trainer.state.max_epochs,

@@ -17,9 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from regpipe.data import manifest
 from regpipe.metrics import cost
-from regpipe.metrics.cases import write_csv
 from regpipe.metrics.measures import bootstrap_interval, known
 from regpipe.metrics.metric import columns, heading
+from regpipe.metrics.table import write_csv
 from regpipe.report.tensorboard_pages import COSTS, log_evaluation
 from regpipe.utils.console import Progress, say
 from regpipe.utils.files import replace_file

@@ -12,15 +12,15 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from regpipe.data.pairs import SIDES, list_pairs
 from regpipe.engines.refine import Refiner
 from regpipe.fields.algebra import (
+    LAYERS,
     Layers,
     Registration,
     integrate_both,
@@ -30,12 +30,16 @@ from regpipe.fields.algebra import (
     warp_both,
 )
 from regpipe.fields.folds import repair
-from regpipe.fields.layers import LAYERS
 from regpipe.io import images
 from regpipe.io.images import Grid, load_grid
 from regpipe.networks.symmetric import Prediction, SymmetricNet, prediction
 from regpipe.networks.weights import check_sound, read_state_dict, unwrapped
 from regpipe.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from monai.inferers import Inferer
+else:
+    Inferer = object  # MONAI's class holds nothing, and importing MONAI takes seconds
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +86,6 @@ class RegistrationInferer(Inferer):
         refiner: Refiner | None = None,
         repair: bool = False,
     ) -> None:
-        super().__init__()
         self.layers = layers
         self.cascades = cascades
         self.refiner = refiner
@@ -141,7 +144,6 @@ class ZeroInferer(Inferer):
     """
 
     def __init__(self, refiner: Refiner, *, repair: bool = False) -> None:
-        super().__init__()
         self.refiner = refiner
         self.repair = repair
 

@@ -12,9 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser
-from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
-
 from regpipe.utils.errors import InputError, one_line_errors
 
 MONAI = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file")
@@ -54,6 +51,8 @@ def refuse_unknown_ids(names: Iterable[str], files: Sequence[str], *, also: Iter
     Raises:
         InputError: a name that no file knows; the nearest one is named.
     """
+    from monai.bundle import ConfigParser  # MONAI takes seconds to import
+
     tops = {_top(key) for key in (*also, *ConfigParser.load_config_files(list(files)))}
     for name in names:
         if _top(name) not in tops:
@@ -70,6 +69,9 @@ def _tracking_ids(argv: Sequence[str]) -> list[str]:
     """
     if "--tracking" not in argv:
         return []
+    from monai.bundle import ConfigParser
+    from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+
     name = argv[argv.index("--tracking") + 1]
     if name == "mlflow" and find_spec("mlflow") is None:
         raise InputError('--tracking mlflow: needs MLflow; pip install "regpipe[mlflow]"')

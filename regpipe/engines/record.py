@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-import ignite.distributed as idist
-
 from regpipe.data import manifest
 from regpipe.data.pairs import Case
 from regpipe.io import images
+from regpipe.utils import distributed
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import absolute, parse_json, replace_file
 
@@ -54,7 +53,6 @@ def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     replace_file(Path(ckpt_dir) / NAME, text.encode())
 
 
-@idist.one_rank_only(with_barrier=True)
 def conclude(
     folder: str,
     kind: str,
@@ -75,12 +73,14 @@ def conclude(
         seconds: what it took.
         about: what else to keep: seed, and of an evaluation the model's files.
     """
-    known = [item for role, cases in pairs.items() for item in manifest.sources(role, manifest.paths_of(cases))]
-    processes = idist.get_world_size()
-    machine = manifest.machine(device) | ({"processes": processes} if processes > 1 else {})
-    files = manifest.hashes(Path(folder), manifest.BESIDE if kind == "training" else manifest.TABLES)
-    about |= {"machine": machine, "seconds": round(seconds, 2)}
-    manifest.write(Path(folder), kind, inputs=known, files=files, settings=settings, **about)
+    if distributed.rank() == 0:
+        known = [item for role, cases in pairs.items() for item in manifest.sources(role, manifest.paths_of(cases))]
+        processes = distributed.world_size()
+        machine = manifest.machine(device) | ({"processes": processes} if processes > 1 else {})
+        files = manifest.hashes(Path(folder), manifest.BESIDE if kind == "training" else manifest.TABLES)
+        about |= {"machine": machine, "seconds": round(seconds, 2)}
+        manifest.write(Path(folder), kind, inputs=known, files=files, settings=settings, **about)
+    distributed.barrier()
 
 
 def conclude_training(ckpt_dir: str, training: Any, held_out: Sequence[Case], *, device: Any, seconds: float) -> None:

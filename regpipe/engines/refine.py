@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regpipe.fields.algebra import Layers, register, resize, resize_image, smooth
-from regpipe.fields.layers import LAYERS
+from regpipe.engines.adam import Adam
+from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image, smooth
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.terms import TERMS
 from regpipe.networks.symmetric import VELOCITY_STRIDE
@@ -157,7 +157,7 @@ class Refiner:
 
     def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int, bar: Progress) -> Tensor:
         velocity = start.detach().clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([velocity], lr=self.rate, eps=FLAT)
+        optimizer = Adam(velocity, lr=self.rate, eps=FLAT)
         points, loss = velocity[0, 0].numel(), self.losses[velocity.shape[1]]
         for _ in range(steps):
             optimizer.zero_grad()

@@ -1,3 +1,4 @@
+from .algebra import LAYERS as LAYERS
 from .algebra import Layers as Layers
 from .algebra import Registration as Registration
 from .algebra import compose as compose
@@ -7,5 +8,4 @@ from .algebra import resize as resize
 from .algebra import warp as warp
 from .folds import repair as repair
 from .layers import DVF2DDF as DVF2DDF
-from .layers import LAYERS as LAYERS
 from .layers import Warp as Warp

@@ -125,16 +125,26 @@ class Layers(NamedTuple):
         return Layers(self.warp, quicker)
 
 
-FUNCTIONS = Layers(warp, integrate)
+class Integration:
+    """``integrate`` as a layer, in ``num_steps`` squarings."""
+
+    def __init__(self, num_steps: int = SQUARINGS) -> None:
+        self.num_steps = num_steps
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return integrate(v, squarings=self.num_steps)
 
 
-def compose(u: Tensor, v: Tensor, *, layers: Layers = FUNCTIONS) -> Tensor:
+LAYERS = Layers(warp, Integration())
+
+
+def compose(u: Tensor, v: Tensor, *, layers: Layers = LAYERS) -> Tensor:
     """``compose(u, v)(x) = v(x) + u(x + v(x))``: the displacement of first v, then u. Both (B, D, *spatial)."""
     v = v.float()
     return v + layers.warp(u.float(), v)
 
 
-def integrate_both(v: Tensor, *, layers: Layers = FUNCTIONS) -> tuple[Tensor, Tensor]:
+def integrate_both(v: Tensor, *, layers: Layers = LAYERS) -> tuple[Tensor, Tensor]:
     """(exp(v), exp(-v)) in one batch."""
     forward, backward = layers.dvf2ddf(torch.cat([v, -v])).chunk(2)
     return forward, backward
@@ -227,7 +237,7 @@ def determinant(matrix: Tensor) -> Tensor:
     )
 
 
-def register(fixed: Tensor, moving: Tensor, velocity: Tensor, *, layers: Layers = FUNCTIONS) -> Registration:
+def register(fixed: Tensor, moving: Tensor, velocity: Tensor, *, layers: Layers = LAYERS) -> Registration:
     """What a symmetric velocity (B, D, *grid) does to images (B, C, *spatial): exp(v) and exp(-v), both warps.
 
     The velocity may live on a coarser grid of the same extent: it is integrated there and the
@@ -238,7 +248,7 @@ def register(fixed: Tensor, moving: Tensor, velocity: Tensor, *, layers: Layers 
 
 
 def register_midway(
-    fixed: Tensor, moving: Tensor, velocity: Tensor, back: Tensor, *, layers: Layers = FUNCTIONS
+    fixed: Tensor, moving: Tensor, velocity: Tensor, back: Tensor, *, layers: Layers = LAYERS
 ) -> Registration:
     """The same for SYMNet's two velocities (B, D, *spatial), through the midway space (Mok & Chung 2020, eq. 5).
 
@@ -259,7 +269,7 @@ def _registration(
 
 
 def warp_both(
-    moving: Tensor, fixed: Tensor, forward: Tensor, backward: Tensor, *, layers: Layers = FUNCTIONS
+    moving: Tensor, fixed: Tensor, forward: Tensor, backward: Tensor, *, layers: Layers = LAYERS
 ) -> tuple[Tensor, Tensor]:
     """Moving onto fixed, and fixed onto moving; without a gradient one after the other, in half the memory."""
     if not torch.is_grad_enabled():

@@ -1,7 +1,8 @@
 """MONAI's ``Warp`` and ``DVF2DDF`` on the algebra of this room: the same values, faster.
 
 Whatever takes MONAI's layers takes these, and whatever takes these takes MONAI's: a bundle names both, ``warp`` and
-``dvf2ddf``, and all that warps or integrates in its run goes through the two.
+``dvf2ddf``, and all that warps or integrates in its run goes through the two. Where no bundle names any, the functions
+of ``algebra`` serve as they are, ``LAYERS``: MONAI takes seconds to import.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from monai.networks import blocks
 from monai.utils import GridSampleMode, GridSamplePadMode
 from torch import Tensor
 
-from regpipe.fields.algebra import SQUARINGS, Layers, integrate, warp
+from regpipe.fields.algebra import SQUARINGS, integrate, warp
 
 BILINEAR, BORDER = GridSampleMode.BILINEAR.value, GridSamplePadMode.BORDER.value
 
@@ -69,6 +70,3 @@ class DVF2DDF(blocks.DVF2DDF):
     def forward(self, dvf: Tensor) -> Tensor:
         layer = self.warp_layer
         return integrate(dvf, squarings=self.num_steps, mode=layer.mode, padding=layer.padding)
-
-
-LAYERS = Layers(Warp(), DVF2DDF())

@@ -19,7 +19,6 @@ from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
 from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
-from regpipe.report.tensorboard import case_pictures
 from regpipe.transforms import displacement, export, homography
 from regpipe.utils.files import sweep
 
@@ -97,7 +96,7 @@ def save_case(
     whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment)
     seen = views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
     out.hashes |= {f"{views.FOLDER}/{name}": digest for name, digest in seen.items()}
-    _save_pictures(out, case_pictures(batch, prediction))
+    _save_pictures(out, pictures.case_pictures(batch, prediction))
     spacing = load.grid_of(case, files).spacing
     measured = measure(registration, batch, spacing) | native | load.frames.found(case)
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most

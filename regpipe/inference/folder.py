@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
-from ignite.engine import Engine, Events
-from monai.data import Dataset
-from monai.engines import SupervisedEvaluator
-from monai.inferers import Inferer
+import torch
 from torch import nn
 
 from regpipe.data import manifest
@@ -30,7 +27,7 @@ from regpipe.inference.ladder import FittingInferer, require_for_files
 from regpipe.io import images
 from regpipe.io.source import Source
 from regpipe.metrics import typical
-from regpipe.metrics.cases import write_csv
+from regpipe.metrics.table import write_csv
 from regpipe.transforms import export
 from regpipe.utils import console, distributed, machine
 from regpipe.utils.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
@@ -91,8 +88,14 @@ class FolderRun:
         # rank 0's list: on that of one that begins later, what others have finished by then would be missing
         left = distributed.of_first([case["case"] for case in self._todo()])
         self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
-        self.dataset = Dataset(data=self._todo(), transform=self._load)
         self._current, self._began, self._files = "", 0.0, Source()
+
+    @functools.cached_property
+    def dataset(self) -> Any:
+        """What a bundle calls its dataset: the cases that were left, as ``monai.data.Dataset``."""
+        from monai.data import Dataset  # MONAI takes seconds to import
+
+        return Dataset(data=self._todo(), transform=self._load)
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """The row of a finished case."""
@@ -117,16 +120,15 @@ class FolderRun:
 
     # No __len__: a case that fails yields no batch, and Ignite would begin again to fill up an epoch.
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.dataset.data = self._todo()
-        for i, case in enumerate(console.Progress(self.dataset.data, what="registering", unit="pairs")):
+        for case in console.Progress(self._todo(), what="registering", unit="pairs"):
             self._current, self._began, self._files = case["case"], time.monotonic(), Source(hashed=True)
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels, files=self._files)
                 if problem:
                     raise InputError(problem[case["case"]])
                 self._require_memory(case)
-                batch = collate_pairs([self.dataset[i]])
-            except (RuntimeError, MemoryError, InputError) as error:  # MONAI wraps whatever loading raises
+                batch = collate_pairs([self._load(case)])
+            except Exception as error:  # whatever one case meets, the others are done
                 self._fail(case["case"], cause(error) or _told("loaded", error))
                 continue
             yield batch
@@ -144,14 +146,21 @@ class FolderRun:
                 self._files.let_go(case[role])
         return item
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
+    def attach(self, engine: Any) -> None:
+        """As a handler of an Ignite engine."""
+        from ignite.engine import Events
 
-    def _save(self, engine: Engine) -> None:
-        output: Any = engine.state.output
-        name = output["label"]["case"][0]
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._of_engine)
+
+    def _of_engine(self, engine: Any) -> None:
+        output = engine.state.output
+        engine.state.output = engine.state.batch = None  # not kept while the next case is registered
+        self._save(output["label"], output["pred"])
+
+    def _save(self, batch: Mapping[str, Any], prediction: Mapping[str, Any]) -> None:
+        name = batch["case"][0]
         try:
-            self._write(name, output["label"], output["pred"])
+            self._write(name, batch, prediction)
         except InputError as problem:
             self._give_up(name, problem)
         except OSError as problem:
@@ -163,8 +172,7 @@ class FolderRun:
         except Exception as problem:  # whatever it is, the other cases are done
             log.debug("%s", name, exc_info=True)
             self._give_up(name, _told("written", problem))
-        finally:  # not kept while the next case is registered
-            engine.state.output = engine.state.batch = None
+        finally:
             self._files = Source()
 
     def _write(self, name: str, batch: Mapping[str, Any], prediction: Mapping[str, Any]) -> None:
@@ -226,20 +234,26 @@ class FolderRun:
         self.failures[name] = str(problem)
         console.complain("error", f"{name}: {problem}")
 
-    def register_by(self, network: nn.Module, inferer: Inferer, *, strict: bool = False) -> None:
-        """``register`` without a bundle: ``inferer`` applies ``network``, fitted to the memory there is."""
-        evaluator = SupervisedEvaluator(
-            device=distributed.device(),
-            val_data_loader=self,
-            network=network,
-            inferer=FittingInferer(inferer, memory_gib=self.memory_gib),
-            prepare_batch=prepare_batch,
-            val_handlers=[self],
-            decollate=False,
-        )
-        self.register(evaluator, strict=strict)
+    def register_by(self, network: nn.Module, inferer: Any, *, strict: bool = False) -> None:
+        """``register`` without MONAI: ``inferer`` applies ``network``, fitted to the memory there is."""
+        fitting, device = FittingInferer(inferer, memory_gib=self.memory_gib), distributed.device()
+        network.eval()
 
-    def register(self, evaluator: Engine, *, strict: bool = False) -> None:
+        def run() -> None:
+            for batch in self:
+                pair, target, _, told = prepare_batch(batch, device)
+                with torch.no_grad():
+                    prediction = fitting(pair, network, **told)
+                self._save(target, prediction)
+                del batch, pair, target, told, prediction  # not kept while the next case is registered
+
+        self._register(run, strict=strict)
+
+    def register(self, evaluator: Any, *, strict: bool = False) -> None:
+        """``_register`` by MONAI's evaluator, whose data and handler this is."""
+        self._register(evaluator.run, strict=strict)
+
+    def _register(self, run: Callable[[], object], *, strict: bool) -> None:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
 
         Raises:
@@ -256,7 +270,7 @@ class FolderRun:
             console.say(f"{self._finished} of {len(self.cases)} cases are finished already")
         try:
             while self._todo():
-                self._run(evaluator)
+                self._run(run)
         except KeyboardInterrupt:
             console.say("\nstopped: the same command goes on with the cases that are left")
             raise SystemExit(130) from None
@@ -264,16 +278,17 @@ class FolderRun:
             raise InputError(f"{explain(problem)}; the same command goes on with the cases that are left") from problem
         self.failures = distributed.merged(self.failures)
         rows = [row for row in map(self._result, self.cases) if row is not None]
-        self._summary(rows)
+        if distributed.rank() == 0:
+            self._summary(rows)
         distributed.leave()
         if self.failures or (strict and any(row["warnings"] for row in rows)):
             raise SystemExit(1)
 
-    def _run(self, evaluator: Engine) -> None:
+    def _run(self, run: Callable[[], object]) -> None:
         """All that is left, or up to a case that the network cannot take: out of memory, say."""
         self._current = ""
         try:
-            evaluator.run()
+            run()
         except OSError:  # a full disk: nor can any other case be written
             raise
         except Exception as error:  # whatever one case meets, the others are done
@@ -282,7 +297,6 @@ class FolderRun:
             log.debug("%s", self._current, exc_info=True)
             self._fail(self._current, _told("registered", error))
 
-    @idist.one_rank_only()
     def _summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
         spared = Counter(", ".join(row.get("to_fit_memory", [])) for row in rows)
         if rows:

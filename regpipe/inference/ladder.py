@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from monai.data.utils import compute_importance_map, dense_patch_slices
-from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
+from regpipe.engines.inferers import Inferer
 from regpipe.engines.refine import SMALLEST
 from regpipe.fields.algebra import resize_image
 from regpipe.inference import memory
@@ -60,8 +59,7 @@ class FittingInferer(Inferer):
             limit included, or less where there is less later.
     """
 
-    def __init__(self, inferer: Inferer, *, memory_gib: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, inferer: Any, *, memory_gib: float | None = None) -> None:
         if memory_gib is not None and not memory_gib > 0:
             raise InputError(f"--memory_gib {memory_gib}: give more than 0, or leave it out for what is free")
         self.inferer, self.memory_gib = inferer, memory_gib
@@ -133,7 +131,7 @@ class FittingInferer(Inferer):
 
 
 def require_memory(
-    inferer: Inferer,
+    inferer: Any,
     network: nn.Module,
     loss: nn.Module,
     shape: Sequence[int],
@@ -187,7 +185,7 @@ def require_memory(
     return taken
 
 
-def _training_bound(inferer: Inferer, network: nn.Module, shape: Sequence[int], batch_size: int) -> int:
+def _training_bound(inferer: Any, network: nn.Module, shape: Sequence[int], batch_size: int) -> int:
     """More than any training takes: what leaves that much need not be predicted."""
     weights = sum(p.numel() for p in network.parameters())
     return memory.LIBRARIES + 16 * weights + PLENTY * math.prod(shape) * batch_size * getattr(inferer, "cascades", 1)
@@ -311,6 +309,8 @@ class Tiled:
         self.most: int | None = None  # a dry run learns nothing from more tiles than two
 
     def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Prediction:
+        from monai.data.utils import compute_importance_map, dense_patch_slices  # MONAI takes seconds to import
+
         whole = self.network.inner_shape(pair.shape[2:])
         pair = resize_image(pair, whole)
         tile = [min(self.size, n) for n in whole]

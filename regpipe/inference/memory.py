@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,7 +147,7 @@ def dry_run(work: Callable[[], object]) -> Follower:
     return follower
 
 
-def inference(inferer: Inferer, network: Network, shape: Sequence[int], *, device: str | torch.device = "cpu") -> int:
+def inference(inferer: Any, network: Network, shape: Sequence[int], *, device: str | torch.device = "cpu") -> int:
     """Bytes that registering one pair on a grid takes, beyond what the process holds before it.
 
     Args:
@@ -175,7 +174,7 @@ def inference(inferer: Inferer, network: Network, shape: Sequence[int], *, devic
 
 
 def training(
-    inferer: Inferer,
+    inferer: Any,
     network: nn.Module,
     loss: nn.Module,
     shape: Sequence[int],
@@ -227,7 +226,7 @@ def _batch(shape: Sequence[int], count: int) -> dict[str, Tensor]:
     return {key: torch.empty(count, 1, *shape, dtype=dtype) for key, dtype in sides}
 
 
-def _without_numbers(inferer: Inferer) -> Any:
+def _without_numbers(inferer: Any) -> Any:
     """The inferer with what a dry run needs of it: few steps, no search for folds."""
     dry = _fake(inferer)  # MONAI's Warp keeps a grid
     dry.repair = False

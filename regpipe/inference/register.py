@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from regpipe.bundle.run import register_with_bundle
+from regpipe.bundle.run import own, register_with_bundle
 from regpipe.bundle.write import TRANSFERRED
 from regpipe.engines.inferers import dimensions_of
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, refinement_loss
+from regpipe.inference.by_bundle import register_by_bundle
 from regpipe.inference.from_zero import register_from_zero
 from regpipe.inference.symnet import register_by_symnet
 from regpipe.io import images
@@ -30,6 +31,9 @@ from regpipe.utils import console
 from regpipe.utils.errors import InputError, cause
 
 BESIDE = ("fixed_label", "moving_label", "fixed_mask", "moving_mask", "fixed_landmarks", "moving_landmarks")
+
+OF_OWN = {"ckpt_dir", "refine", "refine_finest", "pairing", "formats", "memory_gib", "strict"}  # ids of a bundle's
+OF_OWN |= {"affine", "affine_from", "affine_metric"}  # inference that need not MONAI
 
 
 def register_files(
@@ -79,10 +83,18 @@ def register_files(
         return
     folder, told = found
     steps = told.get("refine", 0) if refine is None else refine
-    if (similarity, smoothness) != (None, None):
-        told["refine_loss"] = _refine_loss(steps, loss)
+    chosen_loss = (similarity, smoothness) != (None, None)
+    if chosen_loss and not steps:
+        raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
     told |= chosen | ({} if refine is None else {"refine": refine})
     told |= {} if finest is None else {"refine_finest": finest}
+    found_own = own(folder)
+    if found_own is not None and told.keys() <= OF_OWN:
+        places = (str(path.expanduser().absolute()) for path in (dataset, out))
+        register_by_bundle(*found_own, *places, loss=loss if chosen_loss else None, **told)
+        return
+    if chosen_loss:
+        told["refine_loss"] = _refine_loss(loss)
     register_with_bundle(folder, dataset, out, told, trust=trust)
 
 
@@ -108,10 +120,8 @@ def _bundle(name: str, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
     return found, {"ckpt_dir": str(found.absolute() / "models" / f"{dim}d"), "refine": SHIPPED_STEPS}
 
 
-def _refine_loss(steps: int, loss: Mapping[str, Any]) -> str:
+def _refine_loss(loss: Mapping[str, Any]) -> str:
     """What a bundle's ``refine_loss`` is told."""
-    if not steps:
-        raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
     words = ", ".join(f"{name}={value!r}" for name, value in loss.items())
     return f"$regpipe.engines.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {words})"
 

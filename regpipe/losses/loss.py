@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regpipe.fields.algebra import Layers, Registration
-from regpipe.fields.layers import LAYERS
+from regpipe.fields.algebra import LAYERS, Layers, Registration
 from regpipe.losses.modules import terms_of
 from regpipe.losses.terms import TERMS, Options, Target, Term
 from regpipe.networks.encoders import Encoder

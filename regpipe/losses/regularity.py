@@ -10,12 +10,9 @@ import math
 import warnings
 
 import torch
-from monai.losses import BendingEnergyLoss
 from torch import Tensor
 
 from regpipe.fields.algebra import differences, jacobian_determinant
-
-_bending_energy = BendingEnergyLoss()
 
 
 def diffusion(u: Tensor) -> Tensor:
@@ -25,9 +22,11 @@ def diffusion(u: Tensor) -> Tensor:
 
 def bending(u: Tensor) -> Tensor:
     """Bending energy (MONAI's; Rueckert et al. 1999): squared second derivatives, mean over components."""
+    from monai.losses import BendingEnergyLoss  # MONAI takes seconds to import
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it indexes by a list, which torch says at every call
-        return _bending_energy(u)
+        return BendingEnergyLoss()(u)
 
 
 def elastic(u: Tensor, *, mu: float = 1.0, lam: float = 1.0) -> Tensor:

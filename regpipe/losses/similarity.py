@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 
 import torch
-from monai.losses import GlobalMutualInformationLoss
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -194,7 +193,11 @@ def mse(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
     return masked_mean((a - b).square(), mask)
 
 
-_mutual_information = GlobalMutualInformationLoss(num_bins=32)  # the b-spline kernel is NaN on flat images
+@functools.cache
+def _mutual_information() -> Any:
+    from monai.losses import GlobalMutualInformationLoss  # MONAI takes seconds to import
+
+    return GlobalMutualInformationLoss(num_bins=32)  # the b-spline kernel is NaN on flat images
 
 
 @_in_float32
@@ -205,12 +208,12 @@ def mi(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
     tensors of 32 floats a voxel are kept for the gradient.
     """
     if mask is None:
-        return _mutual_information(a, b)
+        return _mutual_information()(a, b)
     inside = mask > 0.5
     pairs = [(x[i][None, None], y[i][None, None]) for x, y, i in zip(a, b, inside, strict=True) if i.any()]
     if not pairs:
         return 0.0 * (a.sum() + b.sum())
-    return torch.stack([_mutual_information(x, y) for x, y in pairs]).mean()
+    return torch.stack([_mutual_information()(x, y) for x, y in pairs]).mean()
 
 
 def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:

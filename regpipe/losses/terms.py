@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regpipe.data.pairs import SIDES, Case
-from regpipe.fields.algebra import Layers, Registration, resize, resize_image, sample_at, warp_both
-from regpipe.fields.layers import LAYERS
+from regpipe.fields.algebra import LAYERS, Layers, Registration, resize, resize_image, sample_at, warp_both
 from regpipe.losses import regularity, similarity
 from regpipe.losses.similarity import lncc
 from regpipe.networks.encoders import Encoder

@@ -1,13 +1,10 @@
-"""The metrics of many cases: an Ignite metric for MONAI's evaluator, and the per-case CSV."""
+"""The metrics of many cases: an Ignite metric for MONAI's evaluator."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +13,13 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import MetricUsage
 
-from regpipe.fields.algebra import FUNCTIONS, Layers, Registration
-from regpipe.metrics.measures import known, mean_of, measure
+from regpipe.fields.algebra import LAYERS, Layers, Registration
+from regpipe.metrics.measures import mean_of, measure
 from regpipe.metrics.metric import columns, key_metric
+from regpipe.metrics.table import read_rows as read_rows  # for those who know them by this module
+from regpipe.metrics.table import write_csv as write_csv
 from regpipe.utils.distributed import gathered
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import replace_file
 
 Row = dict[str, Any]  # "case" and one number per metric
 
@@ -50,7 +48,7 @@ class CaseMetrics(Metric):
         spacing: Sequence[float],
         *,
         key: str = "auto",
-        layers: Layers = FUNCTIONS,
+        layers: Layers = LAYERS,
         output_transform: Callable[[Any], Any] = lambda output: output,
     ) -> None:
         if key != "auto" and key not in columns():
@@ -99,38 +97,6 @@ class CaseMetrics(Metric):
         engine.state.metrics[name] = means[key] if columns()[key].higher else -means[key]
         details = getattr(engine.state, "metric_details", None) or {}  # MONAI's addition to Ignite
         engine.state.metric_details = {**details, "cases": rows}  # type: ignore[attr-defined]
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a header, one line per case, then 'mean' and 'std' (n - 1), both without NaNs; NaN is what a case lacks.
-
-    The file is written aside and renamed, so that an old one is replaced whole or not at all.
-
-    Raises:
-        ValueError: without rows.
-    """
-    if not rows:
-        raise ValueError(f"{path}: there are no cases to write")
-    names = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "case"]
-    table = [[row["case"], *(float(row.get(name, math.nan)) for name in names)] for row in rows]
-    columns = list(zip(*(line[1:] for line in table), strict=True))
-    table.append(["mean", *map(mean_of, columns)])
-    table.append(["std", *map(_std, columns)])
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([["case", *names], *table])
-    replace_file(path, text.getvalue().encode())
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The cases of a ``metrics.csv``, without its ``mean`` and ``std`` lines."""
-    with Path(path).open(newline="", encoding="utf-8") as stream:
-        rows = [{k: v if k == "case" else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
-    return [row for row in rows if row["case"] not in ("mean", "std")]
-
-
-def _std(values: Iterable[float]) -> float:
-    numbers = known(values)
-    return float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan
 
 
 def _means(rows: Sequence[Row]) -> dict[str, float]:

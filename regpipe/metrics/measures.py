@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.metrics import compute_hausdorff_distance
 from scipy.ndimage import find_objects
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from regpipe.fields.algebra import (
-    FUNCTIONS,
+    LAYERS,
     Layers,
     Registration,
     compose,
@@ -88,6 +86,8 @@ def _around(boxes: Sequence[tuple[slice, ...]]) -> list[slice]:
 
 
 def _hausdorff(a: Tensor, b: Tensor, spacing: Sequence[float]) -> float:
+    from monai.metrics import compute_hausdorff_distance  # MONAI takes seconds to import
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI's own call to its own old argument
         return compute_hausdorff_distance(
@@ -204,7 +204,7 @@ def sdlogj_l2r(displacement: Array) -> float:
 
 
 def inverse_consistency(
-    displacement: Array, inverse: Array, spacing: Sequence[float], *, layers: Layers = FUNCTIONS
+    displacement: Array, inverse: Array, spacing: Sequence[float], *, layers: Layers = LAYERS
 ) -> float:
     """Mean length in mm of compose(u, u_inv) and compose(u_inv, u). Both (D, *spatial)."""
     u, u_inv = _batched(displacement), _batched(inverse)
@@ -231,6 +231,8 @@ def bootstrap_interval(
     mean = float(numbers.mean()) if len(numbers) else math.nan
     if len(numbers) < 2:
         return mean, mean, mean
+    from scipy.stats import bootstrap  # a third of a second
+
     interval = bootstrap(
         (numbers,),
         np.mean,
@@ -259,7 +261,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    registration: Registration, item: Mapping[str, Any], spacing: Sequence[float], *, layers: Layers = FUNCTIONS
+    registration: Registration, item: Mapping[str, Any], spacing: Sequence[float], *, layers: Layers = LAYERS
 ) -> dict[str, float]:
     """Every metric of ``metrics.metric.columns`` for one case: one row of the CSV.
 

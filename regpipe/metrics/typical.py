@@ -13,10 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
 
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
@@ -25,8 +23,8 @@ from regpipe.io.geometry import upright
 from regpipe.io.images import Image
 from regpipe.metrics.measures import ncc, sdlogj
 from regpipe.transforms.likeness import DARK, information
+from regpipe.utils import distributed
 from regpipe.utils.console import Progress
-from regpipe.utils.distributed import gathered
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file
 
@@ -213,13 +211,15 @@ class TypicalPairs:
         self.ckpt_dir, self.spacing = ckpt_dir, tuple(spacing)
         self._rows: dict[str, dict[str, float]] = {}
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
+        from ignite.engine import Events  # of a training alone
+
         engine.add_event_handler(Events.STARTED, lambda: self._rows.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._note)
         engine.add_event_handler(Events.COMPLETED, self._keep)
 
     @torch.no_grad()
-    def _note(self, engine: Engine) -> None:
+    def _note(self, engine: Any) -> None:
         output: Any = engine.state.output
         batch, prediction = output["label"], output["pred"]
         for i, case in enumerate(batch["case"]):
@@ -228,10 +228,10 @@ class TypicalPairs:
             registration = Registration.of(prediction, one)
             self._rows[case] = numbers(item, registration, self.spacing)
 
-    def _keep(self, engine: Engine) -> None:
-        rows = {case: row for part in gathered(self._rows) for case, row in part.items()}
+    def _keep(self, engine: Any) -> None:
+        rows = {case: row for part in distributed.gathered(self._rows) for case, row in part.items()}
         state: Any = engine.state
-        if idist.get_rank() > 0 or state.best_metric_epoch != state.epoch:
+        if distributed.rank() > 0 or state.best_metric_epoch != state.epoch:
             return
         values = {name: [[row[name]] for row in rows.values()] for name in next(iter(rows.values()))}
         ranges = {name: _range(column) for name, column in values.items()}

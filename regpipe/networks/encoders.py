@@ -6,7 +6,8 @@ Contract of an encoder
 ``(B, channels[i], *ceil(spatial / strides[i]))`` for any input size, odd sizes included.
 ``channels`` and ``strides`` are attributes; whoever uses an encoder reads these and never its name.
 
-The layers are torchvision's own, ``plain``'s, the yardstick, SYMNet's. Three things are done to them:
+The layers are torchvision's (``networks.layouts``); ``plain``'s, the yardstick, are SYMNet's. Three things are done to
+them:
 
 - grey for RGB: the stem's three input channels are summed, and images in [0, 1] are shifted and
   scaled by the mean of ImageNet's statistics, so that a pretrained stem sees what it was trained on;
@@ -26,9 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
+from regpipe.networks import layouts
 from regpipe.networks.weights import lay_in, read_weights
 from regpipe.utils.errors import InputError
 
@@ -99,15 +100,15 @@ def _plain_stages(net: Any) -> list[nn.Module]:
 
 
 BACKBONES: dict[str, Backbone] = {
-    "resnet18": Backbone(torchvision.models.resnet18, _resnet18_stages, (64, 64, 128, 256, 512), (2, 4, 8, 16, 32)),
+    "resnet18": Backbone(layouts.ResNet18, _resnet18_stages, (64, 64, 128, 256, 512), (2, 4, 8, 16, 32)),
     "vgg16": Backbone(
-        torchvision.models.vgg16,
+        layouts.vgg16,
         _vgg16_stages,
         (64, 128, 256, 512, 512),
         (2, 4, 8, 16, 32),
         halve_first=True,
     ),
-    "alexnet": Backbone(torchvision.models.alexnet, _alexnet_stages, (64, 192, 256), (4, 8, 16)),
+    "alexnet": Backbone(layouts.alexnet, _alexnet_stages, (64, 192, 256), (4, 8, 16)),
     "plain": Backbone(Plain, _plain_stages, (16, 32, 64, 64), (2, 4, 8, 16)),
 }
 TRANSFERRED = tuple(name for name in BACKBONES if name != "plain")  # weights of these are published
@@ -152,7 +153,7 @@ class Encoder(nn.Module):
         stages = nn.ModuleList(spec.stages(net)[: len(kept)])
         names = _original_names(net, stages)
         state = read_weights(pretrained, backbone, spatial_dims)
-        stages.to_empty(device="cpu")
+        _make_room(stages)
         _take_grey(stages)
         keep_norm = state is not None and any(name.endswith("running_mean") for name in state)
         self.stages = nn.ModuleList(adapt(stage, spatial_dims, keep_statistics=keep_norm) for stage in stages)
@@ -188,6 +189,15 @@ def _original_names(net: nn.Module, stages: nn.Module) -> dict[str, str]:
     """Module path within ``stages`` -> path within torchvision's ``net``, of which they are parts."""
     original = {module: name for name, module in net.named_modules()}
     return {name: original[m] for name, m in stages.named_modules() if m in original}
+
+
+def _make_room(stages: nn.Module) -> None:
+    """Memory for tensors of the meta device, as ``to_empty``, which imports sympy: a quarter of a second."""
+    for module in stages.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _take_grey(stages: nn.Module) -> None:

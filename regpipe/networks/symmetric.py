@@ -15,12 +15,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import UNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from regpipe.fields.algebra import Layers, integrate_both, resize, resize_image
-from regpipe.fields.layers import DVF2DDF, Warp
+from regpipe.fields.algebra import Integration, Layers, integrate_both, resize, resize_image, warp
 from regpipe.networks.correlation import local_correlations
 from regpipe.networks.encoders import CONV, Encoder
 from regpipe.networks.weights import lay_in_decoder
@@ -193,6 +191,8 @@ class _Anatomy(nn.Module):
     """
 
     def __init__(self, spatial_dims: int, width: int, classes: int) -> None:
+        from monai.networks.nets import UNet  # MONAI takes seconds to import
+
         super().__init__()
         channels = [width << i for i in range(5)]
         self.net = UNet(spatial_dims, 1, classes, channels, strides=(2, 2, 2, 2), num_res_units=2)
@@ -281,7 +281,7 @@ class _Level(nn.Module):
             conv(width, width, 3, padding=1),
             nn.LeakyReLU(0.2, inplace=True),
         )
-        self.layers = Layers(Warp(), DVF2DDF(4))
+        self.layers = Layers(warp, Integration(4))
         self.flow = conv(width, spatial_dims, 3, padding=1, bias=False)
         nn.init.normal_(self.flow.weight, std=1e-3)  # begin near the identity
 

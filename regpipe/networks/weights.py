@@ -20,7 +20,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from regpipe.utils.errors import InputError
@@ -135,6 +134,8 @@ def _reason(error: Exception) -> str:
 
 
 def _imagenet(backbone: str) -> dict[str, Tensor]:
+    import torchvision  # takes a second
+
     if backbone not in torchvision.models.list_models():
         raise InputError(f"imagenet has no {backbone}: give --pretrained none, or a file or bundle folder trained here")
     weights = torchvision.models.get_model_weights(backbone).DEFAULT

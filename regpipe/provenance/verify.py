@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from regpipe.data import manifest
 from regpipe.io import images
-from regpipe.metrics.cases import read_rows
+from regpipe.metrics.table import read_rows
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import sha256

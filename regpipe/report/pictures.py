@@ -8,7 +8,7 @@ otherwise. One voxel becomes a square of k x k pixels, k the same for every pict
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -78,6 +78,20 @@ def pictures(
     at = _content(images[0], axis)
     seen = _slice(images, u, axis, at, origin or ("upper" if len(u) == 2 else "lower"))
     return {name: kind.draw(seen) for name, kind in PICTURES.items()}
+
+
+def case_pictures(batch: Mapping[str, Any], prediction: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """``pictures`` of the first case of a batch."""
+
+    def array(tensor: torch.Tensor) -> np.ndarray:
+        return tensor[0].detach().cpu().float().numpy()
+
+    return pictures(
+        array(batch["fixed_image"])[0],
+        array(batch["moving_image"])[0],
+        array(prediction["warped_moving"])[0],
+        array(prediction["displacement"]),
+    )
 
 
 def _check(images: list[Array], u: Array, origin: str | None) -> None:

@@ -20,7 +20,7 @@ from torch.profiler import profile
 from torch.utils.tensorboard import SummaryWriter
 
 from regpipe.fields.algebra import jacobian_determinant
-from regpipe.report import pictures
+from regpipe.report.pictures import case_pictures
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
@@ -117,20 +117,6 @@ class PictureLog:
         if self.spacing is not None:
             for name, values in case_values(output["pred"]["displacement"], self.spacing).items():
                 self.writer.add_histogram(f"case_{case}/{name}", values, epoch)
-
-
-def case_pictures(batch: Mapping[str, Any], prediction: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """``report.pictures.pictures`` of the first case of a batch."""
-
-    def array(tensor: Tensor) -> np.ndarray:
-        return tensor[0].detach().cpu().float().numpy()
-
-    return pictures.pictures(
-        array(batch["fixed_image"])[0],
-        array(batch["moving_image"])[0],
-        array(prediction["warped_moving"])[0],
-        array(prediction["displacement"]),
-    )
 
 
 def case_values(displacement: Tensor, spacing: Sequence[float]) -> dict[str, np.ndarray]:

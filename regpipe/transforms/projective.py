@@ -11,7 +11,6 @@ import logging
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from regpipe.io.geometry import carry, lps_matrix
 from regpipe.io.images import Image
@@ -88,6 +87,8 @@ def from_landmarks(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
     middle, to_x, to_y = x.mean(axis=0), _unit(x), _unit(y)
     x, y = carry(to_x, x), carry(to_y, y)
     found = _direct(x, y)
+    from scipy.optimize import least_squares  # of this stage alone
+
     fitted = least_squares(lambda h: (carry(h.reshape(3, 3), x) - y).ravel(), found.ravel(), xtol=1e-15, ftol=1e-15)
     matrix = np.linalg.inv(to_y) @ fitted.x.reshape(3, 3) @ to_x
     return upright(lps_matrix(matrix), -middle)

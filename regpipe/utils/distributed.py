@@ -1,6 +1,7 @@
 """Several processes, started by ``torchrun``, that train one model or divide a folder among them.
 
-Without ``torchrun`` there is one process, and nothing here changes it. Rank and world size are Ignite's (``idist``).
+Without ``torchrun`` there is one process, and nothing here changes it. Rank and world size are torch's, as Ignite's
+(``idist``) are, which half a second goes to import.
 Every process must call whatever gathers or waits, in the same order.
 """
 
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -48,15 +48,19 @@ def join(*, hours: float, nccl: bool = False) -> None:
             raise InputError(f"more processes than the {gpus} GPUs of this machine: give --nproc_per_node {gpus}")
         torch.cuda.set_device(local % gpus)
     dist.init_process_group("nccl" if nccl and gpus else "gloo", timeout=timedelta(hours=hours))
+    import ignite.distributed as idist
+
     idist.sync()  # now: if rank 0 alone were the first to use Ignite, it would wait for the others
     _say_when_ended()
-    if idist.get_rank() > 0:
+    if rank() > 0:
         logging.getLogger("regpipe").setLevel(logging.WARNING)
 
 
 def leave() -> None:
     """Wait for every process, then leave the group; does nothing without one."""
     if dist.is_initialized():
+        import ignite.distributed as idist
+
         idist.barrier()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on others may end
         idist.finalize()
@@ -78,6 +82,22 @@ def _say_when_ended() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def rank() -> int:
+    """Of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def device() -> torch.device:
     """The GPU of this process, or the CPU. Ask after ``join``."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -85,7 +105,7 @@ def device() -> torch.device:
 
 def of_first(value: T) -> T:
     """Rank 0's value, for all."""
-    if idist.get_world_size() == 1:
+    if world_size() == 1:
         return value
     held = [value]
     dist.broadcast_object_list(held, src=0)
@@ -94,9 +114,9 @@ def of_first(value: T) -> T:
 
 def gathered(value: T) -> list[T]:
     """The values of all processes, by rank."""
-    if idist.get_world_size() == 1:
+    if world_size() == 1:
         return [value]
-    held: list[Any] = [None] * idist.get_world_size()
+    held: list[Any] = [None] * world_size()
     dist.all_gather_object(held, value)
     return held
 
@@ -108,7 +128,7 @@ def merged(part: dict[str, T]) -> dict[str, T]:
 
 def share(items: Sequence[T]) -> list[T]:
     """This process's part of a list that all have: every ``world size``-th item, each in one part only."""
-    return list(items[idist.get_rank() :: idist.get_world_size()])
+    return list(items[rank() :: world_size()])
 
 
 def validation_indices(count: int) -> list[int]:
@@ -116,7 +136,7 @@ def validation_indices(count: int) -> list[int]:
 
     ``CaseMetrics`` counts a case once.
     """
-    return share(range(count)) or [idist.get_rank() % count]
+    return share(range(count)) or [rank() % count]
 
 
 def parallel(network: nn.Module, *, in_parts: bool = False) -> nn.Module:
@@ -125,7 +145,7 @@ def parallel(network: nn.Module, *, in_parts: bool = False) -> nn.Module:
     Use the network itself to save, load, clip and evaluate: its names have no prefix.
     ``in_parts``: in some steps some of the weights are not used.
     """
-    if idist.get_world_size() == 1:
+    if world_size() == 1:
         return network
     on_gpu = next(network.parameters()).is_cuda
     # No buffer changes (the only BatchNorm is frozen), so none is sent. Torch 2.15 renamed the option.
@@ -144,7 +164,7 @@ class NoWriter:
 
 def writer(log_dir: str) -> Any:
     """TensorBoard's writer on rank 0; ``NoWriter`` on the others."""
-    if idist.get_rank() > 0:
+    if rank() > 0:
         return NoWriter()
     from torch.utils.tensorboard import SummaryWriter  # a second or two
 

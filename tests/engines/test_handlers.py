@@ -27,7 +27,7 @@ from regpipe.engines.handlers import (
 )
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
 from regpipe.engines.step import TrainingStep, gradient_scaler
-from regpipe.fields.layers import LAYERS
+from regpipe.fields.algebra import LAYERS
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils.errors import InputError

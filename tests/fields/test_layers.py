@@ -15,7 +15,7 @@ from helpers.terms import example, smooth
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.refine import Refiner
 from regpipe.fields.algebra import Layers, Registration, integrate, warp
-from regpipe.fields.layers import DVF2DDF, LAYERS, Warp
+from regpipe.fields.layers import DVF2DDF, Warp
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.measures import inverse_consistency
 from regpipe.networks.symmetric import Prediction
@@ -60,7 +60,7 @@ def test_an_inferer_and_a_loss_with_monais_layers_give_the_same_displacement_and
     target = {"fixed_image": pair[:, :1], "moving_image": pair[:, 1:]}
     target |= {"fixed_mask": (pair[:, :1] > 0.2).float(), "moving_mask": (pair[:, 1:] > 0.2).float()}
     found: list[tuple[dict[str, Tensor], Tensor]] = []
-    for layers in (LAYERS, MONAI):
+    for layers in (Layers(Warp(), DVF2DDF()), MONAI):
         loss = RegistrationLoss({"lncc": 1.0, "midway": 1.0, "jacobian": 1.0, "diffusion": 0.1}, layers=layers)
         given = velocity.clone().requires_grad_()
         both = Prediction(*given.chunk(2, 1)) if midway else given
