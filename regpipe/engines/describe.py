@@ -21,6 +21,8 @@ from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.weights import unwrapped
 
 if TYPE_CHECKING:  # registering a folder needs none of a training, nor MONAI
+    from ignite.handlers import EarlyStopping
+
     from regpipe.engines.step import TrainingStep
     from regpipe.metrics.cases import CaseMetrics
 
@@ -37,7 +39,7 @@ class Training:
         load: how a case becomes tensors.
         split: the data.
         score: the key metric.
-        patience: as ``engines.run.Run``'s.
+        stopper: ends it, see ``engines.handlers.stopper``.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class Training:
         load: LoadPair,
         split: Split,
         score: CaseMetrics,
-        patience: int,
+        stopper: EarlyStopping,
     ) -> None:
         self.trainer, self.handlers, self.step, self.load = trainer, handlers, step, load
-        self.split, self.score, self.patience = split, score, patience
+        self.split, self.score, self.stopper = split, score, stopper
         self.network, self.loss, self.loader = unwrapped(trainer.network), trainer.loss_function, trainer.data_loader
 
     @property
@@ -75,6 +77,17 @@ class Training:
         return next((part for part in parts if isinstance(part, RandomAffine)), None)
 
     @property
+    def batch_size(self) -> int:
+        """Pairs to a batch."""
+        return int(self.loader.batch_size or self.loader.dataset.batch_size)
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest, of what is not the encoder."""
+        group = self.trainer.optimizer.param_groups[-1]
+        return float(group.get("initial_lr", group["lr"]))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What makes two runs comparable: TensorBoard's HParams; a run goes on only where they are the same."""
         from regpipe.engines.handlers import StructuresFirst, WeightAverage
@@ -83,10 +96,10 @@ class Training:
         about: dict[str, Any] = {
             **_of_network(self.network),
             "cascades": getattr(self.trainer.inferer, "cascades", 1),
-            "learning_rate": self.trainer.optimizer.defaults["lr"],
+            "learning_rate": self.learning_rate,
             "encoder_factor": self.trainer.optimizer.param_groups[0].get("encoder_factor", 1.0),
             "average": average.batches if average else 0,
-            "batch_size": self.loader.batch_size or self.loader.dataset.batch_size,
+            "batch_size": self.batch_size,
             "accumulate": self.step.accumulate,
             "amp": self.step.amp,
             **_of_loss(self.loss),
@@ -124,7 +137,7 @@ class Training:
             "budget_seconds": budget.seconds if budget else None,
             "val_interval": validation.interval if validation else None,
             "max_val_pairs": self.split.max_val_pairs,
-            "patience": self.patience,
+            "patience": self.stopper.patience,
         }
 
     @property

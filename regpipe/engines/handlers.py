@@ -11,6 +11,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.handlers import ValidationHandler
@@ -281,3 +282,13 @@ class BestModel:
     def __call__(self, engine: Engine) -> None:
         if idist.get_rank() == 0 and engine.state.best_metric_epoch == engine.state.epoch:  # type: ignore[attr-defined]
             save_weights(self.path, self.network)
+
+
+def stopper(patience: int, trainer: Engine) -> EarlyStopping:
+    """Ends a training after so many validations without a better key metric."""
+    return EarlyStopping(patience, _key_metric, trainer)
+
+
+def _key_metric(engine: Engine) -> float:
+    state: Any = engine.state
+    return float(state.metrics[state.key_metric_name])

@@ -13,7 +13,7 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, EarlyStopping
-from monai.utils import set_determinism
+from monai.utils import get_seed, set_determinism
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -118,7 +118,7 @@ class Run:
         objects: what else has a state, by name: network, optimizer, lr_scheduler, curves.
         folder: where the files are.
         settings: the choices that make two runs comparable.
-        patience: validations without a better key metric until training stops.
+        stopper: ends it where nothing gets better: ``handlers.stopper``.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class Run:
         objects: Mapping[str, Any],
         folder: str,
         settings: Mapping[str, Any],
-        patience: int,
+        stopper: EarlyStopping,
     ) -> None:
         self.trainer, self.folder = trainer, Path(folder)
         self.standing = Standing(evaluator, settings)
-        self.stopper = EarlyStopping(patience, _key_metric, trainer)
+        self.stopper = stopper
         evaluator.add_event_handler(Events.COMPLETED, self.stopper)
         self.objects = {
             **objects,
@@ -274,14 +274,19 @@ def check_training(training: describe.Training, loss: nn.Module) -> None:
     ``loss``: the bundle's.
 
     Raises:
-        InputError: refinement or repair in training; a loss beside the bundle's, or one without terms; a term of
-            which no pair has what it needs.
+        InputError: two learning rates or seeds; refinement or repair in training; a loss beside the bundle's, or one
+            without terms; a term of which no pair has what it needs.
     """
     if training.loss is not loss or not isinstance(loss, RegistrationLoss):
         raise InputError(
             f"{type(training.loss).__name__} as loss_function or loss: it would have no curves, no weight and no "
             "place in the record; list it by name in loss_terms, and give that name a weight in loss_weights"
         )
+    rate, asked = training.learning_rate, training.trainer.optimizer.defaults.get("lr")
+    if asked is not None and not math.isclose(rate, asked):
+        raise InputError(f"--optimizer#lr {asked}: its parameters have {rate} of their own; give --learning_rate")
+    if training.split.seed != get_seed():
+        raise InputError(f"two seeds, {get_seed()} and of the split {training.split.seed}: give --seed alone")
     inferer = training.trainer.inferer
     if getattr(inferer, "refiner", None) is not None or getattr(inferer, "repair", False):
         raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
@@ -335,8 +340,3 @@ def same_dimension(spatial_dims: int | None, grid: Grid) -> None:
         raise InputError(
             f"--spatial_dims {spatial_dims}, but the data are {len(grid.shape)}D: leave it out, or give other data"
         )
-
-
-def _key_metric(engine: Engine) -> float:
-    state: Any = engine.state
-    return float(state.metrics[state.key_metric_name])
