@@ -23,13 +23,13 @@ PIXELS = {"uint8": "UC", "int16": "SS", "uint16": "US", "float32": "F", "float64
 CHUNK = 2**18  # values of an .h5 file that are packed together
 
 
-def wrapped(name: str, of: str) -> Any:
+def wrapped(name: str, of: str, *, module: str | None = None) -> Any:
     """The class of ITK that Python calls ``itk<name><of>``: ``wrapped("Image", "F3")`` is ``itk.Image[itk.F, 3]``.
 
     From the module that wraps it. The name in ``itk`` loads its whole part of ITK, and all parts below that: 8 seconds
-    for elastix, and a half by this way.
+    for elastix, and a half by this way. ``module``: whose name is not the class's.
     """
-    return getattr(importlib.import_module(f"itk.itk{name}Python"), f"itk{name}{of}")
+    return getattr(importlib.import_module(f"itk.itk{module or name}Python"), f"itk{name}{of}")
 
 
 def to_itk(array: np.ndarray, affine: np.ndarray) -> Any:

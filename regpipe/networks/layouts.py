@@ -1,7 +1,7 @@
 """The layers of torchvision's ResNet18, VGG16 and AlexNet before their classifiers, by torchvision's names.
 
 Importing torchvision takes a second, which a network whose weights lie in a file need not pay. The tests hold names,
-shapes, what is drawn at random and what comes out to torchvision's own.
+shapes and what comes out to torchvision's own.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ A displacement grid has its size among the fixed parameters and its vectors amon
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import struct
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from regpipe.io.itk_bridge import wrapped
 from regpipe.utils import limits
 
 BASE = "MatrixOffsetTransformBase"  # the class of affines, by which c3d, lta_convert and old ANTs name theirs
@@ -49,16 +49,16 @@ def _needed(kind: str) -> int:
 
     Many of ITK's classes read that many without checking how many there are; ITK does not check the class's name.
     """
-    import itk
-
     named = re.fullmatch(r"(\w+Transform)_(?:double|float)_(\d)_\d", kind.replace(BASE, "AffineTransform"))
-    classes = None if named is None else getattr(itk, named[1], None)
-    if named is None or classes is None:
+    if named is None:
         raise ValueError(f"holds a transform of no known kind, {kind[:40]!r}")
-    dim = int(named[2])
-    for key in (itk.D, (itk.D, dim), (itk.D, dim, dim)):  # some are of one dimension only
-        with contextlib.suppress(KeyError, itk.TemplateTypeError):
-            return int(classes[key].New().GetNumberOfParameters())
+    for dims in ("", named[2], named[2] * 2):  # some are of one dimension only
+        try:
+            return int(wrapped(named[1], f"D{dims}").New().GetNumberOfParameters())
+        except ModuleNotFoundError:
+            raise ValueError(f"holds a transform of no known kind, {kind[:40]!r}") from None
+        except AttributeError:
+            continue
     raise ValueError(f"holds a transform of no known dimension, {kind}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from regpipe.networks.encoders import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, TRANSFERRED, Encoder
@@ -209,3 +210,12 @@ def test_wrong_choices_are_refused_with_the_right_ones() -> None:
         Encoder("resnet18", 4)
     with pytest.raises(ValueError, match="alexnet has 3 stages"):
         Encoder("alexnet", 2, freeze=4)
+
+
+@pytest.mark.parametrize("backbone", TRANSFERRED)
+def test_the_layers_have_torchvisions_names_and_shapes(backbone: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = BACKBONES[backbone].build().state_dict(), torchvision.models.get_model(backbone).state_dict()
+    classifiers = {name for name in theirs if name.split(".")[0] in ("fc", "classifier")}
+    shapes = [(name, tensor.shape) for name, tensor in theirs.items() if name not in classifiers]
+    assert [(name, tensor.shape) for name, tensor in ours.items()] == shapes

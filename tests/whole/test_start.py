@@ -76,6 +76,13 @@ def test_registering_loads_torch_itks_elastix_and_what_draws(pair, bundle, tmp_p
     assert loaded("register", *pair, "--bundle", bundle, "-o", tmp_path) == ALWAYS | {"h5py", "matplotlib"}
 
 
+def test_applying_loads_itks_sampler_and_no_more(pair, tmp_path) -> None:
+    loaded("register", *pair, "--bundle", "none", "--refine", "2", "--affine", "none", "-o", tmp_path / "out")
+    (case,) = (path.parent for path in (tmp_path / "out").glob("*/metrics.json"))
+    found = loaded("apply", case, pair[1], "-o", tmp_path / "applied")
+    assert found == ALWAYS | {"h5py", "itk._ITKImageGridPython"}
+
+
 def test_a_shipped_bundle_gives_the_files_that_monai_bundle_run_gives(pair, tmp_path) -> None:
     bundle = shipped("resnet18", 2)
     assert bundle is not None
