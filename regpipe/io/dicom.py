@@ -8,13 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe.io import headers
+from regpipe.io import dicom_frames, headers
 from regpipe.io.formats import PathLike, Source, is_plane, itk_array, itk_geometry, plane, squeezed, warn_once
+from regpipe.io.geometry import flipped
 from regpipe.utils.errors import InputError
 
 # By the frame increment pointer, frames follow each other in time: frame time, its vector, cine rate.
 IN_TIME = ("0018,1063", "0018,1065", "0018,0040")
 PIXEL_SPACINGS = ("0028|0030", "0018|1164")  # in the patient, at the detector
+
+
+TELL_APART = (
+    *("TemporalPositionIdentifier", "EchoNumbers", "EchoTime", "DiffusionBValue", "TriggerTime"),
+    *("AcquisitionNumber", "ImageType", "AcquisitionTime", "ContentTime", "InstanceNumber"),
+)
 
 
 class _Slice(NamedTuple):
@@ -26,6 +33,11 @@ class _Slice(NamedTuple):
     def normal(self) -> np.ndarray:
         """Across the slice, RAS, unit length."""
         return self.affine[:3, 2] / np.linalg.norm(self.affine[:3, 2])
+
+    @property
+    def plane(self) -> str:
+        """Axial, coronal or sagittal."""
+        return dicom_frames.name_of_plane(np.r_[self.affine[:3, 0], self.affine[:3, 1]])
 
 
 def is_dicom(path: PathLike) -> bool:
@@ -48,25 +60,64 @@ def parts(folder: PathLike) -> Iterator[Path]:
 
 
 def open_dicom(path: Path) -> Source:
-    """One file: a slice, a volume, or a film (frames in time are (X, Y, 1, T)). Colour becomes grey and warns."""
-    import itk  # takes a second, and most cohorts are NIfTI
+    """One file: a slice, a volume, or a film (frames in time are (X, Y, 1, T)). Colour becomes grey and warns.
 
+    Frames that say where they lie are put there, see ``io.dicom_frames``.
+    """
     io = _header(path)
-    dims, affine = itk_geometry(io, path)
-    film = any(tag in _text(io, "0028|0009") for tag in IN_TIME)
-    shape = (*dims[:2], 1, dims[2]) if film and dims[2] > 1 else squeezed(dims)
+    dims = tuple(int(io.GetDimensions(i)) for i in range(io.GetNumberOfDimensions()))
+    tags = dicom_frames.read_tags(path)
+    if "MOSAIC" in (tags.get("ImageType") or ()):
+        raise InputError(f"{path}: a Siemens mosaic, many slices in one picture; convert it by dcm2niix")
+    placed = dicom_frames.layout(path, tags) if dims[2] > 1 else None
+    if placed is None:
+        dims, affine = itk_geometry(io, path)
+        film = any(tag in _text(io, "0028|0009") for tag in IN_TIME)
+        order, shape = np.arange(dims[2])[None], (*dims[:2], 1, dims[2]) if film and dims[2] > 1 else squeezed(dims)
+    else:
+        order, affine = placed.order, placed.affine
+        shape = squeezed((*dims[:2], *order.shape))
     if is_plane(shape):
-        affine = plane(affine, np.diag([-io.GetSpacing(0), -io.GetSpacing(1), 1.0]))
-        if not any(_text(io, tag) for tag in PIXEL_SPACINGS):
-            warn_once(f"{path}: gives no pixel spacing (an ultrasound region's is not read); 1 mm is taken")
+        size = _pixel_size(path, io, tags, affine)
+        affine[:3, :2] *= size / np.linalg.norm(affine[:3, :2], axis=0)
+        affine = plane(affine, np.diag([*-size, 1.0]))
     if io.GetNumberOfComponents() > 1:
         warn_once(f"{path}: is in colour; its luminance is used")
 
     def voxels(frame: int | None) -> np.ndarray:
-        array = itk_array(path, itk.GDCMImageIO, itk.Image[itk.F, len(dims)]).reshape(shape)  # rescaled
-        return array if frame is None else array[:, :, 0, frame]
+        array = _frames(path, io, placed)
+        if len(shape) < 4:
+            return array[..., order.ravel()].reshape(shape)
+        array = array[..., order.ravel()].reshape(shape)
+        return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, np.dtype("f4"), voxels)
+
+
+def _frames(path: Path, io: Any, placed: dicom_frames.Layout | None) -> np.ndarray:
+    """The voxels (X, Y, frames) as they are stored, rescaled."""
+    import itk
+
+    scale = None if placed is None else placed.scale
+    if placed is not None and len(placed.order) == 1:  # by GDCM no step along the stack, which ITK refuses
+        stored = dicom_frames.pixels(path)
+        return stored if scale is None else stored * scale[:, 0] + scale[:, 1]
+    array = itk_array(path, itk.GDCMImageIO, itk.Image[itk.F, io.GetNumberOfDimensions()])
+    by_gdcm = [io.GetRescaleSlope(), io.GetRescaleIntercept()]  # the first frame's, for all
+    if scale is None or (scale == by_gdcm).all():
+        return array
+    return (array - by_gdcm[1]) / by_gdcm[0] * scale[:, 0] + scale[:, 1]
+
+
+def _pixel_size(path: Path, io: Any, tags: Any, affine: np.ndarray) -> np.ndarray:
+    """Width and height of a picture's pixels in mm."""
+    if any(_text(io, tag) for tag in PIXEL_SPACINGS) or "PerFrameFunctionalGroupsSequence" in tags:
+        return np.linalg.norm(affine[:3, :2], axis=0)
+    region = dicom_frames.pixel_size(tags)
+    if region is None:
+        warn_once(f"{path}: gives no pixel spacing, nor an ultrasound region's; 1 mm is taken")
+        return np.ones(2)
+    return np.array(region)
 
 
 def open_series(folder: Path) -> Source:
@@ -80,21 +131,70 @@ def open_series(folder: Path) -> Source:
     files = _one_series(folder)
     if len(files) == 1:
         return open_dicom(files[0])
-    slices = [_slice(file) for file in files]
+    slices = _one_stack(folder, [_slice(file) for file in files])
     first = slices[0]
-    for other in slices[1:]:
-        if other.shape != first.shape or not np.allclose(other.affine[:3, :3], first.affine[:3, :3], atol=1e-3):
-            raise InputError(f"{other.path}: not parallel and equal in size to {first.path.name}; keep one stack")
-    slices.sort(key=lambda s: s.affine[:3, 3] @ first.normal)
+    turn = np.r_[flipped(first.affine[:3, 0]), flipped(first.affine[:3, 1])]
+    groups = dicom_frames.places_of(np.array([flipped(s.affine[:3, 3]) for s in slices]), turn)
+    counts = {len(group) for group in groups}
+    several = counts != {1} and len(counts) == 1
+    order = _in_time(folder, slices, groups) if several else np.concatenate(groups)[:, None]
+    stack = [slices[i] for i in order[:, 0]]
     affine = first.affine.copy()
-    affine[:3, 3] = slices[0].affine[:3, 3]
-    affine[:3, 2] = (slices[-1].affine[:3, 3] - slices[0].affine[:3, 3]) / (len(slices) - 1)
-    _check_positions(folder, slices, first.normal)
+    affine[:3, 3] = stack[0].affine[:3, 3]
+    if len(stack) > 1:
+        affine[:3, 2] = (stack[-1].affine[:3, 3] - stack[0].affine[:3, 3]) / (len(stack) - 1)
+    _check_positions(folder, stack, first.normal)
+    shape = squeezed((*first.shape, *order.shape))
+    if is_plane(shape):
+        affine = plane(affine, np.diag([*-np.linalg.norm(affine[:3, :2], axis=0), 1.0]))
 
     def voxels(frame: int | None) -> np.ndarray:
-        return np.stack([open_dicom(s.path).voxels(None) for s in slices], -1)
+        wanted = order if frame is None else order[:, frame : frame + 1]
+        array = np.stack([open_dicom(slices[i].path).voxels(None) for i in wanted.ravel()], -1)
+        return array.reshape(shape if frame is None else squeezed((*first.shape, len(order))))
 
-    return Source((*first.shape, len(slices)), affine, np.dtype("f4"), voxels)
+    return Source(shape, affine, np.dtype("f4"), voxels)
+
+
+def _one_stack(folder: Path, slices: list[_Slice]) -> list[_Slice]:
+    """The slices; refused, with what they are, where they do not go into one volume."""
+    kinds: dict[tuple[int, ...], list[_Slice]] = {}
+    for slice_ in slices:
+        same = (k for k in kinds.values() if k[0].shape == slice_.shape)
+        alike = next((k for k in same if np.allclose(k[0].affine[:3, :3], slice_.affine[:3, :3], atol=1e-3)), None)
+        if alike is None:
+            kinds[(len(kinds),)] = [slice_]
+        else:
+            alike.append(slice_)
+    if len(kinds) > 1:
+        listed = ", ".join(
+            f"{len(k)} x {k[0].plane} of {k[0].shape[0]} x {k[0].shape[1]} from {k[0].path.name}"
+            for k in kinds.values()
+        )
+        raise InputError(f"{folder}: its slices are not parallel and equal in size ({listed}); a folder each, please")
+    return slices
+
+
+def _in_time(folder: Path, slices: Sequence[_Slice], groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Slices (Z, T) where several lie at each place, by the first of ``TELL_APART`` that differs at each of them."""
+    tags = [dicom_frames.read_tags(s.path) for s in slices]
+    if len({str(t.get("SOPInstanceUID")) for t in tags}) < len(tags):
+        return np.concatenate(groups)[:, None]  # the same files twice, which is said next
+    for name in TELL_APART:
+        values = [str(t.get(name)) if t.get(name) is not None else None for t in tags]
+        held = [{values[i] for i in group} for group in groups]
+        if all(None not in found and len(found) == len(groups[0]) for found in held):
+            listed = ", ".join(sorted((str(v) for v in held[0]), key=_numeric)[:6])
+            warn_once(f"{folder}: {len(groups[0])} slices at each place, frames by their {name}: {listed}")
+            return np.array([sorted(group, key=lambda i: _numeric(str(values[i]))) for group in groups])
+    return np.concatenate(groups)[:, None]
+
+
+def _numeric(text: str) -> tuple[float, str]:
+    try:
+        return float(text), ""
+    except ValueError:
+        return np.inf, text
 
 
 def _one_series(folder: Path) -> list[Path]:
@@ -103,7 +203,7 @@ def _one_series(folder: Path) -> list[Path]:
     for file in parts(folder):
         headers.check_dicom(file)
     names = itk.GDCMSeriesFileNames.New()
-    names.SetUseSeriesDetails(True)  # tells apart what some scanners give one UID: other sizes, thicknesses, sequences
+    names.SetUseSeriesDetails(False)  # one UID is one series, whatever its free texts say; see ``_one_stack``
     names.SetDirectory(str(folder))
     series = [[Path(f) for f in names.GetFileNames(uid)] for uid in names.GetSeriesUIDs()]
     if not series:

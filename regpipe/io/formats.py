@@ -81,6 +81,8 @@ def unreadable(path: PathLike, cause: Exception) -> InputError:
     """What is said of a file that a library cannot read."""
     if out_of_memory(cause):
         return InputError(f"{path}: what its header says does not fit into memory; mend it, or save it coarser")
+    if isinstance(cause, FileNotFoundError) and cause.filename:
+        return InputError(f"{path}: {cause.filename} is missing; put it there")
     if isinstance(cause, OSError) and cause.errno:  # the system's own: no right to it, a disk that fails
         return InputError(f"{path}: cannot be read: {cause.strerror}; see to its disk and to your right to it")
     told = one_line(cause)

@@ -145,9 +145,9 @@ def test_what_is_wrong_with_a_series_is_said_in_a_line(tmp_path: Path, caplog: p
     series("two")
     write_series(tmp_path / "two", counts((9, 8, 3)), turned(), series="b")
     expect(tmp_path / "two", "holds 2 series .*7 x 'series a'.*3 x 'series b'|3 x 'series b'.*7 x 'series a'")
-    series("thick")  # one UID, as some scanners give to several stacks
+    series("thick")
     write_dicom(tmp_path / "thick" / "b", counts()[:, :, 0], SliceThickness="9")
-    expect(tmp_path / "thick", "holds 2 series")
+    expect(tmp_path / "thick", "b: one of several files, yet not a slice with its position")
     series("askew")[0].unlink()
     write_series(tmp_path / "askew", counts((9, 8, 1)), turned() @ nib.affines.from_matvec(np.eye(3)[[1, 0, 2]]))
     expect(tmp_path / "askew", "not parallel")
