@@ -117,6 +117,9 @@ def register(
             autocompletion=completion.one_of(completion.PAIRINGS),
         ),
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Of a folder: so many pairs at a time, each in a process of one thread.")
+    ] = 1,
     trust: Trust = False,
 ) -> None:
     """Register a folder of pairs, or one pair: by a network that came with regpipe, refined, or by one of your own.
@@ -131,6 +134,7 @@ def register(
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}
     given |= {"network": network, "weights": None if weights is None else str(weights)}
+    given["jobs"] = jobs if jobs > 1 and len(inputs) == 1 else None
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)
     beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}

@@ -38,6 +38,7 @@ def register_by_bundle(
     formats: str | Sequence[str] = BY_DEFAULT,
     memory_gib: float | None = None,
     strict: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Register every pair of a folder by a bundle's network. The options are its ``inference.yaml``'s.
 
@@ -45,6 +46,7 @@ def register_by_bundle(
         bundle: its folder; its ``logging.conf`` must be regpipe's own.
         backbone: its network's.
         ckpt_dir: where its model is; None: see ``engines.inferers.model_folder``.
+        jobs: processes, see ``inference.jobs``.
         loss: of the refinement, what ``refinement_loss`` is told; None: LNCC.
 
     Raises:
@@ -80,4 +82,4 @@ def register_by_bundle(
         settings=describe.registrations(network, load, refinement=refinement, inferer=inferer),
         memory_gib=memory_gib,
     )
-    folder.register_by(network, inferer, strict=strict)
+    folder.register_by(network, inferer, strict=strict, processes=jobs)

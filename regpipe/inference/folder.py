@@ -22,6 +22,7 @@ from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
 from regpipe.engines.inferers import prepare_batch
+from regpipe.inference import jobs
 from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.inference.ladder import FittingInferer, require_for_files
 from regpipe.io import images
@@ -84,7 +85,7 @@ class FolderRun:
         self._model = manifest.bundle_files(Path(model).parent) if Path(model).is_file() else []
         self._weights = sha256([Path(model)]) if self._model else ""
         self._typical = typical.read(Path(model).parent, dim) if self._model else {}
-        self._mine = list(self.cases)
+        self._mine, self._taken = list(self.cases), jobs.of_this_process()
         # rank 0's list: on that of one that begins later, what others have finished by then would be missing
         left = distributed.of_first([case["case"] for case in self._todo()])
         self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
@@ -115,12 +116,14 @@ class FolderRun:
         return {**found, "weights": self._weights, "settings": self._settings}
 
     def _todo(self) -> list[Case]:
-        names = (name for name in self._mine if name not in self.failures and self._result(name) is None)
-        return [self.cases[name] for name in names]
+        left = (name for name in self._mine if name not in self.failures and self._taken.free(name))
+        return [self.cases[name] for name in left if self._result(name) is None]
 
     # No __len__: a case that fails yields no batch, and Ignite would begin again to fill up an epoch.
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for case in console.Progress(self._todo(), what="registering", unit="pairs"):
+            if not self._taken.take(case["case"]):
+                continue
             self._current, self._began, self._files = case["case"], time.monotonic(), Source(hashed=True)
             try:
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels, files=self._files)
@@ -232,14 +235,15 @@ class FolderRun:
 
     def _fail(self, name: str, problem: InputError) -> None:
         self.failures[name] = str(problem)
-        console.complain("error", f"{name}: {problem}")
+        if not jobs.started():  # the first process does it again, and says so
+            console.complain("error", f"{name}: {problem}")
 
-    def register_by(self, network: nn.Module, inferer: Any, *, strict: bool = False) -> None:
-        """``register`` without MONAI: ``inferer`` applies ``network``, fitted to the memory there is."""
-        fitting, device = FittingInferer(inferer, memory_gib=self.memory_gib), distributed.device()
-        network.eval()
+    def register_by(self, network: nn.Module, inferer: Any, *, strict: bool = False, processes: int = 1) -> None:
+        """``register`` without MONAI: ``inferer`` applies ``network``, fitted to memory; by ``jobs.beside(processes)``."""
+        device, _ = distributed.device(), network.eval()
 
         def run() -> None:
+            fitting = FittingInferer(inferer, memory_gib=self.memory_gib)
             for batch in self:
                 pair, target, _, told = prepare_batch(batch, device)
                 with torch.no_grad():
@@ -247,13 +251,13 @@ class FolderRun:
                 self._save(target, prediction)
                 del batch, pair, target, told, prediction  # not kept while the next case is registered
 
-        self._register(run, strict=strict)
+        self._register(run, strict=strict, processes=processes)
 
     def register(self, evaluator: Any, *, strict: bool = False) -> None:
         """``_register`` by MONAI's evaluator, whose data and handler this is."""
         self._register(evaluator.run, strict=strict)
 
-    def _register(self, run: Callable[[], object], *, strict: bool) -> None:
+    def _register(self, run: Callable[[], object], *, strict: bool, processes: int = 1) -> None:
         """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
 
         Raises:
@@ -269,6 +273,12 @@ class FolderRun:
         if self._finished:
             console.say(f"{self._finished} of {len(self.cases)} cases are finished already")
         try:
+            with jobs.beside(processes) as self._taken:
+                while self._todo():
+                    self._run(run)
+            if jobs.started():
+                return
+            self._taken = jobs.Taken()
             while self._todo():
                 self._run(run)
         except KeyboardInterrupt:

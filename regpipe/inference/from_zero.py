@@ -31,12 +31,14 @@ def register_from_zero(
     formats: str | Sequence[str] = BY_DEFAULT,
     memory_gib: float | None = None,
     strict: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
     ``similarity``, ``smoothness``: see ``engines.refine.refinement_loss``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``data.placement``;
-    ``formats``: see ``FolderRun``; ``memory_gib``: see ``inference.ladder``; ``strict``: see ``FolderRun.register``.
+    ``formats``: see ``FolderRun``; ``memory_gib``: see ``inference.ladder``; ``strict``: see ``FolderRun.register``;
+    ``jobs``: processes, see ``inference.jobs``.
 
     Raises:
         InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
@@ -67,4 +69,4 @@ def register_from_zero(
         settings=settings,
         memory_gib=memory_gib,
     )
-    folder.register_by(torch.nn.Identity(), ZeroInferer(refiner, repair=True), strict=strict)
+    folder.register_by(torch.nn.Identity(), ZeroInferer(refiner, repair=True), strict=strict, processes=jobs)

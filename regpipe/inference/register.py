@@ -33,7 +33,7 @@ from regpipe.utils.errors import InputError, cause
 BESIDE = ("fixed_label", "moving_label", "fixed_mask", "moving_mask", "fixed_landmarks", "moving_landmarks")
 
 OF_OWN = {"ckpt_dir", "refine", "refine_finest", "pairing", "formats", "memory_gib", "strict"}  # ids of a bundle's
-OF_OWN |= {"affine", "affine_from", "affine_metric"}  # inference that need not MONAI
+OF_OWN |= {"affine", "affine_from", "affine_metric", "jobs"}  # inference that need not MONAI
 
 
 def register_files(
@@ -93,6 +93,8 @@ def register_files(
         places = (str(path.expanduser().absolute()) for path in (dataset, out))
         register_by_bundle(*found_own, *places, loss=loss if chosen_loss else None, **told)
         return
+    if "jobs" in told:
+        raise InputError(f"{folder}: --jobs goes with regpipe's own configurations; start this one by torchrun")
     if chosen_loss:
         told["refine_loss"] = _refine_loss(loss)
     register_with_bundle(folder, dataset, out, told, trust=trust)

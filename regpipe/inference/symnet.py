@@ -70,6 +70,7 @@ def register_by_symnet(
     formats: str | Sequence[str] = BY_DEFAULT,
     memory_gib: float | None = None,
     strict: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Register every pair of a folder by SYMNet, both ways, on the authors' grid of 1 mm around the fixed image.
 
@@ -94,4 +95,4 @@ def register_by_symnet(
         settings={**settings, "landmark_channels": landmark_channels},
         memory_gib=memory_gib,
     )
-    folder.register_by(network, RegistrationInferer(), strict=strict)
+    folder.register_by(network, RegistrationInferer(), strict=strict, processes=jobs)
