@@ -239,7 +239,7 @@ class FolderRun:
             console.complain("error", f"{name}: {problem}")
 
     def register_by(self, network: nn.Module, inferer: Any, *, strict: bool = False, processes: int = 1) -> None:
-        """``register`` without MONAI: ``inferer`` applies ``network``, fitted to memory; by ``jobs.beside(processes)``."""
+        """``register`` without MONAI: ``inferer`` applies ``network``, fitted to memory; by ``jobs.beside``."""
         device, _ = distributed.device(), network.eval()
 
         def run() -> None:
