@@ -47,12 +47,11 @@ def list_pairs(
 ) -> list[Case]:
     """The pairs of a dataset, as cases.
 
-    Three layouts. (1) ``fixed_images/`` and ``moving_images/``, and ``fixed_labels/``,
-    ``moving_landmarks/``, ``fixed_masks/`` ... where there are any; files of one stem belong
-    together; an image is a file, or a sub-folder with one DICOM series. (2) ``images/`` with ``labels/``,
-    ``landmarks/`` and ``masks/``, or a plain folder of images: pairs are made of them. (3) A ``.json`` datalist with
-    ``training`` and ``validation`` (or ``test``): lists of cases, paths relative to the file; ``film.nii.gz#4`` is
-    a frame of a film, counted from 0.
+    Three layouts. (1) ``fixed_images/`` and ``moving_images/``, and ``fixed_labels/``, ``moving_landmarks/``,
+    ``fixed_masks/`` ... where there are any; files of one stem belong together; an image is a file,
+    or a sub-folder with one DICOM series. (2) ``images/`` with ``labels/``, ``landmarks/`` and ``masks/``, or a plain
+    folder of images: pairs are made of them. (3) A ``.json`` datalist with ``training`` and ``validation`` (or
+    ``test``), lists of cases, or one list; paths relative to the file; ``film.nii.gz#4`` is a frame, counted from 0.
 
     Args:
         dataset_dir: the folder or the ``.json``.
@@ -243,6 +242,7 @@ def _from_datalist(file: Path, cut: Cut, problems: dict[str, str] | None) -> lis
     try:
         limits.require_size(file)
         data = parse_json(file.read_bytes())
+        data = {"training": data} if isinstance(data, list) else data
         lists = [data.get("training", []), data.get("validation", data.get("test", []))]
         training, validation = (_entries(entries, file, problems) for entries in lists)
     except (ValueError, AttributeError, TypeError) as cause:

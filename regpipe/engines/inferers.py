@@ -8,6 +8,7 @@ in training is ``engines.step.TrainingStep``; what happens around it is in ``eng
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -242,12 +243,29 @@ def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
     return SymmetricNet(dim, backbone, pretrained=str(path), structures=structures)
 
 
-def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
+def loaded_folder(bundle_root: str) -> str:
+    """Where the model is that ``monai.bundle.load`` is about to read; ``models`` of a bundle where nothing does.
+
+    It names its file to no configuration, and lays nothing of another network's weights in without a word.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("monai.bundle.scripts", "load"):
+            return str(Path(frame.f_locals["full_path"]).parent)
+        frame = frame.f_back
+    return f"{bundle_root}/models"
+
+
+def require_model(ckpt_dir: str, network: nn.Module | None = None, *, unless: object = False) -> str:
     """The path of the trained model, whose tensors are those of ``network`` where one is given.
+
+    ``unless``: where it says true, nothing is looked at: a handler that is disabled.
 
     Raises:
         InputError: there is none, it is damaged, or it is another network's.
     """
+    if str(unless).strip().lower() == "true":  # as MONAI reads it
+        return ""
     path = _model(ckpt_dir)
     if network is None:
         check_sound(path)

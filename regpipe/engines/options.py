@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from typing import Any, NoReturn
 
 from regpipe.utils.errors import InputError, one_line_errors
 
@@ -29,6 +31,7 @@ def begin_command() -> None:
     if Path(command[0]).parts[-3:] == ("monai", "bundle", "__main__.py") and command[1:] == ["run"]:
         one_line_errors()
         refuse_unknown(sys.argv[2:])
+        refuse_unknown_run(sys.argv[2:])
 
 
 def refuse_unknown(words: Sequence[str]) -> None:
@@ -45,20 +48,67 @@ def refuse_unknown(words: Sequence[str]) -> None:
     refuse_unknown_ids([arg[2:].replace("-", "_") for arg in argv if arg.startswith("--")], files, also=also)
 
 
-def refuse_unknown_ids(names: Iterable[str], files: Sequence[str], *, also: Iterable[str] = ()) -> None:
-    """Check names of settings, ``id`` or ``id#part``, against the ids at the top of configuration files.
+def refuse_unknown_run(words: Sequence[str]) -> None:
+    """Check which id shall be run: ``run`` where none is named; MONAI looks for it when all is prepared.
+
+    Raises:
+        InputError: as ``refuse_unknown``.
+    """
+    argv = [part for arg in words for part in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    if "--config_file" in argv:
+        named = argv[argv.index("--run_id") + 1 :] if "--run_id" in argv else argv
+        wanted = named[0] if named and not named[0].startswith("--") else "run"
+        refuse_unknown_ids([wanted], _files(argv[argv.index("--config_file") + 1]), option="")
+
+
+def refuse_unknown_ids(
+    names: Iterable[str], files: Sequence[str], *, also: Iterable[str] = (), option: str = "--"
+) -> None:
+    """Check names of settings, ``id`` or ``id#part``, against the ids of configuration files.
+
+    A new part is let through where a dictionary, or the parameters of its ``_target_``, may have it.
 
     Raises:
         InputError: a name that no file knows; the nearest one is named.
     """
     from monai.bundle import ConfigParser  # MONAI takes seconds to import
 
-    tops = {_top(key) for key in (*also, *ConfigParser.load_config_files(list(files)))}
+    known = ConfigParser.load_config_files(list(files))
     for name in names:
-        if _top(name) not in tops:
-            near = difflib.get_close_matches(_top(name), sorted(tops), 1)
-            meant = f"; did you mean --{near[0]}?" if near else ";"
-            raise InputError(f"--{name}: no such option{meant} known are the ids of {', '.join(files)}")
+        first, *parts = re.split("::|#", name.lstrip("+"))
+        tops = {key.split("::")[0].split("#")[0].lstrip("+") for key in (*also, *known)}
+        if first not in tops:
+            _refuse(name, first, tops, f"known are the ids of {', '.join(files)}", option)
+        place, seen = known.get(first), first
+        for i, part in enumerate(parts):
+            if isinstance(place, str) and place.startswith("@"):
+                raise InputError(f"--{name}: {seen} is {place}: give the part of that")
+            inner = dict(enumerate(place)) if isinstance(place, list) else place
+            held = {str(key) for key in inner} if isinstance(inner, dict) else set()
+            if part not in held and (i < len(parts) - 1 or not _may_have(inner, part, first)):
+                _refuse(name, part, held, f"{seen} has {', '.join(sorted(held)) or 'no parts'}", option)
+            place = next((value for key, value in inner.items() if str(key) == part), None) if held else None
+            seen = f"{seen}#{part}"
+
+
+def _refuse(name: str, part: str, known: Iterable[str], where: str, option: str) -> NoReturn:
+    near = difflib.get_close_matches(part, sorted(known), 1)
+    meant = f"; did you mean {option}{name[: name.rindex(part)]}{near[0]}?" if near else ";"
+    raise InputError(f"{option}{name}: no such {'option' if option else 'id to run'}{meant} {where}")
+
+
+def _may_have(place: Any, part: str, top: str) -> bool:
+    """Whether a place in a configuration may get a new part of this name."""
+    if not isinstance(place, dict) or top in ("train", "validate") and "_target_" not in place:
+        return False
+    if "_target_" not in place or part.startswith("_"):
+        return True
+    made = locate(str(place["_target_"]))
+    try:
+        parameters = inspect.signature(made).parameters  # type: ignore[arg-type]  # refused there
+    except (TypeError, ValueError):  # MONAI's short names, expressions, what says nothing of itself
+        return True
+    return part in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _tracking_ids(argv: Sequence[str]) -> list[str]:
@@ -77,10 +127,6 @@ def _tracking_ids(argv: Sequence[str]) -> list[str]:
         raise InputError('--tracking mlflow: needs MLflow; pip install "regpipe[mlflow]"')
     settings: Any = DEFAULT_EXP_MGMT_SETTINGS.get(name) or ConfigParser.load_config_files(_files(name))
     return list(settings["configs"])
-
-
-def _top(name: str) -> str:
-    return re.split("::|#", name.lstrip("+"))[0]
 
 
 def _files(given: str) -> list[str]:

@@ -106,6 +106,7 @@ def test_every_id_of_the_head_is_recorded_as_its_object_has_it(bundle, cohort, t
     parts = {name: part for name, (_, part) in GIVEN.items() if part and nested}
     flow = workflow(bundle, cohort, **{parts.get(name, name): value for name, value in given.items()})
     of = flow.parser.get_parsed_content
+    of("training#1")  # keeps what a run keeps beside its model
     trainer, net, load, loss = of("train#trainer"), of("network_def"), of("load"), of("loss")
     described, record = of("described"), json.loads((bundle / "models" / "training.json").read_text())
     told, loader = described.recipe, trainer.data_loader

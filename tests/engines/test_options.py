@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from helpers.places import ROOT
 from regpipe import InputError
-from regpipe.engines.options import begin_command, check_numbers, check_switches, refuse_unknown
+from regpipe.engines.options import begin_command, check_numbers, check_switches, refuse_unknown, refuse_unknown_run
 
 PROGRAM = "/somewhere/monai/bundle/__main__.py"
 
 
 def command(tmp_path: Path, *options: str) -> list[str]:
-    for name, text in (("a.yaml", "max_epochs: 3\nnetwork_def: {width: 2}\n"), ("b.yaml", "mine: 1\n")):
+    for name, text in (("a.yaml", "max_epochs: 3\nnetwork_def: {width: 2}\ntraining: []\n"), ("b.yaml", "mine: 1\n")):
         (tmp_path / name).write_text(text)
     return [PROGRAM, "run", "training", "--config_file", f"['{tmp_path}/a.yaml', '{tmp_path}/b.yaml']", *options]
 
@@ -32,11 +33,38 @@ def test_what_a_file_or_monai_knows_is_let_through(tmp_path: Path, option: str) 
     refuse_unknown(command(tmp_path, option, "4"))
 
 
+TRAIN = ["run", "--config_file", str(ROOT / "bundles" / "symreg_vgg16" / "configs" / "train.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train#trainr#max_epochs", "3"], r"did you mean --train#trainer\? train has"),
+        (["--train::trainer::max_epoch", "3"], r"did you mean --train::trainer::max_epochs\?"),
+        (["--network_def#backbon", "plain"], r"did you mean --network_def#backbone\?"),
+        (["--train#handlers#9#network", "3"], "train#handlers has 0, 1"),
+        (["--validate#inferer#repair", "True"], "validate#inferer is @train::inferer: give the part of that"),
+        (["--run_id", "trainin"], r"^trainin: no such id to run; did you mean training\?"),
+    ],
+)
+def test_a_misspelt_part_or_run_is_named_with_the_nearest(words: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        refuse_unknown([*TRAIN[1:], *words])
+        refuse_unknown_run([*TRAIN[1:], *words])
+
+
+@pytest.mark.parametrize(
+    "words", [["--train#dataloader#pin_memory", "True"], ["--loss_weights#ncc", "1"], ["--train#handlers#0#_disabled_"]]
+)
+def test_a_new_part_that_its_place_may_have_is_let_through(words: list[str]) -> None:
+    refuse_unknown([*TRAIN[1:], *words])
+
+
 @pytest.mark.parametrize("form", ["{}/it's/a.yaml", "{}/it's/a.yaml,{}/b.yaml", '["{}/it\'s/a.yaml", "{}/b.yaml"]'])
 def test_every_form_of_the_configuration_files_is_read(tmp_path: Path, form: str) -> None:
     (tmp_path / "it's").mkdir()
     for file in ("it's/a.yaml", "b.yaml"):
-        (tmp_path / file).write_text("max_epochs: 3\n")
+        (tmp_path / file).write_text("max_epochs: 3\nrun: []\n")
     files = form.replace("{}", str(tmp_path))
     for argv in ([PROGRAM, "run", "--config_file", files], [PROGRAM, "run", f"--config_file={files}"]):
         refuse_unknown([*argv, "--max_epochs=3"])
