@@ -157,7 +157,9 @@ def _save_warped(
     fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
     warped = displacement.resample_through(moving, forward, fixed.affine, order=1)
     out.write("warped.nii.gz", displacement.write_image, warped.astype(np.float32), fixed.affine)
-    fits = warped.min() >= 0 and 1 < warped.max() <= 65535  # what a picture's whole numbers can show
+    fits = (
+        warped.ndim == 2 and warped.min() >= 0 and 1 < warped.max() <= 65535
+    )  # what a picture's whole numbers can show
     if fits and case["fixed_image"].lower().endswith(PICTURE):
         out.write("warped.png", displacement.write_image, warped, fixed.affine)
     images = shown_images(fixed, moving, warped, matrix)

@@ -1,29 +1,25 @@
 """Files of each format -> shape, RAS affine, and the voxels when they are wanted.
 
-What a file says is passed on as it is; what regpipe accepts is decided in ``io.images``. The
-resolution tag of a picture is ignored: a pixel is 1 mm.
+What a file says is passed on as it is; what regpipe accepts is decided in ``io.images``. Pictures: ``io.pictures``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gzip
 import logging
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
 from nibabel.fileholders import FileHolder
-from PIL import Image as Picture
 
 from regpipe.io import headers, nifti_place
-from regpipe.io.geometry import lps_matrix
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError, out_of_memory
 
@@ -34,7 +30,7 @@ PathLike = str | Path
 NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima")
-PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
+PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 GZIP = b"\x1f\x8b"
 DEFLATE = 1032  # bytes that one byte of gzip's stands for at most
 SUFFIXES = NIFTI + ITK + DICOM + PICTURE
@@ -265,42 +261,3 @@ def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:
         affine[i, dim] = io.GetOrigin(i)
     affine[:2] *= -1  # LPS -> RAS
     return shape, affine
-
-
-def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
-    """PNG, JPEG, BMP, TIFF, GIF, of one frame or several: LPS mm are pixels."""
-    with _picture(file) as picture:
-        frames, size, mode = getattr(picture, "n_frames", 1), picture.size, picture.mode
-    indexed = mode in ("L", "F", "1") or mode.startswith("I") or (label and mode == "P")
-    if label and not indexed:
-        raise InputError(f"{path}: a label map in colour ({mode}); save one number per pixel")
-
-    def voxels(frame: int | None) -> np.ndarray:
-        if frames > 1 and frame is None:
-            return np.stack([_pixels(path, file, i, indexed) for i in range(frames)], -1)[:, :, None]
-        return _pixels(path, file, frame or 0, indexed)
-
-    shape = size if frames == 1 else (*size, 1, frames)
-    return Source(shape, lps_matrix(np.eye(3), places=False), np.dtype("f4"), voxels)
-
-
-@contextlib.contextmanager
-def _picture(file: BinaryIO) -> Iterator[Any]:
-    """An open picture, of any size: whether it fits into memory is asked by who reads it, not by Pillow's limit."""
-    limit, Picture.MAX_IMAGE_PIXELS = Picture.MAX_IMAGE_PIXELS, None
-    try:
-        with Picture.open(file) as picture:
-            yield picture
-    finally:
-        Picture.MAX_IMAGE_PIXELS = limit
-
-
-def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool) -> np.ndarray:
-    with _picture(file) as picture:
-        picture.seek(frame)
-        if indexed:
-            return np.array(picture).T
-        rgb = np.array(picture.convert("RGB"))
-        if (rgb != rgb[..., :1]).any():
-            warn_once(f"{path}: is in colour; its luminance is used")
-        return np.array(picture.convert("RGB").convert("L")).T

@@ -20,7 +20,7 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import inv_ornt_aff
 from scipy import ndimage
 
-from regpipe.io import dicom, formats
+from regpipe.io import dicom, formats, pictures
 from regpipe.io.dicom import is_series
 from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
 from regpipe.io.geometry import carry, extent, is_affine, orientation
@@ -207,7 +207,7 @@ def _reader(file: Path, stream: BinaryIO | None, label: bool) -> Source:
             raise InputError(f"{file}: a folder without DICOM files is no image; give a file")
         return dicom.open_series(file)
     if name.endswith(PICTURE):
-        return formats.open_picture(file, stream, label=label)
+        return pictures.open_picture(file, stream, label=label)
     if name.endswith(formats.NIFTI):
         return formats.open_nifti(file, stream)
     if name.endswith(formats.ITK):

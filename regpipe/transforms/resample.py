@@ -31,7 +31,7 @@ LABEL_WORDS = ("label", "labelmap", "seg", "segmentation", "parcellation", "mask
 FEW = 32
 # The result's suffix for formats of several files, and for lossy ones.
 WRITTEN = {".hdr": ".nii.gz", ".img": ".nii.gz", ".mhd": ".mha", ".nhdr": ".nrrd"}
-WRITTEN |= {".jpg": ".png", ".jpeg": ".png", ".gif": ".png"} | dict.fromkeys(DICOM, ".nii.gz")
+WRITTEN |= {".jpg": ".png", ".jpeg": ".png", ".gif": ".png", ".webp": ".png"} | dict.fromkeys(DICOM, ".nii.gz")
 COMPONENTS = {"unsigned_char": "u1", "char": "i1", "unsigned_short": "u2", "short": "i2", "unsigned_int": "u4"}
 COMPONENTS |= {"int": "i4", "float": "f4", "double": "f8"}
 
