@@ -274,8 +274,8 @@ def check_training(training: describe.Training, loss: nn.Module) -> None:
     ``loss``: the bundle's.
 
     Raises:
-        InputError: two learning rates or seeds; refinement or repair in training; a loss beside the bundle's, or one
-            without terms; a term of which no pair has what it needs.
+        InputError: one of MONAI's own inferers; two learning rates or seeds; refinement or repair in training; a loss
+            beside the bundle's, or one without terms; a term of which no pair has what it needs.
     """
     if training.loss is not loss or not isinstance(loss, RegistrationLoss):
         raise InputError(
@@ -288,6 +288,11 @@ def check_training(training: describe.Training, loss: nn.Module) -> None:
     if training.split.seed != get_seed():
         raise InputError(f"two seeds, {get_seed()} and of the split {training.split.seed}: give --seed alone")
     inferer = training.trainer.inferer
+    if type(inferer).__module__.startswith("monai."):  # its window would put the coarser velocity in wrong places
+        raise InputError(
+            f"{type(inferer).__name__} as inferer: it gives no registration of a velocity on a coarser grid; leave "
+            "regpipe's, and where memory is short give a smaller --grid_shape or --checkpointing True"
+        )
     if getattr(inferer, "refiner", None) is not None or getattr(inferer, "repair", False):
         raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
     dataset, weights, terms = training.loader.dataset, loss.weights, loss.terms

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from helpers.bundles import Command, deforming_bundle, infer
 from helpers.inprocess import as_if_in_its_own_process
 from helpers.places import QUICK
+from helpers.training import refusal
 from regpipe.bundle.write import write_bundle
 from regpipe.data.pairs import list_pairs
 from regpipe.io.images import Grid
@@ -84,6 +85,13 @@ def test_inference_without_weights_is_the_zoos_trick(tmp_path: Path, cohort: Pat
     assert len(read_rows(tmp_path / "out" / "metrics.csv")) == 5
     with pytest.raises(RuntimeError):
         infer(monai_bundle, bundle, cohort, tmp_path / "none")
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_sliding_window_is_refused_with_the_remedy(bundle: Path, cohort: Path) -> None:
+    window = {"_target_": "monai.inferers.SlidingWindowInferer", "roi_size": [16, 16]}
+    said = refusal(bundle, cohort, 1, **{"train#inferer": window})
+    assert "SlidingWindowInferer as inferer" in said and "--grid_shape" in said
 
 
 def test_load_finds_the_network_of_the_file_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
