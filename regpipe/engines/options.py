@@ -84,10 +84,10 @@ def refuse_unknown_ids(
             if isinstance(place, str) and place.startswith("@"):
                 raise InputError(f"--{name}: {seen} is {place}: give the part of that")
             inner = dict(enumerate(place)) if isinstance(place, list) else place
-            held = {str(key) for key in inner} if isinstance(inner, dict) else set()
+            held = {str(key): value for key, value in inner.items()} if isinstance(inner, dict) else {}
             if part not in held and (i < len(parts) - 1 or not _may_have(inner, part, first)):
                 _refuse(name, part, held, f"{seen} has {', '.join(sorted(held)) or 'no parts'}", option)
-            place = next((value for key, value in inner.items() if str(key) == part), None) if held else None
+            place = held.get(part)
             seen = f"{seen}#{part}"
 
 
