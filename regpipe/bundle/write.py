@@ -54,6 +54,19 @@ def with_measured(metadata: str, values: dict[str, float]) -> str:
     return metadata.replace(NOT_MEASURED, f'"eval_metrics": {json.dumps(values)}')
 
 
+def overlay(given: str | Path) -> Path:
+    """The whole path of an overlay: a file, or the name of one that came with regpipe, ``prostate_mrus``.
+
+    A path that is neither is given back as it is, for whoever opens it to refuse.
+    """
+    path, package = Path(given), Path(str(resources.files("regpipe")))
+    if not path.is_file() and path.name == str(given):
+        for folder in (package / "overlays", package.parent / "configs"):  # of a wheel, of a clone
+            if (known := folder / f"{path.name.removesuffix('.yaml')}.yaml").is_file():
+                return known
+    return path.absolute()
+
+
 def all_shipped() -> list[Path]:
     """Every bundle that came with regpipe and holds a model."""
     found = (shipped(backbone, dim) for backbone in TRANSFERRED for dim in (2, 3))

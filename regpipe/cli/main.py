@@ -61,7 +61,7 @@ def compare(
         str,
         typer.Option(help="Which, separated by commas.", autocompletion=completion.some_of(completion.BACKBONES)),
     ] = "resnet18,vgg16,alexnet",
-    overlay: Annotated[list[Path] | None, typer.Option(help="Configuration over train.yaml, see configs/.")] = None,
+    overlay: Annotated[list[Path] | None, typer.Option(help="Over train.yaml: a file, or a name of configs/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="An id of train.yaml: ID=VALUE.")] = None,
     trust: register.Trust = False,
 ) -> None:
@@ -69,12 +69,13 @@ def compare(
 
     Runs that are finished are not run again, broken ones go on. See the curves with: regpipe dashboard OUT
     """
+    from regpipe.bundle.write import overlay as named
     from regpipe.study.compare import compare as run
 
     settings = _assigned(set_, "--set wants ID=VALUE, e.g. --set max_epochs=20")
     if data is not None:
         settings["dataset_dir"] = str(data.absolute())
-    overlays = [str(path.absolute()) for path in overlay or []]
+    overlays = [str(named(path)) for path in overlay or []]
     names = [name.strip() for name in backbones.split(",")]
     print(run(out, backbones=names, overlays=overlays, settings=settings, trust=trust))
     print(f"\ntable: {out / 'comparison.md'}, {out / 'comparison.csv'}; curves: regpipe dashboard {out}")

@@ -15,7 +15,7 @@ from helpers.bundles import Command, deforming_bundle, infer
 from helpers.inprocess import as_if_in_its_own_process
 from helpers.places import QUICK
 from helpers.training import refusal
-from regpipe.bundle.write import write_bundle
+from regpipe.bundle.write import overlay, write_bundle
 from regpipe.data.pairs import list_pairs
 from regpipe.io.images import Grid
 from regpipe.metrics.cases import read_rows
@@ -111,3 +111,11 @@ def test_a_list_is_a_datalist(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps(cases))
     assert [case["case"] for case in list_pairs(tmp_path / "list.json")] == [case["case"] for case in cases]
     assert len(list_pairs(tmp_path / "list.json", split="validation", holdout=2)) == 2
+
+
+def test_an_overlay_is_found_by_its_name_and_a_file_by_its_path(tmp_path: Path) -> None:
+    (mine := tmp_path / "mine.yaml").write_text("seed: 1\n")
+    assert overlay("quick") == overlay("quick.yaml") == QUICK and overlay(mine) == mine
+    assert (
+        overlay(tmp_path / "quick.yaml") == tmp_path / "quick.yaml"
+    )  # a path that is not there: refused by its reader
