@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ def own(folder: Path) -> tuple[Path, str] | None:
     """The bundle that ``folder`` is or holds, and its backbone, where its inference is regpipe's own; else None."""
     bundle = bundle_in(folder).absolute()
     config = bundle / "configs" / "inference.yaml"
-    if not config.is_file() or difference(bundle, [config.name]):
-        return None
-    return bundle, backbone_of(config)
+    with contextlib.suppress(InputError):  # what is damaged is told by who runs it
+        if config.is_file() and not difference(bundle, [config.name]):
+            return bundle, backbone_of(config)
+    return None
 
 
 def _trusted(folder: Path, trust: bool) -> Path:
