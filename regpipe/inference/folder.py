@@ -241,6 +241,7 @@ class FolderRun:
     def register_by(self, network: nn.Module, inferer: Any, *, strict: bool = False, processes: int = 1) -> None:
         """``register`` without MONAI: ``inferer`` applies ``network``, fitted to memory; by ``jobs.beside``."""
         device, _ = distributed.device(), network.eval()
+        FittingInferer(inferer, memory_gib=self.memory_gib)  # refuses a wrong one, before anything is written
 
         def run() -> None:
             fitting = FittingInferer(inferer, memory_gib=self.memory_gib)

@@ -109,7 +109,7 @@ def test_a_damaged_bundle_is_refused_before_anything_is_written(
 
 LISTS: dict[str, tuple[bytes, str]] = {
     "cut off": (b"[", "not a datalist"),
-    "a list": (b"[]", "not a datalist"),
+    "an empty list": (b"[]", "has no case"),
     "nothing": (b"{}", "has no case"),
     "a number of cases": (b'{"training": 3}', "not a datalist"),
     "nested too deeply": (b"[" * 100_000, "nested too deeply"),
