@@ -1,6 +1,7 @@
 # What ``regpipe.`` offers, in the order of the data's way.
 __version__: str
 
+from .data.augment import MonaiTransforms as MonaiTransforms
 from .data.checks import check_pairs as check_pairs
 from .data.load import LoadPair as LoadPair
 from .data.load import collate_pairs as collate_pairs

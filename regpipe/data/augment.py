@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import identity_grid, resize_image, warp
 from regpipe.utils.errors import InputError
+
+IN_SPACE = ("image", "label", "mask")
+MOVING = ("monai.transforms.spatial", "monai.transforms.croppad", "monai.transforms.smooth_field")
 
 
 class RandomAffine:
@@ -61,6 +65,100 @@ class RandomAffine:
         if self.mirror:
             signs[self.mirror] = torch.randint(0, 2, (len(self.mirror),)) * 2.0 - 1
         return signs
+
+
+class MonaiTransforms:
+    """Loads a case and gives it to dictionary transforms of MONAI's, after which affines and landmarks are right.
+
+    Images, labels and masks go in as ``MetaTensor`` with their affine, working voxel -> RAS mm. What this says when
+    they come out is their frame, and landmarks keep their place in it. They leave as plain tensors, on whatever grid
+    the transforms made, the same for both images; a true displacement is left out where they moved. MONAI's
+    transforms have random states of their own, which a resumed run begins anew.
+
+    Args:
+        load: case -> item, ``regpipe.LoadPair``.
+        transforms: of ``monai.transforms``; what moves an image is given its label and mask in ``keys``, too.
+
+    Raises:
+        InputError: a transform of which no affine tells what it moved; later, where the parts of a pair were not moved
+            together, or the image has a homography.
+    """
+
+    def __init__(self, load: Callable[..., dict[str, Any]], transforms: Sequence[Any]) -> None:
+        from monai.transforms import Compose, InvertibleTransform
+
+        self.load, self.transform = load, Compose(transforms)
+        for part in self.transform.flatten().transforms:
+            if _moves(part) and not isinstance(part, InvertibleTransform):
+                raise InputError(
+                    f"{type(part).__name__}: no affine tells where it moves what, so that landmarks could not follow; "
+                    "take an affine transform, RandAffined say, or --augment"
+                )
+
+    @property
+    def moving(self) -> bool:
+        """Whether any of them may change a place."""
+        return any(map(_moves, self.transform.flatten().transforms))
+
+    @property
+    def names(self) -> list[str]:
+        """What the transforms are called."""
+        return [type(part).__name__ for part in self.transform.flatten().transforms]
+
+    def __call__(self, case: Mapping[str, str]) -> dict[str, Any]:
+        from monai.data import MetaTensor
+
+        item = self.load(case)
+        before = {side: item[f"{side}_affine"] for side in SIDES}
+        seen = dict(item)
+        for side, kind in itertools.product(SIDES, IN_SPACE):
+            if f"{side}_{kind}" in item:
+                tensor = item[f"{side}_{kind}"].clone()  # what was loaded may be kept
+                seen[f"{side}_{kind}"] = MetaTensor(tensor, affine=_four(before[side]))
+        moved: dict[str, Any] = self.transform(seen)
+        for side in SIDES:
+            self._settle(moved, side, before[side])
+        if moved["fixed_image"].shape != moved["moving_image"].shape:
+            raise InputError(f"{', '.join(self.names)}: both images of a pair must come onto a grid of one shape")
+        return moved
+
+    def _settle(self, item: dict[str, Any], side: str, before: Tensor) -> None:
+        """Plain tensors again, and the frame and landmarks of one side as its image now says. In place."""
+        keys = [f"{side}_{kind}" for kind in IN_SPACE if f"{side}_{kind}" in item]
+        frames = [_of_dimension(item[key].affine.double(), len(before) - 1) for key in keys]
+        shapes = [item[key].shape[1:] for key in keys]
+        apart = [k for k, f, s in zip(keys, frames, shapes, strict=True) if s != shapes[0] or not f.allclose(frames[0])]
+        if apart:
+            raise InputError(f"{', '.join(self.names)}: {apart[0]} was not moved with {keys[0]}; name both in keys")
+        moved = not frames[0].allclose(before)
+        if moved and f"{side}_bend" in item:
+            raise InputError(f"{', '.join(self.names)}: a homography does not follow; leave out what moves the images")
+        for key in keys:
+            item[key] = item[key].as_tensor().to(torch.int32 if key.endswith("label") else torch.float32)
+        item[f"{side}_affine"] = frames[0]
+        if moved:
+            item.pop("displacement", None)
+            points = item[f"{side}_landmarks"]
+            onto = torch.linalg.inv(frames[0]) @ before
+            item[f"{side}_landmarks"] = (points.double() @ onto[:-1, :-1].T + onto[:-1, -1]).to(points)
+
+
+def _moves(transform: Any) -> bool:
+    kind = type(transform)
+    return kind.__module__.startswith(MOVING) and "Adjust" not in kind.__name__  # smooth fields of grey values
+
+
+def _four(affine: Tensor) -> Tensor:
+    """(D+1, D+1) -> (4, 4), as MONAI has them of slices, too."""
+    from monai.data.utils import to_affine_nd
+
+    return to_affine_nd(3, affine)
+
+
+def _of_dimension(affine: Tensor, dim: int) -> Tensor:
+    """``_four`` backwards."""
+    kept = [*range(dim), 3]
+    return affine[kept][:, kept]
 
 
 class RandomIntensity:

@@ -197,7 +197,18 @@ def _covered(image: Image, affine: np.ndarray, shape: tuple[int, ...]) -> float:
 
 
 def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Batch items of ``LoadPair``: tensors stacked, landmarks NaN-padded, ``case`` a list."""
+    """Batch items of ``LoadPair``: tensors stacked, landmarks NaN-padded, ``case`` a list.
+
+    Raises:
+        InputError: a spatial transform of MONAI's moved a tensor, whose affine and landmarks know nothing of it.
+    """
+    for key, value in ((key, value) for item in items for key, value in item.items()):
+        if getattr(value, "applied_operations", None):
+            name = value.applied_operations[-1].get("class", "a transform")
+            raise InputError(
+                f"{name} moved {key}, and its affine and landmarks did not follow: give MONAI's transforms to "
+                "regpipe.MonaiTransforms(load, [...]), which loads the pairs and sees to that"
+            )
     batch: dict[str, Any] = {"case": [item["case"] for item in items]}
     for key in set.intersection(*({*item} for item in items)):  # not every case has a true displacement
         if key.endswith("landmarks"):

@@ -7,6 +7,7 @@ from . import run as run
 from . import step as step
 from .inferers import RegistrationInferer as RegistrationInferer
 from .inferers import ZeroInferer as ZeroInferer
+from .inferers import metric_input as metric_input
 from .inferers import prepare_batch as prepare_batch
 from .refine import Refiner as Refiner
 from .run import Run as Run

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from regpipe.data.augment import RandomAffine
+from regpipe.data.augment import MonaiTransforms, RandomAffine
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import Case
 from regpipe.data.placement import common_space
@@ -70,11 +70,23 @@ class Training:
     @property
     def augmentation(self) -> RandomAffine | None:
         """What moves the training images; None where nothing does."""
+        return next((part for part in self._transforms() if isinstance(part, RandomAffine)), None)
+
+    @property
+    def moved_by_monai(self) -> bool:
+        """Whether transforms of MONAI's move the training images."""
+        return any(isinstance(part, MonaiTransforms) and part.moving for part in self._transforms())
+
+    def _transforms(self) -> Iterator[Any]:
+        """What a training case goes through, the last first where they are nested."""
         from monai.transforms import Compose
 
         transform = getattr(self.loader.dataset, "transform", None)
         parts = transform.transforms if isinstance(transform, Compose) else [transform]
-        return next((part for part in parts if isinstance(part, RandomAffine)), None)
+        for part in parts:
+            while part is not None:
+                yield part
+                part = getattr(part, "load", None)
 
     @property
     def batch_size(self) -> int:
@@ -116,7 +128,8 @@ class Training:
         if self.cases is None:
             return {"training_pairs": "synthetic", "pairs_per_epoch": len(dataset) * dataset.batch_size}
         augment = self.augmentation
-        return {
+        theirs = [name for part in self._transforms() if isinstance(part, MonaiTransforms) for name in part.names]
+        return ({"transforms": _words(theirs)} if theirs else {}) | {
             "training_pairs": len(self.cases),
             "data": digest(self.cases),
             "augment": augment.amount if augment else 0.0,

@@ -240,7 +240,7 @@ def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
     """
     path = _model(ckpt_dir)
     dim, structures = trained_dimension(ckpt_dir), trained_structures(ckpt_dir)
-    return SymmetricNet(dim, backbone, pretrained=str(path), structures=structures)
+    return SymmetricNet(dim, backbone, pretrained=str(path), transfer="encoder", structures=structures)
 
 
 def loaded_folder(bundle_root: str) -> str:

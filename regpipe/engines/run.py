@@ -297,13 +297,13 @@ def check_training(training: describe.Training, loss: nn.Module) -> None:
         raise InputError("--repair and refinement have no gradient: give them to evaluating or inference")
     dataset, weights, terms = training.loader.dataset, loss.weights, loss.terms
     augment = training.augmentation
-    moved = augment is not None and (augment.amount or augment.mirror)
+    moved = augment is not None and (augment.amount or augment.mirror) or training.moved_by_monai
     cases = training.pairs
     if weights.get("clean") and not getattr(dataset, "clean", False):
         raise InputError("loss term clean: only pairs of configs/synthetic.yaml have clean images; give it no weight")
     from_fields = needing(weights, "displacement")
     if from_fields and moved:
-        why = "a true displacement no longer holds with --augment or --mirror"
+        why = "a true displacement no longer holds with --augment, --mirror or MONAI's spatial transforms"
         raise InputError(f"loss term {from_fields[0]}: {why}; give one of them")
     kinds = supervision(weights, landmark_channels=training.load.landmark_channels, terms=terms)
     needs = {term: [f"{side}_{kind}" for side in SIDES] for term, kind in kinds.items()}

@@ -59,8 +59,8 @@ def register_by_bundle(
     distributed.join(hours=168)
     known, dim = record.read(ckpt_dir), inferers.trained_dimension(ckpt_dir)
     structures = inferers.trained_structures(ckpt_dir)
-    layout = inferers.trained_weights(ckpt_dir)
-    network = SymmetricNet(dim, backbone, pretrained=layout, structures=structures).to(distributed.device())
+    layout: dict[str, Any] = {"pretrained": inferers.trained_weights(ckpt_dir), "transfer": "encoder"}
+    network = SymmetricNet(dim, backbone, **layout, structures=structures).to(distributed.device())
     network.load_state_dict(read_state_dict(inferers.require_model(ckpt_dir, network), old=False))
     alignment: dict[str, Any] = {
         "affine": affine or record.stage_for_others(known),

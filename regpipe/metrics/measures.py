@@ -32,6 +32,7 @@ from regpipe.fields.algebra import (
 from regpipe.io.geometry import carry
 from regpipe.metrics.metric import columns
 from regpipe.transforms.likeness import correlation
+from regpipe.utils.errors import InputError
 
 Array = np.ndarray | Tensor
 
@@ -267,23 +268,33 @@ def measure(
 
     Args:
         registration: of batch size 1.
-        item: a batch of size 1 as ``data.pairs.collate_pairs`` gives it, on any device.
+        item: a batch of size 1 as ``data.pairs.collate_pairs`` gives it, on any device; of one's own: ``fixed_image``
+            and ``moving_image``, and of the rest what there is.
         spacing: mm per voxel of the working grid.
         layers: what warps; labels are warped by nearest neighbour, by ``fields.algebra.warp`` always.
 
     Returns:
         name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage,
         projective included: what measures the displacement measures what was found beyond it.
+
+    Raises:
+        InputError: the batch has not both images.
     """
     u = registration.displacement
+    if not {"fixed_image", "moving_image"} <= item.keys():
+        raise InputError(f"a batch of {', '.join(map(str, item))}: name its images fixed_image and moving_image")
     fixed, moving = (item[f"{side}_image"].to(u.device) for side in ("fixed", "moving"))
-    labels = item["fixed_label"].to(u.device), item["moving_label"].to(u.device)
+    none = {"label": torch.zeros_like(fixed), "landmarks": fixed.new_zeros(1, 0, u.shape[1])}
+    labels, points = (
+        tuple(item.get(f"{side}_{kind}", none[kind]) for side in ("fixed", "moving")) for kind in ("label", "landmarks")
+    )
+    labels = tuple(label.to(u.device, torch.int32) for label in labels)
     after = Measured(
         fixed,
         registration.warped_moving,
         (labels[0], warp(labels[1], u, mode="nearest")),
         shared_labels(*labels),
-        (item["fixed_landmarks"][0], item["moving_landmarks"][0]),
+        (points[0][0], points[1][0]),
         u[0],
         registration.inverse[0],
         spacing,

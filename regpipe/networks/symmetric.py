@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from regpipe.fields.algebra import Integration, Layers, integrate_both, resize, resize_image, warp
 from regpipe.networks.correlation import local_correlations
 from regpipe.networks.encoders import CONV, Encoder
-from regpipe.networks.weights import lay_in_decoder
+from regpipe.networks.weights import holds_decoder, lay_in_decoder
 from regpipe.utils.errors import InputError
 
 VELOCITY_STRIDE = 2  # the velocity lives at half resolution
@@ -67,7 +67,8 @@ class SymmetricNet(nn.Module):
         backbone: ``resnet18``, ``vgg16``, ``alexnet`` or ``plain``.
         pretrained: where the encoder's weights come from, see ``networks.weights``.
         freeze: how many encoder stages keep their weights.
-        transfer: what is taken from ``pretrained``: its ``encoder``, or the whole ``network``.
+        transfer: what is taken from ``pretrained``: its ``encoder``, or the whole ``network``; None: of a network that
+            was trained here the whole, else the encoder.
         width: channels of the decoder's coarse levels; the finest has half as many.
         correlation: radius in voxels of the local correlation that each level sees; 0 for none.
         structures: how many labelled structures the network shall tell apart, where labels supervise. It then returns
@@ -86,14 +87,15 @@ class SymmetricNet(nn.Module):
         *,
         pretrained: str = "none",
         freeze: int = 0,
-        transfer: str = "encoder",
+        transfer: str | None = None,
         width: int = 32,
         correlation: int = 1,
         structures: int = 0,
     ) -> None:
         super().__init__()
-        if transfer not in ("encoder", "network"):
+        if transfer not in (None, "encoder", "network"):
             raise InputError(f"transfer is '{transfer}': choose encoder or network")
+        transfer = transfer or ("network" if holds_decoder(pretrained, backbone, spatial_dims) else "encoder")
         self.backbone, self.pretrained, self.freeze, self.transfer = backbone, str(pretrained), freeze, transfer
         self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze)
         self.detail = _Detail(spatial_dims, width // 2)

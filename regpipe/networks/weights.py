@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parents[1]
 SHIPPED = (_HERE / "shipped", _HERE.parent / "bundles")  # where an installed package has its bundles, and a checkout
+PUBLISHED = ("none", "imagenet", "medicalnet")  # sources of encoders alone
 MEDICALNET = ("TencentMedicalNet/MedicalNet-Resnet18", "resnet_18_23dataset.pth")
 
 
@@ -199,6 +200,13 @@ def lay_in(stages: nn.Module, state: dict[str, Tensor], names: dict[str, str], *
         if own[key].ndim > 1:
             nn.init.dirac_(own[key])
     return missing
+
+
+def holds_decoder(source: str, backbone: str, dim: int) -> bool:
+    """Whether ``source`` (of ``read_weights``) is a whole network that was trained here."""
+    if source in PUBLISHED:
+        return False
+    return any(name.startswith("levels.") for name in read_weights(source, backbone, dim) or {})
 
 
 def lay_in_decoder(network: nn.Module, source: str, backbone: str) -> list[str]:

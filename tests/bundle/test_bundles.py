@@ -201,7 +201,7 @@ def test_transferred_weights_stay_where_frozen_and_bring_their_layout_along(
     bundle = write_bundle("resnet18", tmp_path / "bundle")
     choice = ("--pretrained", tmp_path / "resnet18.pth", "--freeze", "2", "--max_epochs", "1")
     train(monai_bundle, bundle, cohort, *choice)
-    net = SymmetricNet(2, "resnet18", pretrained=str(bundle / "models" / "model.pt"))
+    net = SymmetricNet(2, "resnet18", pretrained=str(bundle / "models" / "model.pt"), transfer="encoder")
     net.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
     norms = [module for module in net.encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms  # an encoder without transferred weights has GroupNorm

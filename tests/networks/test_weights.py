@@ -154,7 +154,7 @@ def test_a_network_trained_here_gives_its_encoder_to_the_next(
     source = saved(resnet, tmp_path / "resnet.pth") if batch_norm else "none"
     before = SymmetricNet(trained, "resnet18", pretrained=source)
     saved(before.state_dict(), tmp_path / "bundle" / "models" / "model.pt")
-    after = SymmetricNet(wanted, "resnet18", pretrained=str(tmp_path / "bundle"))  # a bundle's folder
+    after = SymmetricNet(wanted, "resnet18", pretrained=str(tmp_path / "bundle"), transfer="encoder")
     theirs, ours = before.encoder.state_dict(), after.encoder.state_dict()
     assert theirs.keys() == ours.keys()  # BatchNorm stays BatchNorm, GroupNorm GroupNorm
     for name, weight in ours.items():
@@ -186,10 +186,12 @@ def test_a_whole_network_transferred_gives_the_same_velocity_and_trains_on(
     before = loud_network(dims, backbone)
     file = saved(before.state_dict(), tmp_path / "model.pt")
     pair = torch.rand(1, 2, *(24,) * dims)
-    after = SymmetricNet(dims, backbone, pretrained=file, freeze=2)
+    after = SymmetricNet(dims, backbone, pretrained=file, freeze=2, transfer="encoder")
     assert not torch.allclose(after(pair), before(pair), rtol=0.1)  # its encoder only
     assert lay_in_decoder(after, file, backbone) == []
     assert torch.equal(after(pair), before(pair))
+    unasked = SymmetricNet(dims, backbone, pretrained=file)  # nothing is left random in silence
+    assert unasked.transfer == "network" and torch.equal(unasked(pair), before(pair))
     trained = {n for n, p in after.named_parameters() if p.requires_grad}
     frozen = {n for n, _ in after.named_parameters() if n.startswith(("encoder.stages.0.", "encoder.stages.1."))}
     assert frozen and trained == {n for n, _ in after.named_parameters()} - frozen
@@ -202,7 +204,9 @@ def test_a_decoder_does_not_change_its_dimension_while_an_encoder_does(
     trained: int, wanted: int, tmp_path: Path
 ) -> None:
     file = saved(SymmetricNet(trained, "alexnet").state_dict(), tmp_path / "model.pt")
-    after = SymmetricNet(wanted, "alexnet", pretrained=file)
+    with pytest.raises(InputError, match=rf"not {wanted}D.*--transfer encoder"):
+        SymmetricNet(wanted, "alexnet", pretrained=file)
+    after = SymmetricNet(wanted, "alexnet", pretrained=file, transfer="encoder")
     untouched = {name: tensor.clone() for name, tensor in after.state_dict().items()}
     with pytest.raises(InputError, match=rf"model\.pt.*not {wanted}D.*--transfer encoder"):
         lay_in_decoder(after, file, "alexnet")
