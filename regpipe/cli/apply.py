@@ -44,8 +44,8 @@ def apply(
         str,
         typer.Option(
             help="Of images: linear, bspline, nearest, label (each label linearly, the largest wins); "
-            "auto: nearest for label maps (whole numbers; and named so, like a_seg.nii.gz or labels/a.nii.gz, or at "
-            "most 32 values), else linear.",
+            "auto: nearest for label maps (files that say so; whole numbers, where the name ends so, like a_seg.nii.gz "
+            "or labels/a.nii.gz, or the voxels fill regions), else linear.",
             autocompletion=completion.one_of(completion.INTERPOLATIONS),
         ),
     ] = "auto",

@@ -29,11 +29,12 @@ class LoadPair:
     """case -> tensors on the working grid; a callable for ``monai.data.Dataset``.
 
     Gives ``case`` and, for ``fixed_`` and ``moving_``: ``image`` (1, *S) float32 in [0, 1];
-    ``label`` (1, *S) int32, zeros where there is none; ``landmarks`` (K, D) float32 in working
-    voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the image's field
-    of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1) float64,
-    working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image is seen
-    at ``bend(x)``, see ``transforms.homography``. ``displacement`` (D, *S) where there is a true one, working voxels.
+    ``label`` (1, *S) int32, or int64 where ids need that, zeros where there is none; ``landmarks`` (K, D) float32 in
+    working voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the
+    image's field of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1)
+    float64, working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image
+    is seen at ``bend(x)``, see ``transforms.homography``. ``displacement`` (D, *S) where there is a true one, working
+    voxels.
     With ``cache`` they are kept, per image and field and not per pair, and handed out without a copy: never change them
     in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``data.cache``.
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SQUARINGS = 7
+EXACT = 2**24  # whole numbers below it are float32's
 
 
 class Registration(NamedTuple):
@@ -94,7 +95,16 @@ def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear", padding: str = "bo
     with torch.autocast(u.device.type, enabled=False):
         places, voxel = _places(tuple(u.shape[2:]), u.device)
         where = torch.addcmul(places, u.float().flip(1), voxel)
+        if image.dtype in (torch.int32, torch.int64) and image.abs().max() >= EXACT:
+            return _sample_ids(image, where, mode, padding)
         return sample(image.float(), where, mode, padding).to(image.dtype)
+
+
+def _sample_ids(labels: Tensor, where: Tensor, mode: str, padding: str) -> Tensor:
+    """``sample`` of labels that float32 cannot hold: of their places in the list of ids, 0 for 0."""
+    ids = torch.cat([labels.new_zeros(1), labels[labels != 0].unique()])
+    places = torch.where(labels == 0, 0, torch.searchsorted(ids[1:], labels.contiguous()) + 1)
+    return ids[sample(places.float(), where, mode, padding).long()]
 
 
 def integrate(v: Tensor, *, squarings: int = SQUARINGS, mode: str = "bilinear", padding: str = "border") -> Tensor:

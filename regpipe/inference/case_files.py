@@ -167,10 +167,9 @@ def _save_warped(
         return images, {}, {}
     label, _ = files.label(case["moving_label"], load.landmark_channels)
     labels = displacement.resample_through(label, forward, fixed.affine, order=0)
-    out.write("warped_label.nii.gz", displacement.write_image, labels.astype(np.int32), fixed.affine)
+    out.write("warped_label.nii.gz", displacement.write_image, labels, fixed.affine)
     if "fixed_label" not in case:
         return images, {}, {}
     truth, _ = files.label(case["fixed_label"], load.landmark_channels)
-    whole = labels.astype(np.int32)
-    overlap = mean_of(dice(truth.array, whole, shared_labels(truth.array, label.array)).values())
-    return images, shown_labels(truth, label, whole, matrix), {"dice_native": overlap}
+    overlap = mean_of(dice(truth.array, labels, shared_labels(truth.array, label.array)).values())
+    return images, shown_labels(truth, label, labels, matrix), {"dice_native": overlap}

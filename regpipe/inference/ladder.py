@@ -24,7 +24,7 @@ from regpipe.engines.inferers import Inferer
 from regpipe.engines.refine import SMALLEST
 from regpipe.fields.algebra import resize_image
 from regpipe.inference import memory
-from regpipe.io import images
+from regpipe.io.labels import read_label
 from regpipe.metrics.measures import shared_labels
 from regpipe.networks.symmetric import VELOCITY_STRIDE, Prediction, SymmetricNet, joined, parted, prediction
 from regpipe.utils import distributed, machine
@@ -206,7 +206,7 @@ def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, .
     if both is None:
         return ()
     channels = None if load is None else load.landmark_channels
-    return tuple(shared_labels(*(images.read_label(file, landmark_channels=channels)[0].array for file in both)))
+    return tuple(shared_labels(*(read_label(file, landmark_channels=channels)[0].array for file in both)))
 
 
 def require_for_files(fixed: str, *shapes: Sequence[int], memory_gib: float | None = None, reusable: int = 0) -> None:

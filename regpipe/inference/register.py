@@ -25,6 +25,7 @@ from regpipe.inference.symnet import register_by_symnet
 from regpipe.io import images
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import from_itk
+from regpipe.io.labels import ids_of, read_label
 from regpipe.networks.weights import shipped
 from regpipe.transforms.displacement import read_displacement, write_image
 from regpipe.utils import console
@@ -157,7 +158,7 @@ class Registered:
     @functools.cached_property
     def warped_label(self) -> Image:
         """The moving label map on the fixed image's grid, where one was given."""
-        return images.read_label(self.folder / "warped_label.nii.gz")[0]
+        return read_label(self.folder / "warped_label.nii.gz")[0]
 
     @functools.cached_property
     def jacobian(self) -> Image:
@@ -226,7 +227,8 @@ def _file(path: Path, value: Any) -> Path:
     if isinstance(value, (str, Path)):
         return Path(value)
     array, affine = _image(value)
-    write_image(path, array.astype(np.int32 if path.name.endswith("label.nii.gz") else np.float32), affine)
+    kept = ids_of(array, path.name) if path.name.endswith("label.nii.gz") else array.astype(np.float32)
+    write_image(path, kept, affine)
     return path
 
 

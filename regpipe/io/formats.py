@@ -31,6 +31,11 @@ NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima")
 PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+LABELS = (1002, 1003)  # NIfTI's intents for indices of labels and of anatomical names
+SEGMENTS = (".seg.nrrd", ".seg.nhdr")  # of 3D Slicer
+# of ITK's types; it has no Python images of some of them
+COMPONENTS = {"unsigned_char": "u1", "char": "i1", "unsigned_short": "u2", "short": "i2", "unsigned_int": "u4"}
+COMPONENTS |= {"int": "i4", "float": "f4", "double": "f8", "long_long": "i8", "unsigned_long_long": "u8"}
 GZIP = b"\x1f\x8b"
 DEFLATE = 1032  # bytes that one byte of gzip's stands for at most
 SUFFIXES = NIFTI + ITK + DICOM + PICTURE
@@ -56,6 +61,7 @@ class Source(NamedTuple):
     affine: np.ndarray  # (D+1, D+1) float64, voxel index -> RAS mm
     dtype: np.dtype
     voxels: Callable[[int | None], np.ndarray]  # of one frame of a film, or of all of the file
+    label: bool = False  # whether the file says that it is a label map
 
 
 @functools.cache
@@ -139,7 +145,7 @@ def open_nifti(path: Path, file: BinaryIO) -> Source:
             return nifti_array(image).reshape(shape)
         return nifti_array(image, (..., frame)).reshape(squeezed(shape[:3]))
 
-    return Source(shape, affine, image.get_data_dtype(), voxels)
+    return Source(shape, affine, image.get_data_dtype(), voxels, int(image.header.get("intent_code", 0)) in LABELS)
 
 
 def load_nifti(path: PathLike, file: BinaryIO) -> Any:
@@ -224,12 +230,23 @@ def open_itk(path: Path, file: BinaryIO) -> Source:
     if is_plane(shape) and len(affine) == 4:
         affine = plane(affine, np.diag([-io.GetSpacing(0), -io.GetSpacing(1), 1.0]))
 
+    stored = itk_dtype(io)
+    # ITK's Python has no int8 or int64 images: the one is read as double, the other as unsigned, of the same bits
+    into = itk.ULL if stored.kind in "iu" and stored.itemsize == 8 else itk.D
+
     def voxels(frame: int | None) -> np.ndarray:
-        # ITK's Python has no int8 or int64 images: read as double, exact for every label.
-        array = itk_array(path, kind, itk.Image[itk.D, len(dims)]).reshape(shape)
+        array = itk_array(path, kind, itk.Image[into, len(dims)]).reshape(shape).astype(stored)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
-    return Source(shape, affine, np.dtype("f8"), voxels)
+    return Source(shape, affine, stored, voxels, path.name.lower().endswith(SEGMENTS))
+
+
+def itk_dtype(io: Any) -> np.dtype:
+    """Of the voxels of an ``itk.ImageIOBase`` that has read its header."""
+    name, size = io.GetComponentTypeAsString(io.GetComponentType()), io.GetComponentSize()
+    if name in ("long", "unsigned_long"):  # 4 bytes on Windows
+        return np.dtype(f"{'u' if name.startswith('u') else 'i'}{size}")
+    return np.dtype(COMPONENTS.get(name, "f8"))
 
 
 def itk_array(path: Path, kind: Any, into: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,7 +31,6 @@ from regpipe.utils.files import opened, parse_json, replace_file
 __all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, offered here too
 
 
-LARGEST = 2**31 - 1  # of label ids, which are int32
 FLAT = 0.01  # of a box's volume: what axes at an angle of less than half a degree to each other leave
 GREATEST = 1e30  # value of a voxel; sums of them are float32, too
 
@@ -80,8 +79,8 @@ def read_image(path: PathLike, file: BinaryIO | None = None) -> Image:
         InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN, infinite, or too
             large or alike for single precision.
     """
-    with _opened(path, file) as source:
-        array = _voxels(source, path)
+    with opened_image(path, file) as source:
+        array = voxels_of(source, path)
     low, high = float(array.min()), float(array.max())  # NaN where one voxel is
     if not math.isfinite(low + high):
         raise InputError(f"{path}: holds NaN or infinite values; replace them by the background's")
@@ -90,51 +89,7 @@ def read_image(path: PathLike, file: BinaryIO | None = None) -> Image:
     if max(-low, high) > GREATEST or high - low < 1 / GREATEST:
         raise InputError(f"{path}: its values reach from {low:g} to {high:g}, beyond single precision; rescale them")
     array = array.astype(np.float32)
-    return _straightened(Image(array, source.affine), path, order=1)
-
-
-def read_label(
-    path: PathLike, file: BinaryIO | None = None, *, landmark_channels: int | None = None
-) -> tuple[Image, np.ndarray | None]:
-    """Read a label map -> int32 ``(*S)`` on its image's grid, and the landmarks held as channels.
-
-    In a 4-D file (channels last) channel i becomes label i+1, the later one winning; with
-    ``landmark_channels=n`` only those before n do, and each from n on is one landmark. ``file``: as of ``read_image``.
-
-    Returns:
-        The map, and the landmarks' centroids ``(K, D)`` in voxels of the map (empty channel:
-        NaN), or None where ``landmark_channels`` is None.
-
-    Raises:
-        InputError: missing, unreadable, not integral, more than 4-D.
-    """
-    with _opened(path, file, label=True) as source:
-        array = _voxels(source, path)
-    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
-        raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
-    if array.dtype.kind != "b" and not -LARGEST <= array.min() <= array.max() <= LARGEST:
-        raise InputError(f"{path}: label ids reach from {array.min()} to {array.max()}; number them below 2^31")
-    channels = []
-    if array.ndim == 4:
-        channels = [_squeeze_plane(array[..., i]) for i in range(array.shape[3])]
-        array = np.zeros(channels[0].shape)
-        for i, channel in enumerate(channels[:landmark_channels]):
-            array[channel != 0] = i + 1
-    labels = _straightened(Image(array.astype(np.int32), source.affine), path, order=0)
-    if landmark_channels is None:
-        return labels, None
-    centroids = _centroids(channels[landmark_channels:], array.ndim)
-    return labels, apply_affine(np.linalg.inv(labels.affine) @ source.affine, centroids)
-
-
-def _squeeze_plane(array: np.ndarray) -> np.ndarray:
-    return array[..., 0] if array.shape[-1] == 1 else array
-
-
-def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:
-    found = (np.argwhere(c) for c in channels)
-    rows = [at.mean(axis=0) if len(at) else np.full(dim, np.nan) for at in found]
-    return np.array(rows).reshape(-1, dim)
+    return straightened(Image(array, source.affine), path, order=1)
 
 
 def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
@@ -145,7 +100,7 @@ def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
 
 def header(path: PathLike, file: BinaryIO | None = None) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and RAS affine that ``read_image`` gives, from the header alone."""
-    with _opened(path, file) as source:
+    with opened_image(path, file) as source:
         return _straight_grid(source.shape, source.affine)
 
 
@@ -166,7 +121,7 @@ def voxel_size(affine: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _opened(path: PathLike, file: BinaryIO | None = None, *, label: bool = False) -> Iterator[Source]:
+def opened_image(path: PathLike, file: BinaryIO | None = None, *, label: bool = False) -> Iterator[Source]:
     """The header, checked, while the file is open; ``file``: where it is so already."""
     where, _ = locate(path)
     with contextlib.nullcontext(file) if file or where.is_dir() else opened(where) as stream:
@@ -232,16 +187,17 @@ def _check_affine(affine: np.ndarray, path: PathLike) -> None:
     formats.require_voxel_size(path, size)
 
 
-def _voxels(source: Source, path: PathLike) -> np.ndarray:
+def voxels_of(source: Source, path: PathLike) -> np.ndarray:
+    """All voxels of an open image (*S). Raises InputError where the file breaks off."""
     try:
         return source.voxels(None)
     except InputError:
         raise
-    except Exception as cause:  # as above: a truncated file shows only here
+    except Exception as cause:  # as in `_open`: a truncated file shows only here
         raise unreadable(path, cause) from cause
 
 
-def _straightened(image: Image, path: PathLike, *, order: int) -> Image:
+def straightened(image: Image, path: PathLike, *, order: int) -> Image:
     """The image, resampled if its axes are sheared."""
     shape, affine = _straight_grid(image.array.shape, image.affine)
     if affine is image.affine:
@@ -310,7 +266,24 @@ def resample(image: Image, affine: np.ndarray, shape: Sequence[int], *, order: i
     pull = np.where(np.abs(pull - np.rint(pull)) < 1e-6, np.rint(pull), pull)  # a copy stays a copy
     if order == 0:  # a tie between two labels falls to the same side however the file is stored
         pull[:-1, -1] -= 1e-4 * pull[:-1, :-1].sum(axis=1)
-    return ndimage.affine_transform(image.array, pull, output_shape=tuple(shape), order=order, mode=mode)
+
+    def sample(array: np.ndarray) -> np.ndarray:
+        return ndimage.affine_transform(array, pull, output_shape=tuple(shape), order=order, mode=mode)
+
+    return sample(image.array) if order else exactly(sample, image.array)
+
+
+def exactly(sample: Callable[[np.ndarray], np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """``sample`` of labels (any shape), whatever their ids: it counts in doubles, which hold whole numbers up to 2^53.
+
+    Of larger ones it gets their places in the list of ids, 0 for 0.
+    """
+    if labels.dtype.kind not in "iu" or not labels.size or max(-int(labels.min()), int(labels.max())) < 2**53:
+        return sample(labels)
+    ids = np.r_[labels.dtype.type(0), np.unique(labels[labels != 0])]
+    places = np.searchsorted(ids[1:], labels) + 1
+    places[labels == 0] = 0
+    return ids[sample(places.astype(np.int32))]
 
 
 def normalise(array: np.ndarray, *, like: np.ndarray | None = None) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from regpipe.io import images
+from regpipe.io import images, labels
 from regpipe.io.formats import locate
 from regpipe.io.images import Image, PathLike
 from regpipe.io.points import read_landmarks
@@ -37,8 +37,8 @@ class Source:
         return image
 
     def label(self, path: PathLike, landmark_channels: int | None = None) -> tuple[Image, np.ndarray | None]:
-        """``io.images.read_label``."""
-        label: tuple[Image, np.ndarray | None] = self.read(path, images.read_label, landmark_channels=landmark_channels)
+        """``io.labels.read_label``."""
+        label: tuple[Image, np.ndarray | None] = self.read(path, labels.read_label, landmark_channels=landmark_channels)
         return label
 
     def landmarks(self, path: PathLike) -> np.ndarray:

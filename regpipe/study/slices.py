@@ -15,6 +15,7 @@ from regpipe.engines import record
 from regpipe.io import images
 from regpipe.io.geometry import upright
 from regpipe.io.images import PathLike
+from regpipe.io.labels import read_label
 from regpipe.transforms import displacement
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -81,7 +82,7 @@ def _areas(image: str, label: str | None) -> list[np.ndarray]:
     """For each axis: label voxels in each slice across it, 0 where a label of the subject is missing."""
     if label is None:
         raise InputError(f"{image}: has no label, by which the slice is chosen; add the label file")
-    array, _ = upright(*images.read_label(label)[0])
+    array, _ = upright(*read_label(label)[0])
     if array.ndim != 3:
         raise InputError(f"{label}: is {array.ndim}D; slices are made of 3D images")
     counts = []
@@ -97,7 +98,7 @@ def _best_axis(areas: Iterable[list[np.ndarray]]) -> int:
 
 
 def _write_slice(out: Path, image: str, label: str, axis: int, index: int) -> None:
-    kinds = {"images": images.read_image(image), "labels": images.read_label(label)[0]}
+    kinds = {"images": images.read_image(image), "labels": read_label(label)[0]}
     if kinds["images"].array.shape != kinds["labels"].array.shape:
         raise InputError(f"{label}: is not on the grid of {image}; resample it first")
     for folder, whole in kinds.items():

@@ -25,7 +25,7 @@ from scipy import ndimage
 from regpipe.fields.algebra import jacobian_determinant
 from regpipe.io.formats import load_nifti, nifti_affine, nifti_array
 from regpipe.io.geometry import LPS
-from regpipe.io.images import PICTURE, Image, PathLike
+from regpipe.io.images import PICTURE, Image, PathLike, exactly
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import opened, replace_hashed
@@ -89,8 +89,12 @@ def resample_through(moving: Image, d: np.ndarray, affine: np.ndarray, *, order:
     at = _move(np.linalg.inv(moving.affine), places)
     last = _column(np.array(shape) - 0.5, at.ndim)
     inside = ((at >= -0.5) & (at <= last)).all(axis=0)
-    # Not mode="constant": that loses the rim of an untouched image to the last digit of `at`.
-    values = ndimage.map_coordinates(moving.array, at, order=order, mode="nearest")
+
+    def sample(array: np.ndarray) -> np.ndarray:
+        # Not mode="constant": that loses the rim of an untouched image to the last digit of `at`.
+        return ndimage.map_coordinates(array, at, order=order, mode="nearest")
+
+    values = sample(moving.array) if order else exactly(sample, moving.array)
     return np.where(inside, values, values.dtype.type(0))
 
 

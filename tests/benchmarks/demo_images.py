@@ -19,7 +19,8 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from regpipe.io.images import Image, read_image, read_label
+from regpipe.io.images import Image, read_image
+from regpipe.io.labels import read_label
 from regpipe.phantoms.motion import Array, Deformation, column, random_deformation, unit_grid
 from regpipe.transforms import displacement
 

@@ -35,7 +35,8 @@ from regpipe.bundle.run import register_with_bundle
 from regpipe.bundle.write import write_bundle
 from regpipe.data.pairs import Case
 from regpipe.inference.from_zero import register_from_zero
-from regpipe.io.images import Image, read_image, read_label
+from regpipe.io.images import Image, read_image
+from regpipe.io.labels import read_label
 from regpipe.utils.errors import one_line_errors
 from regpipe.utils.files import replace_file
 

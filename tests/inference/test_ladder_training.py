@@ -12,7 +12,8 @@ from regpipe.data.load import LoadPair
 from regpipe.data.pairs import list_pairs
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.inference import ladder, memory
-from regpipe.io.images import Grid, read_label
+from regpipe.io.images import Grid
+from regpipe.io.labels import read_label
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.measures import shared_labels
 from regpipe.networks.symmetric import SymmetricNet

@@ -20,7 +20,8 @@ from pydicom.uid import (
 
 from helpers.folders import save
 from helpers.series import LPS, write_dicom, write_series
-from regpipe.io.images import Grid, Image, files, geometry, is_series, read_image, read_label, resample, to_grid
+from regpipe.io.images import Grid, Image, files, geometry, is_series, read_image, resample, to_grid
+from regpipe.io.labels import read_label
 from regpipe.utils.errors import InputError
 
 RNG = np.random.default_rng(0)

@@ -18,12 +18,12 @@ from regpipe.io.images import (
     load_grid,
     normalise,
     read_image,
-    read_label,
     resample,
     save_grid,
     stem,
     to_grid,
 )
+from regpipe.io.labels import read_label
 from regpipe.io.points import read_landmarks
 
 RNG = np.random.default_rng(0)

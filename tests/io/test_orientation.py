@@ -10,7 +10,8 @@ import pytest
 from PIL import Image as Picture
 from PIL import ImageOps, TiffImagePlugin
 
-from regpipe.io.images import header, read_image, read_label
+from regpipe.io.images import header, read_image
+from regpipe.io.labels import read_label
 from regpipe.utils.errors import InputError
 
 RNG = np.random.default_rng(12)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image as Picture
 
 from regpipe.io.formats import unreadable
-from regpipe.io.images import header, read_image, read_label
+from regpipe.io.images import header, read_image
+from regpipe.io.labels import read_label
 from regpipe.transforms.resample import read_voxels
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError

@@ -9,7 +9,8 @@ import pytest
 
 from helpers.folders import save
 from regpipe.data.pairs import list_pairs
-from regpipe.io.images import read_image, read_label
+from regpipe.io.images import read_image
+from regpipe.io.labels import read_label
 from regpipe.study.slices import write_slices
 from regpipe.utils.errors import InputError
 
