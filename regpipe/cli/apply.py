@@ -11,6 +11,12 @@ from regpipe.cli import completion
 from regpipe.utils import console
 
 Reference = Annotated[Path | None, typer.Option(help="Image whose grid the result gets.")]
+Fill = Annotated[
+    float | None,
+    typer.Option(
+        metavar="VALUE", help="Outside of images, nan too; default: what each has itself outside. Of label maps 0."
+    ),
+]
 Manifest = Annotated[
     Path | None,
     typer.Option(metavar="FILE.json", help="Write hashes of what goes in and comes out: docs/provenance.md."),
@@ -49,6 +55,7 @@ def apply(
             autocompletion=completion.one_of(completion.INTERPOLATIONS),
         ),
     ] = "auto",
+    fill: Fill = None,
     manifest: Manifest = None,
 ) -> None:
     """Carry images, labels, points and meshes through a registration, each image resampled once.
@@ -62,11 +69,13 @@ def apply(
     if manifest is not None:
         manifests.check_beside(manifest, out)
     problems: dict[str, str] = {}
-    written = run(transform, inputs, out, to=to, reference=reference, interpolation=interpolation, problems=problems)
+    written = run(
+        transform, inputs, out, to=to, reference=reference, interpolation=interpolation, fill=fill, problems=problems
+    )
     if manifest is not None and written:
         used = {"transform": [transform], "input": [path for path in inputs if str(path) not in problems]}
         used |= {"reference": [reference]} if reference else {}
-        settings = {"to": to, "interpolation": interpolation}
+        settings = {"to": to, "interpolation": interpolation, **({} if fill is None else {"fill": f"{fill:g}"})}
         manifests.of_files(manifest, "application", used, written, settings)
     console.tell(problems=problems)
     for problem in problems.values():

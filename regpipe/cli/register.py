@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from regpipe.cli import completion
+from regpipe.cli.apply import Fill
 from regpipe.utils.errors import InputError
 
 Inputs = Annotated[
@@ -99,6 +100,7 @@ def register(
         tuple[Path, Path] | None,
         typer.Option(metavar="FIXED MOVING", help="With two files: corresponding points (.csv: x,y,z in LPS mm)."),
     ] = None,
+    fill: Fill = None,
     memory_gib: Annotated[
         float | None,
         typer.Option(
@@ -131,6 +133,7 @@ def register(
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
     given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
+    given |= {"fill": fill}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}
     given |= {"network": network, "weights": None if weights is None else str(weights)}

@@ -16,6 +16,7 @@ from regpipe.data.checks import unlike_landmarks
 from regpipe.data.pairs import KINDS, SIDES, Case
 from regpipe.data.placement import Frames
 from regpipe.io import geometry, images
+from regpipe.io.background import SLIGHT
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
 from regpipe.io.source import Source
@@ -175,16 +176,21 @@ class LoadPair:
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],
             "landmarks": torch.from_numpy(np.concatenate(points)).float(),
-            "mask": _mask(image, files.label(mask)[0] if mask else None, affine, shape, rims=self.mask_rims)[None],
+            "mask": _mask(path, mask, files, affine, shape, rims=self.mask_rims)[None],
         }
 
 
-def _mask(image: Image, drawn: Image | None, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool) -> Tensor:
-    """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``) and its mask file."""
-    view = image._replace(array=np.ones(image.array.shape, np.uint8))
+def _mask(
+    image: str, drawn: str | None, files: Source, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool
+) -> Tensor:
+    """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``), its data, its mask file."""
+    seen, known = files.image(image), files.known(image)
+    view = seen._replace(array=np.ones(seen.array.shape, np.uint8))
     inside = images.resample(view, affine, shape, order=0) > 0 if rims else np.ones(shape, bool)
     if drawn is not None:
-        inside &= images.resample(drawn, affine, shape, order=0) != 0
+        inside &= images.resample(files.label(drawn)[0], affine, shape, order=0) != 0
+    if known is not None:  # nothing of what lies between voxels with and without
+        inside &= images.resample(seen._replace(array=known.astype(np.float32)), affine, shape, order=1) > 1 - SLIGHT
     if inside.all():  # most are: one number in memory in place of a volume
         return torch.ones(()).expand(shape)
     return torch.from_numpy(inside).float()

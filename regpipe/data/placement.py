@@ -155,7 +155,7 @@ class Frames:
             found = linear._replace(matrix=self._from_landmarks(case, files, "projective"))
         if self.source != "landmarks" and homography.is_gentle(found.matrix, frame, grid.shape):
             fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
-            masks = {f"{side}_mask": _mask(case.get(f"{side}_mask"), files) for side in SIDES}
+            masks = {f"{side}_mask": _mask(case, side, files) for side in SIDES}
             found = projective.align_projective(fixed, moving, found.matrix, metric=self.metric, **masks)
         if not homography.is_gentle(found.matrix, frame, grid.shape):
             log.warning("%s: its homography folds on the working grid; the affine map is kept", case["moving_image"])
@@ -166,7 +166,7 @@ class Frames:
         start = None if self.source == "images" else self._from_landmarks(case, files, stage)
         if start is not None and self.source == "landmarks":
             return affine.Alignment(start, math.nan, math.nan, math.nan)
-        fixed_mask, moving_mask = (_mask(case.get(f"{side}_mask"), files) for side in SIDES)
+        fixed_mask, moving_mask = (_mask(case, side, files) for side in SIDES)
         fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
         try:
             return affine.align(
@@ -199,8 +199,13 @@ def _files(case: Case) -> tuple[str | None, ...]:
     return tuple(case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks"))
 
 
-def _mask(path: str | None, files: Source) -> np.ndarray | None:
-    return None if path is None else files.label(path)[0].array != 0
+def _mask(case: Case, side: str, files: Source) -> np.ndarray | None:
+    """Where an image counts: its mask file, and where it holds data; None: everywhere."""
+    known, path = files.known(case[f"{side}_image"]), case.get(f"{side}_mask")
+    if path is None:
+        return known
+    drawn = files.label(path)[0].array != 0
+    return drawn if known is None else drawn & known
 
 
 def _own_frame(path: str, grid: Grid, files: Source) -> np.ndarray:

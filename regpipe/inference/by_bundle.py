@@ -36,6 +36,7 @@ def register_by_bundle(
     affine_from: str | None = None,
     affine_metric: str = "mi",
     formats: str | Sequence[str] = BY_DEFAULT,
+    fill: float | None = None,
     memory_gib: float | None = None,
     strict: bool = False,
     jobs: int = 1,
@@ -80,6 +81,7 @@ def register_by_bundle(
         pairing=pairing or known["pairing"],
         formats=formats,
         settings=describe.registrations(network, load, refinement=refinement, inferer=inferer),
+        fill=fill,
         memory_gib=memory_gib,
     )
     folder.register_by(network, inferer, strict=strict, processes=jobs)

@@ -12,7 +12,8 @@ import numpy as np
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
-from regpipe.io.images import PICTURE
+from regpipe.io import background
+from regpipe.io.images import PICTURE, read_image
 from regpipe.io.source import Source
 from regpipe.metrics import trust
 from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
@@ -53,6 +54,7 @@ def save_case(
     files: Source,
     *,
     formats: Sequence[str] = BY_DEFAULT,
+    fill: float | None = None,
     settings: Mapping[str, Any] | None = None,
     typical: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -60,6 +62,7 @@ def save_case(
 
     Args:
         files: of the case.
+        fill: see ``FolderRun``.
         typical: what is known of the model's training.
 
     Returns:
@@ -92,7 +95,7 @@ def save_case(
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
     whole = alignment if matrix is None else matrix
-    images, labels, native = _save_warped(case, files, forward, whole, out, load)
+    images, labels, native = _save_warped(case, files, forward, whole, out, load, fill)
     whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment)
     seen = views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
     out.hashes |= {f"{views.FOLDER}/{name}": digest for name, digest in seen.items()}
@@ -149,14 +152,18 @@ def _save_warped(
     matrix: np.ndarray,
     out: _Folder,
     load: LoadPair,
+    fill: float | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, float]]:
     """The warped image and labels; returns what there is to see of both (``report.shown``), and their Dice.
 
     Dice is on the fixed image's own grid, where both images have labels. ``matrix``: the whole alignment.
     """
     fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
-    warped = displacement.resample_through(moving, forward, fixed.affine, order=1)
+    read = files.read(case["moving_image"], read_image)  # with its gaps
+    fill = background.outside(read.array) if fill is None else fill
+    warped = displacement.resample_through(read, forward, fixed.affine, order=1, fill=fill)
     out.write("warped.nii.gz", displacement.write_image, warped.astype(np.float32), fixed.affine)
+    warped = np.where(np.isnan(warped), moving.array.min(), warped)
     fits = (
         warped.ndim == 2 and warped.min() >= 0 and 1 < warped.max() <= 65535
     )  # what a picture's whole numbers can show

@@ -41,9 +41,8 @@ class FolderRun:
     """The pairs of a folder, what becomes of each, and the handler that writes their results.
 
     ``metrics.json`` is written last: a case that has one is finished and is not registered again; ``manifest.json``
-    before it, see ``data.manifest``.
-    Iterating gives the batches, one case each, of those that are to be done and can be read; the others are
-    in ``failures``. Of several processes each does its share of what was left when they began.
+    before it, see ``data.manifest``. Iterating gives the batches, one case each, of those that are to be done and can
+    be read; the others are in ``failures``. Of several processes each does its share of what was left when they began.
 
     Args:
         dataset_dir: see ``regpipe.list_pairs``.
@@ -52,6 +51,7 @@ class FolderRun:
         model: the weight file; a case finished with another one, or from other files, is done anew.
         pairing: see ``regpipe.list_pairs``.
         formats: transforms written per case, also one text with commas: ``displacement``, and ``transforms.export``'.
+        fill: what lies outside of the warped image; None: as the moving image has it, see ``io.background``.
         settings: what else the results depend on; a case finished with other ones is done anew.
         memory_gib: see ``inference.ladder``.
 
@@ -68,6 +68,7 @@ class FolderRun:
         model: str = "",
         pairing: str = "all",
         formats: str | Sequence[str] = BY_DEFAULT,
+        fill: float | None = None,
         settings: Mapping[str, Any] | None = None,
         memory_gib: float | None = None,
     ) -> None:
@@ -79,7 +80,8 @@ class FolderRun:
         export.check_formats([name for name in formats if name != DENSE], dim)
         self.memory_gib, self._held = memory_gib, machine.held()
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
-        self._settings = {**(settings or {}), "formats": sorted(formats)}
+        self._fill, told = fill, {} if fill is None else {"fill": f"{fill:g}"}  # JSON has no NaN
+        self._settings = {**(settings or {}), "formats": sorted(formats), **told}
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
         self._model = manifest.bundle_files(Path(model).parent) if Path(model).is_file() else []
@@ -196,6 +198,7 @@ class FolderRun:
             folder,
             self._files,
             formats=self.formats,
+            fill=self._fill,
             settings={**self._settings, "weights": self._weights, **spared},
             typical=self._typical,
         )

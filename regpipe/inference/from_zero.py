@@ -29,6 +29,7 @@ def register_from_zero(
     affine_from: str = "images",
     affine_metric: str = "mi",
     formats: str | Sequence[str] = BY_DEFAULT,
+    fill: float | None = None,
     memory_gib: float | None = None,
     strict: bool = False,
     jobs: int = 1,
@@ -37,8 +38,8 @@ def register_from_zero(
 
     ``similarity``, ``smoothness``: see ``engines.refine.refinement_loss``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``data.placement``;
-    ``formats``: see ``FolderRun``; ``memory_gib``: see ``inference.ladder``; ``strict``: see ``FolderRun.register``;
-    ``jobs``: processes, see ``inference.jobs``.
+    ``formats``, ``fill``: see ``FolderRun``; ``memory_gib``: see ``inference.ladder``; ``strict``: see
+    ``FolderRun.register``; ``jobs``: processes, see ``inference.jobs``.
 
     Raises:
         InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
@@ -67,6 +68,7 @@ def register_from_zero(
         pairing=pairing,
         formats=formats,
         settings=settings,
+        fill=fill,
         memory_gib=memory_gib,
     )
     folder.register_by(torch.nn.Identity(), ZeroInferer(refiner, repair=True), strict=strict, processes=jobs)

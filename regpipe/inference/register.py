@@ -33,7 +33,16 @@ from regpipe.utils.errors import InputError, cause
 
 BESIDE = ("fixed_label", "moving_label", "fixed_mask", "moving_mask", "fixed_landmarks", "moving_landmarks")
 
-OF_OWN = {"ckpt_dir", "refine", "refine_finest", "pairing", "formats", "memory_gib", "strict"}  # ids of a bundle's
+OF_OWN = {
+    "ckpt_dir",
+    "refine",
+    "refine_finest",
+    "pairing",
+    "formats",
+    "memory_gib",
+    "strict",
+    "fill",
+}  # ids of a bundle's
 OF_OWN |= {"affine", "affine_from", "affine_metric", "jobs"}  # inference that need not MONAI
 
 

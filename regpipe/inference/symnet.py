@@ -68,6 +68,7 @@ def register_by_symnet(
     affine_from: str = "images",
     affine_metric: str = "mi",
     formats: str | Sequence[str] = BY_DEFAULT,
+    fill: float | None = None,
     memory_gib: float | None = None,
     strict: bool = False,
     jobs: int = 1,
@@ -93,6 +94,7 @@ def register_by_symnet(
         pairing=pairing,
         formats=formats,
         settings={**settings, "landmark_channels": landmark_channels},
+        fill=fill,
         memory_gib=memory_gib,
     )
     folder.register_by(network, RegistrationInferer(), strict=strict, processes=jobs)

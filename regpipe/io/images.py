@@ -9,6 +9,7 @@ pixel indices.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import inv_ornt_aff
 from scipy import ndimage
 
-from regpipe.io import dicom, formats, pictures
+from regpipe.io import background, dicom, formats, pictures
 from regpipe.io.dicom import is_series
 from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
 from regpipe.io.geometry import carry, extent, is_affine, orientation
@@ -29,7 +30,6 @@ from regpipe.utils.errors import InputError
 from regpipe.utils.files import opened, parse_json, replace_file
 
 __all__ = ["PICTURE", "SUFFIXES", "PathLike", "is_series"]  # the readers' own, offered here too
-
 
 FLAT = 0.01  # of a box's volume: what axes at an angle of less than half a degree to each other leave
 GREATEST = 1e30  # value of a voxel; sums of them are float32, too
@@ -71,19 +71,20 @@ def files(path: PathLike) -> list[Path]:
 def read_image(path: PathLike, file: BinaryIO | None = None) -> Image:
     """Read a 2-D or 3-D image -> float32 ``(*S)`` and RAS affine.
 
-    Warns where it takes a liberty: colour becomes grey; a sheared grid is resampled (linearly) onto the nearest
-    one with axes at right angles, as no other tool's transform could name it; sform and qform differ.
+    NaN is no data, see ``io.background``. Warns where it takes a liberty: colour becomes grey; a sheared grid is
+    resampled (linearly) onto the nearest one with axes at right angles, as no other tool's transform could name it;
+    sform and qform differ.
     ``file``: the same, open already; see ``io.source``.
 
     Raises:
-        InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN, infinite, or too
-            large or alike for single precision.
+        InputError: missing, unreadable, truncated; a film without a frame; complex, constant, NaN everywhere, infinite,
+            or too large or alike for single precision.
     """
     with opened_image(path, file) as source:
         array = voxels_of(source, path)
-    low, high = float(array.min()), float(array.max())  # NaN where one voxel is
+    low, high = float(np.fmin.reduce(array, axis=None)), float(np.fmax.reduce(array, axis=None))  # NaN is no data
     if not math.isfinite(low + high):
-        raise InputError(f"{path}: holds NaN or infinite values; replace them by the background's")
+        raise InputError(f"{path}: holds infinite values, or NaN alone; make NaN of what is no data, or leave it out")
     if low == high:
         raise InputError(f"{path}: is constant ({low:g}); leave it out")
     if max(-low, high) > GREATEST or high - low < 1 / GREATEST:
@@ -203,7 +204,8 @@ def straightened(image: Image, path: PathLike, *, order: int) -> Image:
     if affine is image.affine:
         return image
     warn_once(f"{path}: its axes are not at right angles; resampled onto the nearest grid that has them, {shape}")
-    return Image(resample(image, affine, shape, order=order), affine)
+    turned = functools.partial(resample, affine=affine, shape=shape, order=order)
+    return Image(background.around_gaps(image, turned, turned), affine)
 
 
 def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:

@@ -6,11 +6,11 @@ open -> hash -> header, checked -> voxels -> closed
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from regpipe.io import images, labels
+from regpipe.io import background, images, labels
 from regpipe.io.formats import locate
 from regpipe.io.images import Image, PathLike
 from regpipe.io.points import read_landmarks
@@ -32,9 +32,16 @@ class Source:
         self._hashes: dict[PathLike, str] = {}
 
     def image(self, path: PathLike) -> Image:
-        """``io.images.read_image``."""
+        """``io.images.read_image``, what is no data (NaN) as ``background.filled`` has it."""
         image: Image = self.read(path, images.read_image)
-        return image
+        kept = self._kept[path]
+        if "filled" not in kept:
+            kept["filled"] = background.filled(image)
+        return cast(Image, kept["filled"])
+
+    def known(self, path: PathLike) -> np.ndarray | None:
+        """Where an image holds data, (*S) bool; None where it does everywhere."""
+        return background.known(self.read(path, images.read_image).array)
 
     def label(self, path: PathLike, landmark_channels: int | None = None) -> tuple[Image, np.ndarray | None]:
         """``io.labels.read_label``."""

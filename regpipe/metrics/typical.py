@@ -18,7 +18,7 @@ import torch
 
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
-from regpipe.io import images
+from regpipe.io import background, images
 from regpipe.io.geometry import upright
 from regpipe.io.images import Image
 from regpipe.metrics.measures import ncc, sdlogj
@@ -169,7 +169,10 @@ def write_images(ckpt_dir: str | Path, cases: Sequence[Case]) -> None:
     paths = {side: sorted({case[f"{side}_image"] for case in cases}) for side in SIDES}
     chosen = {side: [found[i] for i in _evenly(len(found))] for side, found in paths.items()}
     every = sorted({path for found in chosen.values() for path in found})
-    looks = {path: look(images.read_image(path)) for path in Progress(every, what="looking at", unit="images")}
+    looks = {
+        path: look(background.filled(images.read_image(path)))
+        for path in Progress(every, what="looking at", unit="images")
+    }
     sides = {side: _ranges([looks[path] for path in found]) for side, found in chosen.items()}
     known = {side: ranges for side, ranges in sides.items() if ranges}
     _write(ckpt_dir, {"pairs": read(ckpt_dir).get("pairs", {}), "images": known})

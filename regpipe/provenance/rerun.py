@@ -125,7 +125,15 @@ def _chosen(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
     chosen = {name: settings[name] for name in names}
     if not _is_value(chosen):
         raise InputError("the manifest's settings hold an expression: it is not regpipe's, and is not run")
-    return chosen
+    return chosen | _outside(settings)
+
+
+def _outside(settings: Mapping[str, Any]) -> dict[str, float]:
+    """``fill``, a number or nan in words, where it was given."""
+    try:
+        return {"fill": float(settings["fill"])} if "fill" in settings else {}
+    except (TypeError, ValueError) as cause:
+        raise InputError("the manifest's fill is no number; register again with this version") from cause
 
 
 def _is_value(value: Any) -> bool:

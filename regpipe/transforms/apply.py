@@ -20,7 +20,7 @@ from regpipe.io.images import SUFFIXES, header, stem
 from regpipe.io.points import READERS, is_points, read_points, write_points
 from regpipe.transforms import displacement
 from regpipe.transforms.read import Space, composite_bytes, find, read_transform
-from regpipe.transforms.resample import INTERPOLATIONS, read_voxels, resample, result_suffix, write_voxels
+from regpipe.transforms.resample import INTERPOLATIONS, fill_value, read_voxels, resample, result_suffix, write_voxels
 from regpipe.utils import console
 from regpipe.utils.errors import InputError, out_of_memory
 from regpipe.utils.files import absolute, replace_file
@@ -38,6 +38,7 @@ class _Carrier(NamedTuple):
     grid: Space | None  # of the resampled images
     source: Space | None  # where the inputs lie, as far as known
     interpolation: str
+    fill: float | None  # outside of images; None: as each has it
 
 
 def apply(
@@ -48,6 +49,7 @@ def apply(
     to: str = "fixed",
     reference: str | Path | None = None,
     interpolation: str = "auto",
+    fill: float | None = None,
     problems: dict[str, str] | None = None,
 ) -> list[Path]:
     """Move files ``to`` the ``fixed`` or the ``moving`` image; their suffix says what they are.
@@ -58,6 +60,7 @@ def apply(
         out: a folder, made where needed; with a single input also a file name.
         reference: the image whose grid the results get; by default the target's of the case. A file needs it.
         interpolation: of images: see ``transforms.resample``.
+        fill: value outside of images; None: each image's own, see ``io.background``. Of label maps it is 0.
         problems: gets a line for each input that cannot be moved; None: the first one raises.
 
     Returns:
@@ -69,7 +72,7 @@ def apply(
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"--interpolation {interpolation}: choose among {', '.join(INTERPOLATIONS)}")
     paths, out = [Path(path) for path in inputs], Path(out)
-    carrier = _carrier(transform, paths, to, reference, interpolation)
+    carrier = _carrier(transform, paths, to, reference, interpolation)._replace(fill=fill)
     single = out.name.lower().endswith((*SUFFIXES, *READERS)) and not out.is_dir()
     if single and len(paths) > 1:
         raise InputError(f"{out}: {len(paths)} results do not go into one file; give a folder")
@@ -155,10 +158,10 @@ def _carrier(
     points = [is_points(path) for path in paths]
     point_map = read_transform(move.points, points=True) if any(points) else None
     if all(points):
-        return _Carrier(None, point_map, None, move.source, interpolation)
+        return _Carrier(None, point_map, None, move.source, interpolation, None)
     image_map = read_transform(move.images)
     grid = _grid(reference, move.target, image_map)
-    return _Carrier(image_map, point_map, grid, move.source, interpolation)
+    return _Carrier(image_map, point_map, grid, move.source, interpolation, None)
 
 
 def _grid(reference: str | Path | None, target: Space | None, transform: Any) -> Space:
@@ -177,17 +180,18 @@ def _result_name(path: Path, grid: Space | None) -> str:
 
 
 def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
-    """Resamples one file; returns the interpolation."""
+    """Resamples one file; returns the interpolation, and what lies outside where it is not 0."""
     assert carrier.grid is not None
     image, dtype, method = read_voxels(path, carrier.interpolation)
     dim = carrier.images.GetInputSpaceDimension()
     if image.array.ndim != dim:
         raise InputError(f"{path}: is {image.array.ndim}-D, the transform is {dim}-D; give an image of its kind")
-    result = resample(image, carrier.images, carrier.grid, method)
-    if image.array.any() and not result.any():
+    fill = fill_value(path, image, carrier.fill)
+    result = resample(image, carrier.images, carrier.grid, method, fill)
+    if image.array.any() and np.array_equal(result, np.full_like(result, fill), equal_nan=True):
         log.warning("%s: nothing of it lies on the result's grid; is it in the space of the moved image?", path)
     write_voxels(target, result, carrier.grid.affine, dtype)
-    return method
+    return f"{method}, {fill:g} outside" if fill else method
 
 
 def _carry_points(path: Path, target: Path, carrier: _Carrier) -> str:

@@ -23,6 +23,7 @@ from PIL import Image as Picture
 from scipy import ndimage
 
 from regpipe.fields.algebra import jacobian_determinant
+from regpipe.io import background
 from regpipe.io.formats import load_nifti, nifti_affine, nifti_array
 from regpipe.io.geometry import LPS
 from regpipe.io.images import PICTURE, Image, PathLike, exactly
@@ -73,11 +74,11 @@ def grid_displacement(
     return _move(np.linalg.inv(moving_affine), _flip(moved)) - at
 
 
-def resample_through(moving: Image, d: np.ndarray, affine: np.ndarray, *, order: int) -> np.ndarray:
+def resample_through(moving: Image, d: np.ndarray, affine: np.ndarray, *, order: int, fill: float = 0.0) -> np.ndarray:
     """The moving image pulled once through ``d`` (D, *S) LPS mm onto its grid -> (*S).
 
-    Order 1 for images, 0 for labels; 0 outside the moving image, as ITK's resampling has it: a
-    voxel reaches half its size beyond its centre. ``affine`` is that of d's grid.
+    Order 1 for images, 0 for labels; ``fill`` outside the moving image, as ITK's resampling has it: a
+    voxel reaches half its size beyond its centre. NaN stays NaN. ``affine`` is that of d's grid.
 
     Raises:
         InputError: the image's dimension is not the displacement's.
@@ -94,8 +95,11 @@ def resample_through(moving: Image, d: np.ndarray, affine: np.ndarray, *, order:
         # Not mode="constant": that loses the rim of an untouched image to the last digit of `at`.
         return ndimage.map_coordinates(array, at, order=order, mode="nearest")
 
-    values = sample(moving.array) if order else exactly(sample, moving.array)
-    return np.where(inside, values, values.dtype.type(0))
+    def pull(image: Image) -> np.ndarray:
+        return sample(image.array) if order else exactly(sample, image.array)
+
+    values = background.around_gaps(moving, pull, pull)
+    return np.where(inside, values, values.dtype.type(fill))
 
 
 def map_points(points: np.ndarray, d: np.ndarray, affine: np.ndarray) -> np.ndarray:

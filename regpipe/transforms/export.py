@@ -41,6 +41,7 @@ DOES = (
 ANTS_AFFINE, ANTS_WARPS = "0GenericAffine.mat", ("1Warp.nii.gz", "1InverseWarp.nii.gz")
 FNIRT = 2006  # the NIfTI intent of FSL's displacement fields
 RIM = 2  # voxels by which the fields extend beyond the images
+FADE = 2  # times a displacement: within this it fades to 0 beyond that, too slowly to fold
 LARGEST = 8  # times the working grid's number of voxels
 
 
@@ -79,8 +80,9 @@ def pair_transform(
 
     ``T = moving_frame fixed_frame^-1``; ``d(i) = L F u(i)``, F the linear part of ``fixed_frame``; e likewise.
     The grid is the working grid, extended by whole voxels until it covers both images, the moving one carried back by
-    ``T``; the rim's value continues there, because ITK displaces nothing outside a grid and would show a jump. If that
-    needs more than ``LARGEST`` times the working grid, only the fixed image is covered.
+    ``T``; the rim's value continues there. If that needs more than ``LARGEST`` times the working grid, only the fixed
+    image is covered. Beyond, the displacement fades linearly to 0 at the grid's ends, as ITK displaces nothing outside
+    a grid and would show a jump; where it fades, ``e`` is only about the inverse of ``d``.
 
     Args:
         u: (D, *grid), voxels of the working grid, fixed -> moving.
@@ -94,14 +96,25 @@ def pair_transform(
     matrix = np.asarray(moving_frame, np.float64) @ np.linalg.inv(fixed_frame)
     shape, affine = moving
     carried = shape, np.linalg.inv(matrix) @ affine
+    fades = np.maximum(*(_fades(field, fixed_frame) for field in (u, inverse_u)))
     pads = _pads(u.shape[1:], fixed_frame, fixed, carried)
-    if np.prod(np.add(u.shape[1:], pads.sum(axis=0))) > LARGEST * u[0].size:
+    if np.prod(np.add(u.shape[1:], (pads + fades).sum(axis=0))) > LARGEST * u[0].size:
         pads = _pads(u.shape[1:], fixed_frame, fixed)
     frame = fixed_frame.copy()
-    frame[:-1, -1] = apply_affine(fixed_frame, -pads[0])
+    frame[:-1, -1] = apply_affine(fixed_frame, -(pads + fades)[0])
     to_lps = lps_matrix(fixed_frame, places=False)[:-1, :-1]
-    forward, inverse = (_grown(field, pads, to_lps) for field in (u, inverse_u))
+    forward, inverse = (_grown(field, pads, fades, to_lps) for field in (u, inverse_u))
     return PairTransform(matrix, forward, inverse, frame)
+
+
+def _fades(u: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Voxels (2, D) in which a displacement u (D, *grid), in voxels, fades beyond each end of each axis."""
+    spacing, ends = voxel_size(frame), []
+    for end in (0, -1):
+        faces = (np.tensordot(frame[:-1, :-1], u.take(end, axis + 1), axes=1) for axis in range(len(u)))
+        ends.append([np.linalg.norm(face, axis=0).max() for face in faces])
+    wanted = np.ceil(FADE * np.array(ends) / spacing).astype(int)
+    return np.minimum(wanted, np.maximum(RIM, np.array(u.shape[1:]) // 4))
 
 
 def _pads(shape: Sequence[int], frame: np.ndarray, *spaces: tuple[Sequence[int], np.ndarray]) -> np.ndarray:
@@ -113,13 +126,17 @@ def _pads(shape: Sequence[int], frame: np.ndarray, *spaces: tuple[Sequence[int],
     return np.maximum(0, np.ceil(beyond).astype(int) + RIM)
 
 
-def _grown(field: np.ndarray, pads: np.ndarray, linear: np.ndarray) -> np.ndarray:
-    grown = np.pad(np.asarray(field, np.float64), [(0, 0), *pads.T], mode="edge")
+def _grown(field: np.ndarray, pads: np.ndarray, fades: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    grown = np.pad(np.asarray(field, np.float64), [(0, 0), *(pads + fades).T], mode="edge")
+    for axis, (before, after) in enumerate(fades.T, start=1):
+        at = np.arange(grown.shape[axis])
+        share = np.minimum(at / max(before, 1) + (before == 0), at[::-1] / max(after, 1) + (after == 0)).clip(max=1)
+        grown *= share.reshape(-1, *[1] * (grown.ndim - axis - 1))
     return np.tensordot(linear, grown, axes=1).astype(np.float32)
 
 
 def moving_points(pair: PairTransform, points: np.ndarray) -> np.ndarray:
-    """Fixed points (K, D) LPS mm -> ``T(p + d(p))``, linear between the grid's voxels, its rim's value outside."""
+    """Fixed points (K, D) LPS mm -> ``T(p + d(p))``, linear between the grid's voxels, 0 beyond: ``T(p)``."""
     return apply_affine(lps_matrix(pair.matrix), map_points(points, pair.forward, pair.frame))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe.io import itk_bridge
+from regpipe.io import background, itk_bridge
 from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, locate
 from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image, exactly, header, opened_image, read_image, straightened, voxels_of
@@ -73,15 +73,31 @@ def _stored(path: Path, *, required: bool) -> _Stored | None:
     return _Stored(array, source.affine, dtype, source.label)
 
 
-def resample(image: Image, transform: Any, grid: Space, method: str) -> np.ndarray:
+def fill_value(path: Path, image: Image, asked: float | None) -> float:
+    """What lies outside of a file's image: what was asked for, or the image's own; of a label map 0."""
+    if image.array.dtype.kind != "f" and image.array.min() >= 0 and is_label_map(path, image.array, False):
+        return 0.0
+    return background.outside(image.array) if asked is None else asked
+
+
+def resample(image: Image, transform: Any, grid: Space, method: str, fill: float = 0.0) -> np.ndarray:
     """The image pulled through an ``itk.Transform`` (grid's points -> the image's, LPS mm) -> (*grid.shape).
 
-    0 outside the image; a voxel reaches half its size beyond its centre.
+    ``fill`` outside the image, of ``label`` 0; a voxel reaches half its size beyond its centre. NaN stays NaN.
     """
-    if method in ("linear", "bspline"):
-        return _pull(image, transform, grid, method)
-    if method == "nearest":
-        return exactly(lambda array: _pull(image._replace(array=array), transform, grid, method), image.array)
+    if method != "label":
+
+        def pull(whole: Image) -> np.ndarray:
+            if method != "nearest":
+                return _pull(whole, transform, grid, method, fill)
+            known = whole.array  # of ids beyond doubles their places in a list are asked for
+            return exactly(
+                lambda ids: _pull(whole._replace(array=ids), transform, grid, method, fill if ids is known else 0.0),
+                known,
+            )
+
+        weighing = "nearest" if method == "nearest" else "linear"
+        return background.around_gaps(image, pull, lambda gaps: _pull(gaps, transform, grid, weighing))
     best = np.zeros(grid.shape, np.float32)
     labels = np.zeros(grid.shape, image.array.dtype)
     for label in np.unique(image.array):  # among equals the lowest wins
@@ -91,8 +107,9 @@ def resample(image: Image, transform: Any, grid: Space, method: str) -> np.ndarr
     return labels
 
 
-def _pull(image: Image, transform: Any, grid: Space, method: str) -> np.ndarray:
-    source = itk_bridge.to_itk(image.array, image.affine)
+def _pull(image: Image, transform: Any, grid: Space, method: str, fill: float = 0.0) -> np.ndarray:
+    holds = image.array.dtype.kind == "f" or np.array_equal(np.array(fill).astype(image.array.dtype), fill)
+    source = itk_bridge.to_itk(image.array if holds else image.array.astype(np.float64), image.affine)
     kind = type(source).__name__.replace("itkImage", "I")
     sampler = itk_bridge.wrapped("ResampleImageFilter", kind * 2).New()
     sampler.SetInput(source)
@@ -101,6 +118,8 @@ def _pull(image: Image, transform: Any, grid: Space, method: str) -> np.ndarray:
     sampler.SetInterpolator(itk_bridge.wrapped(f"{name}InterpolateImageFunction", f"{kind}{of}").New())
     sampler.SetReferenceImage(itk_bridge.to_itk(np.zeros(grid.shape, np.uint8), grid.affine))
     sampler.SetUseReferenceImage(True)
+    if fill:  # NaN too
+        sampler.SetDefaultPixelValue(fill if kind[1] in "FD" else int(fill))
     sampler.Update()
     return itk_bridge.from_itk(sampler.GetOutput()).array
 

@@ -17,9 +17,7 @@ from regpipe.io.images import Image, read_image
 def test_check_pairs_names_the_file_of_each_planted_problem(tmp_path: Path) -> None:
     root = two_folders(tmp_path, 9)
     assert check_pairs(list_pairs(root)) == {}
-    nan = volume()
-    nan[0] = np.nan
-    save(root / "fixed_images" / "c0.nii.gz", nan)
+    save(root / "fixed_images" / "c0.nii.gz", volume() * np.float32(np.nan))
     save(root / "moving_images" / "c1.nii.gz", np.zeros((6, 7, 8), np.uint8))
     save(root / "fixed_labels" / "c2.nii.gz", np.ones((6, 7, 9), np.uint8))
     save(root / "moving_labels" / "c3.nii.gz", np.ones((6, 7, 8), np.uint8), np.diag([1, 1, 1.01, 1]))

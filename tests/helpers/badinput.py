@@ -128,7 +128,7 @@ FILES: dict[str, tuple[str, Content, str]] = {
     "no DICOM": ("moving_images/*.dcm", b"garbage", "not DICOM"),
     "DICOM cut off": ("moving_images/*.dcm", bytes(128) + b"DICMgarbage", "not DICOM"),
     # voxels
-    "NaN": (PLAIN, with_voxel(np.nan), "NaN"),
+    "NaN alone": (PLAIN, nifti(ONES * np.float32(np.nan)), "NaN alone"),
     "infinite": (PLAIN, with_voxel(np.inf), "infinite"),
     "constant": (PLAIN, nifti(3 * ONES), "is constant (3)"),
     "beyond single precision": (PLAIN, nifti(blob().astype("f8") * 1e300), "beyond single precision"),

@@ -135,8 +135,6 @@ def test_a_2d_itk_image_is_turned_from_lps(tmp_path: Path) -> None:
 def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """name -> (file, a word its message must have)."""
     good = RNG.random((6, 7, 8)).astype(np.float32)
-    nan = good.copy()
-    nan[0, 0, 0] = np.nan
     whole = save(folder / "whole.nii.gz", good)
     cut = folder / "cut.nii.gz"
     cut.write_bytes(whole.read_bytes()[:600])
@@ -158,7 +156,7 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "truncated MHA": (mha, "truncated"),
         "not a picture": (text, "truncated"),
         "unknown suffix": (odd, "unknown format"),
-        "NaN": (save(folder / "nan.nii.gz", nan), "NaN"),
+        "NaN": (save(folder / "nan.nii.gz", good * np.float32(np.nan)), "NaN alone"),
         "constant": (save(folder / "flat.nii.gz", np.ones((4, 4, 4), np.uint8)), "constant"),
         "4-D": (save(folder / "film.nii.gz", np.stack([good] * 3, -1)), "one frame"),
         "complex": (save(folder / "k.nii.gz", good.astype(np.complex64)), "complex"),

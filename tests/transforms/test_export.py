@@ -25,7 +25,7 @@ from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image
 from regpipe.io.source import Source
 from regpipe.transforms import export
-from regpipe.transforms.displacement import resample_through, write_image
+from regpipe.transforms.displacement import native_jacobian, resample_through, write_image
 from regpipe.utils.errors import InputError
 
 BOTH = pytest.mark.parametrize("dim", [2, 3])
@@ -110,6 +110,59 @@ def test_a_moving_image_of_many_times_the_size_does_not_blow_up_the_grid(dim):
     assert pair.forward.size < 8 * case.u.size
     points, expected = truth(case, "moving_to_fixed")
     np.testing.assert_allclose(export.moving_points(pair, points), expected, atol=1e-4)
+
+
+@BOTH
+@WAY
+@pytest.mark.parametrize("moving_size", [1, 20])
+def test_the_deformation_fades_without_a_jump_in_every_file(tmp_path, dim, way, moving_size):
+    """Lines across everything, in steps: the files' maps less the affine one, by SimpleITK."""
+    case = setup(dim)
+    fixed, moving = image_files(case)
+    moving = moving._replace(shape=tuple(moving_size * n for n in moving.shape))
+    spaces = (fixed.shape, fixed.affine), (moving.shape, moving.affine)
+    pair = export.pair_transform(3 * case.u, 3 * case.inverse_u, case.fixed_frame, case.moving_frame, *spaces)
+    export.write_transforms(tmp_path, pair, fixed, moving)
+    matrix = pair.matrix if way == "moving_to_fixed" else np.linalg.inv(pair.matrix)
+    for transform in (sitk.ReadTransform(str(tmp_path / f"{way}.h5")), as_ants(tmp_path, way, dim)):
+        bent = False
+        for direction in np.random.default_rng(4).standard_normal((4, dim)):
+            middle = apply_affine(
+                fixed.affine if way == "moving_to_fixed" else moving.affine, np.array(fixed.shape) / 2
+            )
+            steps = np.arange(-150, 150, 0.02)[:, None] * direction / np.linalg.norm(direction)
+            points = lps(middle) + steps
+            rest = lps(np.array([transform.TransformPoint(p) for p in points.tolist()])) - apply_affine(
+                matrix, lps(points)
+            )
+            assert np.linalg.norm(np.diff(rest, axis=0), axis=1).max() < 0.05
+            np.testing.assert_allclose(rest[[0, -1]], 0, atol=1e-4)
+            bent |= np.linalg.norm(rest, axis=1).max() > 1
+        assert bent
+
+
+def as_ants(folder, way, dim):
+    """ANTs' files in the order of its -t options, as ITK objects; what is last given is applied to points last."""
+    i = export.WAYS.index(way)
+    field = sitk.ReadImage(str(folder / export.ANTS_WARPS[i]), sitk.sitkVectorFloat64)
+    warp = sitk.DisplacementFieldTransform(field)
+    affine = sitk.ReadTransform(str(folder / export.ANTS_AFFINE))
+    first, then = (warp, affine) if i == 0 else (affine.GetInverse(), warp)
+    chain = sitk.CompositeTransform(dim)
+    chain.AddTransform(then)
+    chain.AddTransform(first)
+    return chain
+
+
+@BOTH
+def test_a_faded_field_does_not_fold(dim):
+    case = setup(dim)
+    spaces = (case.fixed.array.shape, case.fixed.affine), (case.moving.array.shape, case.moving.affine)
+    pair = export.pair_transform(2 * case.u, 2 * case.inverse_u, case.fixed_frame, case.moving_frame, *spaces)
+    for field in (pair.forward, pair.inverse):
+        for axis in range(1, dim + 1):
+            assert not field.take([0, -1], axis).any()
+        assert native_jacobian(field, pair.frame).min() > 0
 
 
 @BOTH

@@ -206,7 +206,7 @@ THINGS: dict[str, tuple[bytes, str]] = {
     "cut.nii.gz": (badinput.PACKED[:800], "end-of-stream"),
     "damaged.nii.gz": (badinput.damaged(badinput.PACKED), "CRC check failed"),
     "volume.nii": (badinput.nifti(np.random.default_rng(0).random((5, 5, 5))), "is 3-D, the transform is 2-D"),
-    "nan.nii": (badinput.with_voxel(np.nan), "NaN"),
+    "nan.nii": (badinput.nifti(badinput.ONES * np.float32(np.nan)), "NaN alone"),
     "words.csv": (b"x,y\none,two\n", "one"),
     "empty.csv": (b"", "header x,y"),
     "volume.csv": (b"x,y,z\n1,2,3\n3,4,5\n", "is 3-D, the transform is 2-D"),
