@@ -1,7 +1,8 @@
 """Per-pair optimisation of the velocity: from the network's answer, or from zero without any network.
 
 The same loss as in training (``losses.loss``), minimised for one pair by Adam over the velocity itself, coarse to
-fine. The network is not touched, and nothing is kept from one pair to the next.
+fine. The network is not touched, and nothing is kept from one pair to the next. Each level sees one half of the noise,
+and what it finds counts where the other half bears it out (``engines.judge``): nothing, where nothing is to be found.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regpipe.data.pairs import SIDES
 from regpipe.engines.adam import Adam
+from regpipe.engines.judge import Judge
 from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image, smooth
 from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import TERMS
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
@@ -31,11 +35,13 @@ REGULAR = {2: 0.7, 3: 1.0}
 ZERO_STEPS = 80
 SHIPPED_STEPS = 25  # after the answer of a network that came with regpipe, where nothing is asked for
 FULL_RESOLUTION = 8_000_000  # voxels
+WITNESS = 4000  # voxels that tell mutual information
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
 
 # Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
 # the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
 FLAT = 1e-3
+SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the halves, in standard deviations
 
 
 Loss = RegistrationLoss | Mapping[int, RegistrationLoss]
@@ -78,6 +84,7 @@ class Refiner:
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
+        self.judged = True  # see ``engines.judge``; a dry run without numbers has nothing to judge
         self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
     def __call__(
@@ -109,14 +116,14 @@ class Refiner:
         masks: Sequence[Tensor] = (),
         anatomy: Tensor | None = None,
     ) -> tuple[Tensor, list[str]]:
-        """The same from the network's velocity, or from zero where the loss is lower; and which, of each pair.
+        """The same from the network's velocity, or from zero where no part of it pays; and which, of each pair.
 
         From zero it takes ``ZERO_STEPS`` at least.
         """
         pairs, starts = [], []
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy)):
-            mine = velocity[i : i + 1].float()
-            if self._value(batch, mine) <= self._value(batch, torch.zeros_like(mine)):
+            mine = self._paying(batch, velocity[i : i + 1].float())
+            if bool(mine.any()):
                 starts.append("network")
                 pairs.append(self._refine(batch, mine, self.steps))
             else:
@@ -124,12 +131,19 @@ class Refiner:
                 pairs.append(resize(self._refine(batch, None, max(self.steps, ZERO_STEPS)), mine.shape[2:]))
         return torch.cat(pairs), starts
 
-    @torch.no_grad()
-    def _value(self, batch: Mapping[str, Tensor], velocity: Tensor) -> float:
-        """The loss at half resolution, where refinement begins."""
-        target = pyramid_level(batch, coarser_shape(batch["fixed_image"].shape[2:], FROM_NETWORK[0].stride))
-        result = register(target["fixed_image"], target["moving_image"], velocity, layers=self.layers)
-        return float(self.losses[velocity.shape[1]](result._asdict(), target))
+    def _paying(self, batch: Mapping[str, Tensor], velocity: Tensor) -> Tensor:
+        """What pays of the network's velocity, at half resolution, where refinement begins."""
+        judge = self._judge(velocity.shape[1])
+        if judge is None:
+            return velocity
+        shape = coarser_shape(batch["fixed_image"].shape[2:], FROM_NETWORK[0].stride)
+        unseen = pyramid_level(_halves(batch)[1], shape)
+        return velocity * judge.share(torch.zeros_like(velocity), velocity, unseen)
+
+    def _judge(self, dim: int) -> Judge | None:
+        """None where a network sees structures: it knows more than the images show."""
+        loss = self.losses[dim]
+        return Judge(loss, self.layers) if self.judged and "predicted_dice" not in loss.weights else None
 
     @torch.enable_grad()
     def _refine(self, batch: Mapping[str, Tensor], velocity: Tensor | None, steps: int) -> Tensor:
@@ -138,14 +152,26 @@ class Refiner:
         levels = self._levels(shape, given)
         plan = [(coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, steps), strict=True)]
         voxels = sum(steps * math.prod(images) for images, steps in plan)
+        judge = self._judge(len(shape))
+        seen, unseen = _halves(batch) if judge else (batch, batch)
         with Progress(what="optimising", unit="", total=voxels) as bar:
             for images, steps in plan:
-                target = pyramid_level(batch, images)
+                grid = coarser_shape(images, VELOCITY_STRIDE)
                 if velocity is None:
-                    velocity = fixed.new_zeros(1, len(shape), *coarser_shape(images, VELOCITY_STRIDE))
+                    velocity = fixed.new_zeros(1, len(shape), *grid)
                 elif not given:
-                    velocity = resize(velocity, coarser_shape(images, VELOCITY_STRIDE))
-                velocity = self._descend(velocity, target, steps, bar)
+                    velocity = resize(velocity, grid)
+                after = self._descend(velocity, pyramid_level(seen, images), steps, bar)
+                if judge:
+                    enough = next((s for s, _ in plan if math.prod(s) >= max(WITNESS, math.prod(images))), plan[-1][0])
+                    witness = pyramid_level(unseen, enough) if enough != images else None
+                    share = judge.share(velocity, after, pyramid_level(unseen, images), witness)
+                    if (
+                        images == plan[-1][0] != plan[0][0]
+                    ):  # a rim one voxel off is interpolation; more was seen before
+                        share = share * (velocity != 0).any(1, keepdim=True)
+                    after = velocity + share * (after - velocity)
+                velocity = after
         assert velocity is not None  # there is at least one level
         return velocity if given else resize(velocity, coarser_shape(shape, VELOCITY_STRIDE))
 
@@ -179,6 +205,21 @@ def _each(
     given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
     for i in range(len(fixed)):
         yield {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
+
+
+def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A pair twice, with noise that is independent, and the noise beside it: what is optimised, and what judges."""
+    halves = {side: split_noise(batch[f"{side}_image"]) for side in SIDES}
+    rest = {key: tensor for key, tensor in batch.items() if not key.endswith("image")}
+    made = [
+        {
+            f"{side}_{what}": x
+            for side, h in halves.items()
+            for what, x in (("image", image(h)), ("noise", scale * h.noise))
+        }
+        for image, scale in ((lambda h: h.seen, SEEN), (lambda h: h.unseen, UNSEEN))
+    ]
+    return {**rest, **made[0]}, {**rest, **made[1]}
 
 
 def refinement_loss(
@@ -261,8 +302,20 @@ def coarser_shape(shape: Sequence[int], stride: int) -> tuple[int, ...]:
 
 
 def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
-    """What the loss needs of a batch on a coarser grid: images smoothed first, masks still 0 or 1."""
-    level = {key: coarsen(batch[key], shape) for key in ("fixed_image", "moving_image")}
+    """What the loss needs of a batch on a coarser grid: images smoothed first, masks still 0 or 1.
+
+    What a mask leaves out is not smoothed into the rest. ``fixed_noise`` (B, 1, *spatial) is smoothed noise's variance.
+    """
+    level = {}
+    for side in SIDES:
+        image, mask = batch[f"{side}_image"], batch.get(f"{side}_mask")
+        if mask is None or bool(mask.all()):
+            level[f"{side}_image"] = coarsen(image, shape)
+        else:
+            level[f"{side}_image"] = coarsen(image * mask, shape) / coarsen(mask, shape).clamp(min=1e-3)
+        if f"{side}_noise" in batch:
+            noise = coarsen(batch[f"{side}_noise"], shape)
+            level[f"{side}_noise"] = (noise.square().sum() / (noise != 0).sum().clamp(min=1)).view(1)
     level |= {key: (resize_image(batch[key], shape) > 0.5).float() for key in batch if key.endswith("mask")}
     return level | {key: batch[key] for key in batch if key == "anatomy"}
 

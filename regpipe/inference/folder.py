@@ -35,6 +35,11 @@ from regpipe.utils.errors import REMEDIES, InputError, cause, disk_full, explain
 from regpipe.utils.files import parse_json, replace_file, sha256, sweep
 
 log = logging.getLogger(__name__)
+NOTHING = "nothing beyond the affine stage"  # found: no part of a deformation paid
+SAID = (  # an entry of a case, its value, and what a folder's last lines say of such cases
+    ("start", "zero", "refined from zero: no part of the network's answer paid"),
+    ("found", NOTHING, "have nothing to find beyond the affine stage; --similarity mi looks past unlike contrasts"),
+)
 
 
 class FolderRun:
@@ -190,6 +195,8 @@ class FolderRun:
         spared: dict[str, Any] = {"to_fit_memory": reduced} if reduced else {}
         if "start" in prediction:  # where refinement began
             spared["start"] = prediction["start"][0]
+        if not prediction["displacement"].any():
+            spared["found"] = NOTHING
         row, hashes = save_case(
             case,
             batch,
@@ -315,18 +322,17 @@ class FolderRun:
         spared = Counter(", ".join(row.get("to_fit_memory", [])) for row in rows)
         if rows:
             sweep(self.folder, "metrics.csv")
-            table = [{**row, "warnings": len(row["warnings"])} for row in rows]
-            for row in table:
-                row.pop("to_fit_memory", None)
-                row.pop("start", None)
+            kept = [{k: v for k, v in row.items() if k not in ("to_fit_memory", "start", "found")} for row in rows]
+            table = [{**row, "warnings": len(row["warnings"])} for row in kept]
             write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
         console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
         print(
             f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
         )
-        zero = sum(row.get("start") == "zero" for row in rows)
-        if zero:
-            print(f"{zero} of them refined from zero: that was more alike than the network's answer (see metrics.json)")
+        for key, value, text in SAID:
+            count = sum(row.get(key) == value for row in rows)
+            if count:
+                print(f"{count} of them {text} (see metrics.json)")
         for how, count in sorted(spared.items()):
             if how:
                 print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")

@@ -227,11 +227,11 @@ def _batch(shape: Sequence[int], count: int) -> dict[str, Tensor]:
 
 
 def _without_numbers(inferer: Any) -> Any:
-    """The inferer with what a dry run needs of it: few steps, no search for folds."""
+    """The inferer with what a dry run needs of it: few steps, no search for folds, no judge."""
     dry = _fake(inferer)  # MONAI's Warp keeps a grid
     dry.repair = False
     if getattr(dry, "refiner", None) is not None:
-        dry.refiner.steps = min(DRY_STEPS, dry.refiner.steps)
+        dry.refiner.steps, dry.refiner.judged = min(DRY_STEPS, dry.refiner.steps), False
     return dry
 
 

@@ -74,6 +74,11 @@ class RegistrationLoss(nn.Module):
         self.window, self.label_ids, self.layers = window, tuple(label_ids), layers
         self.eval()
 
+    @property
+    def options(self) -> Options:
+        """What its terms are told."""
+        return Options(self.window, self.label_ids, self.encoder, self.layers)
+
     def train(self, mode: bool = True) -> RegistrationLoss:
         """Stays in evaluation mode: the encoder is a fixed measure."""
         return super().train(False)
@@ -88,12 +93,11 @@ class RegistrationLoss(nn.Module):
             prediction: ``Registration``'s fields by name, and ``anatomy`` where the network sees structures.
             target: the collated batch.
         """
-        options = Options(self.window, self.label_ids, self.encoder, self.layers)
         registration = Registration.of(prediction)
         if "anatomy" in prediction:  # what the network sees in both images
             target = {**target, "anatomy": prediction["anatomy"]}
         with torch.autocast(registration.displacement.device.type, enabled=False):
-            terms = {name: self.terms[name].function(registration, target, options) for name in self.weights}
+            terms = {name: self.terms[name].function(registration, target, self.options) for name in self.weights}
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Weighed(total, {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()})
 

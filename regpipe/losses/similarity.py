@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from regpipe.networks.encoders import Encoder
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
-def _in_float32(function: Callable[Concatenate[Tensor, Tensor, P], Tensor]) -> Callable[..., Tensor]:
+def in_float32(function: Callable[Concatenate[Tensor, Tensor, P], Tensor]) -> Callable[..., Tensor]:
     """Both images in float32 and no autocast, whatever the caller's: half precision is noise here."""
 
     @functools.wraps(function)
@@ -55,139 +54,25 @@ def _over_pairs(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * seen).sum() / seen.sum().clamp(min=1)
 
 
-def _centred(image: Tensor, mask: Tensor | None) -> Tensor:
+def centred(image: Tensor, mask: Tensor | None) -> Tensor:
     """The image (B, 1, *spatial) minus each pair's mean within its mask."""
     return image - _per_pair(image, mask).view(-1, *[1] * (image.ndim - 1))
 
 
-def box_sum(x: Tensor, window: int) -> Tensor:
-    """Sum over a centred window of ``window`` (odd) voxels per axis, cut off at the rim: (B, C, *spatial) -> the same.
-
-    One axis after the other, sums of 1, 2, 4, 8 voxels each made of the one before: log(window) additions per axis.
-    Running sums (``cumsum``) would be as many and lose digits along the axis.
-    """
-    for axis in range(2, x.ndim):
-        x = _slide(x, axis, window)
-    return x
-
-
-def _slide(x: Tensor, axis: int, window: int) -> Tensor:
-    n = x.shape[axis]
-    half = min(window // 2, n)
-    width, power = 1, nn.functional.pad(x, [0, 0] * (x.ndim - 1 - axis) + [half, half])
-    total, summed = None, 0
-    for bit in reversed(bin(2 * half + 1)[2:]):
-        if bit == "1":
-            part = power.narrow(axis, summed, n)
-            total = part if total is None else total + part
-            summed += width
-        if summed < 2 * half + 1:
-            size = power.shape[axis] - width
-            power = power.narrow(axis, 0, size) + power.narrow(axis, width, size)
-            width *= 2
-    assert total is not None
-    return total
-
-
-@_in_float32
-def lncc(a: Tensor, b: Tensor, *, mask: Tensor | None = None, window: int = 9, epsilon: float = 1e-5) -> Tensor:
-    """1 - mean squared local correlation; in [0, 1], 0 for a perfect match up to local gain.
-
-    A flat window has correlation 0. ``epsilon`` is the variance below which a window counts as flat.
-    Source: Avants et al. 2008 (ANTs' CC), normalised by the voxels really inside the window, and inside the mask.
-    """
-    # an offset would cost the sums of squares all digits
-    a, b = (x - x.mean() if mask is None else _centred(x, mask) for x in (a, b))
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (a, b)]
-    return cast(Tensor, _LocalCorrelation.apply(a, b, mask, window, epsilon, wanted))
-
-
-class _LocalCorrelation(torch.autograd.Function):
-    """``lncc`` with its gradient in closed form, worked out on the way: autograd would keep every window sum.
-
-    With means A, B, covariance c, variances p, q of each window of n voxels and r = c^2 / (p q), the gradient in a is
-    ``b S(g) + 2 a S(h) - S(g B + 2 h A)``; S the window sum, ``g = -2 w c / (p q n)``, ``h = w r / (p n)`` and w the
-    window's share in the mean; as Avants et al. 2008, eq. 6, but exact to the rim.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, b: Tensor, mask: Tensor | None, window: int, epsilon: float, wanted: Sequence[bool]
-    ) -> Tensor:
-        inside = (lambda x: x) if mask is None else (lambda x: mask * x)
-        # less than a voxel in sight: as if the rest were of mean intensity
-        share = _window_sizes(a, window) if mask is None else box_sum(mask, window).clamp_(min=1)
-        share = share.reciprocal_()
-        mean_a, mean_b = (box_sum(inside(x), window).mul_(share) for x in (a, b))
-        covariance = box_sum(inside(a * b), window).mul_(share).sub_(mean_a * mean_b)
-        var_a, var_b = (
-            box_sum(inside(x * x), window).mul_(share).sub_(mean * mean).clamp_(min=0).add_(epsilon)
-            for x, mean in ((a, mean_a), (b, mean_b))
-        )
-        pull = covariance / var_a / var_b
-        r = covariance.mul_(pull)
-        value = masked_mean(1 - r, mask)
-        if any(wanted):
-            weights = share.mul_(_weights(a, mask))
-            r, pull = r.mul_(weights), pull.mul_(weights).mul_(-2)
-            both = box_sum(pull, window)
-            found = [
-                inside(_gradient(*sides, r / var, pull, both, window)) if want else None
-                for want, sides, var in (
-                    (wanted[0], (a, b, mean_a, mean_b), var_a),
-                    (wanted[1], (b, a, mean_b, mean_a), var_b),
-                )
-            ]
-            ctx.save_for_backward(*found)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = grad_outputs
-        return (*(None if x is None else scale * x for x in ctx.saved_tensors), None, None, None, None)
-
-
-def _gradient(
-    x: Tensor, other: Tensor, mean: Tensor, other_mean: Tensor, h: Tensor, g: Tensor, both: Tensor, window: int
-) -> Tensor:
-    """See ``_LocalCorrelation``: of ``x``; ``both`` is S(g)."""
-    middle = box_sum(torch.addcmul(g * other_mean, h, mean, value=2), window)
-    return torch.addcmul(other * both, x, box_sum(h, window), value=2).sub_(middle)
-
-
-def _weights(like: Tensor, mask: Tensor | None) -> Tensor:
-    """What each voxel counts in ``masked_mean`` of (B, 1, *spatial)."""
-    if mask is None:
-        return like.new_tensor(1 / like.numel())
-    sizes = mask.sum(tuple(range(1, mask.ndim)), keepdim=True)
-    pairs = (mask.flatten(1).amax(1) > 0).sum().clamp(min=1)
-    return mask / sizes.clamp(min=1e-6) / pairs
-
-
-def _window_sizes(like: Tensor, window: int) -> Tensor:
-    """How many voxels of the image each window holds: (1, 1, *spatial)."""
-    sizes = like.new_ones(1, 1, *[1] * (like.ndim - 2))
-    for axis, n in enumerate(like.shape[2:]):
-        line = like.new_ones(1, 1, *(n if i == axis else 1 for i in range(like.ndim - 2)))
-        sizes = sizes * _slide(line, 2 + axis, window)
-    return sizes
-
-
-@_in_float32
+@in_float32
 def ncc(a: Tensor, b: Tensor, *, mask: Tensor | None = None, epsilon: float = 1e-8) -> Tensor:
     """1 - r, r the global correlation of each pair; in [0, 2], 1 for flat images.
 
     Not 1 - r^2: that one is as content with an inverted image, and its gradient vanishes where r is 0, which
     is where a bad start is. For contrasts that differ there are ``lncc``, ``mi`` and ``mind``.
     """
-    a, b = _centred(a, mask), _centred(b, mask)
+    a, b = centred(a, mask), centred(b, mask)
     var_a, var_b, covariance = (_per_pair(x, mask) for x in (a * a, b * b, a * b))
     r = covariance / ((var_a + epsilon) * (var_b + epsilon)).sqrt()
     return _over_pairs(1 - r, mask)
 
 
-@_in_float32
+@in_float32
 def mse(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference."""
     return masked_mean((a - b).square(), mask)
@@ -200,7 +85,7 @@ def _mutual_information() -> Any:
     return GlobalMutualInformationLoss(num_bins=32)  # the b-spline kernel is NaN on flat images
 
 
-@_in_float32
+@in_float32
 def mi(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Minus global mutual information in nats (MONAI's Gaussian Parzen windows, 32 bins), 0 for flat images.
 
@@ -275,7 +160,7 @@ def _patch_mean(x: Tensor, radius: int) -> Tensor:
     return x
 
 
-@_in_float32
+@in_float32
 def mind(a: Tensor, b: Tensor, *, mask: Tensor | None = None, radius: int = 1, dilation: int = 2) -> Tensor:
     """Mean squared difference of the images' MIND-SSC descriptors, over channels and voxels; in [0, 1].
 
@@ -293,7 +178,7 @@ def _every(x: Tensor, stride: int) -> Tensor:
     return x
 
 
-@_in_float32
+@in_float32
 def feature_similarity(a: Tensor, b: Tensor, encoder: Encoder, *, mask: Tensor | None = None) -> Tensor:
     """1 - cosine between the features of both images, mean over places, then over stages; in [0, 2].
 

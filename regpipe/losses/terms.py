@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import LAYERS, Layers, Registration, resize, resize_image, sample_at, warp_both
 from regpipe.losses import regularity, similarity
-from regpipe.losses.similarity import lncc
+from regpipe.losses.lncc import lncc, local_correlation
+from regpipe.losses.noise import noise_variance
 from regpipe.networks.encoders import Encoder
 from regpipe.utils.errors import InputError
 
@@ -90,9 +91,39 @@ def of_displacements(measure: Callable[[Tensor], Tensor]) -> Function:
     return lambda r, target, options: torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
 
 
+NOISE_FLOOR = 10.0  # times the noise's variance: a window of less contrast says little (docs/results/harm.md)
+
+
+def floors_of(target: Target) -> tuple[Tensor, Tensor]:
+    """(B,) each: the variance that a window of the fixed and of the moving image has to stand out from.
+
+    ``fixed_noise`` and ``moving_noise`` (B,), the noise's variance, where the target knows it.
+    """
+    fixed, moving = (
+        target[f"{side}_noise"] if f"{side}_noise" in target else noise_variance(target[f"{side}_image"])
+        for side in SIDES
+    )
+    return NOISE_FLOOR * fixed, NOISE_FLOOR * moving
+
+
 def _lncc(r: Registration, target: Target, options: Options) -> Tensor:
-    """Local cross-correlation, both ways; in [0, 1]."""
-    return both_ways(r, target, options, lambda a, b, mask: lncc(a, b, mask=mask, window=options.window))
+    """Local cross-correlation, both ways, of what stands out from each image's noise; in [0, 1]."""
+    (on_fixed, on_moving), (fixed, moving) = overlaps(r, target, options), floors_of(target)
+    window = options.window
+    forward = lncc(r.warped_moving, target["fixed_image"], mask=on_fixed, window=window, floors=(moving, fixed))
+    back = lncc(r.warped_fixed, target["moving_image"], mask=on_moving, window=window, floors=(fixed, moving))
+    return (forward + back) / 2
+
+
+@torch.no_grad()
+def explained(r: Registration, target: Target, options: Options) -> tuple[Tensor, Tensor]:
+    """Where each image (B, 1, *spatial) explains the other: their squared local correlation, on the fixed image's grid
+    and on the moving one's; in [0, 1]."""
+    (on_fixed, on_moving), (fixed, moving) = overlaps(r, target, options), floors_of(target)
+    window, shown = options.window, (target["fixed_image"], target["moving_image"])
+    forward = local_correlation(r.warped_moving, shown[0], mask=on_fixed, window=window, floors=(moving, fixed))
+    back = local_correlation(r.warped_fixed, shown[1], mask=on_moving, window=window, floors=(fixed, moving))
+    return forward if on_fixed is None else forward * on_fixed, back if on_moving is None else back * on_moving
 
 
 def _features(r: Registration, target: Target, options: Options) -> Tensor:
@@ -111,7 +142,7 @@ def _midway(r: Registration, target: Target, options: Options) -> Tensor:
     warp = options.layers.warp
     moving, fixed = warp(images, u).chunk(2)
     mask = None if masks is None else torch.stack(warp(torch.cat(masks[::-1]), u.detach()).chunk(2)).prod(0)
-    return lncc(moving, fixed, mask=mask, window=options.window)
+    return lncc(moving, fixed, mask=mask, window=options.window, floors=floors_of(target)[::-1])
 
 
 def _magnitude(r: Registration, target: Target, options: Options) -> Tensor:
@@ -237,7 +268,7 @@ def _clean(r: Registration, target: Target, options: Options) -> Tensor:
     warped = torch.cat(warp_both(moving, fixed, r.displacement, r.inverse, layers=options.layers))
     on_fixed, on_moving = overlaps(r, target, options)
     mask = None if on_fixed is None or on_moving is None else torch.cat([on_fixed, on_moving])
-    return lncc(warped, torch.cat([fixed, moving]), mask=mask, window=options.window, epsilon=FLAT)
+    return lncc(warped, torch.cat([fixed, moving]), mask=mask, window=options.window, floors=(FLAT, FLAT))
 
 
 class Term(NamedTuple):
@@ -251,7 +282,7 @@ class Term(NamedTuple):
 
 
 TERMS: dict[str, Term] = {
-    "lncc": Term(_lncc, "similarity", weight=1.0),
+    "lncc": Term(_lncc, "similarity", weight=1.4),  # smaller than without its noise floor
     "mind": Term(of_images(similarity.mind), "similarity", weight=10.0),  # MIND-SSC, squared differences; in [0, 1]
     "mi": Term(of_images(similarity.mi), "similarity", weight=1.0),  # minus mutual information, nats
     "ncc": Term(of_images(similarity.ncc), "similarity", weight=1.0),  # 1 - global correlation; in [0, 2]

@@ -43,7 +43,7 @@ from regpipe import InputError, SymmetricNet
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer, prepare_batch
 from regpipe.engines.refine import WINDOW, make_refiner, refinement_loss, zero_refiner
 from regpipe.fields.algebra import warp
-from regpipe.losses.similarity import lncc
+from regpipe.losses.lncc import lncc
 from regpipe.metrics.measures import known
 from regpipe.metrics.metric import columns, heading
 from regpipe.networks.weights import read_state_dict

@@ -30,8 +30,8 @@ from torch import Tensor
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.refine import Refiner, refinement_loss
 from regpipe.fields.algebra import integrate_both, register, resize
+from regpipe.losses.lncc import lncc
 from regpipe.losses.loss import RegistrationLoss
-from regpipe.losses.similarity import lncc
 from regpipe.metrics.cost import peak_memory
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.symnet import SymNet

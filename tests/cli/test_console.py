@@ -68,7 +68,7 @@ def test_the_options_for_all_commands_may_stand_after_them(monkeypatch, tmp_path
 
 
 def test_some_cases_that_fail_are_named_beside_those_that_are_done(monkeypatch, tmp_path, capfd) -> None:
-    data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=2)
+    data = write_cohort(tmp_path / "data", shape=(64, 64), n_pairs=2)
     (data / "moving_images" / "case_001.nii.gz").write_bytes(b"no image")
     for file in (data / "fixed_labels").iterdir():
         file.unlink()  # then Dice is no number
@@ -81,7 +81,7 @@ def test_some_cases_that_fail_are_named_beside_those_that_are_done(monkeypatch, 
         "--bundle",
         "none",
         "--refine",
-        4,
+        20,
         "--affine",
         "none",
     )

@@ -22,10 +22,10 @@ from regpipe.phantoms.cohort import write_cohort
 from regpipe.transforms.displacement import read_displacement
 from regpipe.utils.errors import InputError
 
-FEW: dict[str, Any] = {"bundle": "none", "affine": "none", "refine": 4}
+FEW: dict[str, Any] = {"bundle": "none", "affine": "none", "refine": 24}
 
 
-@pytest.fixture(scope="module", params=[(32, 32), (16, 20, 18)])
+@pytest.fixture(scope="module", params=[(32, 32), (24, 32, 28)])
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     data = write_cohort(tmp_path_factory.mktemp("data") / "pairs", kind="mr", shape=request.param, n_pairs=1)
     return data / "fixed_images" / "case_000.nii.gz", data / "moving_images" / "case_000.nii.gz"
@@ -34,7 +34,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_paths_give_the_numbers_and_the_files_of_the_command(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["register", *files, "-o", tmp_path / "command", "--bundle", "none", "--affine", "none", "--refine", 4]
+    command = ["register", *files, "-o", tmp_path / "command", "--bundle", "none", "--affine", "none", "--refine", 24]
     assert regpipe(monkeypatch, *command) == 0
     found = register_images(*files, **FEW)
     assert found.save(tmp_path / "python") == tmp_path / "python"

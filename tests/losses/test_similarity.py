@@ -16,7 +16,8 @@ from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from regpipe.fields.algebra import resize_image
-from regpipe.losses.similarity import box_sum, feature_similarity, lncc, mi, mind, mind_ssc, mse, ncc
+from regpipe.losses.lncc import box_sum, lncc
+from regpipe.losses.similarity import feature_similarity, mi, mind, mind_ssc, mse, ncc
 from regpipe.networks.encoders import Encoder
 
 SHAPES = [(20, 17), (12, 10, 11)]
@@ -95,7 +96,7 @@ def test_the_gradient_of_lncc_is_monais_far_from_the_rim(shape) -> None:
     a, b = two(shape)
     peer = LocalNormalizedCrossCorrelationLoss(len(shape), kernel_size=5, smooth_dr=1e-9)
     gradients = []
-    for loss in (lambda x: lncc(x, b, window=5, epsilon=1e-9), lambda x: peer(x, b)):
+    for loss in (lambda x: lncc(x, b, window=5, floors=(1e-9, 1e-9)), lambda x: peer(x, b)):
         x = a.clone().requires_grad_()
         loss(x).backward()
         assert x.grad is not None

@@ -1,0 +1,91 @@
+"""Which part of a registration the images bear out: judged on noise that the optimisation has not seen.
+
+A similarity follows noise where there is nothing else to follow, and rises by it. So an optimisation sees one half of
+``losses.noise.split_noise``, and what it found is kept only where it makes the other half more alike too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from regpipe.fields.algebra import Layers, Registration, register, resize_image
+from regpipe.losses.lncc import box_sum
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import explained
+from regpipe.transforms.likeness import information
+
+REACH = 15  # voxels of a side of the neighbourhood that is judged together
+GAIN = 0.08  # of what is explained, or of what is not where that is less, by which the explained share has to rise
+FAINT = 0.01  # of what can be explained: what rises by less is no evidence, however little there was before
+MARGIN = 2.0  # times what the opposite step gains: any interpolation smooths, and raises it
+LOOKS = 0.05  # of itself: local correlation that rises by more while mutual information falls follows a contrast
+
+
+class Judge:
+    """``judge.share(before, after, unseen)``: how much of a step of the velocity counts, at each place.
+
+    Local correlation is judged in neighbourhoods of ``REACH`` voxels; where what is kept of a step lowers mutual
+    information, the images' contrasts are not what it takes them for, and the pair is ``misled``. Any other similarity
+    is judged as one number.
+    """
+
+    def __init__(self, loss: RegistrationLoss, layers: Layers) -> None:
+        self.loss, self.layers = loss, layers
+        self.local = "lncc" in loss.weights
+        self.misled = False
+
+    @torch.no_grad()
+    def share(
+        self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor], witness: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """(1, 1, *grid) in [0, 1] for velocities (1, D, *grid) and a target of images (1, 1, *spatial).
+
+        ``witness``: the images that tell mutual information, of a finer level where this one has too few voxels.
+        """
+        if not self.local:
+            return self._as_one(before, after, unseen)
+        was, found, opposite = (self._register(v, unseen) for v in (before, after, 2 * before - after))
+        base, gained, lost = (self._explained(r, unseen) for r in (was, found, opposite))
+        gain, wrong = gained - base, lost - base
+        better = (gain > GAIN * torch.minimum(base, 1 - base)) & (gain > FAINT) & (gain > MARGIN * wrong)
+        share = resize_image(_mean(better.float()), before.shape[2:])
+        kept = self._register(before + share * (after - before), unseen)
+        looks = float(self._explained(kept, unseen).mean()) > (1 + LOOKS) * float(base.mean())
+        if looks:
+            told = [self._information(v, witness or unseen) for v in (before, before + share * (after - before))]
+            self.misled |= told[1] < told[0]
+        return torch.zeros_like(share) if self.misled else share
+
+    def _as_one(self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor]) -> Tensor:
+        """All of the step where it is better than none of it, than half of it and than the opposite, else none."""
+        velocities = (before, after, (before + after) / 2, 2 * before - after)
+        was, found, half, opposite = (self._unlike(self._register(v, unseen), unseen) for v in velocities)
+        better = found < half and found < was and was - found > MARGIN * (was - opposite)
+        return torch.full_like(before[:, :1], float(better))
+
+    def _register(self, velocity: Tensor, unseen: Mapping[str, Tensor]) -> Registration:
+        return register(unseen["fixed_image"], unseen["moving_image"], velocity, layers=self.layers)
+
+    def _explained(self, result: Registration, unseen: Mapping[str, Tensor]) -> Tensor:
+        forward, back = explained(result, unseen, self.loss.options)
+        return (_mean(forward) + _mean(back)) / 2
+
+    def _information(self, velocity: Tensor, images: Mapping[str, Tensor]) -> float:
+        """Mutual information in nats, both ways."""
+        result = self._register(velocity, images)
+        pairs = ((result.warped_moving, images["fixed_image"]), (result.warped_fixed, images["moving_image"]))
+        return sum(information(*(x.flatten().clamp(0, 1).cpu().numpy() for x in pair)) for pair in pairs)
+
+    def _unlike(self, result: Registration, unseen: Mapping[str, Tensor]) -> float:
+        terms = {name: self.loss.terms[name] for name in self.loss.weights}
+        similar = {name: term for name, term in terms.items() if term.kind == "similarity"}
+        options = self.loss.options
+        return sum(self.loss.weights[n] * float(t.function(result, unseen, options)) for n, t in similar.items())
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over ``REACH`` voxels around each."""
+    return box_sum(x, REACH) / box_sum(torch.ones_like(x), REACH)

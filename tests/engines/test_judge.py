@@ -1,0 +1,70 @@
+"""Where there is nothing to find nothing is found, and what is there is found as before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from regpipe import SymmetricNet
+from regpipe.engines.inferers import RegistrationInferer
+from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
+from regpipe.fields.algebra import identity_grid, register, smooth, warp
+
+SHAPES = [(72, 80), (36, 40, 32)]
+
+
+def head(shape: tuple[int, ...], *, turned: bool = False) -> Tensor:
+    """An ellipsoid with a bright rim and soft spots in it, (1, 1, *shape) in [0, 1]; in ``turned`` the inside is turned
+    round and the rim is dark: two modalities' contrasts, which no line relates."""
+    middle = torch.tensor([(n - 1) / 2 for n in shape]).view(1, -1, *[1] * len(shape))
+    radius = ((identity_grid(shape) - middle) / (0.85 * middle)).square().sum(1, keepdim=True).sqrt()
+    spots = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(5))
+    for axis in range(2, 2 + len(shape)):
+        spots = smooth(spots, axis, 3.0, reach=3)
+    inside = 0.4 + 0.12 * spots / spots.std()
+    rim = 0.75
+    if turned:
+        inside, rim = 1.1 - inside, 0.15
+    return torch.where(radius < 0.88, inside, torch.where(radius < 1, rim, 0.0)).clamp(0, 1)
+
+
+def noisy(image: Tensor, seed: int, sigma: float = 0.03) -> Tensor:
+    return (image + sigma * torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_image_against_itself_with_other_noise_stays_where_it_is(shape: tuple[int, ...], turned: bool) -> None:
+    fixed, moving = noisy(head(shape), 1), noisy(head(shape, turned=turned), 2)
+    assert not zero_refiner()(fixed, moving).any()
+
+
+@pytest.mark.parametrize("similarity", ["mi", "mind"])
+def test_no_other_similarity_moves_it_by_a_tenth_of_a_voxel(similarity: str) -> None:
+    fixed, moving = noisy(head(SHAPES[0]), 1), noisy(head(SHAPES[0]), 2)
+    found = register(fixed, moving, zero_refiner(similarity, steps=40)(fixed, moving)).displacement
+    assert float(found.norm(dim=1)[fixed[:, 0] > 0.1].mean()) < 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_motion_is_found_beneath_the_same_noise(shape: tuple[int, ...]) -> None:
+    shift = torch.tensor((2.0, -1.5, 1.0)[: len(shape)]).view(1, -1, *[1] * len(shape)).expand(1, -1, *shape)
+    fixed, moving = noisy(head(shape), 1), noisy(warp(head(shape), -shift), 2)
+    found = register(fixed, moving, zero_refiner()(fixed, moving)).displacement
+    error = (found - shift).norm(dim=1)[head(shape)[:, 0] > 0.1]
+    assert float(error.median()) < 0.6  # of 2.5 and 2.7
+
+
+def test_a_network_that_deforms_noise_is_not_followed() -> None:
+    class Wild(SymmetricNet):
+        def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+            generator = torch.Generator().manual_seed(3)
+            return torch.nn.functional.interpolate(
+                2 * torch.randn(1, 2, 9, 10, generator=generator), size=(36, 40), mode="bilinear"
+            )
+
+    fixed, moving = noisy(head((72, 80)), 1), noisy(head((72, 80)), 2)
+    refiner = make_refiner(10, refinement_loss("lncc", spatial_dims=2), window=7)
+    result = RegistrationInferer(refiner=refiner)(torch.cat([fixed, moving], 1), Wild(2, "alexnet", pretrained="none"))
+    assert result["start"] == ["zero"] and not result["displacement"].any()
