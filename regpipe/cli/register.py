@@ -67,6 +67,14 @@ def register(
             autocompletion=completion.one_of(completion.METRICS),
         ),
     ] = None,
+    initial: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[,inverse]",
+            help="With two files: a transform to start from, in the place of --affine none, else before it. Several "
+            "by giving it again: in the order in which they move an image.",
+        ),
+    ] = None,
     refine: Annotated[
         int | None,
         typer.Option(help="Steps of per-pair optimisation after the network's answer, or from zero."),
@@ -143,6 +151,7 @@ def register(
     beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}
     beside |= {"moving_mask": moving_mask, "fixed_landmarks": points[0], "moving_landmarks": points[1]}
     from regpipe.inference.register import one_pair, register_files
+    from regpipe.transforms.initial import named
 
     with tempfile.TemporaryDirectory() as aside:
         dataset = inputs[0]
@@ -150,7 +159,7 @@ def register(
             raise InputError(f"{dataset}: is one image; give FIXED and MOVING, or a folder of pairs")
         if len(inputs) == 2:
             images = {"fixed_image": inputs[0], "moving_image": inputs[1]}
-            dataset = one_pair(Path(aside) / "pair.json", images | beside)
-        elif any(beside.values()):
-            raise InputError("labels, masks and --landmarks go with two files; a folder holds its own")
+            dataset = one_pair(Path(aside) / "pair.json", images | beside | named(initial or ()))
+        elif initial or any(beside.values()):
+            raise InputError("labels, masks, --landmarks and --initial go with two files; a datalist holds its own")
         register_files(dataset, out, bundle=bundle, trust=trust, **chosen)

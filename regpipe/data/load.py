@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,31 @@ from regpipe.io.background import SLIGHT
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
 from regpipe.io.source import Source
-from regpipe.transforms import displacement, homography
+from regpipe.transforms import displacement, homography, initial
 from regpipe.utils.errors import InputError
 
 log = logging.getLogger(__name__)
+
+
+class _View(NamedTuple):
+    """How an image is seen: in its frame, and of the moving one what bends that, see ``data.placement``."""
+
+    frame: np.ndarray  # (D+1, D+1)
+    bend: np.ndarray | None = None  # (D+1, D+1), a homography
+    field: np.ndarray | None = None  # (D, *grid)
+
+    @property
+    def is_bent(self) -> bool:
+        return self.bend is not None or self.field is not None
+
+    @property
+    def affine(self) -> np.ndarray:
+        """The frame after the homography."""
+        return self.frame if self.bend is None else self.frame @ self.bend
+
+    def straight(self, points: np.ndarray) -> np.ndarray:
+        """Points (K, D) of the frame to where they are seen, in working voxels."""
+        return points if self.field is None or not len(points) else initial.back(self.field, points.T).T
 
 
 class LoadPair:
@@ -34,8 +55,9 @@ class LoadPair:
     working voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the
     image's field of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1)
     float64, working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image
-    is seen at ``bend(x)``, see ``transforms.homography``. ``displacement`` (D, *S) where there is a true one, working
-    voxels.
+    is seen at ``bend(x)``, see ``transforms.homography``; ``moving_field`` (D, *S) float64 after an initial transform
+    that is not linear: it is seen at ``x + field(x)``, see ``transforms.initial``. ``displacement`` (D, *S) where there
+    is a true one, working voxels.
     With ``cache`` they are kept, per image and field and not per pair, and handed out without a copy: never change them
     in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``data.cache``.
 
@@ -71,9 +93,9 @@ class LoadPair:
         files = files or Source()  # both frames and arrays may ask for a file
         grid = self.grid_of(case, files)
         fixed_frame, moving_frame = self.frames(case, files)
-        bend = self.frames.bend(case, files)
-        for side, frame, bent in (("fixed", fixed_frame, None), ("moving", moving_frame, bend)):
-            tensors = self._side(case, side, frame, bent, grid, files)
+        moving = _View(moving_frame, self.frames.bend(case, files), self.frames.field(case, files))
+        for side, view in (("fixed", _View(fixed_frame)), ("moving", moving)):
+            tensors = self._side(case, side, view, grid, files)
             item |= {f"{side}_{key}": value for key, value in tensors.items()}
         if "displacement" in case:
             item |= self._true_displacement(case, item, grid, files)
@@ -89,15 +111,13 @@ class LoadPair:
         """The working grid of a case."""
         return self.frames.grid_of(case, files)
 
-    def _side(
-        self, case: Case, side: str, frame: np.ndarray, bend: np.ndarray | None, grid: Grid, files: Source
-    ) -> dict[str, Tensor]:
+    def _side(self, case: Case, side: str, view: _View, grid: Grid, files: Source) -> dict[str, Tensor]:
         paths, image = tuple(case.get(f"{side}_{kind}") for kind in KINDS), case[f"{side}_image"]
-        make = functools.partial(self._make, paths, side, frame, bend, grid.shape, files)
+        make = functools.partial(self._make, paths, side, view, grid.shape, files)
         # An image's frame of its own is the same in all pairs; any other, and what is bent, is this pair's alone.
-        if bend is not None or not np.array_equal(frame, self.frames.around(image, grid, files)):
+        if view.is_bent or not np.array_equal(view.frame, self.frames.around(image, grid, files)):
             return make()
-        return self._kept(paths, grid, (frame,), make)
+        return self._kept(paths, grid, (view.frame,), make)
 
     def _kept(
         self, paths: tuple[Any, ...], grid: Grid, frames: Sequence[np.ndarray], make: Callable[[], dict[str, Tensor]]
@@ -117,21 +137,19 @@ class LoadPair:
         self,
         paths: Sequence[Any],
         side: str,
-        frame: np.ndarray,
-        bend: np.ndarray | None,
+        view: _View,
         shape: tuple[int, ...],
         files: Source,
     ) -> dict[str, Tensor]:
         image = paths[0]
-        seen = _covered(files.image(image), frame, shape)
+        seen = _covered(files.image(image), view.frame, shape)
         if not seen:
             raise InputError(f"{image}: nothing of it lies where the fixed image does; take --affine affine or centre")
         if seen < 0.9 and side == "fixed":
             log.warning("%s: the working grid covers only %.0f %% of it, around its middle", image, 100 * seen)
-        affine = {"affine": torch.from_numpy(frame)}
-        if bend is None:
-            return self._load(paths, frame, shape, files) | affine
-        return self._load(paths, frame @ bend, shape, files) | affine | {"bend": torch.from_numpy(bend)}
+        tensors = self._load(paths, view, shape, files) | {"affine": torch.from_numpy(view.frame)}
+        beside = {"bend": view.bend, "field": view.field}
+        return tensors | {name: torch.from_numpy(value) for name, value in beside.items() if value is not None}
 
     def _true_displacement(self, case: Case, item: Mapping[str, Any], grid: Grid, files: Source) -> dict[str, Tensor]:
         frames = item["fixed_affine"].numpy(), item["moving_affine"].numpy()
@@ -141,9 +159,12 @@ class LoadPair:
             u = displacement.grid_displacement(field, affine, *frames, grid.shape)
             if "moving_bend" in item:
                 u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
+            if "moving_field" in item:
+                x = np.indices(grid.shape)
+                u = initial.back(item["moving_field"].numpy(), x + u) - x
             return {"displacement": torch.from_numpy(u).float()}
 
-        if "moving_bend" in item:
+        if {"moving_bend", "moving_field"} & item.keys():
             return make()
         return self._kept((case["displacement"],), grid, frames, make)
 
@@ -152,13 +173,11 @@ class LoadPair:
         """An image's values as a network sees them."""
         return images.normalise(array)
 
-    def _load(
-        self, paths: Sequence[Any], affine: np.ndarray, shape: tuple[int, ...], files: Source
-    ) -> dict[str, Tensor]:
+    def _load(self, paths: Sequence[Any], view: _View, shape: tuple[int, ...], files: Source) -> dict[str, Tensor]:
         path, label, landmarks, mask = paths
-        image, dim = files.image(path), len(shape)
+        image, dim, affine = files.image(path), len(shape), view.affine
         grey = image._replace(array=self.scale(image.array))
-        array = images.resample(grey, affine, shape, order=1)
+        array = images.resample(grey, affine, shape, order=1, field=view.field)
         labels, points, back = (
             np.zeros(shape, np.int32),
             [np.zeros((0, dim))],
@@ -166,7 +185,7 @@ class LoadPair:
         )
         if label:
             found, channels = files.label(label, self.landmark_channels)
-            labels = images.resample(found, affine, shape, order=0)
+            labels = images.resample(found, affine, shape, order=0, field=view.field)
             if channels is not None:
                 points.append(geometry.carry(back @ found.affine, channels))
         if landmarks:
@@ -175,22 +194,20 @@ class LoadPair:
         return {
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],
-            "landmarks": torch.from_numpy(np.concatenate(points)).float(),
-            "mask": _mask(path, mask, files, affine, shape, rims=self.mask_rims)[None],
+            "landmarks": torch.from_numpy(view.straight(np.concatenate(points))).float(),
+            "mask": _mask(path, mask, files, view, shape, rims=self.mask_rims)[None],
         }
 
 
-def _mask(
-    image: str, drawn: str | None, files: Source, affine: np.ndarray, shape: tuple[int, ...], *, rims: bool
-) -> Tensor:
+def _mask(image: str, drawn: str | None, files: Source, view: _View, shape: tuple[int, ...], *, rims: bool) -> Tensor:
     """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``), its data, its mask file."""
     seen, known = files.image(image), files.known(image)
-    view = seen._replace(array=np.ones(seen.array.shape, np.uint8))
-    inside = images.resample(view, affine, shape, order=0) > 0 if rims else np.ones(shape, bool)
-    if drawn is not None:
-        inside &= images.resample(files.label(drawn)[0], affine, shape, order=0) != 0
+    whole, inside = seen._replace(array=np.ones(seen.array.shape, np.uint8)), np.ones(shape, bool)
+    for part in ([whole] if rims else []) + ([] if drawn is None else [files.label(drawn)[0]]):
+        inside &= images.resample(part, view.affine, shape, order=0, field=view.field) != 0
     if known is not None:  # nothing of what lies between voxels with and without
-        inside &= images.resample(seen._replace(array=known.astype(np.float32)), affine, shape, order=1) > 1 - SLIGHT
+        data = seen._replace(array=known.astype(np.float32))
+        inside &= images.resample(data, view.affine, shape, order=1, field=view.field) > 1 - SLIGHT
     if inside.all():  # most are: one number in memory in place of a volume
         return torch.ones(()).expand(shape)
     return torch.from_numpy(inside).float()

@@ -1,8 +1,8 @@
 """Files, folders and datalists -> pairs, split by subject; the grid they are worked on.
 
 A *case* is a plain dict of strings: ``case`` (its name), ``fixed_image``, ``moving_image`` and,
-where there are any, ``fixed_label``, ``fixed_landmarks``, ``fixed_mask``, the same of ``moving``,
-and ``displacement`` (the true one, of phantoms): absolute paths, as ``io.images`` reads them.
+where there are any, ``fixed_label``, ``fixed_landmarks``, ``fixed_mask``, the same of ``moving``, ``initial_1`` ...
+(``transforms.initial``), ``displacement`` (the true one, of phantoms): absolute paths, as ``io.images`` reads them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from regpipe.io import images
 from regpipe.io.formats import warn_once
 from regpipe.io.images import SUFFIXES, Grid, PathLike, is_series
 from regpipe.io.source import Source
+from regpipe.transforms import initial
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError, printable
 from regpipe.utils.files import absolute, parse_json
@@ -276,19 +277,18 @@ def _entry(entry: Mapping[str, str], file: Path) -> Case:
     if not isinstance(entry, Mapping):
         raise InputError(f"{file}: a case is a dict of paths, not {json.dumps(entry)[:120]}; see the layouts")
     case = {}
-    keys = [f"{side}_{kind}" for side, kind in itertools.product(SIDES, KINDS)]
-    wrong = [key for key in entry if key.startswith(SIDES) and key not in keys]
+    keys = [f"{side}_{kind}" for side, kind in itertools.product(SIDES, KINDS)] + initial.keys(entry)
+    wrong = [key for key in entry if key.startswith((*SIDES, "initial")) and key not in keys]
     if wrong:
-        raise InputError(f"{file}: unknown key '{wrong[0][:40]}'; known are {', '.join(keys)}")
-    for side, kind in itertools.product(SIDES, KINDS):
-        key = f"{side}_{kind}"
+        raise InputError(f"{file}: unknown key '{wrong[0][:40]}'; known are {', '.join(keys)}, initial_1, ...")
+    for key in keys:
         if key in entry:
             if not isinstance(entry[key], str):
                 raise InputError(f"{file}: {key} is a path, not {json.dumps(entry[key])[:120]}; see the layouts")
             case[key] = str(file.parent / entry[key])
             if not _is_there(case[key]):
                 raise InputError(f"{case[key][-300:]}: no such file, but {file.name} lists it as {key}")
-        elif kind == "image":
+        elif key.endswith("_image"):
             raise InputError(f"{file}: a case without {key}: {json.dumps(entry)[:120]}; add it")
     fixed, moving = (images.stem(case[f"{side}_image"]) for side in SIDES)
     name = fixed if fixed == moving else f"{moving}_to_{fixed}"

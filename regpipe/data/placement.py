@@ -4,7 +4,8 @@ A *frame* is an affine (D+1, D+1), working voxel -> RAS mm of an image. The fixe
 its centre, along its own axes. The moving image's is the same grid carried over by the alignment ``T`` (fixed point ->
 moving point): ``moving_frame = T @ fixed_frame``, so that what is left for the network is what no affine map can do.
 ``T`` is never applied to an image by itself: every file is resampled once, through everything. Of a homography (2-D)
-``T`` is the affine part, and the *bend* the rest, see ``transforms.homography``.
+``T`` is the affine part, and the *bend* the rest, see ``transforms.homography``. Of a start of one's own that is not
+linear the bend is a field, see ``transforms.initial``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from regpipe.io import images
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
 from regpipe.io.source import Source
-from regpipe.transforms import affine, homography, projective
+from regpipe.transforms import affine, homography, initial, projective
 from regpipe.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,9 +50,13 @@ class Frames:
         space: shape and affine of the grid that all images of the training shared.
         store: where what is found is kept for other processes.
 
+    A case's own initial transform (``transforms.initial``) stands in the place of ``none`` and ``centre``; the other
+    stages go on from it.
+
     Raises:
         InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap,
-            ``projective`` in 3-D or without OpenCV.
+            ``projective`` in 3-D or without OpenCV, or after an initial transform that is not linear; an initial
+            transform that cannot be read.
     """
 
     def __init__(
@@ -76,12 +81,15 @@ class Frames:
         self.store = store
         self._own: dict[tuple[str, Grid], np.ndarray] = {}
         self._found: dict[tuple[str | None, ...], affine.Alignment] = {}
+        self._latest: tuple[Any, Any] = (None, None)  # what was split last: a case asks twice
 
     def __call__(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray]:
         grid = self.grid_of(case, files)
         start = self.around(case["fixed_image"], grid, files)
         stage = self.stage_of(case, files)
         _check_dimension(stage, grid)
+        if initial.keys(case):
+            return start, self._from_initial(case, files)[0]
         if stage == "none":
             return start, start
         if stage == "centre":
@@ -95,6 +103,10 @@ class Frames:
         grid = self.grid_of(case, files)
         start = self.around(case["fixed_image"], grid, files)
         return homography.split(self._matrix(case, files, "projective"), start, grid.shape)[1]
+
+    def field(self, case: Case, files: Source) -> np.ndarray | None:
+        """What the frames leave of an initial transform: (D, *grid), working voxels; None where it is linear."""
+        return self._from_initial(case, files)[1] if initial.keys(case) else None
 
     def grid_of(self, case: Case, files: Source | None = None) -> Grid:
         """The working grid of a case."""
@@ -124,12 +136,32 @@ class Frames:
             self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, files)])[0]
         return self._own[key]
 
+    def _from_initial(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray | None]:
+        """The moving frame of a case that has an initial transform, and ``field``."""
+        key = _files(case)
+        if self._latest[0] != key:
+            self._latest = key, self._placed(case, files)
+        found: tuple[np.ndarray, np.ndarray | None] = self._latest[1]
+        return found
+
+    def _placed(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray | None]:
+        grid, stage = self.grid_of(case, files), self.stage_of(case, files)
+        frame, begin = self.around(case["fixed_image"], grid, files), initial.read(case, len(grid.shape))
+        assert begin is not None
+        searched = stage not in ("none", "centre")
+        if begin.matrix is None:
+            linear = self._matrix(case, files, stage) if searched else np.eye(len(frame))
+            return initial.split(begin, linear, frame, grid.shape)
+        matrix = self._matrix(case, files, stage) if searched else begin.matrix
+        return homography.split(matrix, frame, grid.shape)[0], None
+
     def _matrix(self, case: Case, files: Source, stage: str) -> np.ndarray:
-        """Fixed point -> moving point, RAS mm; found once."""
+        """Fixed point -> moving point, RAS mm; found once. It goes before an initial transform that is not linear."""
         key = _files(case)
         if key not in self._found:
             grid = self.grid_of(case, files) if stage == "projective" else None  # the others are the same on any
-            about = {"stage": stage, "source": self.source, "metric": self.metric, "grid": grid}
+            about: dict[str, Any] = {"stage": stage, "source": self.source, "metric": self.metric, "grid": grid}
+            about |= {"initial": initial.keys(case)} if initial.keys(case) else {}
             matrix, *numbers = self._kept(key, about, lambda: self._find(case, files, stage))
             self._found[key] = affine.Alignment(matrix, *map(float, numbers))
         return self._found[key].matrix
@@ -143,6 +175,9 @@ class Frames:
         return self.store.arrays(files, about, make)
 
     def _find(self, case: Case, files: Source, stage: str) -> affine.Alignment:
+        begin = initial.read(case, len(self.grid_of(case, files).shape))
+        if stage == "projective" and begin is not None and begin.matrix is None:
+            raise InputError(f"{case['moving_image']}: --affine projective goes after a linear --initial; take affine")
         linear = self._align(case, files, "affine" if stage == "projective" else stage)
         return self._align_further(case, files, linear) if stage == "projective" else linear
 
@@ -168,6 +203,14 @@ class Frames:
             return affine.Alignment(start, math.nan, math.nan, math.nan)
         fixed_mask, moving_mask = (_mask(case, side, files) for side in SIDES)
         fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
+        begin = initial.read(case, fixed.array.ndim)
+        if begin is not None and begin.matrix is None:
+            seen = np.ones(moving.array.shape) if moving_mask is None else moving_mask
+            mask = initial.warped(moving._replace(array=seen.astype(np.uint8)), begin, fixed, method="nearest")
+            moving, moving_mask = initial.warped(moving, begin, fixed), mask.array != 0
+            start = np.eye(fixed.array.ndim + 1)
+        elif begin is not None:
+            start = begin.matrix
         try:
             return affine.align(
                 fixed, moving, stage, metric=self.metric, fixed_mask=fixed_mask, moving_mask=moving_mask, start=start
@@ -176,6 +219,8 @@ class Frames:
             raise InputError(f"{case['moving_image']}: {problem}") from None
 
     def _from_landmarks(self, case: Case, files: Source, stage: str) -> np.ndarray:
+        if initial.keys(case):
+            raise InputError(f"{case['moving_image']}: --affine_from {self.source} and --initial: give one of them")
         fixed, moving = (case.get(f"{side}_landmarks") for side in SIDES)
         if fixed is None or moving is None:
             missing = f"--affine_from {self.source} needs landmarks of both images; add them, or take images"
@@ -196,7 +241,8 @@ def _check_dimension(stage: str, grid: Grid) -> None:
 
 def _files(case: Case) -> tuple[str | None, ...]:
     """What an alignment depends on."""
-    return tuple(case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks"))
+    of_images = [case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks")]
+    return (*of_images, *(case[key] for key in initial.keys(case)))
 
 
 def _mask(case: Case, side: str, files: Source) -> np.ndarray | None:

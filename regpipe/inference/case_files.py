@@ -20,7 +20,7 @@ from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
 from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
-from regpipe.transforms import displacement, export, homography
+from regpipe.transforms import displacement, export, homography, initial
 from regpipe.utils.files import sweep
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
@@ -85,6 +85,7 @@ def save_case(
     pair = export.pair_transform(*fields, *frames, *((image.array.shape, image.affine) for image in (fixed, moving)))
     sides = [export.image_file(case[f"{side}_image"], files) for side in SIDES]
     stage = load.frames.stage_of(case, files)
+    stage = f"initial, {stage}" if initial.keys(case) else stage
     wanted = [name for name in formats if name != DENSE]
     out.hashes |= export.write_transforms(
         folder, pair, *sides, formats=wanted, stage=stage, homography=matrix, settings=settings
@@ -128,6 +129,8 @@ def _placed(
     """Both displacements, both frames, and the homography (RAS mm) where that is what lies between the frames."""
     fields = _array(registration.displacement), _array(registration.inverse)
     frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
+    if "moving_field" in batch:
+        return *initial.bent(*fields, frames, _array(batch["moving_field"])), None
     if "moving_bend" not in batch:
         return fields, frames, None
     bend = _array(batch["moving_bend"])

@@ -24,12 +24,14 @@ from regpipe.inference.from_zero import register_from_zero
 from regpipe.inference.symnet import register_by_symnet
 from regpipe.io import images
 from regpipe.io.images import Image
-from regpipe.io.itk_bridge import from_itk
+from regpipe.io.itk_bridge import affine_mat, from_itk
 from regpipe.io.labels import ids_of, read_label
 from regpipe.networks.weights import shipped
 from regpipe.transforms.displacement import read_displacement, write_image
+from regpipe.transforms.initial import named
 from regpipe.utils import console
 from regpipe.utils.errors import InputError, cause
+from regpipe.utils.files import replace_file
 
 BESIDE = ("fixed_label", "moving_label", "fixed_mask", "moving_mask", "fixed_landmarks", "moving_landmarks")
 
@@ -197,7 +199,9 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
             channel, a nibabel image or an ``itk.Image``.
         chosen: as the command's: ``bundle``, ``network``, ``weights``, ``refine``, ``similarity``, ``smoothness``,
             ``finest``, ``affine``, ``affine_from``, ``affine_metric``, ``memory_gib``; as the images: ``fixed_label``,
-            ``moving_label``, ``fixed_mask``, ``moving_mask``; paths: ``fixed_landmarks``, ``moving_landmarks``.
+            ``moving_label``, ``fixed_mask``, ``moving_mask``; paths: ``fixed_landmarks``, ``moving_landmarks``;
+            ``initial``: a transform file, a list of them (``transforms.initial.named``), or a matrix (D+1, D+1) in
+            RAS mm, fixed point -> moving point.
 
     Raises:
         InputError: what is wrong with them, in a line.
@@ -206,6 +210,7 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
     root = Path(aside.name)
     given = {"fixed_image": fixed, "moving_image": moving} | {key: chosen.pop(key, None) for key in BESIDE}
     files = {key: _file(root / f"{key}.nii.gz", value) for key, value in given.items() if value is not None}
+    files |= _initial(root / "initial.mat", chosen.pop("initial", None))
     with _in_a_session():
         register_files(one_pair(root / "pair.json", files), root / "out", **chosen)
     return Registered(aside)
@@ -239,6 +244,14 @@ def _file(path: Path, value: Any) -> Path:
     kept = ids_of(array, path.name) if path.name.endswith("label.nii.gz") else array.astype(np.float32)
     write_image(path, kept, affine)
     return path
+
+
+def _initial(path: Path, value: Any) -> dict[str, Path]:
+    """The initial transforms of a case; of a matrix ``path``, written."""
+    if isinstance(value, np.ndarray):
+        replace_file(path, affine_mat(value))
+        value = path
+    return named([] if value is None else [value] if isinstance(value, (str, Path)) else value)
 
 
 def _image(value: Any) -> Image:

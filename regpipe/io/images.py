@@ -255,15 +255,17 @@ def to_grid(image: Image, grid: Grid) -> np.ndarray:
     return affine @ placed
 
 
-def resample(image: Image, affine: np.ndarray, shape: Sequence[int], *, order: int) -> np.ndarray:
+def resample(
+    image: Image, affine: np.ndarray, shape: Sequence[int], *, order: int, field: np.ndarray | None = None
+) -> np.ndarray:
     """Sample ``image`` on the grid ``shape`` with ``affine`` (voxel -> RAS mm), which may be a homography.
 
-    Order 1 for images (the rim continues outside), 0 for labels (0 outside). Nothing is smoothed
-    before a coarser grid.
+    ``field`` (D, *shape): in voxels of the grid, for a look at ``x + field(x)``. Order 1 for images (the rim continues
+    outside), 0 for labels (0 outside). Nothing is smoothed before a coarser grid.
     """
     pull, mode = np.linalg.inv(image.affine) @ affine, "nearest" if order else "grid-constant"
-    if not is_affine(affine):
-        at = carry(pull, np.moveaxis(np.indices(shape), 0, -1))
+    if field is not None or not is_affine(affine):
+        at = carry(pull, np.moveaxis(np.indices(shape) + (0 if field is None else field), 0, -1))
         return ndimage.map_coordinates(image.array, np.moveaxis(at, -1, 0), order=order, mode=mode)
     pull = np.where(np.abs(pull - np.rint(pull)) < 1e-6, np.rint(pull), pull)  # a copy stays a copy
     if order == 0:  # a tie between two labels falls to the same side however the file is stored

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +83,17 @@ def composite(*transforms: Any) -> Any:
     for transform in reversed(transforms):  # ITK applies the one added last first
         chain.AddTransform(transform)
     return chain
+
+
+def sampled(transform: Any, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+    """``transform(p) - p`` at each voxel of a grid -> (D, *shape) float32 LPS mm."""
+    dim = len(shape)
+    sampler = wrapped("TransformToDisplacementFieldFilter", f"IVF{dim}{dim}D").New()
+    sampler.SetTransform(transform)
+    sampler.SetReferenceImage(to_itk(np.zeros(tuple(shape), np.uint8), affine))
+    sampler.SetUseReferenceImage(True)
+    sampler.Update()
+    return values(sampler.GetOutput()).T.copy(order="K")
 
 
 class Part(NamedTuple):

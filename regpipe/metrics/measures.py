@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +102,7 @@ def tre(
     displacement: Array,
     spacing: Sequence[float] | Array,
     *,
-    bend: Array | None = None,
+    bend: Callable[[Tensor], Tensor] | None = None,
 ) -> np.ndarray:
     """Target registration error |p + u(p) - q| in mm, one per landmark known in both images.
 
@@ -110,7 +110,7 @@ def tre(
         fixed_points, moving_points: p and q, (K, D) in voxels; rows with a NaN are dropped.
         displacement: u (D, *spatial), interpolated linearly at p.
         spacing: mm per voxel of the moving points, (D,); or the matrix (D, D) that makes mm of their voxels.
-        bend: (3, 3) where the moving image was seen through a homography, see ``transforms.homography``.
+        bend: of points (K, D) in voxels, where the moving image was seen through more than its frame: ``bend_of``.
     """
     u = _batched(displacement)
     p, q = (torch.as_tensor(x).to(u) for x in (fixed_points, moving_points))
@@ -121,9 +121,23 @@ def tre(
     mm = torch.as_tensor(spacing).to(u)
     found = p + sample_at(u, p[None])[0]
     if bend is not None:
-        found, q = (carry(torch.as_tensor(bend).to(u), points) for points in (found, q))
+        found, q = bend(found), bend(q)
     error = (found - q) @ (mm.diag() if mm.ndim == 1 else mm.T)
     return error.norm(dim=1).double().cpu().numpy()
+
+
+def bend_of(item: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """Of a batch of size 1, what its moving image was seen through, as a map of points; None: its frame alone.
+
+    See ``transforms.homography`` and ``transforms.initial``.
+    """
+    if "moving_bend" in item:
+        matrix = item["moving_bend"][0]
+        return lambda points: carry(matrix.to(points), points)
+    if "moving_field" in item:
+        field = item["moving_field"][:1]
+        return lambda points: points + sample_at(field.to(points), points[None])[0]
+    return None
 
 
 def ncc(a: Array, b: Array) -> float:
@@ -257,7 +271,7 @@ class Measured(NamedTuple):
     inverse: Tensor
     spacing: Sequence[float]  # mm per voxel
     moving_mm: Sequence[float] | Tensor  # see ``tre``
-    bend: Tensor | None
+    bend: Callable[[Tensor], Tensor] | None
     layers: Layers  # what warps and integrates
 
 
@@ -299,7 +313,7 @@ def measure(
         registration.inverse[0],
         spacing,
         item["moving_affine"][0, :-1, :-1] if "moving_affine" in item else spacing,  # where errors are lengths
-        item["moving_bend"][0] if "moving_bend" in item else None,
+        bend_of(item),
         layers,
     )
     still = torch.zeros_like(u[0])

@@ -10,7 +10,7 @@ from nibabel.affines import apply_affine
 
 from regpipe.fields.algebra import Registration, sample_at
 from regpipe.io.images import Image, normalise, resample
-from regpipe.metrics.measures import tre
+from regpipe.metrics.measures import bend_of, tre
 from regpipe.report.views import IMAGES, Landmarks
 
 
@@ -38,9 +38,8 @@ def shown_landmarks(batch: Mapping[str, Any], registration: Registration) -> Lan
     known = ~(p.isnan().any(1) | q.isnan().any(1))
     p, q = p[known], q[known]
     u, inverse = registration.displacement[0].cpu(), registration.inverse[:1].cpu()
-    bend = batch["moving_bend"][0] if "moving_bend" in batch else None
     mm = batch["moving_affine"][0, :-1, :-1].cpu()
-    errors = [tre(p, q, field, mm, bend=bend) for field in (u.new_zeros(u.shape), u)]
+    errors = [tre(p, q, field, mm, bend=bend_of(batch)) for field in (u.new_zeros(u.shape), u)]
     frame = batch["fixed_affine"][0].cpu().numpy()
     back = q + sample_at(inverse, q[None])[0] if len(q) else q
     at_p, at_q, at_back = (apply_affine(frame, points.double().numpy()) for points in (p, q, back))

@@ -253,10 +253,10 @@ def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _S
     method.SetExternalInitialTransform(itk_affine(matrix))
     method.SetLogToConsole(False)
     method.Update()
-    return _matrix_of(method.GetCombinationTransform(), len(matrix) - 1)
+    return matrix_of(method.GetCombinationTransform(), len(matrix) - 1)
 
 
-def _matrix_of(transform: Any, dim: int) -> np.ndarray:
+def matrix_of(transform: Any, dim: int) -> np.ndarray:
     """A linear ITK transform of any class as a matrix (D+1, D+1) in RAS mm, read off at D+1 points."""
     lps = np.eye(dim + 1)
     lps[:-1, -1] = transform.TransformPoint([0.0] * dim)

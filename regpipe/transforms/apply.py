@@ -131,23 +131,12 @@ def compose(transforms_: Sequence[str | Path], out: str | Path, *, reference: st
         replace_file(out, composite_bytes(chain))
         return out
     grid = _grid(reference, moves[-1].target, chain)
-    displacement.write_displacement(out, _displacement(chain, grid), grid.affine)
+    displacement.write_displacement(out, itk_bridge.sampled(chain, grid.shape, grid.affine), grid.affine)
     return out
 
 
 def _alike(one: Space, other: Space) -> bool:
     return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-3)
-
-
-def _displacement(transform: Any, grid: Space) -> np.ndarray:
-    """``transform(p) - p`` at each voxel of a grid -> (D, *S) float32 LPS mm."""
-    dim = len(grid.shape)
-    sampler = itk_bridge.wrapped("TransformToDisplacementFieldFilter", f"IVF{dim}{dim}D").New()
-    sampler.SetTransform(transform)
-    sampler.SetReferenceImage(itk_bridge.to_itk(np.zeros(grid.shape, np.uint8), grid.affine))
-    sampler.SetUseReferenceImage(True)
-    sampler.Update()
-    return itk_bridge.values(sampler.GetOutput()).T.copy(order="K")
 
 
 def _carrier(

@@ -11,7 +11,7 @@ The moving image is sampled at ``R``, and what was found on the grid, ``x -> x +
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -19,6 +19,7 @@ from scipy import ndimage
 from regpipe.io.geometry import carry, is_affine
 
 STEEPEST = 5.0  # how much nearer one end of what is seen may be than the other; the horizon is then far off
+Map = Callable[[np.ndarray], np.ndarray]
 LATTICE = 9  # points along an axis that the affine part is fitted at
 
 
@@ -60,16 +61,24 @@ def is_gentle(matrix: np.ndarray, frame: np.ndarray, shape: Sequence[int]) -> bo
     return _is_level(bend, reached) and _is_level(np.linalg.inv(bend), reached)
 
 
-def after(u: np.ndarray, bend: np.ndarray, origin: np.ndarray | None = None) -> np.ndarray:
-    """``bend(x + u(x)) - x``: u (D, *S) in voxels, then the bend. ``origin`` (D,): the first voxel's x, else 0."""
-    x = _places(u.shape[1:], origin)
+def after(u: np.ndarray, bend: np.ndarray) -> np.ndarray:
+    """``bend(x + u(x)) - x``: u (D, *S) in voxels, then the bend."""
+    x = _places(u.shape[1:])
     return _field(carry(bend, x + _points(u)) - x, u.shape)
 
 
 def bent(
     u: np.ndarray, inverse: np.ndarray, frames: tuple[np.ndarray, np.ndarray], bend: np.ndarray
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Both displacements of a pair with the bend put behind, in closed form, and the frames that they lie on.
+    """``bent_by`` a homography R (D+1, D+1), in closed form."""
+    there, back = bend, np.linalg.inv(bend)
+    return bent_by(u, inverse, frames, lambda at: carry(there, at), lambda at: carry(back, at))
+
+
+def bent_by(
+    u: np.ndarray, inverse: np.ndarray, frames: tuple[np.ndarray, np.ndarray], there: Map, back: Map
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Both displacements of a pair with a bend R put behind, and the frames that they lie on.
 
         u'(x) = R(x + u(x)) - x        v'(y) = R^-1(y) + v(R^-1(y)) - y
 
@@ -79,17 +88,17 @@ def bent(
         u: (D, *S), fixed -> moving, voxels.
         inverse: v (D, *S), moving -> fixed; linear between voxels, its rim's value outside.
         frames: fixed and moving, working voxel -> RAS mm.
-        bend: R (D+1, D+1).
+        there, back: R and its inverse, of points (N, D) in working voxels.
     """
-    reached, last = _points(after(u, bend)) + _places(u.shape[1:]), np.array(u.shape[1:]) - 1
+    reached, last = there(_places(u.shape[1:]) + _points(u)), np.array(u.shape[1:]) - 1
     pads = np.ceil([-reached.min(axis=0), reached.max(axis=0) - last]).astype(int).clip(min=0)
     u = np.pad(np.asarray(u, np.float64), [(0, 0), *pads.T], mode="edge")
     y = _places(u.shape[1:], -pads[0])
-    before = carry(np.linalg.inv(bend), y)
-    back = [ndimage.map_coordinates(v, before.T, order=1, mode="nearest") for v in np.asarray(inverse, np.float64)]
-    shift = np.eye(len(bend))
+    before = back(y)
+    found = [ndimage.map_coordinates(v, before.T, order=1, mode="nearest") for v in np.asarray(inverse, np.float64)]
+    shift = np.eye(len(u) + 1)
     shift[:-1, -1] = -pads[0]
-    fields = after(u, bend, -pads[0]), _field(before + np.transpose(back) - y, u.shape)
+    fields = _field(there(y + _points(u)) - y, u.shape), _field(before + np.transpose(found) - y, u.shape)
     return fields, (frames[0] @ shift, frames[1] @ shift)
 
 

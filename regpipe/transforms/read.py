@@ -166,7 +166,7 @@ def _read(path: Path) -> list[Any]:
     reader.Update()
     held, transforms = reader.GetModifiableTransformList(), []
     while not held.empty():
-        transforms.append(_as_its_class(held.pop()))
+        transforms.append(as_its_class(held.pop()))
     return transforms[::-1]
 
 
@@ -175,7 +175,8 @@ def _register(kind: str) -> None:
     itk_bridge.wrapped(f"{kind}TransformIOFactory", "", module=f"{kind}TransformIO").RegisterOneFactory()
 
 
-def _as_its_class(transform: Any) -> Any:
+def as_its_class(transform: Any) -> Any:
+    """A transform that ITK gave as one of its base class."""
     name, dim = transform.GetNameOfClass(), transform.GetInputSpaceDimension()
     if name in ("AffineTransform", "CompositeTransform", "DisplacementFieldTransform"):
         return itk_bridge.wrapped(name, f"D{dim}").cast(transform)
