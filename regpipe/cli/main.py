@@ -14,13 +14,20 @@ from typing import Annotated
 import typer
 
 from regpipe import __version__
-from regpipe.cli import apply, bids, completion, provenance, register, results
+from regpipe.cli import apply, bids, completion, group, provenance, register, results
 from regpipe.utils import console
 from regpipe.utils.errors import InputError, explain
 from regpipe.utils.versions import versions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-COMMANDS: list[Callable[..., None]] = [register.register, apply.apply, apply.compose, bids.bids, results.dashboard]
+COMMANDS: list[Callable[..., None]] = [
+    register.register,
+    group.template,
+    apply.apply,
+    apply.compose,
+    bids.bids,
+    results.dashboard,
+]
 COMMANDS += [results.figures, results.report, provenance.verify, provenance.rerun]
 for command in COMMANDS:
     app.command()(command)

@@ -34,7 +34,7 @@ from regpipe.utils.versions import versions
 NAME = "manifest.json"
 TRANSFORM = "transform.json"  # of a case: it holds the hashes of its transform files
 FORMAT = "regpipe manifest 1"
-KINDS = ("registration", "training", "evaluation", "comparison", "study", "application", "composition")
+KINDS = ("registration", "training", "evaluation", "comparison", "study", "application", "composition", "template")
 SEED = 0  # of a registration: elastix draws its samples from it, nothing else is random
 CONFIG = "inference.yaml"
 BESIDE = ("model.pt", "working_grid.json", "training.json", "typical.json")  # what makes up a trained model

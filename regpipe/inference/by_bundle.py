@@ -59,10 +59,7 @@ def register_by_bundle(
     options.check_switches(strict=strict)
     distributed.join(hours=168)
     known, dim = record.read(ckpt_dir), inferers.trained_dimension(ckpt_dir)
-    structures = inferers.trained_structures(ckpt_dir)
-    layout: dict[str, Any] = {"pretrained": inferers.trained_weights(ckpt_dir), "transfer": "encoder"}
-    network = SymmetricNet(dim, backbone, **layout, structures=structures).to(distributed.device())
-    network.load_state_dict(read_state_dict(inferers.require_model(ckpt_dir, network), old=False))
+    structures, network = inferers.trained_structures(ckpt_dir), load_network(ckpt_dir, backbone)
     alignment: dict[str, Any] = {
         "affine": affine or record.stage_for_others(known),
         "affine_from": affine_from or known["affine_from"],
@@ -85,3 +82,16 @@ def register_by_bundle(
         memory_gib=memory_gib,
     )
     folder.register_by(network, inferer, strict=strict, processes=jobs)
+
+
+def load_network(ckpt_dir: str, backbone: str) -> SymmetricNet:
+    """The network of ``backbone`` with the model in ``ckpt_dir``, on this process's device.
+
+    Raises:
+        InputError: there is no model, or another network's.
+    """
+    dim, structures = inferers.trained_dimension(ckpt_dir), inferers.trained_structures(ckpt_dir)
+    layout: dict[str, Any] = {"pretrained": inferers.trained_weights(ckpt_dir), "transfer": "encoder"}
+    network = SymmetricNet(dim, backbone, **layout, structures=structures).to(distributed.device())
+    network.load_state_dict(read_state_dict(inferers.require_model(ckpt_dir, network), old=False))
+    return network

@@ -1,0 +1,85 @@
+"""``regpipe template``: a group of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regpipe.cli import completion
+from regpipe.utils import console
+
+
+def template(
+    folder: Annotated[Path, typer.Argument(help="A folder (or datalist) of subjects, with labels/ and masks/ or not.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
+    bundle: Annotated[
+        str,
+        typer.Option(
+            help="Whose network the first round begins with; none: from zero.",
+            autocompletion=completion.one_of(completion.SHIPPED),
+        ),
+    ] = "resnet18",
+    rounds: Annotated[int, typer.Option(min=0, help="Of deformation; 0: an affine template.")] = 4,
+    affine: Annotated[
+        str,
+        typer.Option(
+            help="First: none, centre, rigid, similarity, affine.", autocompletion=completion.one_of(completion.STAGES)
+        ),
+    ] = "affine",
+    affine_metric: Annotated[
+        str,
+        typer.Option(
+            "--affine-metric",
+            help="What images are aligned by: mi, or ncc within a modality.",
+            autocompletion=completion.one_of(completion.METRICS),
+        ),
+    ] = "mi",
+    refine: Annotated[int | None, typer.Option(min=1, help="Steps of each subject's first round.")] = None,
+    similarity: Annotated[
+        str,
+        typer.Option(
+            help=f"What rounds compare images by: {', '.join(completion.SIMILARITIES)}.",
+            autocompletion=completion.one_of(completion.SIMILARITIES),
+        ),
+    ] = "lncc",
+    smoothness: Annotated[float, typer.Option(help="1: the default, 0.5 follows the images further.")] = 1.0,
+    finest: Annotated[
+        int | None, typer.Option(min=1, help="1 compares at full resolution, 2 at half; default: by size.")
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Transform files, by commas: {', '.join(completion.FORMATS)}.",
+            autocompletion=completion.some_of(completion.FORMATS),
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="So many subjects at a time, each in a process of one thread.")] = 1,
+) -> None:
+    """The mean of a group of images, and every subject's transform to it, both ways.
+
+    No subject is the reference: the order of the files does not count, and what is common to all transforms is taken
+    out of them. OUT holds the template, of labels what the subjects vote for, and a folder for each subject as regpipe
+    register writes it. Stopped, the same command goes on: docs/template.md.
+    """
+    from regpipe.group.run import make_template
+
+    chosen: dict[str, Any] = {} if formats is None else {"formats": [name.strip() for name in formats.split(",")]}
+    about = make_template(
+        folder,
+        out,
+        bundle=bundle,
+        rounds=rounds,
+        affine=affine,
+        affine_metric=affine_metric,
+        refine=refine,
+        similarity=similarity,
+        smoothness=smoothness,
+        finest=finest,
+        jobs=jobs,
+        **chosen,
+    )
+    console.tell(folder=out, **about)
+    sharper = " -> ".join(f"{told['sharpness']:.4f}" for told in about["stages"])
+    print(f"{len(about['subjects'])} subjects; sharpness {sharper}; template in {out / 'template.nii.gz'}")

@@ -1,0 +1,1 @@
+"""More than two images at once: the template of a group, and each subject's transform to it."""

@@ -1,0 +1,348 @@
+"""The template of a group: a mean image that no subject draws to itself, and each subject's transform to it, both ways.
+
+    middles laid onto each other -> mean -> each subject aligned with it, the mean of the logarithms taken out -> mean
+    -> rounds: each subject's velocity refined against the mean, the mean velocity taken out, the images meaned anew
+
+``A_i exp(v_i)`` takes a point of the template to its point of subject i. Means of images are of the subjects' own
+voxels, each resampled once. What a phase makes of a subject is a file of ``rounds/``: an interrupted command goes on,
+and several processes share a phase (``inference.jobs``). Sums run in the order of the images' hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nibabel.affines import apply_affine
+from torch import Tensor
+
+from regpipe import __version__
+from regpipe.data.load import LoadPair, collate_pairs
+from regpipe.data.pairs import Case, working_grid
+from regpipe.engines.inferers import prepare_batch, without_folds
+from regpipe.engines.refine import coarser_shape
+from regpipe.fields.algebra import integrate, register, resize
+from regpipe.fields.folds import repair
+from regpipe.group.means import Mean, log_sum, mean_image, sharpness, without_mean
+from regpipe.group.subjects import Subject
+from regpipe.inference import jobs
+from regpipe.inference.case_files import BY_DEFAULT, clear, save_case
+from regpipe.io import images
+from regpipe.io.images import Image
+from regpipe.io.itk_bridge import affine_mat
+from regpipe.io.labels import read_label
+from regpipe.io.source import Source
+from regpipe.networks.symmetric import VELOCITY_STRIDE
+from regpipe.transforms import affine, displacement
+from regpipe.transforms.read import Space
+from regpipe.utils import console, distributed
+from regpipe.utils.errors import InputError
+from regpipe.utils.files import parse_json, replace_file
+
+ROUNDS, SUBJECTS = "rounds", "subjects"  # folders of the result
+TEMPLATE = "template.nii.gz"
+ALIGNED = 2  # times that the subjects are aligned with their mean
+INSIDE = 0.5  # share of the subjects that must cover a place for it to count
+Arrays = dict[str, np.ndarray]
+Velocity = Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]  # (pair, the last round's, masks) -> velocity
+
+
+class Stage(NamedTuple):
+    """What is known after a stage: the mean, and how each subject gets there."""
+
+    tag: str
+    matrices: list[np.ndarray]  # A_i (D+1, D+1) RAS mm, template point -> subject's point
+    space: Space
+    round: int = 0  # whose velocities; 0: none
+
+
+class Group:
+    """A group on its way to a template, in a folder.
+
+    Args:
+        subjects: see ``group.subjects``.
+        out: the folder of the result.
+        settings: what the result depends on beside the images; another one begins anew.
+        velocity: what a round finds of a pair (B, 2, *S) on the template's grid.
+        processes: see ``inference.jobs``.
+    """
+
+    def __init__(
+        self,
+        subjects: Sequence[Subject],
+        out: Path,
+        *,
+        settings: Mapping[str, Any],
+        velocity: Velocity,
+        processes: int = 1,
+    ) -> None:
+        self.subjects, self.out, self.settings = list(subjects), out, dict(settings)
+        self.velocity, self.processes = velocity, processes
+        self.work = out / ROUNDS
+        self.load = LoadPair(None, affine="none", cache=False)
+        self.told: list[dict[str, float | str]] = []  # a line for each stage
+        self._begin()
+
+    def _begin(self) -> None:
+        """Go on where the same command stopped; what another one left is removed."""
+        about = [[one.name, one.sha256, one.label, one.mask] for one in self.subjects]
+        text = json.dumps([__version__, about, self.settings], sort_keys=True)
+        digest, path = hashlib.sha256(text.encode()).hexdigest(), self.work / "made_from.json"
+        if path.is_file() and parse_json(path.read_bytes()) == digest:
+            return
+        if jobs.started():
+            raise SystemExit(0)
+        if self.work.is_dir():
+            console.say(f"{self.out}: holds a template of other images or settings, and is replaced")
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(digest).encode())
+
+    def run(self, stage: str, metric: str, rounds: int) -> tuple[Stage, Mean]:
+        """All stages -> the last one and its mean."""
+        last = self._middles(stage)
+        mean = self._mean(last)
+        for i in range(1, ALIGNED + 1 if stage not in ("none", "centre") else 1):
+            last = self._aligned(last, f"{stage} {i}", stage, metric, first=i == 1)
+            mean = self._mean(last)
+        for i in range(1, rounds + 1):
+            last = self._refined(last, i)
+            mean = self._mean(last)
+        return last, mean
+
+    # ------------------------------------------------------------------------------------ phases
+
+    def _phase(self, name: str, work: Callable[[Subject], Arrays]) -> Path:
+        """What ``work`` makes of each subject, kept in a file each; those that are there are not made again."""
+        folder = self.work / name
+        if self._left(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with jobs.beside(self.processes) as taken:
+                self._make(name, work, taken)
+            _leave()
+            self._make(name, work, jobs.Taken())
+        return folder
+
+    def _left(self, folder: Path) -> list[Subject]:
+        return [one for one in self.subjects if not (folder / f"{one.name}.npz").is_file()]
+
+    def _make(self, name: str, work: Callable[[Subject], Arrays], taken: jobs.Taken) -> None:
+        folder = self.work / name
+        left = [one for one in self._left(folder) if taken.free(one.name)]
+        for one in console.Progress(left, what=name, unit="subjects"):
+            if not taken.take(one.name):
+                continue
+            try:
+                _save(folder / f"{one.name}.npz", work(one))
+            except InputError as problem:
+                _leave()  # the first process meets it again
+                raise InputError(f"{one.name}: {problem}") from problem
+
+    def _once(self, name: str, make: Callable[[], Arrays]) -> Arrays:
+        """What the first process makes of a whole phase."""
+        path = self.work / f"{name}.npz"
+        if not path.is_file():
+            _leave()
+            _save(path, make())
+        return _read(path)
+
+    # ------------------------------------------------------------------------------------ stages
+
+    def _middles(self, stage: str) -> Stage:
+        grid = working_grid([{"case": "", "fixed_image": o.image, "moving_image": o.image} for o in self.subjects])
+        dim = len(grid.shape)
+        matrices = [np.eye(dim + 1) for _ in self.subjects]
+        if stage != "none":
+            for matrix, one in zip(matrices, self.subjects, strict=True):
+                matrix[:-1, -1] = _middle(one)
+        signs = [-1, -1] if dim == 2 else [1, 1, 1]  # the closest to RAS; pictures: LPS
+        space = Space(grid.shape, np.diag([*np.multiply(signs, grid.spacing), 1.0]))
+        matrices = without_mean(matrices)
+        return Stage("middles", matrices, self._around(space, matrices))
+
+    def _around(self, space: Space, matrices: Sequence[np.ndarray]) -> Space:
+        """The grid around the mean of the subjects' middles."""
+        pairs = zip(matrices, self.subjects, strict=True)
+        middle = np.mean([apply_affine(np.linalg.inv(matrix), _middle(one)) for matrix, one in pairs], axis=0)
+        placed = space.affine.copy()
+        placed[:-1, -1] = middle - placed[:-1, :-1] @ (np.array(space.shape) - 1) / 2
+        return Space(space.shape, placed)
+
+    def _aligned(self, last: Stage, tag: str, stage: str, metric: str, *, first: bool) -> Stage:
+        known = dict(zip((one.name for one in self.subjects), last.matrices, strict=True))
+
+        def align(one: Subject) -> Arrays:
+            mean, moving = images.read_image(self._file(last, "mean")), images.read_image(one.image)
+            drawn = None if one.mask is None else read_label(one.mask)[0].array != 0
+            found = affine.align(
+                mean,
+                moving,
+                stage,
+                metric=metric,
+                moving_mask=drawn,
+                start=None if first else known[one.name],
+            )
+            return {"matrix": found.matrix}
+
+        folder = self._phase(tag, align)
+        found = [_read(folder / f"{one.name}.npz")["matrix"] for one in self.subjects]
+        matrices = without_mean(found)
+        return Stage(tag, matrices, self._around(last.space, matrices))
+
+    def _refined(self, last: Stage, i: int) -> Stage:
+        def find(one: Subject) -> Arrays:
+            batch = self.batch(one, last)
+            pair, _, _, told = prepare_batch(batch, distributed.device())
+            known = self.field(one, last)
+            found = self.velocity(pair, None if known is None else known.to(pair), told["masks"])
+            shape = coarser_shape(pair.shape[2:], VELOCITY_STRIDE)
+            return {"velocity": resize(found, shape)[0].cpu().numpy()}
+
+        folder = self._phase(f"round {i}", find)
+
+        def mean() -> Arrays:
+            total = np.zeros(())
+            for one in self.subjects:
+                total = total + _read(folder / f"{one.name}.npz")["velocity"]  # in double precision
+            return {"velocity": (total / len(self.subjects)).astype(np.float32)}
+
+        self._once(f"mean velocity {i}", mean)
+        return last._replace(tag=f"round {i}", round=i)
+
+    def _mean(self, stage: Stage) -> Mean:
+        """The mean image of a stage; its files are those that the next stage registers to."""
+        name, seen = f"mean of {stage.tag}", f"seen in {stage.tag}"
+        if not (self.work / f"{name}.npz").is_file():
+            self._phase(seen, lambda one: self._seen(one, stage))
+        kept = self._once(name, lambda: self._meaned(stage, self.work / seen))
+        mean = Mean(kept["image"], kept["covered"])
+        about: dict[str, float | str] = {"stage": stage.tag}
+        about["sharpness"] = sharpness(mean.image, images.voxel_size(stage.space.affine).tolist())
+        if stage.round:
+            u = _read(self.work / f"mean velocity {stage.round}.npz")["velocity"]
+            size = VELOCITY_STRIDE * images.voxel_size(stage.space.affine).reshape(-1, *[1] * (u.ndim - 1))
+            about["mean_velocity_mm"] = float(np.linalg.norm(u * size, axis=0).mean())
+        self.told.append(about)
+        return mean
+
+    def _meaned(self, stage: Stage, folder: Path) -> Arrays:
+        parts = (_read(folder / f"{one.name}.npz") for one in self.subjects)
+        mean = mean_image((part["image"], part["covered"]) for part in parts)
+        if not (mean.covered >= INSIDE).any():
+            raise InputError("the subjects share no place; take --affine affine, or centre")
+        for name, array in (("mean", mean.image), ("inside", (mean.covered >= INSIDE).astype(np.int32))):
+            displacement.write_image(self._file(stage, name), array, stage.space.affine)
+        shutil.rmtree(folder)
+        return mean._asdict()
+
+    def _seen(self, one: Subject, stage: Stage) -> Arrays:
+        """A subject's own voxels on the template's grid, resampled once, and where it has any."""
+        frame, shape = stage.space.affine, stage.space.shape
+        velocity = self.field(one, stage)
+        u = np.zeros((len(shape), *shape))
+        if velocity is not None:
+            u = repair(resize(integrate(velocity), shape)).displacement[0].numpy()
+        moving, grid = images.read_image(one.image), Image(np.empty(shape, bool), frame)
+        d = displacement.native_displacement(u, frame, self.matrix(one, stage) @ frame, grid)
+        grey = moving._replace(array=images.normalise(moving.array))
+        view = moving._replace(array=np.ones(moving.array.shape, np.float32))
+        seen = {"image": grey, "covered": view}
+        return {name: displacement.resample_through(what, d, frame, order=1) for name, what in seen.items()}
+
+    # ------------------------------------------------------------------------------------ a subject
+
+    def matrix(self, one: Subject, stage: Stage) -> np.ndarray:
+        """A_i of a subject."""
+        return stage.matrices[self.subjects.index(one)]
+
+    def field(self, one: Subject, stage: Stage) -> Tensor | None:
+        """v_i (1, D, *half), voxels of its grid, without the mean of all; None before the first round."""
+        if not stage.round:
+            return None
+        names = f"round {stage.round}/{one.name}", f"mean velocity {stage.round}"
+        found, mean = (_read(self.work / f"{name}.npz")["velocity"] for name in names)
+        return torch.from_numpy(found - mean)[None]
+
+    def case(self, one: Subject, stage: Stage, fixed: Path | None = None) -> Case:
+        """The subject and the template as a pair of files."""
+        matrix = self.work / f"matrix of {one.name}.mat"
+        replace_file(matrix, affine_mat(self.matrix(one, stage)))
+        found = {"case": one.name, "fixed_image": str(fixed or self._file(stage, "mean"))}
+        return found | {"fixed_mask": str(self._file(stage, "inside")), "initial_1": str(matrix), **one.as_moving()}
+
+    def batch(self, one: Subject, stage: Stage) -> dict[str, Any]:
+        """The pair as tensors."""
+        return collate_pairs([self.load(self.case(one, stage), Source())])
+
+    def _file(self, stage: Stage, name: str) -> Path:
+        """Of a stage's mean; it lies on the grid that the next stage registers on."""
+        return self.work / f"{name} of {stage.tag}.nii.gz"
+
+    def log_sums(self, stage: Stage) -> dict[str, float]:
+        """How far the means of the logarithms are from zero."""
+        found = {"matrices": log_sum(stage.matrices)}
+        if stage.round:
+            total = torch.zeros(())
+            for one in self.subjects:
+                field = self.field(one, stage)
+                assert field is not None  # there was a round
+                total = total + field.double()
+            found["velocities_voxels"] = float(total.abs().max() / len(self.subjects))
+        return found
+
+    def image_of(self, tag: str) -> np.ndarray:
+        """The mean of a stage."""
+        return _read(self.work / f"mean of {tag}.npz")["image"]
+
+    def write(self, stage: Stage, mean: Mean, formats: Sequence[str] = BY_DEFAULT) -> None:
+        """The template, and every subject's folder, as ``regpipe register`` writes it, with it as the fixed image."""
+        if not jobs.started() and self._left(self.work / "written"):
+            displacement.write_image(self.out / TEMPLATE, mean.image, stage.space.affine)
+
+        def save(one: Subject) -> Arrays:
+            case, files = self.case(one, stage, self.out / TEMPLATE), Source()
+            folder = self.out / SUBJECTS / one.name
+            clear(folder)
+            batch = collate_pairs([self.load(case, files)])
+            fixed, moving = batch["fixed_image"], batch["moving_image"]
+            velocity = self.field(one, stage)
+            if velocity is None:
+                velocity = fixed.new_zeros(1, fixed.ndim - 2, *coarser_shape(fixed.shape[2:], VELOCITY_STRIDE))
+            prediction = without_folds(fixed, moving, register(fixed, moving, velocity))
+            row, _ = save_case(
+                case, batch, prediction, self.load, folder, files, formats=formats, settings=self.settings
+            )
+            replace_file(folder / "metrics.json", json.dumps(row, indent=1).encode())
+            return {"done": np.ones(1)}
+
+        self._phase("written", save)
+
+
+def _leave() -> None:
+    """A process that was started for a phase ends with it: what comes next is the first one's."""
+    if jobs.started():
+        raise SystemExit(0)
+
+
+def _middle(one: Subject) -> np.ndarray:
+    shape, matrix = images.header(one.image)
+    return np.asarray(apply_affine(matrix, (np.array(shape) - 1) / 2))
+
+
+def _save(path: Path, arrays: Arrays) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = io.BytesIO()
+    np.savez(data, allow_pickle=False, **arrays)
+    replace_file(path, data.getvalue())
+
+
+def _read(path: Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as held:
+        return {name: held[name] for name in held.files}
