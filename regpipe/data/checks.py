@@ -11,6 +11,7 @@ from nibabel.affines import apply_affine
 
 from regpipe.data.pairs import KINDS, SIDES, Case
 from regpipe.io.geometry import flipped
+from regpipe.io.planes import Plane
 from regpipe.io.source import Source
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -23,6 +24,7 @@ class _Facts(NamedTuple):
     affine: np.ndarray = np.eye(3)
     points: int = 0
     lps: np.ndarray | None = None
+    plane: Plane | None = None
 
 
 def check_pairs(
@@ -60,7 +62,7 @@ def _facts(kind: str, path: str, landmark_channels: int | None, files: Source) -
         image, channels = files.label(path, landmark_channels if kind == "label" else None)
     if kind == "mask" and not image.array.any():
         raise InputError(f"{path}: this mask is 0 everywhere; mark what shall count, or remove it")
-    return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels))
+    return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels), plane=image.plane)
 
 
 def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -> str | None:
@@ -108,4 +110,5 @@ def _outside(lps: np.ndarray, image: _Facts) -> bool:
 
 
 def _same_grid(a: _Facts, b: _Facts) -> bool:
-    return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-3)
+    apart = a.plane is not None and b.plane is not None and not np.allclose(a.plane.lift, b.plane.lift, atol=1e-3)
+    return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-3) and not apart

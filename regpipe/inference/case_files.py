@@ -13,14 +13,15 @@ from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
 from regpipe.io import background
-from regpipe.io.images import PICTURE, read_image
+from regpipe.io.images import PICTURE, Image, read_image
+from regpipe.io.planes import as_stored
 from regpipe.io.source import Source
 from regpipe.metrics import trust
 from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
 from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
-from regpipe.transforms import displacement, export, homography, initial
+from regpipe.transforms import displacement, export, homography, initial, lift
 from regpipe.utils.files import sweep
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
@@ -72,27 +73,31 @@ def save_case(
     Raises:
         InputError: a native image cannot be read.
     """
-    out = _Folder(folder)
     registration = Registration.of(prediction, slice(1))
-    fixed, moving = files.image(case["fixed_image"]), files.image(case["moving_image"])
+    fixed, moving = lift.alike(case["case"], *(files.image(case[f"{side}_image"]) for side in SIDES))
+    out = _Folder(folder, fixed)
     fields, frames, matrix = _placed(batch, registration)
     forward = displacement.native_displacement(fields[0], *frames, fixed)
     if DENSE in formats:
         backward = displacement.native_displacement(fields[1], *frames[::-1], moving)
-        out.write("displacement.nii.gz", displacement.write_displacement, forward, fixed.affine)
-        out.write("inverse_displacement.nii.gz", displacement.write_displacement, backward, moving.affine)
-        del backward  # as large as the image, three times
+        for name, d, onto, of in (("", forward, fixed, moving), ("inverse_", backward, moving, fixed)):
+            in_space = lift.displacement_in_space(d, onto, of)
+            out.write(f"{name}displacement.nii.gz", displacement.write_displacement, *in_space)
+        del backward, d, in_space  # as large as the image, three times
     pair = export.pair_transform(*fields, *frames, *((image.array.shape, image.affine) for image in (fixed, moving)))
-    sides = [export.image_file(case[f"{side}_image"], files) for side in SIDES]
+    pair = lift.pair_in_space(pair, fixed, moving)
+    named = (export.image_file(case[f"{side}_image"], files) for side in SIDES)
+    sides = [lift.file_in_space(file, image) for file, image in zip(named, (fixed, moving), strict=True)]
     stage = load.frames.stage_of(case, files)
     stage = f"initial, {stage}" if initial.keys(case) else stage
     wanted = [name for name in formats if name != DENSE]
+    bent = None if matrix is None else lift.matrix_in_space(matrix, fixed, moving)
     out.hashes |= export.write_transforms(
-        folder, pair, *sides, formats=wanted, stage=stage, homography=matrix, settings=settings
+        folder, pair, *sides, formats=wanted, stage=stage, homography=bent, settings=settings
     )
     del pair
     determinant = displacement.native_jacobian(forward, fixed.affine)  # takes the most memory: first
-    out.write("jacobian.nii.gz", displacement.write_image, determinant, fixed.affine)
+    out.image("jacobian.nii.gz", determinant)
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
     whole = alignment if matrix is None else matrix
@@ -114,13 +119,17 @@ def save_case(
 class _Folder:
     """What is written into a case's folder, each file hashed on its way."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fixed: Image) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self.fixed = path, fixed
         self.hashes: dict[str, str] = {}
 
     def write(self, name: str, writer: Callable[..., str], *what: Any) -> None:
         self.hashes[name] = writer(self.path / name, *what)
+
+    def image(self, name: str, array: np.ndarray) -> None:
+        """On the fixed image's grid; of one slice stored in 3-D as that is stored."""
+        self.write(name, displacement.write_image, *as_stored(array, self.fixed.affine, self.fixed.plane))
 
 
 def _placed(
@@ -165,19 +174,19 @@ def _save_warped(
     read = files.read(case["moving_image"], read_image)  # with its gaps
     fill = background.outside(read.array) if fill is None else fill
     warped = displacement.resample_through(read, forward, fixed.affine, order=1, fill=fill)
-    out.write("warped.nii.gz", displacement.write_image, warped.astype(np.float32), fixed.affine)
+    out.image("warped.nii.gz", warped.astype(np.float32))
     warped = np.where(np.isnan(warped), moving.array.min(), warped)
     fits = (
         warped.ndim == 2 and warped.min() >= 0 and 1 < warped.max() <= 65535
     )  # what a picture's whole numbers can show
     if fits and case["fixed_image"].lower().endswith(PICTURE):
-        out.write("warped.png", displacement.write_image, warped, fixed.affine)
+        out.image("warped.png", warped)
     images = shown_images(fixed, moving, warped, matrix)
     if "moving_label" not in case:
         return images, {}, {}
     label, _ = files.label(case["moving_label"], load.landmark_channels)
     labels = displacement.resample_through(label, forward, fixed.affine, order=0)
-    out.write("warped_label.nii.gz", displacement.write_image, labels, fixed.affine)
+    out.image("warped_label.nii.gz", labels)
     if "fixed_label" not in case:
         return images, {}, {}
     truth, _ = files.label(case["fixed_label"], load.landmark_channels)

@@ -11,6 +11,7 @@ import numpy as np
 from regpipe.io import dicom_frames, headers
 from regpipe.io.formats import PathLike, Source, is_plane, itk_array, itk_geometry, plane, squeezed, warn_once
 from regpipe.io.geometry import flipped
+from regpipe.io.planes import Plane, laid_flat
 from regpipe.utils.errors import InputError
 
 # By the frame increment pointer, frames follow each other in time: frame time, its vector, cine rate.
@@ -80,7 +81,8 @@ def open_dicom(path: Path) -> Source:
     if is_plane(shape):
         size = _pixel_size(path, io, tags, affine)
         affine[:3, :2] *= size / np.linalg.norm(affine[:3, :2], axis=0)
-        affine = plane(affine, np.diag([*-size, 1.0]))
+    in_space = placed is not None or bool(_text(io, "0020|0032"))
+    shape, affine, lies = _flat(shape, affine, in_space=in_space)
     if io.GetNumberOfComponents() > 1:
         warn_once(f"{path}: is in colour; its luminance is used")
 
@@ -91,7 +93,7 @@ def open_dicom(path: Path) -> Source:
         array = array[..., order.ravel()].reshape(shape)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
-    return Source(shape, affine, np.dtype("f4"), voxels)
+    return Source(shape, affine, np.dtype("f4"), voxels, plane=lies)
 
 
 def _frames(path: Path, io: Any, placed: dicom_frames.Layout | None) -> np.ndarray:
@@ -107,6 +109,17 @@ def _frames(path: Path, io: Any, placed: dicom_frames.Layout | None) -> np.ndarr
     if scale is None or (scale == by_gdcm).all():
         return array
     return (array - by_gdcm[1]) / by_gdcm[0] * scale[:, 0] + scale[:, 1]
+
+
+def _flat(
+    shape: tuple[int, ...], affine: np.ndarray, *, in_space: bool = True
+) -> tuple[tuple[int, ...], np.ndarray, Plane | None]:
+    """Shape, affine and plane; of slices, (X, Y) or (X, Y, 1, T), as ``io.planes`` has it, or of a picture."""
+    if not is_plane(shape):
+        return shape, affine, None
+    if not in_space:
+        return shape, plane(affine, np.diag([*-np.linalg.norm(affine[:3, :2], axis=0), 1.0])), None
+    return laid_flat((*shape[:2], 1, *shape[3:]), affine) or (shape, affine, None)
 
 
 def _pixel_size(path: Path, io: Any, tags: Any, affine: np.ndarray) -> np.ndarray:
@@ -144,16 +157,14 @@ def open_series(folder: Path) -> Source:
     if len(stack) > 1:
         affine[:3, 2] = (stack[-1].affine[:3, 3] - stack[0].affine[:3, 3]) / (len(stack) - 1)
     _check_positions(folder, stack, first.normal)
-    shape = squeezed((*first.shape, *order.shape))
-    if is_plane(shape):
-        affine = plane(affine, np.diag([*-np.linalg.norm(affine[:3, :2], axis=0), 1.0]))
+    shape, affine, lies = _flat(squeezed((*first.shape, *order.shape)), affine)
 
     def voxels(frame: int | None) -> np.ndarray:
         wanted = order if frame is None else order[:, frame : frame + 1]
         array = np.stack([open_dicom(slices[i].path).voxels(None) for i in wanted.ravel()], -1)
         return array.reshape(shape if frame is None else squeezed((*first.shape, len(order))))
 
-    return Source(shape, affine, np.dtype("f4"), voxels)
+    return Source(shape, affine, np.dtype("f4"), voxels, plane=lies)
 
 
 def _one_stack(folder: Path, slices: list[_Slice]) -> list[_Slice]:

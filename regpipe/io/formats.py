@@ -19,7 +19,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.fileholders import FileHolder
 
-from regpipe.io import headers, nifti_place
+from regpipe.io import headers, nifti_place, planes
+from regpipe.io.planes import Plane
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError, out_of_memory
 
@@ -62,6 +63,7 @@ class Source(NamedTuple):
     dtype: np.dtype
     voxels: Callable[[int | None], np.ndarray]  # of one frame of a film, or of all of the file
     label: bool = False  # whether the file says that it is a label map
+    plane: Plane | None = None  # of one slice stored in 3-D
 
 
 @functools.cache
@@ -137,15 +139,19 @@ def open_nifti(path: Path, file: BinaryIO) -> Source:
     shape = squeezed(image.shape)
     _require_bytes(path, image)
     affine = nifti_affine(path, image)
-    if is_plane(shape):
+    lies = None
+    if len(image.shape) == 2:
         affine = plane(affine, np.diag([*np.linalg.norm(affine[:3, :2], axis=0), 1.0]))
+    else:
+        shape, affine, lies = planes.laid_flat(image.shape, affine) or (shape, affine, None)
 
     def voxels(frame: int | None) -> np.ndarray:
         if frame is None:
             return nifti_array(image).reshape(shape)
         return nifti_array(image, (..., frame)).reshape(squeezed(shape[:3]))
 
-    return Source(shape, affine, image.get_data_dtype(), voxels, int(image.header.get("intent_code", 0)) in LABELS)
+    said = int(image.header.get("intent_code", 0)) in LABELS
+    return Source(shape, affine, image.get_data_dtype(), voxels, said, lies)
 
 
 def load_nifti(path: PathLike, file: BinaryIO) -> Any:
@@ -226,9 +232,7 @@ def open_itk(path: Path, file: BinaryIO) -> Source:
     if io.GetNumberOfComponents() != 1:
         raise InputError(f"{path}: {io.GetNumberOfComponents()} values per voxel; save one")
     dims, affine = itk_geometry(io, path)
-    shape = squeezed(dims)
-    if is_plane(shape) and len(affine) == 4:
-        affine = plane(affine, np.diag([-io.GetSpacing(0), -io.GetSpacing(1), 1.0]))
+    shape, affine, lies = planes.laid_flat(dims, affine) or (squeezed(dims), affine, None)
 
     stored = itk_dtype(io)
     # ITK's Python has no int8 or int64 images: the one is read as double, the other as unsigned, of the same bits
@@ -238,7 +242,7 @@ def open_itk(path: Path, file: BinaryIO) -> Source:
         array = itk_array(path, kind, itk.Image[into, len(dims)]).reshape(shape).astype(stored)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
-    return Source(shape, affine, stored, voxels, path.name.lower().endswith(SEGMENTS))
+    return Source(shape, affine, stored, voxels, path.name.lower().endswith(SEGMENTS), lies)
 
 
 def itk_dtype(io: Any) -> np.dtype:

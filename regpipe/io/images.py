@@ -21,10 +21,11 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import inv_ornt_aff
 from scipy import ndimage
 
-from regpipe.io import background, dicom, formats, pictures
+from regpipe.io import background, dicom, formats, pictures, planes
 from regpipe.io.dicom import is_series
 from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
 from regpipe.io.geometry import carry, extent, is_affine, orientation
+from regpipe.io.planes import Plane
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import opened, parse_json, replace_file
@@ -40,6 +41,7 @@ class Image(NamedTuple):
 
     array: np.ndarray  # (*S)
     affine: np.ndarray  # (D+1, D+1) float64, voxel index -> RAS mm
+    plane: Plane | None = None  # of one slice stored in 3-D, see ``io.planes``
 
     @property
     def spacing(self) -> np.ndarray:
@@ -90,7 +92,7 @@ def read_image(path: PathLike, file: BinaryIO | None = None) -> Image:
     if max(-low, high) > GREATEST or high - low < 1 / GREATEST:
         raise InputError(f"{path}: its values reach from {low:g} to {high:g}, beyond single precision; rescale them")
     array = array.astype(np.float32)
-    return straightened(Image(array, source.affine), path, order=1)
+    return straightened(Image(array, source.affine, source.plane), path, order=1)
 
 
 def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
@@ -103,6 +105,15 @@ def header(path: PathLike, file: BinaryIO | None = None) -> tuple[tuple[int, ...
     """Shape and RAS affine that ``read_image`` gives, from the header alone."""
     with opened_image(path, file) as source:
         return _straight_grid(source.shape, source.affine)
+
+
+def place(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
+    """The same; of one slice stored in 3-D as it stands there: shape (X, Y, 1), affine (4, 4)."""
+    with opened_image(path) as source:
+        shape, affine = _straight_grid(source.shape, source.affine)
+    if source.plane is None:
+        return shape, affine
+    return planes.with_axis(shape, source.plane), planes.placed(affine, source.plane)
 
 
 def geometry(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
@@ -147,9 +158,8 @@ def _open(path: PathLike, stream: BinaryIO | None, label: bool) -> Source:
         raise InputError(f"{path}: holds {last + 1} frames; ask for one frame: write #0 to #{last} after its name")
     if not 2 <= len(source.shape) <= 3 + label or min(source.shape) < 1:
         raise InputError(f"{path}: its shape is {source.shape}; an image is 2-D or 3-D, or a film of such")
-    if min(source.shape) < 2:
-        remedy = "save it as a 2-D image" if len(source.shape) > 2 else "leave it out"
-        raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); {remedy}")
+    if min(squeezed(source.shape[:3])) < 2:
+        raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); leave it out")
     _check_affine(source.affine, path)
     limits.require_room(path, source.shape)
     limits.require_room(path, _straight_grid(source.shape[: len(source.affine) - 1], source.affine)[0])
@@ -205,7 +215,7 @@ def straightened(image: Image, path: PathLike, *, order: int) -> Image:
         return image
     warn_once(f"{path}: its axes are not at right angles; resampled onto the nearest grid that has them, {shape}")
     turned = functools.partial(resample, affine=affine, shape=shape, order=order)
-    return Image(background.around_gaps(image, turned, turned), affine)
+    return image._replace(array=background.around_gaps(image, turned, turned), affine=affine)
 
 
 def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:

@@ -68,7 +68,7 @@ def read_label(
         whole = np.zeros(channels[0].shape, np.int32)
         for i, channel in enumerate(channels[:landmark_channels]):
             whole[channel != 0] = i + 1
-    labels = straightened(Image(whole, source.affine), path, order=0)
+    labels = straightened(Image(whole, source.affine, source.plane), path, order=0)
     if landmark_channels is None:
         return labels, None
     centroids = _centroids(channels[landmark_channels:], whole.ndim)

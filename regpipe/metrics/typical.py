@@ -51,7 +51,7 @@ class Look(NamedTuple):
 def look(image: Image) -> Look:
     """The numbers of one image."""
     dim = image.array.ndim
-    array, affine = upright(*image)
+    array, affine = upright(image.array, image.affine)
     array, spacing = images.normalise(np.ascontiguousarray(array)), images.voxel_size(affine)
     steps = np.mean([np.abs(np.diff(array, axis=axis)).mean() for axis in range(dim)])
     pool = torch.nn.functional.adaptive_avg_pool2d if dim == 2 else torch.nn.functional.adaptive_avg_pool3d

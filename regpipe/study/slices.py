@@ -82,7 +82,7 @@ def _areas(image: str, label: str | None) -> list[np.ndarray]:
     """For each axis: label voxels in each slice across it, 0 where a label of the subject is missing."""
     if label is None:
         raise InputError(f"{image}: has no label, by which the slice is chosen; add the label file")
-    array, _ = upright(*read_label(label)[0])
+    array, _ = upright(*read_label(label)[0][:2])
     if array.ndim != 3:
         raise InputError(f"{label}: is {array.ndim}D; slices are made of 3D images")
     counts = []
@@ -102,7 +102,7 @@ def _write_slice(out: Path, image: str, label: str, axis: int, index: int) -> No
     if kinds["images"].array.shape != kinds["labels"].array.shape:
         raise InputError(f"{label}: is not on the grid of {image}; resample it first")
     for folder, whole in kinds.items():
-        array, affine = upright(*whole)
+        array, affine = upright(whole.array, whole.affine)
         plane = np.diag([*np.delete(images.voxel_size(affine), axis), 1.0])
         path = out / folder / f"{images.stem(image)}.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ import numpy as np
 
 from regpipe.io import itk_bridge
 from regpipe.io.geometry import flipped
-from regpipe.io.images import SUFFIXES, header, stem
+from regpipe.io.images import SUFFIXES, header, place, stem
+from regpipe.io.planes import standing
 from regpipe.io.points import READERS, is_points, read_points, write_points
 from regpipe.transforms import displacement
 from regpipe.transforms.read import Space, composite_bytes, find, read_transform
@@ -155,7 +156,7 @@ def _carrier(
 
 def _grid(reference: str | Path | None, target: Space | None, transform: Any) -> Space:
     if reference is not None:
-        target = Space(*header(reference))
+        target = Space(*(place if transform.GetInputSpaceDimension() == 3 else header)(reference))
     if target is None:
         raise InputError("a transform file does not say on which grid the result lies: give --reference IMAGE")
     if len(target.shape) != transform.GetInputSpaceDimension():
@@ -173,6 +174,7 @@ def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
     assert carrier.grid is not None
     image, dtype, method = read_voxels(path, carrier.interpolation)
     dim = carrier.images.GetInputSpaceDimension()
+    image = standing(image) if dim == 3 else image
     if image.array.ndim != dim:
         raise InputError(f"{path}: is {image.array.ndim}-D, the transform is {dim}-D; give an image of its kind")
     fill = fill_value(path, image, carrier.fill)

@@ -103,7 +103,7 @@ def _inverse(transform: Any, path: Path) -> Any:
         return itk_bridge.composite(*(_inverse(part, path) for part in parts))  # a point met the last one first
     if kind != "DisplacementFieldTransform":
         raise InputError(f"{path}: a {kind} is not inverted here; give the file of its other way, or a displacement")
-    d, affine = itk_bridge.from_itk(transform.GetDisplacementField())
+    d, affine = itk_bridge.from_itk(transform.GetDisplacementField())[:2]
     u = _turned(np.linalg.inv(affine[:-1, :-1]), d, lps_first=True)
     places = np.indices(u.shape[1:], dtype=np.float64)
     v = back(u, places, str(path)) - places

@@ -18,6 +18,7 @@ from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image, exactly, header, opened_image, read_image, straightened, voxels_of
 from regpipe.io.itk_files import image_bytes
 from regpipe.io.labels import ids_of, is_label_map, whole_numbers
+from regpipe.io.planes import Plane
 from regpipe.transforms import displacement
 from regpipe.transforms.read import Space
 from regpipe.utils.errors import InputError
@@ -45,7 +46,9 @@ def read_voxels(path: Path, interpolation: str) -> tuple[Image, np.dtype, str]:
     whole = whole_numbers(stored.array)
     if whole is None and interpolation == "label":
         raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
-    image = read_image(path) if whole is None else straightened(Image(whole, stored.affine), path, order=0)
+    image = (
+        read_image(path) if whole is None else straightened(Image(whole, stored.affine, stored.plane), path, order=0)
+    )
     return image, stored.dtype, interpolation.replace("auto", "nearest")
 
 
@@ -56,6 +59,7 @@ class _Stored(NamedTuple):
     affine: np.ndarray
     dtype: np.dtype
     said: bool
+    plane: Plane | None
 
 
 def _stored(path: Path, *, required: bool) -> _Stored | None:
@@ -70,7 +74,7 @@ def _stored(path: Path, *, required: bool) -> _Stored | None:
     dtype = source.dtype
     if not locate(path)[0].name.lower().endswith(NIFTI + ITK):
         dtype = np.dtype(np.float32) if whole_numbers(array) is None else ids_of(array, path).dtype
-    return _Stored(array, source.affine, dtype, source.label)
+    return _Stored(array, source.affine, dtype, source.label, source.plane)
 
 
 def fill_value(path: Path, image: Image, asked: float | None) -> float:

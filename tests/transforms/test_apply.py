@@ -73,7 +73,7 @@ def test_points_equal_simpleitks_transform_point(tmp_path: Path, pair: Pair) -> 
 
 
 def test_a_blob_moves_with_its_point(tmp_path: Path, pair: Pair) -> None:
-    array, affine = read_image(pair.moving)
+    array, affine, _ = read_image(pair.moving)
     place = pair.to_moving(inner_points(pair.fixed, 1))
     distance = lps_place(affine, np.indices(array.shape).reshape(array.ndim, -1).T) - place
     blob = np.exp(-(distance**2).sum(1) / (2 * 2.0**2)).reshape(array.shape).astype(np.float32)

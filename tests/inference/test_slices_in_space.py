@@ -1,0 +1,163 @@
+"""One slice stored in 3-D, registered: its results lie in space where SimpleITK puts the files themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nibabel.affines import apply_affine
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from helpers.commandline import regpipe
+from helpers.folders import save
+from regpipe.transforms.apply import apply
+from regpipe.transforms.displacement import read_displacement
+
+SHAPE, SHIFT = (44, 40), np.array([2.0, -1.5])  # pixels
+LPS = np.array([-1, -1, 1])
+TURN = Rotation.from_euler("zyx", [15, -25, 10], degrees=True).as_matrix()
+RNG = np.random.default_rng(12)
+NOISE = ndimage.gaussian_filter(RNG.standard_normal((60, 60)), 3)
+FIXED = NOISE[8 : 8 + SHAPE[0], 8 : 8 + SHAPE[1]] / NOISE.std() + 5
+
+
+class Slices(NamedTuple):
+    """A registered pair of slices in space."""
+
+    case: Path
+    fixed: Path
+    moving: Path
+    across: np.ndarray  # LPS mm from the plane of the one to that of the other
+
+
+def place(axis: int, turn: np.ndarray, across: float) -> np.ndarray:
+    """Affine of a slice ``across`` mm beside (10, -20, 45) along its normal, one voxel thick along an axis."""
+    affine, spacing = np.eye(4), np.insert([1.5, 1.2], axis, 4.0)
+    affine[:3, :3] = turn * spacing
+    middle = np.insert((np.array(SHAPE) - 1) / 2, axis, 0)
+    affine[:3, 3] = np.array([10, -20, 45]) + across * turn[:, axis] - affine[:3, :3] @ middle
+    return affine
+
+
+CASES = {"axial": (2, np.eye(3), 2), "coronal": (1, np.eye(3), 1), "sagittal": (0, np.eye(3), 0)}
+CASES |= {
+    "oblique": (2, TURN, 2),
+    "stored otherwise": (2, TURN, 0),
+}  # axis of the fixed, directions, axis of the moving
+
+
+@pytest.fixture(scope="module", params=CASES)
+def slices(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Slices:
+    """The moving slice lies 7 mm beside the fixed one's plane, and shows the same, shifted."""
+    folder = tmp_path_factory.mktemp("slices")
+    axis, turn, other = CASES[request.param]
+    moving = ndimage.shift(NOISE / NOISE.std() + 5, SHIFT, order=1)[8 : 8 + SHAPE[0], 8 : 8 + SHAPE[1]]
+    moved, shown = place(axis, turn, 7.0), np.expand_dims(moving, axis)
+    if other != axis:  # (X, Y, 1) as (1, Y, X)
+        moved, shown = moved[:, [2, 1, 0, 3]], shown.transpose(2, 1, 0)
+    files = [save(folder / "f.nii.gz", np.expand_dims(FIXED, axis).astype(np.float32), place(axis, turn, 0.0))]
+    files.append(save(folder / "m.nii.gz", shown.astype(np.float32), moved))
+    with pytest.MonkeyPatch.context() as patch:
+        told = ["-o", folder / "out", "--bundle", "none", "--affine", "rigid", "--refine", 5]
+        assert regpipe(patch, "register", *files, *told) == 0
+    return Slices(folder / "out/m_to_f", *files, 7 * turn[:, axis] * LPS)
+
+
+def voxels(path: Path) -> np.ndarray:
+    return np.asanyarray(nib.load(path).dataobj)
+
+
+def points_of(file: Path, k: int = 60) -> np.ndarray:
+    """Places (K, 3) in a slice, LPS mm, within two pixels of its rim."""
+    image = nib.load(file)
+    low = np.where(np.array(image.shape) == 1, 0, 3)
+    at = np.random.default_rng(1).uniform(low, np.array(image.shape) - 1 - low, (k, 3))
+    return apply_affine(image.affine, at) * LPS
+
+
+def through(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
+    return np.array([transform.TransformPoint(p) for p in points.tolist()])
+
+
+def test_images_come_back_as_the_fixed_slice_is_stored(slices: Slices) -> None:
+    fixed = nib.load(slices.fixed)
+    for name in ("warped", "jacobian"):
+        image = nib.load(slices.case / f"{name}.nii.gz")
+        assert image.shape == fixed.shape
+        np.testing.assert_allclose(image.affine, fixed.affine, atol=1e-4)
+    about = json.loads((slices.case / "transform.json").read_text())
+    assert tuple(about["moving"]["shape"]) == nib.load(slices.moving).shape
+    np.testing.assert_allclose(about["moving"]["affine"], nib.load(slices.moving).affine, atol=1e-4)
+
+
+def test_the_slice_is_found_where_it_was_put(slices: Slices) -> None:
+    """Closed form: the shift of the pixels, and the way from plane to plane."""
+    points, directions = points_of(slices.fixed), nib.load(slices.fixed).affine[:3, :3]
+    flat = [i for i in range(3) if nib.load(slices.fixed).shape[i] > 1]
+    shift = directions[:, flat] @ SHIFT * LPS
+    moved = through(sitk.ReadTransform(str(slices.case / "moving_to_fixed.h5")), points)
+    off = moved - points - shift - slices.across
+    assert np.linalg.norm(off, axis=1).mean() < 0.5  # mm
+    normal = slices.across / np.linalg.norm(slices.across)
+    np.testing.assert_allclose(off @ normal, 0, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["moving_to_fixed", "fixed_to_moving"])
+def test_simpleitk_puts_the_slice_where_regpipe_does(slices: Slices, way: str) -> None:
+    onto, of = (slices.fixed, slices.moving)[:: 1 if way == "moving_to_fixed" else -1]
+    transform = sitk.ReadTransform(str(slices.case / f"{way}.h5"))
+    assert transform.GetDimension() == 3
+    name = "displacement" if way == "moving_to_fixed" else "inverse_displacement"
+    d, affine = read_displacement(slices.case / f"{name}.nii.gz")
+    at = np.argwhere(np.ones(d.shape[1:]))[::7]
+    here = apply_affine(affine, at) * LPS
+    np.testing.assert_allclose(through(transform, here), here + d[(slice(None), *at.T)].T, atol=2e-3)
+    if way == "fixed_to_moving":
+        return
+    images = [sitk.ReadImage(str(path)) for path in (of, onto)]
+    by_itk = sitk.GetArrayFromImage(sitk.Resample(*images, transform, sitk.sitkLinear)).T
+    warped = voxels(slices.case / "warped.nii.gz")
+    inner = [slice(None) if n == 1 else slice(5, -5) for n in warped.shape]
+    np.testing.assert_allclose(by_itk[tuple(inner)], warped[tuple(inner)], atol=5e-3)
+
+
+def test_ants_files_do_the_same(slices: Slices) -> None:
+    points = points_of(slices.fixed)
+    field = sitk.ReadImage(str(slices.case / "1Warp.nii.gz"), sitk.sitkVectorFloat64)
+    warp = sitk.DisplacementFieldTransform(field)
+    affine = sitk.ReadTransform(str(slices.case / "0GenericAffine.mat"))
+    ours = through(sitk.ReadTransform(str(slices.case / "moving_to_fixed.h5")), points)
+    np.testing.assert_allclose(through(affine, through(warp, points)), ours, atol=2e-3)
+
+
+def test_off_the_plane_nothing_jumps(slices: Slices) -> None:
+    transform = sitk.ReadTransform(str(slices.case / "moving_to_fixed.h5"))
+    normal = slices.across / np.linalg.norm(slices.across)
+    line = points_of(slices.fixed, 1) + np.arange(-20, 20, 0.02)[:, None] * normal
+    moved = through(transform, line) - line
+    assert np.linalg.norm(np.diff(moved, axis=0), axis=1).max() < 0.05
+
+
+def test_apply_takes_slices_and_points_in_space(slices: Slices, tmp_path: Path) -> None:
+    moving = nib.load(slices.moving)
+    label = save(tmp_path / "l_seg.nii.gz", (voxels(slices.moving) > 5).astype(np.uint8), moving.affine)
+    points = points_of(slices.moving)
+    rows = "\n".join(",".join(f"{v:.6f}" for v in p) for p in points)
+    (tmp_path / "p.csv").write_text(f"x,y,z\n{rows}\n")
+    image, labels, found = apply(slices.case, [slices.moving, label, tmp_path / "p.csv"], tmp_path / "out")
+    np.testing.assert_allclose(nib.load(image).affine, nib.load(slices.fixed).affine, atol=1e-4)
+    warped = voxels(slices.case / "warped.nii.gz")
+    inner = tuple(slice(None) if n == 1 else slice(5, -5) for n in warped.shape)
+    np.testing.assert_allclose(voxels(image)[inner], warped[inner], atol=5e-3)
+    assert ((voxels(labels) > 0) == (warped > 5))[inner].mean() > 0.95
+    moved = np.loadtxt(found, delimiter=",", skiprows=1)
+    expected = through(sitk.ReadTransform(str(slices.case / "fixed_to_moving.h5")), points)
+    np.testing.assert_allclose(moved, expected, atol=1e-3)
+    again = apply(slices.case / "moving_to_fixed.h5", [slices.moving], tmp_path / "again", reference=slices.fixed)
+    np.testing.assert_allclose(voxels(again[0]), voxels(image), atol=1e-4)
