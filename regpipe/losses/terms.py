@@ -91,7 +91,7 @@ def of_displacements(measure: Callable[[Tensor], Tensor]) -> Function:
     return lambda r, target, options: torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
 
 
-NOISE_FLOOR = 10.0  # times the noise's variance: a window of less contrast says little (docs/results/harm.md)
+NOISE_FLOOR = 4.0  # times the noise's variance: a window of less contrast says little (docs/results/harm.md)
 
 
 def floors_of(target: Target) -> tuple[Tensor, Tensor]:
@@ -282,7 +282,7 @@ class Term(NamedTuple):
 
 
 TERMS: dict[str, Term] = {
-    "lncc": Term(_lncc, "similarity", weight=1.4),  # smaller than without its noise floor
+    "lncc": Term(_lncc, "similarity", weight=1.0),
     "mind": Term(of_images(similarity.mind), "similarity", weight=10.0),  # MIND-SSC, squared differences; in [0, 1]
     "mi": Term(of_images(similarity.mi), "similarity", weight=1.0),  # minus mutual information, nats
     "ncc": Term(of_images(similarity.ncc), "similarity", weight=1.0),  # 1 - global correlation; in [0, 2]
