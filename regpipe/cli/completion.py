@@ -35,6 +35,7 @@ METRICS = names("transforms.affine", "METRICS")
 SIMILARITIES = names("losses.terms", "TERMS", giving="weight")
 FORMATS = names("inference.case_files", "DENSE") + names("transforms.export", "FORMATS")
 PAIRINGS = ("all", "first")
+GUIDES = names("engines.refine", "GUIDES")
 INTERPOLATIONS = names("transforms.resample", "INTERPOLATIONS")
 BIDS_PAIRINGS = names("data.bids", "PAIRINGS")
 

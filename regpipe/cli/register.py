@@ -93,6 +93,13 @@ def register(
         int | None,
         typer.Option(min=1, help="Of refinement: 1 compares at full resolution, 2 at half, faster; default: by size."),
     ] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(
+            help="Of refinement: what of the pair's own leads it too: labels, landmarks, or both with a comma.",
+            autocompletion=completion.some_of(completion.GUIDES),
+        ),
+    ] = None,
     formats: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +111,10 @@ def register(
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
     fixed_mask: Annotated[Path | None, typer.Option(help="With two files: where FIXED counts.")] = None,
     moving_mask: Annotated[Path | None, typer.Option(help="With two files: where MOVING counts.")] = None,
+    fixed_ignore: Annotated[
+        Path | None, typer.Option(help="With two files: what of FIXED does not count, a lesion say.")
+    ] = None,
+    moving_ignore: Annotated[Path | None, typer.Option(help="With two files: what of MOVING does not count.")] = None,
     landmarks: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="FIXED MOVING", help="With two files: corresponding points (.csv: x,y,z in LPS mm)."),
@@ -144,12 +155,14 @@ def register(
     given |= {"fill": fill}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}
+    given["guide"] = guide
     given |= {"network": network, "weights": None if weights is None else str(weights)}
     given["jobs"] = jobs if jobs > 1 and len(inputs) == 1 else None
     chosen = {name: value for name, value in given.items() if value is not None}
     points = landmarks or (None, None)
     beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}
-    beside |= {"moving_mask": moving_mask, "fixed_landmarks": points[0], "moving_landmarks": points[1]}
+    beside |= {"fixed_ignore": fixed_ignore, "moving_ignore": moving_ignore, "moving_mask": moving_mask}
+    beside |= {"fixed_landmarks": points[0], "moving_landmarks": points[1]}
     from regpipe.inference.register import one_pair, register_files
     from regpipe.transforms.initial import named
 

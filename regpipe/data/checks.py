@@ -79,9 +79,9 @@ def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -
         return f"{case['moving_image']}: 2-D with 3-D ({case['fixed_image']}); pair like with like"
     counts = {}
     for side in SIDES:
-        image, label, points, mask = (known.get(f"{side}_{kind}") for kind in KINDS)
+        image, label, points, mask, ignore = (known.get(f"{side}_{kind}") for kind in KINDS)
         assert image is not None
-        for kind, drawn in (("label", label), ("mask", mask)):
+        for kind, drawn in (("label", label), ("mask", mask), ("ignore", ignore)):
             if drawn and not _same_grid(image, drawn):
                 return f"{case[f'{side}_{kind}']}: not on its image's grid; resample it onto the image"
         if points and len(points.shape) != len(image.shape):

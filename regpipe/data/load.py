@@ -174,7 +174,7 @@ class LoadPair:
         return images.normalise(array)
 
     def _load(self, paths: Sequence[Any], view: _View, shape: tuple[int, ...], files: Source) -> dict[str, Tensor]:
-        path, label, landmarks, mask = paths
+        path, label, landmarks, mask, ignore = paths
         image, dim, affine = files.image(path), len(shape), view.affine
         grey = image._replace(array=self.scale(image.array))
         array = images.resample(grey, affine, shape, order=1, field=view.field)
@@ -195,15 +195,23 @@ class LoadPair:
             "image": torch.from_numpy(array)[None],
             "label": torch.from_numpy(labels)[None],
             "landmarks": torch.from_numpy(view.straight(np.concatenate(points))).float(),
-            "mask": _mask(path, mask, files, view, shape, rims=self.mask_rims)[None],
+            "mask": _mask(path, (mask, ignore), files, view, shape, rims=self.mask_rims)[None],
         }
 
 
-def _mask(image: str, drawn: str | None, files: Source, view: _View, shape: tuple[int, ...], *, rims: bool) -> Tensor:
-    """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``), its data, its mask file."""
+def _mask(
+    image: str, drawn: tuple[str | None, str | None], files: Source, view: _View, shape: tuple[int, ...], *, rims: bool
+) -> Tensor:
+    """(*shape) float32: 1 inside the image's field of view (everywhere without ``rims``), its data, its mask file.
+
+    ``drawn``: the mask's file, and that of what is to be ignored.
+    """
     seen, known = files.image(image), files.known(image)
     whole, inside = seen._replace(array=np.ones(seen.array.shape, np.uint8)), np.ones(shape, bool)
-    for part in ([whole] if rims else []) + ([] if drawn is None else [files.label(drawn)[0]]):
+    parts = [files.label(path)[0] for path in drawn if path is not None]
+    if drawn[1] is not None:
+        parts[-1] = parts[-1]._replace(array=(parts[-1].array == 0).astype(np.uint8))
+    for part in parts + ([whole] if rims else []):
         inside &= images.resample(part, view.affine, shape, order=0, field=view.field) != 0
     if known is not None:  # nothing of what lies between voxels with and without
         data = seen._replace(array=known.astype(np.float32))

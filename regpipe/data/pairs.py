@@ -30,8 +30,8 @@ from regpipe.utils.files import absolute, parse_json
 
 Case = dict[str, str]
 SIDES = ("fixed", "moving")
-KINDS = {"image": SUFFIXES, "label": SUFFIXES, "landmarks": (".csv",), "mask": SUFFIXES}
-FOLDERS = {"image": "images", "label": "labels", "landmarks": "landmarks", "mask": "masks"}
+KINDS = {"image": SUFFIXES, "label": SUFFIXES, "landmarks": (".csv",), "mask": SUFFIXES, "ignore": SUFFIXES}
+FOLDERS = {"image": "images", "label": "labels", "landmarks": "landmarks", "mask": "masks", "ignore": "ignored"}
 LARGEST_GRID = 12_000_000  # voxels
 LAYOUTS = "fixed_images/ + moving_images/, images/, a folder of images, or a .json datalist"
 

@@ -241,17 +241,18 @@ def _check_dimension(stage: str, grid: Grid) -> None:
 
 def _files(case: Case) -> tuple[str | None, ...]:
     """What an alignment depends on."""
-    of_images = [case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks")]
+    of_images = [case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks", "ignore")]
     return (*of_images, *(case[key] for key in initial.keys(case)))
 
 
 def _mask(case: Case, side: str, files: Source) -> np.ndarray | None:
-    """Where an image counts: its mask file, and where it holds data; None: everywhere."""
-    known, path = files.known(case[f"{side}_image"]), case.get(f"{side}_mask")
-    if path is None:
-        return known
-    drawn = files.label(path)[0].array != 0
-    return drawn if known is None else drawn & known
+    """Where an image counts: its mask file without what is ignored, and where it holds data; None: everywhere."""
+    parts = [files.known(case[f"{side}_image"])]
+    for kind, counts in (("mask", True), ("ignore", False)):
+        if f"{side}_{kind}" in case:
+            parts.append((files.label(case[f"{side}_{kind}"])[0].array != 0) == counts)
+    known = [part for part in parts if part is not None]
+    return np.logical_and.reduce(known) if known else None
 
 
 def _own_frame(path: str, grid: Grid, files: Source) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from regpipe.data.pairs import SIDES, list_pairs
-from regpipe.engines.refine import Refiner
+from regpipe.engines.refine import NO_TRUTH, Refiner
 from regpipe.fields.algebra import (
     LAYERS,
     Layers,
@@ -100,6 +100,7 @@ class RegistrationInferer(Inferer):
         network: Callable[..., Tensor | Prediction],
         *args: Any,
         masks: Sequence[Tensor] = (),
+        truth: Mapping[str, Tensor] = NO_TRUTH,
         **kwargs: Any,
     ) -> dict[str, Any]:
         found = prediction(network(inputs, *args, **kwargs))
@@ -114,7 +115,8 @@ class RegistrationInferer(Inferer):
         beside: dict[str, Any] = dict(anatomy)
         with torch.autocast(inputs.device.type, enabled=False):
             if self.refiner is not None:
-                velocity, beside["start"] = self.refiner.from_better(fixed, moving, velocity, masks=masks, **anatomy)
+                told: dict[str, Any] = {"masks": masks, "truth": truth, **anatomy}
+                velocity, beside["start"] = self.refiner.from_better(fixed, moving, velocity, **told)
             if found.back is None:
                 result = register(fixed, moving, velocity, layers=self.layers)
             else:
@@ -149,10 +151,16 @@ class ZeroInferer(Inferer):
         self.repair = repair
 
     def __call__(
-        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, masks: Sequence[Tensor] = (), **kwargs: Any
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor],
+        *args: Any,
+        masks: Sequence[Tensor] = (),
+        truth: Mapping[str, Tensor] = NO_TRUTH,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         fixed, moving = inputs.float().chunk(2, dim=1)
-        result = register(fixed, moving, self.refiner(fixed, moving, masks=masks))
+        result = register(fixed, moving, self.refiner(fixed, moving, masks=masks, truth=truth))
         return without_folds(fixed, moving, result) if self.repair else result.tensors()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from regpipe.data.pairs import SIDES
 from regpipe.engines.adam import Adam
 from regpipe.engines.judge import Judge
-from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image, smooth
+from regpipe.engines.pyramid import pyramid_level
+from regpipe.fields.algebra import LAYERS, Layers, register, resize
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import TERMS
@@ -37,6 +39,7 @@ SHIPPED_STEPS = 25  # after the answer of a network that came with regpipe, wher
 FULL_RESOLUTION = 8_000_000  # voxels
 WITNESS = 4000  # voxels that tell mutual information
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
+GUIDES = {"labels": ("dice", 10.0), "landmarks": ("landmarks", 1.0)}  # a pair's own truth -> its term and weight
 
 # Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
 # the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
@@ -45,6 +48,7 @@ SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the 
 
 
 Loss = RegistrationLoss | Mapping[int, RegistrationLoss]
+NO_TRUTH: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Level(NamedTuple):
@@ -64,27 +68,33 @@ class Refiner:
     Without a velocity it starts from zero, through coarser grids. Deterministic: pairs do not touch each other.
 
     Args:
-        loss: what to minimise, or what for each dimension; terms that need labels or landmarks do not see them. Its
-            layers warp and integrate, in ``SQUARINGS`` steps at most.
+        loss: what to minimise, or what for each dimension. Its layers warp and integrate, in ``SQUARINGS`` steps at
+            most.
         steps: of Adam, over all levels together.
         rate: Adam's step in voxels of the velocity's grid.
         finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None:
             full resolution up to ``FULL_RESOLUTION`` voxels, half beyond.
+        guided: each pair brings the labels or landmarks that terms of the loss need. It is not judged then: they know
+            more than the images show.
 
     Raises:
-        InputError: no step, or a loss that needs supervision.
+        InputError: no step, or a loss that needs supervision where nothing guides, or of another kind.
     """
 
-    def __init__(self, loss: Loss, *, steps: int = 50, rate: float = 0.15, finest: int | None = 1) -> None:
+    def __init__(
+        self, loss: Loss, *, steps: int = 50, rate: float = 0.15, finest: int | None = 1, guided: bool = False
+    ) -> None:
         if not isinstance(steps, int) or steps < 1:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
         losses = dict(loss) if isinstance(loss, Mapping) else {dim: loss for dim in WINDOW}
         terms = {name for of_dim in losses.values() for name in of_dim.weights}
-        supervised = sorted(name for name in terms if TERMS[name].needs)
+        known = {term for term, _ in GUIDES.values()} if guided else set()
+        supervised = sorted(name for name in terms - known if TERMS[name].needs)
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
-        self.judged = True  # see ``engines.judge``; a dry run without numbers has nothing to judge
+        self.guides = sorted(name for name, (term, _) in GUIDES.items() if guided and term in terms)
+        self.judged = not self.guides  # see ``engines.judge``; a dry run without numbers has nothing to judge
         self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
     def __call__(
@@ -95,14 +105,15 @@ class Refiner:
         *,
         masks: Sequence[Tensor] = (),
         anatomy: Tensor | None = None,
+        truth: Mapping[str, Tensor] = NO_TRUTH,
     ) -> Tensor:
         """Velocity (B, D, *half) for images (B, 1, *spatial).
 
         ``masks``: fixed and moving, where they count; ``anatomy``: what a network made of both images, see
-        ``regpipe.SymmetricNet``.
+        ``regpipe.SymmetricNet``; ``truth``: labels and landmarks of both, as ``data.load`` names them, that guide.
         """
         pairs = []
-        for i, batch in enumerate(_each(fixed, moving, masks, anatomy)):
+        for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             start = None if velocity is None else velocity[i : i + 1].float()
             pairs.append(self._refine(batch, start, self.steps))
         return torch.cat(pairs)
@@ -115,13 +126,14 @@ class Refiner:
         *,
         masks: Sequence[Tensor] = (),
         anatomy: Tensor | None = None,
+        truth: Mapping[str, Tensor] = NO_TRUTH,
     ) -> tuple[Tensor, list[str]]:
         """The same from the network's velocity, or from zero where no part of it pays; and which, of each pair.
 
         From zero it takes ``ZERO_STEPS`` at least.
         """
         pairs, starts = [], []
-        for i, batch in enumerate(_each(fixed, moving, masks, anatomy)):
+        for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             mine = self._paying(batch, velocity[i : i + 1].float())
             if bool(mine.any()):
                 starts.append("network")
@@ -198,13 +210,14 @@ class Refiner:
 
 
 def _each(
-    fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None
+    fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None, truth: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """One pair at a time: in a joint batch one pair's convergence would tell on another's."""
     given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
     given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
     for i in range(len(fixed)):
-        yield {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
+        of_pair = {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
+        yield of_pair | {key: tensor[i : i + 1] for key, tensor in truth.items()}
 
 
 def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -223,26 +236,35 @@ def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def refinement_loss(
-    similarity: str, *, structures: int = 0, smoothness: float = 1.0, spatial_dims: int = 3
+    similarity: str,
+    *,
+    structures: int = 0,
+    smoothness: float = 1.0,
+    spatial_dims: int = 3,
+    guide: Sequence[str] = (),
 ) -> dict[str, float]:
     """Loss weights for refinement by one similarity, of which the regularity suits the size.
 
     ``structures``: how many the network tells apart; where any, they are laid onto each other too. ``smoothness`` is a
-    factor on the regularity of ``spatial_dims``: below 1 follows the images further, at a higher SDlogJ.
+    factor on the regularity of ``spatial_dims``: below 1 follows the images further, at a higher SDlogJ. ``guide``: of
+    ``GUIDES``, for a refiner that is guided.
 
     Raises:
-        InputError: no such similarity, or the smoothness is not above 0.
+        InputError: no such similarity or guide, or the smoothness is not above 0.
     """
     offered = {name: term.weight for name, term in TERMS.items() if term.weight is not None}
     if similarity not in offered:
         raise InputError(f"--similarity {similarity}: choose among {', '.join(offered)}")
+    unknown = next((name for name in guide if name not in GUIDES), None)
+    if unknown is not None:
+        raise InputError(f"--guide {unknown}: choose among {', '.join(GUIDES)}")
     if not 0 < smoothness < math.inf:
         raise InputError(f"--smoothness {smoothness:g}: give more than 0, a number; 1 is the default")
     similar = offered[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
     seen = {"predicted_dice": STRUCTURES} if structures else {}
     factor = smoothness * REGULAR[spatial_dims]
     regularity = {name: factor * weight for name, weight in REGULARITY_WEIGHTS.items()}
-    return {similarity: similar, **seen, **regularity}
+    return {similarity: similar, **seen, **dict(GUIDES[name] for name in guide), **regularity}
 
 
 def make_refiner(
@@ -252,11 +274,12 @@ def make_refiner(
     window: int = WINDOW[3],
     finest: int | None = 1,
     layers: Layers = LAYERS,
+    guided: bool = False,
 ) -> Refiner | None:
-    """The refiner that a configuration asks for; None for 0 steps. ``finest``: as ``Refiner``'s."""
+    """The refiner that a configuration asks for; None for 0 steps. ``finest``, ``guided``: as ``Refiner``'s."""
     if not steps:
         return None
-    return Refiner(RegistrationLoss(weights, window=window, layers=layers), steps=steps, finest=finest)
+    return Refiner(RegistrationLoss(weights, window=window, layers=layers), steps=steps, finest=finest, guided=guided)
 
 
 class Refinement(NamedTuple):
@@ -267,10 +290,12 @@ class Refinement(NamedTuple):
     window: int = WINDOW[3]
     finest: int | None = 1
     layers: Layers = LAYERS
+    guided: bool = False
 
     def refiner(self) -> Refiner | None:
         """The refiner; None for 0 steps."""
-        return make_refiner(self.steps, self.weights, window=self.window, finest=self.finest, layers=self.layers)
+        told: dict[str, Any] = {"finest": self.finest, "layers": self.layers, "guided": self.guided}
+        return make_refiner(self.steps, self.weights, window=self.window, **told)
 
     def asked(self) -> dict[str, Any]:
         """The ids of a configuration that ask for it."""
@@ -283,11 +308,13 @@ def zero_refiner(
     smoothness: float = 1.0,
     steps: int = ZERO_STEPS,
     finest: int | None = None,
+    guide: Sequence[str] = (),
 ) -> Refiner:
     """The refiner for pairs of any dimension without any network, see ``refinement_loss``; ``finest``: ``Refiner``."""
-    chosen = {dim: refinement_loss(similarity, smoothness=smoothness, spatial_dims=dim) for dim in WINDOW}
+    told: dict[str, Any] = {"smoothness": smoothness, "guide": guide}
+    chosen = {dim: refinement_loss(similarity, spatial_dims=dim, **told) for dim in WINDOW}
     losses = {dim: RegistrationLoss(weights, window=WINDOW[dim]) for dim, weights in chosen.items()}
-    return Refiner(losses, steps=steps, finest=finest)
+    return Refiner(losses, steps=steps, finest=finest, guided=bool(guide))
 
 
 def shares(levels: Sequence[Level], steps: int) -> list[int]:
@@ -299,31 +326,3 @@ def shares(levels: Sequence[Level], steps: int) -> list[int]:
 def coarser_shape(shape: Sequence[int], stride: int) -> tuple[int, ...]:
     """Points per axis of a grid of the same extent with about ``stride`` times the spacing."""
     return tuple(max(math.ceil((n - 1) / stride) + 1, min(n, 3)) for n in shape)
-
-
-def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
-    """What the loss needs of a batch on a coarser grid: images smoothed first, masks still 0 or 1.
-
-    What a mask leaves out is not smoothed into the rest. ``fixed_noise`` (B, 1, *spatial) is smoothed noise's variance.
-    """
-    level = {}
-    for side in SIDES:
-        image, mask = batch[f"{side}_image"], batch.get(f"{side}_mask")
-        if mask is None or bool(mask.all()):
-            level[f"{side}_image"] = coarsen(image, shape)
-        else:
-            level[f"{side}_image"] = coarsen(image * mask, shape) / coarsen(mask, shape).clamp(min=1e-3)
-        if f"{side}_noise" in batch:
-            noise = coarsen(batch[f"{side}_noise"], shape)
-            level[f"{side}_noise"] = (noise.square().sum() / (noise != 0).sum().clamp(min=1)).view(1)
-    level |= {key: (resize_image(batch[key], shape) > 0.5).float() for key in batch if key.endswith("mask")}
-    return level | {key: batch[key] for key in batch if key == "anatomy"}
-
-
-def coarsen(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, C, *spatial) on a coarser grid of the same extent, first smoothed by 0.4 of the new spacing."""
-    for axis, (old, new) in enumerate(zip(image.shape[2:], shape, strict=True)):
-        sigma = 0.4 * (old - 1) / max(new - 1, 1)
-        if old > new:
-            image = smooth(image, 2 + axis, sigma, reach=3)
-    return resize_image(image, shape)

@@ -68,7 +68,8 @@ def register_by_bundle(
     grid = None if known["own_grids"] else inferers.trained_grid(ckpt_dir)
     load = LoadPair(grid, cache=False, **alignment, **told)
     weights = refinement_loss(**{"similarity": "lncc", "spatial_dims": dim, **(loss or {})}, structures=structures)
-    refinement = Refinement(refine, weights, window=WINDOW[dim], finest=refine_finest)
+    guided = bool((loss or {}).get("guide"))
+    refinement = Refinement(refine, weights, window=WINDOW[dim], finest=refine_finest, guided=guided)
     inferer = inferers.RegistrationInferer(cascades=known["cascades"], refiner=refinement.refiner(), repair=True)
     folder = FolderRun(
         dataset_dir,

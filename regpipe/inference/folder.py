@@ -22,7 +22,7 @@ from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
 from regpipe.engines.inferers import prepare_batch
-from regpipe.inference import jobs
+from regpipe.inference import guides, jobs
 from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.inference.ladder import FittingInferer, require_for_files
 from regpipe.io import images
@@ -97,6 +97,7 @@ class FolderRun:
         left = distributed.of_first([case["case"] for case in self._todo()])
         self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
         self._current, self._began, self._files = "", 0.0, Source()
+        self._guides: list[str] = []  # of the pair's own truth, see ``inference.guides``
 
     @functools.cached_property
     def dataset(self) -> Any:
@@ -209,6 +210,7 @@ class FolderRun:
             settings={**self._settings, "weights": self._weights, **spared},
             typical=self._typical,
         )
+        row["warnings"] += [guides.TOLD[name] for name in self._guides]
         row |= {**spared, "made_from": self._made_from(case)}
         self._finish(name, json.dumps(row, indent=1).encode(), hashes, prediction)
         if row["warnings"]:
@@ -258,11 +260,15 @@ class FolderRun:
             for batch in self:
                 pair, target, _, told = prepare_batch(batch, device)
                 with torch.no_grad():
-                    prediction = fitting(pair, network, **told)
+                    prediction = fitting(pair, network, **told, **self._truth(target, inferer))
                 self._save(target, prediction)
                 del batch, pair, target, told, prediction  # not kept while the next case is registered
 
         self._register(run, strict=strict, processes=processes)
+
+    def _truth(self, batch: Mapping[str, Any], inferer: Any) -> dict[str, Any]:
+        self._guides = getattr(getattr(inferer, "refiner", None), "guides", [])
+        return {"truth": guides.truth_of(batch, self._guides)} if self._guides else {}
 
     def register(self, evaluator: Any, *, strict: bool = False) -> None:
         """``_register`` by MONAI's evaluator, whose data and handler this is."""

@@ -25,6 +25,7 @@ def register_from_zero(
     landmark_channels: int | None = None,
     steps: int = ZERO_STEPS,
     finest: int | None = None,
+    guide: Sequence[str] = (),
     affine: str = "affine",
     affine_from: str = "images",
     affine_metric: str = "mi",
@@ -36,7 +37,7 @@ def register_from_zero(
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
-    ``similarity``, ``smoothness``: see ``engines.refine.refinement_loss``;
+    ``similarity``, ``smoothness``, ``guide``: see ``engines.refine.refinement_loss``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``data.placement``;
     ``formats``, ``fill``: see ``FolderRun``; ``memory_gib``: see ``inference.ladder``; ``strict``: see
     ``FolderRun.register``; ``jobs``: processes, see ``inference.jobs``.
@@ -46,7 +47,7 @@ def register_from_zero(
         SystemExit: as ``FolderRun.register``.
     """
     distributed.join(hours=168)
-    refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest)
+    refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest, guide=guide)
     alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     settings = {
         "network": "none",
@@ -56,6 +57,7 @@ def register_from_zero(
         "refine_loss": {f"{dim}D": loss.weights for dim, loss in refiner.losses.items()},
         "refine_window": {f"{dim}D": loss.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
+        **({"guide": list(guide)} if guide else {}),
         **alignment,
         "grid": "of each fixed image",
         "landmark_channels": landmark_channels,

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,15 @@ from regpipe.utils import console
 from regpipe.utils.errors import InputError, cause
 from regpipe.utils.files import replace_file
 
-BESIDE = ("fixed_label", "moving_label", "fixed_mask", "moving_mask", "fixed_landmarks", "moving_landmarks")
+BESIDE: tuple[str, ...] = (
+    "fixed_label",
+    "moving_label",
+    "fixed_mask",
+    "moving_mask",
+    "fixed_landmarks",
+    "moving_landmarks",
+)
+BESIDE += ("fixed_ignore", "moving_ignore")
 
 OF_OWN = {
     "ckpt_dir",
@@ -57,6 +65,7 @@ def register_files(
     similarity: str | None = None,
     smoothness: float | None = None,
     finest: int | None = None,
+    guide: str | Sequence[str] = (),
     network: str | None = None,
     weights: str | None = None,
     trust: bool = False,
@@ -71,6 +80,7 @@ def register_files(
         refine: steps of per-pair optimisation; None: 25 after a model that came with regpipe, 80 from zero, else the
             bundle's own.
         similarity, smoothness, finest: of the refinement, see ``engines.refine``.
+        guide: ``labels``, ``landmarks``, both (one text with commas too): of the pairs' own, lead the refinement.
         network, weights: ``symnet`` in a bundle's place, and its authors' file, see ``inference.symnet``.
         trust: see ``bundle.own``.
         chosen: ids of the bundle's ``inference.yaml``, of which ``inference.from_zero`` takes its own.
@@ -82,12 +92,14 @@ def register_files(
     if network is not None or weights is not None:
         if network != "symnet" or weights is None:
             raise InputError("--network symnet and --weights FILE, its authors' .pth, go together; else give --bundle")
-        if (refine, similarity, smoothness, finest) != (None,) * 4:
+        if (refine, similarity, smoothness, finest) != (None,) * 4 or guide:
             raise InputError("--network symnet: its two velocities cannot be refined; leave the refinement out")
         register_by_symnet(str(dataset), str(out), weights=weights, **chosen)
         return
     found = _bundle(bundle, dataset)
     loss: dict[str, Any] = {"similarity": similarity or "lncc", "smoothness": 1.0 if smoothness is None else smoothness}
+    guide = [name.strip() for name in guide.split(",")] if isinstance(guide, str) else list(guide)
+    loss |= {"guide": guide} if guide else {}
     refinement_loss(**loss)
     if found is None:
         steps = ZERO_STEPS if refine is None else refine
@@ -95,9 +107,10 @@ def register_files(
         return
     folder, told = found
     steps = told.get("refine", 0) if refine is None else refine
-    chosen_loss = (similarity, smoothness) != (None, None)
+    chosen_loss = (similarity, smoothness) != (None, None) or bool(guide)
     if chosen_loss and not steps:
-        raise InputError("--similarity and --smoothness: with a bundle they go with --refine STEPS, 0 by default")
+        told_of = "--similarity, --smoothness and --guide"
+        raise InputError(f"{told_of}: with a bundle they go with --refine STEPS, 0 by default")
     told |= chosen | ({} if refine is None else {"refine": refine})
     told |= {} if finest is None else {"refine_finest": finest}
     found_own = own(folder)
@@ -107,6 +120,8 @@ def register_files(
         return
     if "jobs" in told:
         raise InputError(f"{folder}: --jobs goes with regpipe's own configurations; start this one by torchrun")
+    if guide:
+        raise InputError(f"{folder}: --guide goes with regpipe's own configurations")
     if chosen_loss:
         told["refine_loss"] = _refine_loss(loss)
     register_with_bundle(folder, dataset, out, told, trust=trust)
@@ -198,9 +213,10 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
         fixed, moving: each a path, a pair ``(array (*S), RAS affine (D+1, D+1))``, a MONAI ``MetaTensor`` of one
             channel, a nibabel image or an ``itk.Image``.
         chosen: as the command's: ``bundle``, ``network``, ``weights``, ``refine``, ``similarity``, ``smoothness``,
-            ``finest``, ``affine``, ``affine_from``, ``affine_metric``, ``memory_gib``; as the images: ``fixed_label``,
-            ``moving_label``, ``fixed_mask``, ``moving_mask``; paths: ``fixed_landmarks``, ``moving_landmarks``;
-            ``initial``: a transform file, a list of them (``transforms.initial.named``), or a matrix (D+1, D+1) in
+            ``finest``, ``guide``, ``affine``, ``affine_from``, ``affine_metric``, ``memory_gib``; as the images:
+            ``fixed_label``, ``moving_label``, ``fixed_mask``, ``moving_mask``, ``fixed_ignore``, ``moving_ignore``;
+            paths: ``fixed_landmarks``, ``moving_landmarks``; ``initial``: a transform file, a list of them
+            (``transforms.initial.named``), or a matrix (D+1, D+1) in
             RAS mm, fixed point -> moving point.
 
     Raises:

@@ -85,7 +85,8 @@ def rerun(
             chosen = _chosen(first["settings"], BUNDLE) | {"ckpt_dir": str(models.absolute())}
             register_with_bundle(bundle, listed, target, chosen, trust=trust)
         else:
-            chosen = _chosen(first["settings"], ZERO)
+            guided = ["guide"] if "guide" in first["settings"] else []
+            chosen = _chosen(first["settings"], [*ZERO, *guided])
             register_from_zero(str(listed), str(target), steps=chosen.pop("refine"), **chosen)
         return [_compared(folder, content, target / content["case"]) for folder, content in old.items()]
 

@@ -29,7 +29,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from regpipe.engines.inferers import ZeroInferer
-from regpipe.engines.refine import coarsen, zero_refiner
+from regpipe.engines.pyramid import coarsen
+from regpipe.engines.refine import zero_refiner
 from regpipe.metrics.measures import bootstrap_interval, folds_percent, sdlogj
 
 Reader = Callable[[Path], list[Tensor]]

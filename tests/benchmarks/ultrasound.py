@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from regpipe.engines.inferers import ZeroInferer
-from regpipe.engines.refine import coarsen, zero_refiner
+from regpipe.engines.pyramid import coarsen
+from regpipe.engines.refine import zero_refiner
 from regpipe.fields.algebra import integrate_both, resize_image, warp
 from regpipe.io import images
 from regpipe.metrics.measures import folds_percent, ndv_percent, sdlogj

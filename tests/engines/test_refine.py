@@ -8,7 +8,8 @@ from torch import Tensor
 
 from regpipe import SymmetricNet, SymNet
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
-from regpipe.engines.refine import Refiner, coarsen, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
+from regpipe.engines.pyramid import coarsen
+from regpipe.engines.refine import Refiner, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
 from regpipe.fields.algebra import identity_grid, jacobian_determinant, register
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.utils.errors import InputError

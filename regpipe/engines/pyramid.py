@@ -1,0 +1,51 @@
+"""A pair on a coarser grid, for refinement from coarse to fine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, linspace
+
+from regpipe.data.pairs import SIDES
+from regpipe.fields.algebra import resize_image, smooth
+
+
+def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
+    """What the loss needs of a batch on a coarser grid: images smoothed first, masks still 0 or 1, labels picked.
+
+    What a mask leaves out is not smoothed into the rest. ``fixed_noise`` (B, 1, *spatial) is smoothed noise's variance.
+    """
+    level = {}
+    for side in SIDES:
+        image, mask = batch[f"{side}_image"], batch.get(f"{side}_mask")
+        if mask is None or bool(mask.all()):
+            level[f"{side}_image"] = coarsen(image, shape)
+        else:
+            level[f"{side}_image"] = coarsen(image * mask, shape) / coarsen(mask, shape).clamp(min=1e-3)
+        if f"{side}_noise" in batch:
+            noise = coarsen(batch[f"{side}_noise"], shape)
+            level[f"{side}_noise"] = (noise.square().sum() / (noise != 0).sum().clamp(min=1)).view(1)
+    level |= {key: (resize_image(batch[key], shape) > 0.5).float() for key in batch if key.endswith("mask")}
+    level |= {key: _picked(batch[key], shape) for key in batch if key.endswith("label")}
+    cells = [[max(n - 1, 1) for n in grid] for grid in (shape, batch["fixed_image"].shape[2:])]
+    for key in (key for key in batch if key.endswith("landmarks")):
+        new, old = (batch[key].new_tensor(n) for n in cells)
+        level[key] = batch[key] * new / old
+    return level | {key: batch[key] for key in batch if key == "anatomy"}
+
+
+def _picked(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, 1, *spatial) ids on a coarser grid of the same extent: those of the nearest voxels."""
+    for axis, (old, new) in enumerate(zip(labels.shape[2:], shape, strict=True), start=2):
+        at = linspace(0, old - 1, new, device=labels.device).round().long()
+        labels = labels.index_select(axis, at)
+    return labels
+
+
+def coarsen(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C, *spatial) on a coarser grid of the same extent, first smoothed by 0.4 of the new spacing."""
+    for axis, (old, new) in enumerate(zip(image.shape[2:], shape, strict=True)):
+        sigma = 0.4 * (old - 1) / max(new - 1, 1)
+        if old > new:
+            image = smooth(image, 2 + axis, sigma, reach=3)
+    return resize_image(image, shape)
