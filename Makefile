@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slow lint audit bundles lock docs notebook clean
+.PHONY: demo test test-slow lint audit bundles lock dist docs notebook clean
 
 $(BIN)/regpipe: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -60,6 +60,16 @@ LOCK := docs/examples/requirements.lock
 lock:
 	echo "hatchling>=1.27" | uv pip compile pyproject.toml - --quiet --universal --generate-hashes --python-version 3.10 \
 		--custom-compile-command "make lock" --output-file $(LOCK)
+
+# Source distribution and wheel, as they are published, and what the package index asks of them.
+DIST := dist
+dist: $(BIN)/twine
+	$(BIN)/python -m build --outdir $(DIST) . >/dev/null
+	$(BIN)/twine check --strict $(DIST)/*
+
+$(BIN)/twine: | $(BIN)/regpipe
+	$(BIN)/python -m pip install --quiet -e ".[release]"
+	@touch $@
 
 # The documentation as a site in build/site; a page that is missing, and a link or heading that leads nowhere, is an error.
 docs: $(BIN)/mkdocs

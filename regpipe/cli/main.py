@@ -92,7 +92,7 @@ def compare(
 def study(
     data: Annotated[Path, typer.Argument(help="Folder of subjects with labels.")],
     out: Out,
-    overlay: Annotated[list[Path], typer.Option(help="Over train.yaml, with spatial_dims: configs/study_2d.yaml.")],
+    overlay: Annotated[list[Path], typer.Option(help="Over train.yaml, with spatial_dims: a file, or study_2d.")],
     pretrain: Annotated[Path | None, typer.Option(help="Of the training on phantoms: configs/pretrain.yaml.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A part of the grid: AXIS=VALUE,VALUE.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of one thread.")] = 1,
@@ -101,11 +101,13 @@ def study(
 
     Axes: backbone, transfer, subjects, seed. Finished runs are not run again; Ctrl-C keeps them. See docs/study.md.
     """
+    from regpipe.bundle.write import overlay as named
     from regpipe.study.study import study as run
 
     parts = _assigned(only, "--only wants AXIS=VALUE,VALUE, e.g. --only subjects=5,all")
     chosen = {axis: [value.strip() for value in values.split(",")] for axis, values in parts.items()}
-    print(run(data, out, overlays=overlay, pretraining=pretrain, only=chosen, jobs=jobs))
+    pretraining = None if pretrain is None else named(pretrain)
+    print(run(data, out, overlays=[named(path) for path in overlay], pretraining=pretraining, only=chosen, jobs=jobs))
     console.tell(page=out / "study.md", runs=out / "study.csv")
     print(f"page: {out / 'study.md'}, runs: {out / 'study.csv'}")
 

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from regpipe.bundle import zoo
 from regpipe.data import manifest
 from regpipe.data.pairs import Case
 from regpipe.io import images
+from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import distributed
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import absolute, parse_json, replace_file
@@ -51,6 +53,21 @@ def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     text = json.dumps(about, indent=1)
     manifest.forget(Path(ckpt_dir))  # of what was there before this training
     replace_file(Path(ckpt_dir) / NAME, text.encode())
+
+
+def state_format(bundle_root: str, ckpt_dir: str, network: Any, shape: Sequence[int], *, own_grids: bool) -> None:
+    """Say in a bundle's metadata what the network takes that is about to be trained in it: ``bundle.zoo``.
+
+    Args:
+        bundle_root: its folder.
+        ckpt_dir: where the model will be; of one that is kept elsewhere nothing is said.
+        network: of one that is not ``SymmetricNet`` nothing is said either.
+        shape: of the working grid.
+        own_grids: whether it registers pairs on grids of their own.
+    """
+    own = Path(ckpt_dir).resolve() == Path(bundle_root).resolve() / "models"
+    if own and isinstance(network, SymmetricNet) and distributed.rank() == 0:
+        zoo.state_format(bundle_root, shape, any_size=own_grids)
 
 
 def conclude(

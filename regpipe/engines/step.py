@@ -46,7 +46,7 @@ def gradient_scaler(device: torch.device, *, amp: bool) -> torch.amp.GradScaler:
 class TrainingStep:
     """An iteration of MONAI's trainer, for its ``iteration_update``: the same results and events in the same order.
 
-    Beside MONAI's results the output has ``terms``, see ``losses.terms.Weighed``.
+    Beside MONAI's results the output has ``terms``, see ``losses.loss.Weighed``, and ``learning_rate``.
 
     The gradient of a group of ``accumulate`` batches is the mean of theirs; what is left at an epoch's end is a group
     too. ``BACKWARD_COMPLETED`` is fired once a group, when its gradient is whole and in its own scale: what then looks
@@ -87,6 +87,7 @@ class TrainingStep:
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         loss, state.output["terms"] = weigh(engine.loss_function, state.output[Keys.PRED], target)
         state.output[Keys.LOSS] = loss
+        state.output["learning_rate"] = engine.optimizer.param_groups[-1]["lr"]  # of what is not the encoder
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         self.scaler.scale(loss / size).backward()
         if place == size - 1:

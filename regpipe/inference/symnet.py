@@ -17,6 +17,7 @@ from regpipe.io.images import Grid
 from regpipe.networks.symmetric import Prediction
 from regpipe.networks.symnet import load_symnet
 from regpipe.utils import distributed
+from regpipe.utils.errors import InputError
 from regpipe.utils.files import require_file, sha256
 
 GRID = Grid((160, 224, 192), (1.0, 1.0, 1.0))  # the authors' 160 x 192 x 224, by axes to the right, front and top
@@ -57,6 +58,23 @@ def _turned_back(v: Tensor) -> Tensor:
     return torch.stack([-left, front, -down], 1)
 
 
+def by_authors(weights: str | None) -> Turned:
+    """The authors' network by their weights, on upright images. Raises ``InputError`` as ``load_symnet``."""
+    return Turned(load_symnet(_given(weights)))
+
+
+def choices(weights: str | None, load: LoadPair) -> dict[str, Any]:
+    """What a registration by them depends on: a case is done anew where it differs."""
+    about = {name: getattr(load, name) for name in ("affine", "affine_from", "affine_metric", "landmark_channels")}
+    return {"network": "symnet", "weights": sha256([require_file(_given(weights))]), **about}
+
+
+def _given(weights: str | None) -> str:
+    if weights is None:
+        raise InputError("--weights: give the authors' .pth")
+    return weights
+
+
 def register_by_symnet(
     dataset_dir: str,
     output_dir: str,
@@ -83,9 +101,8 @@ def register_by_symnet(
         SystemExit: as ``FolderRun.register``.
     """
     distributed.join(hours=168)
-    network = Turned(load_symnet(weights)).to(distributed.device())
+    network = by_authors(weights).to(distributed.device())
     alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
-    settings = {"network": "symnet", "weights": sha256([require_file(weights)]), **alignment}
     load = LoadAsAuthors(GRID, landmark_channels=landmark_channels, cache=False, space=SPACE, **alignment)
     folder = FolderRun(
         dataset_dir,
@@ -93,7 +110,7 @@ def register_by_symnet(
         output_dir=output_dir,
         pairing=pairing,
         formats=formats,
-        settings={**settings, "landmark_channels": landmark_channels},
+        settings=choices(weights, load),
         fill=fill,
         memory_gib=memory_gib,
     )

@@ -73,14 +73,18 @@ def load_symnet(path: str, *, limit: float = 100.0) -> SymNet:
     if "eninput.0.weight" not in state:
         raise InputError(f"{path}: not SYMNet's weights, 'eninput.0.weight' is not in it; take the authors' .pth")
     net = SymNet(3, start_channels=state["eninput.0.weight"].shape[0], limit=limit)
+    ours = {}
+    for key, theirs in authors_names(net).items():
+        ours[key] = state[theirs].flip(0) if key.startswith("heads") else state[theirs]  # their first is the last axis
+    net.load_state_dict(ours)
+    return net
+
+
+def authors_names(net: SymNet) -> dict[str, str]:
+    """Our name of each tensor -> its authors'."""
     blocks = [f"{block}.{i}" for block in ("down.0", "down.1", "down.2", "down.3", "bottom") for i in (0, 2)]
     theirs = dict(zip(blocks, ["eninput", *(f"ec{i}" for i in range(1, 10))], strict=True))
     theirs |= {f"merge.{k}.{i}": f"dc{2 * k + 1 + i // 2}" for k in range(4) for i in (0, 2)}
     theirs |= {f"up.{k}.0": f"up{k + 1}" for k in range(4)} | {"heads.0": "dc9", "heads.1": "dc10"}
-    ours = {}
-    for key in net.state_dict():
-        module, leaf = key.rpartition(".")[::2]
-        tensor = state[f"{theirs[module]}.0.{leaf}"]
-        ours[key] = tensor.flip(0) if module.startswith("heads") else tensor  # their channel 0 is the last axis
-    net.load_state_dict(ours)
-    return net
+    parts = {key: key.rpartition(".") for key in net.state_dict()}
+    return {key: f"{theirs[module]}.0.{leaf}" for key, (module, _, leaf) in parts.items()}

@@ -33,8 +33,9 @@ def tag_terms(terms: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 def training_terms(output: Mapping[str, Any]) -> dict[str, float]:
-    """A trainer's ``engine.state.output`` (``engines.step``) -> its loss terms, tagged; none of an evaluator's."""
-    return tag_terms(output.get("terms", {}), "training")
+    """A trainer's ``engine.state.output`` (``engines.step``) -> its loss terms and rate; none of an evaluator's."""
+    rate = {"learning_rate": output["learning_rate"]} if "learning_rate" in output else {}
+    return tag_terms({**output.get("terms", {}), **rate}, "training")
 
 
 class MetricLog:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,10 +29,11 @@ COSTS = ("seconds_per_pair", "parameters_millions", "gflop")
 QUESTIONS = ("backbone", "freeze", "learning_rate", "pretrained", "transfer")
 
 
-def layout() -> dict[str, dict[str, list[Any]]]:
+def layout(own: Iterable[str] = ()) -> dict[str, dict[str, list[Any]]]:
     """The Custom Scalars tab: group -> chart -> a regular expression of the tags that are drawn.
 
     TensorBoard draws every run that it shows into each chart, so that the backbones of a comparison stand in one.
+    ``own``: the terms of a run's loss, of which those that are not built in have a chart.
     """
     charts: dict[Any, dict[str, list[Any]]] = {"accuracy": {}, "similarity": {}, "regularity": {}}
     for name in shown_in("chart"):
@@ -42,7 +44,12 @@ def layout() -> dict[str, dict[str, list[Any]]]:
     for kind in ("similarity", "regularity"):
         terms = "|".join(name for name, term in TERMS.items() if term.kind == kind)
         charts[kind][f"{kind} terms, training pairs"] = _chart(f"training/({terms})$")
-    return dict(zip(("Accuracy, held-out pairs", "Similarity", "Regularity"), charts.values(), strict=True))
+    groups = dict(zip(("Accuracy, held-out pairs", "Similarity", "Regularity"), charts.values(), strict=True))
+    training = {"loss": _chart("training/loss$"), "learning rate": _chart("training/learning_rate$")}
+    theirs = "|".join(re.escape(name) for name in own if name not in TERMS)
+    if theirs:
+        training["terms of loss_terms"] = _chart(f"training/({theirs})$")
+    return groups | {"Training": training}
 
 
 def _chart(tags: str) -> list[Any]:
@@ -55,7 +62,11 @@ def best() -> list[str]:
 
 
 def describe(
-    writer: SummaryWriter, configuration: Mapping[str, Any], training: Sequence[Case], held_out: Sequence[Case]
+    writer: SummaryWriter,
+    configuration: Mapping[str, Any],
+    training: Sequence[Case],
+    held_out: Sequence[Case],
+    own: Iterable[str] = (),
 ) -> None:
     """The layout of the Custom Scalars tab; configuration, data and environment in the Text tab.
 
@@ -65,8 +76,9 @@ def describe(
         writer: where to.
         configuration: names and values.
         training, held_out: the pairs.
+        own: see ``layout``.
     """
-    writer.add_custom_scalars(layout())
+    writer.add_custom_scalars(layout(own))
     pages = {"configuration": configuration, "data": _data(training, held_out), "environment": _environment()}
     for name, page in pages.items():
         writer.add_text(f"about/{name}", _table({key: plain(value) for key, value in page.items()}))

@@ -32,6 +32,7 @@ from regpipe.phantoms.cohort import write_cohort
 from regpipe.utils.errors import InputError
 
 COMMITTED = ROOT / "bundles"
+SYMNET = ROOT / "configs" / "symnet_inference.yaml"  # over inference.yaml: tests/inference/test_symnet.py
 CHECKED = ("configs", "docs", "LICENSE")  # models/ and eval/ come from use
 
 
@@ -152,13 +153,7 @@ def test_a_3d_cohort_trains_evaluates_registers_and_verifies(tmp_path: Path, mon
     evaluate(monai_bundle, bundle, data, *options)
     infer(monai_bundle, bundle, data, tmp_path / "out")
     assert len(read_rows(tmp_path / "out" / "metrics.csv")) == 3
-    io = "--_meta_#network_data_format"
-    verify(
-        monai_bundle,
-        bundle,
-        *(f"{io}#inputs#image#spatial_shape", "[16, 16, 16]", f"{io}#outputs#pred#num_channels", "3"),
-        *("--bundle_root", bundle),
-    )
+    verify(monai_bundle, bundle, "--bundle_root", bundle)
 
 
 def verify(command: Command, bundle: Path, *options: object) -> None:
@@ -172,14 +167,13 @@ def test_inside_the_bundle_no_root_is_needed_and_the_exported_model_is_the_netwo
 ) -> None:
     bundle = Path(shutil.copytree(trained, tmp_path / "bundle", ignore=shutil.ignore_patterns("checkpoint*", "eval")))
     monkeypatch.chdir(bundle)
-    verify(monai_bundle, Path(), "--n", "3")
-    shape = ("--use_trace", "True", "--input_shape", "[1,2,64,64]")
-    monai_bundle("ckpt_export", "--config_file", "configs/inference.yaml", *shape)
+    verify(monai_bundle, Path())
+    monai_bundle("ckpt_export", "--config_file", "configs/inference.yaml", "--use_trace", "True")
     monai_bundle("run", "--config_file", "configs/inference.yaml", "--dataset_dir", cohort)
     assert (bundle / "eval" / "registered" / "case_000" / "metrics.json").is_file()
     net = SymmetricNet(2, "resnet18").eval()
     net.load_state_dict(torch.load("models/model.pt", weights_only=True))
-    pair = torch.rand(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    pair = torch.rand(1, 2, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load("models/model.ts")(pair), net(pair), atol=1e-6, rtol=1e-5)
 
@@ -229,7 +223,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("overlay", sorted(QUICK.parent.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlay", sorted(set(QUICK.parent.glob("*.yaml")) - {SYMNET}), ids=lambda path: path.stem)
 def test_an_overlay_trains_and_sets_only_ids_that_the_bundles_have(
     overlay: Path, tmp_path: Path, cohort: Path, volumes: Path, monai_bundle: Command
 ) -> None:

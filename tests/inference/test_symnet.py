@@ -10,14 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.bundles import Command
 from helpers.commandline import regpipe
-from helpers.places import DATA
+from helpers.places import DATA, ROOT
+from regpipe.bundle.write import write_bundle
 from regpipe.fields.algebra import register_midway
 from regpipe.inference.symnet import GRID, SPACE, LoadAsAuthors, Turned
-from regpipe.io.images import read_image
+from regpipe.io.images import Grid, read_image
+from regpipe.metrics.cases import read_rows
 from regpipe.networks.symmetric import Prediction
-from regpipe.networks.symnet import SymNet
+from regpipe.networks.symnet import SymNet, authors_names
+from regpipe.phantoms.cohort import write_cohort
 from regpipe.transforms.displacement import read_displacement
+from regpipe.utils.errors import cause
 
 
 def test_images_in_the_authors_space_come_as_they_are_and_scaled_by_their_extremes(tmp_path: Path) -> None:
@@ -70,6 +75,38 @@ def test_turning_the_images_and_the_fields_back_changes_no_registration() -> Non
 def test_what_does_not_go_is_refused(told, words, cohort: Path, tmp_path, monkeypatch, capsys) -> None:
     assert regpipe(monkeypatch, "register", cohort, "-o", tmp_path, *told) == 1
     assert words in capsys.readouterr().err
+
+
+def authors_file(path: Path) -> Path:
+    """Weights of a small SYMNet, moving things by voxels, under its authors' names."""
+    torch.manual_seed(0)
+    net = SymNet(3, start_channels=2)
+    named = {theirs: net.state_dict()[ours] for ours, theirs in authors_names(net).items()}
+    torch.save({name: t.flip(0) / 30 if name[:4] in ("dc9.", "dc10") else t for name, t in named.items()}, path)
+    return path
+
+
+def test_a_bundles_configuration_gives_what_the_command_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monai_bundle: Command
+) -> None:
+    data = write_cohort(tmp_path / "data", kind="mr", shape=(20, 26, 22), n_pairs=1)
+    weights, small = authors_file(tmp_path / "w.pth"), Grid((16, 32, 16), (1.5, 1.0, 1.5))
+    monkeypatch.setattr("regpipe.inference.symnet.GRID", small)
+    told = ("--network", "symnet", "--weights", weights, "--formats", "displacement")
+    assert regpipe(monkeypatch, "register", data, "-o", tmp_path / "command", *told) == 0
+    bundle = write_bundle("plain", tmp_path / "bundle")
+    configs = str([str(bundle / "configs" / "inference.yaml"), str(ROOT / "configs" / "symnet_inference.yaml")])
+    places = ("--bundle_root", bundle, "--dataset_dir", data, "--output_dir", tmp_path / "bundles")
+    formats = ("--formats", "[displacement]")
+    monai_bundle("run", "--config_file", configs, "--weights", weights, *places, *formats)
+    for name in ("displacement.nii.gz", "inverse_displacement.nii.gz"):
+        one, other = (read_displacement(tmp_path / of / "case_000" / name)[0] for of in ("command", "bundles"))
+        assert np.array_equal(one, other) and np.abs(one).max() > 0.1
+    rows = [read_rows(tmp_path / of / "metrics.csv") for of in ("command", "bundles")]
+    assert [row["ncc"] for row in rows[0]] == [row["ncc"] for row in rows[1]]
+    with pytest.raises(RuntimeError) as error:
+        monai_bundle("run", "--config_file", configs, *places)
+    assert "--weights: give the authors" in str(cause(error.value))
 
 
 @pytest.mark.slow  # two minutes on one thread

@@ -63,11 +63,12 @@ def board(trained: Path) -> EventAccumulator:
 
 def test_each_term_is_a_curve_over_iterations(board) -> None:
     terms = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"] if tag.startswith("training/")}
-    assert terms.keys() == {f"training/{name}" for name in ("lncc", "diffusion", "divergence", "loss")}
+    assert terms.keys() == {f"training/{name}" for name in ("lncc", "diffusion", "divergence", "loss", "learning_rate")}
     assert all([point.step for point in curve] == [1, 2, 3, 4] for curve in terms.values())
     values = {tag: np.array([point.value for point in curve]) for tag, curve in terms.items()}
     weighted = values["training/lncc"] + 0.7 * values["training/diffusion"] + 0.1 * values["training/divergence"]
     assert np.allclose(values["training/loss"], weighted)  # train.yaml's weights
+    assert np.allclose(values["training/learning_rate"], [0.01] * 4)  # it falls from half of the epochs on
 
 
 def test_each_metric_is_a_curve_over_epochs(board) -> None:

@@ -60,12 +60,20 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
 
 def test_every_metric_and_loss_term_that_a_chart_asks_for_is_one_that_is_written() -> None:
     known = {f"validation/{name}" for name in columns()} | {f"training/{name}" for name in TERMS}
+    known |= {"training/loss", "training/learning_rate"}
     asked = [tags for charts in layout().values() for _, (tags,) in charts.values()]
     assert all(any(re.match(tags, name) for name in known) for tags in asked)
     drawn = [name for name in known for tags in asked if re.match(tags, name)]
     assert len(drawn) == len(set(drawn)) and "training/log_jacobian" in drawn and "validation/sdlogj_l2r" not in drawn
     supervised = {name for name, term in TERMS.items() if term.kind == "supervision"}
     assert {name for name in TERMS if f"training/{name}" not in drawn} == supervised - {"end_point"}
+
+
+def test_terms_of_ones_own_are_a_chart_and_no_others_are_in_it() -> None:
+    (tags,) = layout([*TERMS, "my.term", "other"])["Training"]["terms of loss_terms"][1]
+    names = ("my.term", "other", "myxterm", "lncc", "loss", "other2")
+    assert [name for name in names if re.match(tags, f"training/{name}")] == ["my.term", "other"]
+    assert layout(TERMS) == layout()
 
 
 def test_the_charts_are_laid_out_as_the_custom_scalars_tab_reads_them(board) -> None:
