@@ -63,6 +63,12 @@ def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
         return 2 * identity_grid(shape, device=device).flip(1) / cells - 1, 2 / cells
 
 
+def _at_hand(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """``_places``, kept between calls; but not while torch exports, whose fake tensors would be kept."""
+    find = _places.__wrapped__ if torch.compiler.is_compiling() else _places
+    return find(shape, device)
+
+
 @contextlib.contextmanager
 def places_anew() -> Iterator[None]:
     """Within it the grids' places are computed anew, and none of them is kept after it: for fake tensors, say."""
@@ -93,7 +99,7 @@ def warp(image: Tensor, u: Tensor, *, mode: str = "bilinear", padding: str = "bo
     if image.shape[2:] != u.shape[2:] or len(image) != len(u):
         raise ValueError(f"an image {tuple(image.shape)} is not on the grid of the displacement {tuple(u.shape)}")
     with torch.autocast(u.device.type, enabled=False):
-        places, voxel = _places(tuple(u.shape[2:]), u.device)
+        places, voxel = _at_hand(tuple(u.shape[2:]), u.device)
         where = torch.addcmul(places, u.float().flip(1), voxel)
         if image.dtype in (torch.int32, torch.int64) and image.abs().max() >= EXACT:
             return _sample_ids(image, where, mode, padding)
@@ -113,7 +119,7 @@ def integrate(v: Tensor, *, squarings: int = SQUARINGS, mode: str = "bilinear", 
     ``mode``, ``padding``: as ``warp``'s.
     """
     with torch.autocast(v.device.type, enabled=False):
-        places, voxel = _places(tuple(v.shape[2:]), v.device)
+        places, voxel = _at_hand(tuple(v.shape[2:]), v.device)
         unit = v.float().flip(1) * (voxel / 2**squarings)
         for _ in range(squarings):
             unit = unit + sample(unit, places + unit, mode, padding)

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from helpers.places import DATA
+from regpipe.fields import algebra
 from regpipe.fields.algebra import register, register_midway, resize_image
 from regpipe.networks import symmetric
 from regpipe.networks.correlation import local_correlations
@@ -298,3 +299,13 @@ def test_a_network_that_looks_for_structures_only_sees_what_the_whole_one_sees_a
     assert only.velocity.shape == whole.velocity.shape and not only.velocity.any() and whole.velocity.any()
     only.structures.square().sum().backward()
     assert {name.split(".")[0] for name, weight in net.named_parameters() if weight.grad is not None} == {"anatomy"}
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_what_torch_exports_is_the_network_which_goes_on_as_before(dim: int) -> None:
+    torch.manual_seed(0)
+    net, pair = SymmetricNet(dim, "plain").eval(), torch.rand(1, 2, *[20] * dim)
+    algebra._places.cache_clear()  # what is asked for first while it is exported must not be kept
+    with torch.no_grad():
+        exported = torch.export.export(net, (pair,), strict=False).module()
+        torch.testing.assert_close(exported(pair), net(pair))
