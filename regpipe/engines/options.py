@@ -15,21 +15,24 @@ from pydoc import locate
 from typing import Any, NoReturn
 
 from regpipe.utils.errors import InputError, one_line_errors
+from regpipe.utils.versions import refuse_old
 
 MONAI = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file")
 
 
 def begin_command() -> None:
-    """Where this process is ``python -m monai.bundle run``: errors end it in a line, misspelt options are refused.
+    """Where this process is ``python -m monai.bundle run``: errors end it in a line, misspelt options and packages that
+    are too old are refused.
 
     In any other program nothing: what it does with errors is its own.
 
     Raises:
-        InputError: as ``refuse_unknown``.
+        InputError: as ``refuse_unknown`` and ``utils.versions.refuse_old``.
     """
     command = [sys.argv[0], *sys.argv[1:2]]
     if Path(command[0]).parts[-3:] == ("monai", "bundle", "__main__.py") and command[1:] == ["run"]:
         one_line_errors()
+        refuse_old()
         refuse_unknown(sys.argv[2:])
         refuse_unknown_run(sys.argv[2:])
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+
+from regpipe.utils.errors import InputError
 
 PACKAGES: tuple[str, ...] = ("regpipe", "torch", "torchvision", "monai", "pytorch-ignite", "itk", "itk-elastix")
 PACKAGES += ("nibabel", "numpy", "scipy", "tensorboard")
@@ -23,6 +25,22 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def refuse_old() -> None:
+    """Check what is installed against what regpipe was installed for.
+
+    Raises:
+        InputError: a package is older; pip can be told to let it be.
+    """
+    from packaging.requirements import Requirement
+
+    for line in requires("regpipe") or ():
+        needed = Requirement(line)
+        found = installed(needed.name) if needed.marker is None else None
+        if found and not needed.specifier.contains(found, prereleases=True):
+            wanted = f"{needed.name}{needed.specifier}"
+            raise InputError(f'{needed.name} {found} is older than regpipe needs: pip install --upgrade "{wanted}"')
 
 
 def _cuda() -> str | None:
