@@ -26,6 +26,7 @@ from regpipe.io import images
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import affine_mat, from_itk
 from regpipe.io.labels import ids_of, read_label
+from regpipe.io.planes import standing
 from regpipe.networks.weights import shipped
 from regpipe.transforms.displacement import read_displacement, write_image
 from regpipe.transforms.initial import named
@@ -271,6 +272,8 @@ def _initial(path: Path, value: Any) -> dict[str, Path]:
 
 
 def _image(value: Any) -> Image:
+    if isinstance(value, Image):
+        return standing(value)
     if isinstance(value, tuple) and len(value) == 2:
         array, affine = (np.asarray(part) for part in value)
     elif hasattr(value, "GetDirection"):

@@ -52,8 +52,9 @@ def test_paths_give_the_numbers_and_the_files_of_the_command(
 
 
 KINDS: dict[str, Callable[[Path], Any]] = {
-    "array": lambda path: tuple(read_image(path)),
-    "itk": lambda path: to_itk(*read_image(path)),
+    "array": lambda path: tuple(read_image(path)[:2]),
+    "read": read_image,
+    "itk": lambda path: to_itk(*read_image(path)[:2]),
     "nibabel": nib.load,
     "monai": LoadImage(image_only=True, ensure_channel_first=True),
 }
