@@ -21,7 +21,7 @@ def template(
             autocompletion=completion.one_of(completion.SHIPPED),
         ),
     ] = "resnet18",
-    rounds: Annotated[int, typer.Option(min=0, help="Of deformation; 0: an affine template.")] = 4,
+    rounds: Annotated[int, typer.Option(min=0, help="Of deformation; 0: an affine template.")] = 3,
     affine: Annotated[
         str,
         typer.Option(

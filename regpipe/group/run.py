@@ -41,7 +41,7 @@ def make_template(
     out: str | Path,
     *,
     bundle: str = "resnet18",
-    rounds: int = 4,
+    rounds: int = 3,
     affine: str = "affine",
     affine_metric: str = "mi",
     refine: int | None = None,
