@@ -166,6 +166,9 @@ class Refiner:
         voxels = sum(steps * math.prod(images) for images, steps in plan)
         judge = self._judge(len(shape))
         seen, unseen = _halves(batch) if judge else (batch, batch)
+        found = torch.full(
+            (1, 1, *[1] * len(shape)), float(given), device=fixed.device
+        )  # what counted of a level so far
         with Progress(what="optimising", unit="", total=voxels) as bar:
             for images, steps in plan:
                 grid = coarser_shape(images, VELOCITY_STRIDE)
@@ -178,10 +181,10 @@ class Refiner:
                     enough = next((s for s, _ in plan if math.prod(s) >= max(WITNESS, math.prod(images))), plan[-1][0])
                     witness = pyramid_level(unseen, enough) if enough != images else None
                     share = judge.share(velocity, after, pyramid_level(unseen, images), witness)
-                    if (
-                        images == plan[-1][0] != plan[0][0]
-                    ):  # a rim one voxel off is interpolation; more was seen before
-                        share = share * (velocity != 0).any(1, keepdim=True)
+                    borne = resize_image(found, grid)
+                    if images == plan[-1][0] != plan[0][0]:  # a rim a voxel off is interpolation: it only goes on
+                        share = share * (borne > 0.5)
+                    found = torch.maximum(borne, share)
                     after = velocity + share * (after - velocity)
                 velocity = after
         assert velocity is not None  # there is at least one level
