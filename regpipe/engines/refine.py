@@ -19,7 +19,7 @@ from regpipe.data.pairs import SIDES
 from regpipe.engines.adam import Adam
 from regpipe.engines.judge import Judge
 from regpipe.engines.pyramid import pyramid_level
-from regpipe.fields.algebra import LAYERS, Layers, register, resize
+from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import TERMS
@@ -166,9 +166,7 @@ class Refiner:
         voxels = sum(steps * math.prod(images) for images, steps in plan)
         judge = self._judge(len(shape))
         seen, unseen = _halves(batch) if judge else (batch, batch)
-        found = torch.full(
-            (1, 1, *[1] * len(shape)), float(given), device=fixed.device
-        )  # what counted of a level so far
+        found = fixed.new_full((1, 1, *[1] * len(shape)), float(given))  # what counted of a level so far
         with Progress(what="optimising", unit="", total=voxels) as bar:
             for images, steps in plan:
                 grid = coarser_shape(images, VELOCITY_STRIDE)

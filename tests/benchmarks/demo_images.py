@@ -75,7 +75,7 @@ def lung(data: Path, out: Path) -> None:
     for side, name in (("fixed", "baseline"), ("moving", "followup")):
         scan, mask = read_image(data / f"{name}.nii.gz"), read_label(data / f"{name}_mask.nii.gz")[0]
         small = shrunk(scan._replace(array=scan.array.clip(AIR)), LUNG_FACTORS)
-        write(out / f"{side}_images" / f"{case}.nii.gz", *small, np.int16)
+        write(out / f"{side}_images" / f"{case}.nii.gz", small.array, small.affine, np.int16)
         inside = shrunk(mask, LUNG_FACTORS)
         write(out / f"{side}_masks" / f"{case}.nii.gz", inside.array > 0.5, inside.affine, np.uint8)
         write_points(out / f"{side}_landmarks" / f"{case}.csv", lung_landmarks(data / "landmarks.csv", name[0]))

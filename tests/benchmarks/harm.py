@@ -92,7 +92,7 @@ def _lesion(image: Tensor) -> Tensor:
     """A bright ball beside the middle, of a tenth of the shortest side."""
     shape = image.shape[2:]
     places = torch.meshgrid(*(torch.arange(n) - 0.42 * n for n in shape), indexing="ij")
-    distance = sum(x.square() for x in places) ** 0.5  # type: ignore[operator]
+    distance = sum(x.square() for x in places) ** 0.5
     return torch.where(distance < min(shape) / 10, 0.9, image)
 
 
@@ -125,7 +125,11 @@ def _moved(image: Tensor, noisy: Callable[[Tensor], Tensor]) -> tuple[Tensor, Te
 
 def pair_of(image: Tensor, noise: Noise, sigma: float, motion: str, contrast: str) -> tuple[Tensor, Tensor, Tensor]:
     """Fixed, moving and where moving is known, (1, 1, *S)."""
-    noisy = functools.partial(noise, sigma=sigma, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(clean: Tensor) -> Tensor:
+        return noise(clean, sigma, generator)
+
     fixed, other = noisy(image), CONTRASTS[contrast](image)
     moving, seen = _moved(other, noisy) if motion == "moved" else (noisy(other), torch.ones_like(image))
     return fixed, moving, seen
@@ -139,9 +143,8 @@ def _from_zero(similarity: str, fixed: Tensor, moving: Tensor, seen: Tensor) -> 
 
 
 def _of_peer(method: str, fixed: Tensor, moving: Tensor, seen: Tensor) -> Tensor:
-    arrays = (x[0, 0].numpy() for x in (fixed, moving))
     masks = (None, None) if bool(seen.all()) else (np.ones(seen.shape[2:], np.float32), seen[0, 0].numpy())
-    pair = peers.Pair(*arrays, (1.0,) * (fixed.ndim - 2), *masks)
+    pair = peers.Pair(fixed[0, 0].numpy(), moving[0, 0].numpy(), (1.0,) * (fixed.ndim - 2), *masks)
     return torch.from_numpy(peers.run(method, pair, peers.Place())[0].displacement)
 
 

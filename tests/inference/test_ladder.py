@@ -317,7 +317,7 @@ def test_files_that_cannot_be_carried_for_lack_of_memory_are_named_and_the_other
             raise MemoryError
         return "linear"
 
-    carrier = carrying._Carrier(None, None, None, None, "linear")
+    carrier = carrying._Carrier(None, None, None, None, "linear", None)
     monkeypatch.setattr(carrying, "_carrier", lambda *_: carrier)
     monkeypatch.setattr(carrying, "_carry_image", carry)
     problems: dict[str, str] = {}

@@ -66,19 +66,19 @@ def slices(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         told = ["-o", folder / "out", "--bundle", "none", "--affine", "rigid", "--refine", 5]
         assert regpipe(patch, "register", *files, *told) == 0
-    return Slices(folder / "out/m_to_f", *files, 7 * turn[:, axis] * LPS)
+    return Slices(folder / "out/m_to_f", files[0], files[1], 7 * turn[:, axis] * LPS)
 
 
 def voxels(path: Path) -> np.ndarray:
-    return np.asanyarray(nib.load(path).dataobj)
+    return np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
 
 
 def points_of(file: Path, k: int = 60) -> np.ndarray:
     """Places (K, 3) in a slice, LPS mm, within two pixels of its rim."""
     image = nib.load(file)
-    low = np.where(np.array(image.shape) == 1, 0, 3)
-    at = np.random.default_rng(1).uniform(low, np.array(image.shape) - 1 - low, (k, 3))
-    return apply_affine(image.affine, at) * LPS
+    low = np.where(np.array(image.shape) == 1, 0, 3)  # type: ignore[attr-defined]
+    at = np.random.default_rng(1).uniform(low, np.array(image.shape) - 1 - low, (k, 3))  # type: ignore[attr-defined]
+    return apply_affine(image.affine, at) * LPS  # type: ignore[attr-defined]
 
 
 def through(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
@@ -89,17 +89,17 @@ def test_images_come_back_as_the_fixed_slice_is_stored(slices: Slices) -> None:
     fixed = nib.load(slices.fixed)
     for name in ("warped", "jacobian"):
         image = nib.load(slices.case / f"{name}.nii.gz")
-        assert image.shape == fixed.shape
-        np.testing.assert_allclose(image.affine, fixed.affine, atol=1e-4)
+        assert image.shape == fixed.shape  # type: ignore[attr-defined]
+        np.testing.assert_allclose(image.affine, fixed.affine, atol=1e-4)  # type: ignore[attr-defined]
     about = json.loads((slices.case / "transform.json").read_text())
-    assert tuple(about["moving"]["shape"]) == nib.load(slices.moving).shape
-    np.testing.assert_allclose(about["moving"]["affine"], nib.load(slices.moving).affine, atol=1e-4)
+    assert tuple(about["moving"]["shape"]) == nib.load(slices.moving).shape  # type: ignore[attr-defined]
+    np.testing.assert_allclose(about["moving"]["affine"], nib.load(slices.moving).affine, atol=1e-4)  # type: ignore[attr-defined]
 
 
 def test_the_slice_is_found_where_it_was_put(slices: Slices) -> None:
     """Closed form: the shift of the pixels, and the way from plane to plane."""
-    points, directions = points_of(slices.fixed), nib.load(slices.fixed).affine[:3, :3]
-    flat = [i for i in range(3) if nib.load(slices.fixed).shape[i] > 1]
+    points, directions = points_of(slices.fixed), nib.load(slices.fixed).affine[:3, :3]  # type: ignore[attr-defined]
+    flat = [i for i in range(3) if nib.load(slices.fixed).shape[i] > 1]  # type: ignore[attr-defined]
     shift = directions[:, flat] @ SHIFT * LPS
     moved = through(sitk.ReadTransform(str(slices.case / "moving_to_fixed.h5")), points)
     off = moved - points - shift - slices.across
@@ -146,12 +146,12 @@ def test_off_the_plane_nothing_jumps(slices: Slices) -> None:
 
 def test_apply_takes_slices_and_points_in_space(slices: Slices, tmp_path: Path) -> None:
     moving = nib.load(slices.moving)
-    label = save(tmp_path / "l_seg.nii.gz", (voxels(slices.moving) > 5).astype(np.uint8), moving.affine)
+    label = save(tmp_path / "l_seg.nii.gz", (voxels(slices.moving) > 5).astype(np.uint8), moving.affine)  # type: ignore[attr-defined]
     points = points_of(slices.moving)
     rows = "\n".join(",".join(f"{v:.6f}" for v in p) for p in points)
     (tmp_path / "p.csv").write_text(f"x,y,z\n{rows}\n")
     image, labels, found = apply(slices.case, [slices.moving, label, tmp_path / "p.csv"], tmp_path / "out")
-    np.testing.assert_allclose(nib.load(image).affine, nib.load(slices.fixed).affine, atol=1e-4)
+    np.testing.assert_allclose(nib.load(image).affine, nib.load(slices.fixed).affine, atol=1e-4)  # type: ignore[attr-defined]
     warped = voxels(slices.case / "warped.nii.gz")
     inner = tuple(slice(None) if n == 1 else slice(5, -5) for n in warped.shape)
     np.testing.assert_allclose(voxels(image)[inner], warped[inner], atol=5e-3)

@@ -96,7 +96,7 @@ def test_one_file_is_a_slice_a_volume_or_a_film(tmp_path: Path, caplog: pytest.L
     rows = counts()[:, :, 0]
     image = read_image(write_dicom(tmp_path / "a.dcm", rows, PixelSpacing=[0.7, 0.5], **sagittal))
     np.testing.assert_array_equal(image.array, rows.T)
-    in_plane = [[-0.5, 0, -2], [0, -0.7, 3], [0, 0, 1]]  # A and S; the file is LPS
+    in_plane = np.array([[-0.5, 0, -2], [0, -0.7, 3], [0, 0, 1]])  # A and S; the file is LPS
     np.testing.assert_allclose(image.affine, in_plane)
     assert "spacing" not in caplog.text
     frames = RNG.integers(0, 255, (5, 6, 8), dtype=np.uint8)

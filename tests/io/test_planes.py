@@ -108,7 +108,7 @@ def test_films_of_a_slice_and_its_labels_lie_in_its_plane(tmp_path: Path) -> Non
     label, _ = read_label(save(tmp_path / "l.nii.gz", np.ones((1, 9, 7), np.uint8), affine))
     for one in (frame, label):
         assert one.array.shape == (9, 7)
-        assert one.plane is not None
+        assert one.plane is not None and label.plane is not None
         np.testing.assert_allclose(one.plane.lift, label.plane.lift)
 
 

@@ -50,7 +50,7 @@ def by_simpleitk(folder: Path, name: str, method: int, fill: float) -> np.ndarra
 @pytest.mark.parametrize("name", ARRAYS)
 def test_what_an_image_has_outside_is_outside_of_what_becomes_of_it(folder: Path, tmp_path: Path, name: str) -> None:
     (out,) = apply(folder / "move.tfm", [folder / f"{name}.nii.gz"], tmp_path, reference=folder / "mr.nii.gz")
-    found = np.asanyarray(nib.load(out).dataobj)
+    found = np.asanyarray(nib.load(out).dataobj)  # type: ignore[attr-defined]
     method = sitk.sitkNearestNeighbor if name == "seg_labels" else sitk.sitkLinear
     expected = by_simpleitk(folder, name, method, OUTSIDE[name])
     np.testing.assert_allclose(found, expected, atol=2e-3, equal_nan=True)
@@ -68,9 +68,9 @@ def test_fill_is_the_value_outside_of_images_and_not_of_labels(
     assert regpipe(monkeypatch, "apply", folder / "move.tfm", files[0], *told, method) == 0
     assert regpipe(monkeypatch, "apply", folder / "move.tfm", files[1], *told, "auto") == 0
     kinds = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline}
-    found = np.asanyarray(nib.load(tmp_path / "ct.nii.gz").dataobj)
+    found = np.asanyarray(nib.load(tmp_path / "ct.nii.gz").dataobj)  # type: ignore[attr-defined]
     np.testing.assert_allclose(found, by_simpleitk(folder, "ct", kinds[method], fill), atol=2e-2, equal_nan=True)
-    labels = np.asanyarray(nib.load(tmp_path / "seg_labels.nii.gz").dataobj)
+    labels = np.asanyarray(nib.load(tmp_path / "seg_labels.nii.gz").dataobj)  # type: ignore[attr-defined]
     assert np.unique(labels).tolist() == [0, 1]
     assert labels.dtype == np.uint8
 
@@ -80,7 +80,7 @@ def test_nan_is_kept_and_not_spread(folder: Path, tmp_path: Path, method: str) -
     still = save(tmp_path / "still.nii.gz", ARRAYS["con"], AFFINE)
     sitk.WriteTransform(sitk.Transform(3, sitk.sitkIdentity), str(tmp_path / "id.tfm"))
     (out,) = apply(tmp_path / "id.tfm", [still], tmp_path / "out", reference=still, interpolation=method)
-    np.testing.assert_allclose(np.asanyarray(nib.load(out).dataobj), ARRAYS["con"], atol=1e-5, equal_nan=True)
+    np.testing.assert_allclose(np.asanyarray(nib.load(out).dataobj), ARRAYS["con"], atol=1e-5, equal_nan=True)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("fill", [None, -50.0, math.nan])
@@ -94,7 +94,7 @@ def test_register_fills_what_the_moving_image_does_not_cover(
     told = ["--bundle", "none", "--affine", "none", "--refine", 1, "-o", tmp_path / "out"]
     told += [] if fill is None else ["--fill", fill]
     assert regpipe(monkeypatch, "register", fixed, moving, *told) == 0
-    found = np.asanyarray(nib.load(tmp_path / "out/moving_to_fixed/warped.nii.gz").dataobj)
+    found = np.asanyarray(nib.load(tmp_path / "out/moving_to_fixed/warped.nii.gz").dataobj)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(found[..., :5], np.full_like(found[..., :5], -1000 if fill is None else fill))
 
 
@@ -109,8 +109,8 @@ def test_what_is_no_data_does_not_lead_a_registration(tmp_path: Path, monkeypatc
     told = ["--bundle", "none", "--affine", "none", "--refine", 20, "-o", tmp_path / "out"]
     assert regpipe(monkeypatch, "register", *files, *told) == 0
     case = tmp_path / "out/moving_to_fixed"
-    d = np.asanyarray(nib.load(case / "displacement.nii.gz").dataobj)[..., 0, :]
-    seen = BODY & np.isfinite(np.asanyarray(nib.load(files[0]).dataobj))
+    d = np.asanyarray(nib.load(case / "displacement.nii.gz").dataobj)[..., 0, :]  # type: ignore[attr-defined]
+    seen = BODY & np.isfinite(np.asanyarray(nib.load(files[0]).dataobj))  # type: ignore[attr-defined]
     assert np.linalg.norm(d[seen], axis=-1).mean() < 0.4  # mm, of voxels of 2; 1.0 where the gaps are dark
-    warped = np.asanyarray(nib.load(case / "warped.nii.gz").dataobj)
+    warped = np.asanyarray(nib.load(case / "warped.nii.gz").dataobj)  # type: ignore[attr-defined]
     assert 0 < np.isnan(warped).mean() < 0.2
