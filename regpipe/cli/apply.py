@@ -34,7 +34,7 @@ def apply(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="Images, label maps, points (.csv .fcsv .mrk.json), meshes (.vtk .stl)."
+            metavar="FILE...", help="Images, label maps, points (.csv .fcsv .mrk.json .tag), meshes (.vtk .stl)."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results, or one file's name.")],

@@ -117,7 +117,10 @@ def register(
     moving_ignore: Annotated[Path | None, typer.Option(help="With two files: what of MOVING does not count.")] = None,
     landmarks: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(metavar="FIXED MOVING", help="With two files: corresponding points (.csv: x,y,z in LPS mm)."),
+        typer.Option(
+            metavar="FIXED MOVING",
+            help="With two files: corresponding points, by their names or rows (.csv .fcsv .mrk.json .tag).",
+        ),
     ] = None,
     fill: Fill = None,
     memory_gib: Annotated[

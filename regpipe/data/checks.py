@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from nibabel.affines import apply_affine
 
-from regpipe.data.pairs import KINDS, SIDES, Case
+from regpipe.data.members import KINDS
+from regpipe.data.pairs import SIDES, Case
 from regpipe.io.geometry import flipped
+from regpipe.io.landmarks import Landmarks, pairing
 from regpipe.io.planes import Plane
 from regpipe.io.source import Source
 from regpipe.utils.console import Progress
@@ -23,7 +25,7 @@ class _Facts(NamedTuple):
     shape: tuple[int, ...] = ()
     affine: np.ndarray = np.eye(3)
     points: int = 0
-    lps: np.ndarray | None = None
+    lps: Landmarks | None = None
     plane: Plane | None = None
 
 
@@ -38,28 +40,30 @@ def check_pairs(
 
     Reads every distinct file once; what they hold is kept only in ``files``, where that is given. Checks the file
     itself, a label's and a mask's grid against its image's, that a mask is not empty, the dimension of both images, and
-    that landmarks fit the image and each other in number.
+    that landmarks fit the image and each other, by their names or in number.
     """
-    keys = [f"{side}_{kind}" for kind, side in itertools.product(KINDS, SIDES)]
-    wanted = dict.fromkeys((k.split("_")[1], c[k]) for c in cases for k in keys if k in c)
+    keys = [(side, kind) for kind, side in itertools.product(KINDS, SIDES)]
+    wanted = {
+        (kind, c[f"{side}_{kind}"]): c[f"{side}_image"] for c in cases for side, kind in keys if f"{side}_{kind}" in c
+    }
     facts: dict[tuple[str, str], _Facts | InputError] = {}
     for kind, path in Progress(wanted, what="checking", unit="files") if progress else wanted:
         try:
-            facts[kind, path] = _facts(kind, path, landmark_channels, files or Source())
+            facts[kind, path] = _facts(kind, path, wanted[kind, path], landmark_channels, files or Source())
         except InputError as problem:
             facts[kind, path] = problem
     problems = {c["case"]: _problem(c, facts) for c in cases}
     return {name: problem for name, problem in problems.items() if problem}
 
 
-def _facts(kind: str, path: str, landmark_channels: int | None, files: Source) -> _Facts:
+def _facts(kind: str, path: str, image_path: str, landmark_channels: int | None, files: Source) -> _Facts:
     if kind == "landmarks":
-        points = files.landmarks(path)
-        return _Facts((0,) * points.shape[1], points=len(points), lps=points)
+        found = files.landmarks(path, image_path)
+        return _Facts((0,) * found.points.shape[1], points=len(found.points), lps=found)
     if kind == "image":
         image, channels = files.image(path), None
     else:
-        image, channels = files.label(path, landmark_channels if kind == "label" else None)
+        image, channels = files.label(path, landmark_channels if kind == "label" else None, image=image_path)
     if kind == "mask" and not image.array.any():
         raise InputError(f"{path}: this mask is 0 everywhere; mark what shall count, or remove it")
     return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels), plane=image.plane)
@@ -86,10 +90,26 @@ def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -
                 return f"{case[f'{side}_{kind}']}: not on its image's grid; resample it onto the image"
         if points and len(points.shape) != len(image.shape):
             return f"{case[f'{side}_landmarks']}: points and image differ in dimension; mend it"
-        if points and points.lps is not None and _outside(points.lps, image):
+        if points and points.lps is not None and _outside(points.lps.points, image):
             return f"{case[f'{side}_landmarks']}: most points lie outside the image; are they RAS? LPS mm are wanted"
         counts[side] = sum(f.points for f in (label, points) if f)
+    try:
+        kept = _pairing(case, known)
+    except InputError as wrong:
+        return str(wrong)
+    if kept is not None:
+        counts = {side: counts[side] + kept - known[f"{side}_landmarks"].points for side in SIDES}
     return unlike_landmarks(case, counts)
+
+
+def _pairing(case: Case, known: Mapping[str, _Facts]) -> int | None:
+    """How many landmarks of the files pair by their names; None where they do by their rows, or there are none."""
+    if not all(f"{side}_landmarks" in known for side in SIDES):
+        return None
+    fixed, moving = (known[f"{side}_landmarks"].lps for side in SIDES)
+    assert fixed is not None and moving is not None
+    order = pairing(fixed, moving, case["fixed_landmarks"], case["moving_landmarks"])
+    return None if order is None else len(order[0])
 
 
 def unlike_landmarks(case: Case, counts: Mapping[str, int]) -> str | None:

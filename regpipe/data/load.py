@@ -13,7 +13,9 @@ from torch import Tensor
 
 from regpipe.data.cache import Store
 from regpipe.data.checks import unlike_landmarks
-from regpipe.data.pairs import KINDS, SIDES, Case
+from regpipe.data.landmarks import paired_landmarks
+from regpipe.data.members import KINDS
+from regpipe.data.pairs import SIDES, Case
 from regpipe.data.placement import Frames
 from regpipe.io import geometry, images
 from regpipe.io.background import SLIGHT
@@ -86,6 +88,7 @@ class LoadPair:
         self.mask_rims = mask_rims
         self.store = Store(cache_dir) if cache_dir else None
         self.frames = Frames(grid, affine, source=affine_from, metric=affine_metric, space=space, store=self.store)
+        self.paired: dict[tuple[str | None, ...], Any] = {}
         self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
 
     def __call__(self, case: Case, files: Source | None = None) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class LoadPair:
             item |= {f"{side}_{key}": value for key, value in tensors.items()}
         if "displacement" in case:
             item |= self._true_displacement(case, item, grid, files)
+        item |= self._paired(case, item, files)
         counts = {side: len(item[f"{side}_landmarks"]) for side in SIDES}
         unlike = unlike_landmarks(case, counts)
         if unlike:
@@ -106,6 +110,22 @@ class LoadPair:
         if not all(counts.values()):  # one of them has no partner's: no supervision from this pair
             item |= {f"{side}_landmarks": item[f"{side}_landmarks"][:0] for side in SIDES}
         return item
+
+    def _paired(self, case: Case, item: Mapping[str, Any], files: Source) -> dict[str, Tensor]:
+        """The landmarks with those of the files, which stand behind a label's channels, in the order of their names."""
+        key = tuple(case.get(f"{side}_landmarks") for side in SIDES)
+        if key not in self.paired:
+            found = paired_landmarks(case, files)
+            self.paired[key] = None if found is None or found.order is None else (found.counts, found.order)
+        paired = self.paired[key]
+        if paired is None:
+            return {}
+        moved = {}
+        for side, count, order in zip(SIDES, *paired, strict=True):
+            points = item[f"{side}_landmarks"]
+            first = len(points) - count
+            moved[f"{side}_landmarks"] = torch.cat([points[:first], points[first:][torch.from_numpy(order)]])
+        return moved
 
     def grid_of(self, case: Case, files: Source | None = None) -> Grid:
         """The working grid of a case."""
@@ -184,12 +204,12 @@ class LoadPair:
             np.linalg.inv(affine),
         )
         if label:
-            found, channels = files.label(label, self.landmark_channels)
+            found, channels = files.label(label, self.landmark_channels, image=path)
             labels = images.resample(found, affine, shape, order=0, field=view.field)
             if channels is not None:
                 points.append(geometry.carry(back @ found.affine, channels))
         if landmarks:
-            lps = files.landmarks(landmarks)
+            lps = files.landmarks(landmarks, path).points
             points.append(geometry.carry(back, geometry.flipped(lps)))
         return {
             "image": torch.from_numpy(array)[None],
@@ -208,7 +228,7 @@ def _mask(
     """
     seen, known = files.image(image), files.known(image)
     whole, inside = seen._replace(array=np.ones(seen.array.shape, np.uint8)), np.ones(shape, bool)
-    parts = [files.label(path)[0] for path in drawn if path is not None]
+    parts = [files.label(path, image=image)[0] for path in drawn if path is not None]
     if drawn[1] is not None:
         parts[-1] = parts[-1]._replace(array=(parts[-1].array == 0).astype(np.uint8))
     for part in parts + ([whole] if rims else []):

@@ -12,16 +12,16 @@ import csv
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from regpipe.data.members import KINDS, files_of, natural, report, subjects_of
 from regpipe.io import images
 from regpipe.io.formats import warn_once
-from regpipe.io.images import SUFFIXES, Grid, PathLike, is_series
+from regpipe.io.images import Grid, PathLike, is_series
 from regpipe.io.source import Source
 from regpipe.transforms import initial
 from regpipe.utils import limits
@@ -30,10 +30,7 @@ from regpipe.utils.files import absolute, parse_json
 
 Case = dict[str, str]
 SIDES = ("fixed", "moving")
-KINDS = {"image": SUFFIXES, "label": SUFFIXES, "landmarks": (".csv",), "mask": SUFFIXES, "ignore": SUFFIXES}
-FOLDERS = {"image": "images", "label": "labels", "landmarks": "landmarks", "mask": "masks", "ignore": "ignored"}
 LARGEST_GRID = 12_000_000  # voxels
-LAYOUTS = "fixed_images/ + moving_images/, images/, a folder of images, or a .json datalist"
 
 
 def list_pairs(
@@ -120,53 +117,6 @@ class Cut(NamedTuple):
         return self.keep(names, {n for n in names if groups[n] in held})
 
 
-def natural(name: str) -> list[Any]:
-    """Sort key under which frame_2 comes before frame_10."""
-    parts = re.split(r"(\d+)", name)  # texts, and between them numbers, of any length
-    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)]
-
-
-def _files(folder: Path, suffixes: Sequence[str], problems: dict[str, str] | None = None) -> dict[str, str]:
-    """stem -> path of the files with these suffixes, in natural order; other files are ignored.
-
-    Where images are looked for, a sub-folder with a DICOM series is one of them.
-    """
-    if not folder.is_dir():
-        return {}
-    found: dict[str, str] = {}
-    for file in sorted(folder.iterdir(), key=lambda f: natural(f.name)):
-        is_file = file.name.lower().endswith(tuple(suffixes)) and not file.is_dir()
-        series = suffixes == SUFFIXES and file.name not in FOLDERS.values() and is_series(file)
-        if file.name.startswith(".") or not (is_file or series):
-            continue
-        if file.suffix == ".img" and file.with_suffix(".hdr").exists():
-            continue
-        name = images.stem(file)
-        if name != printable(name):
-            _report(problems, name, f"{file}: its name is not printable; rename it")
-            continue
-        if name in found:
-            _report(problems, name, f"{file}: {found[name]} has the same stem; keep one of them")
-        found[name] = str(file)
-    return found
-
-
-def _subjects(root: Path, prefix: str, folder: Path, problems: dict[str, str] | None) -> dict[str, Case]:
-    """stem -> {image, label, landmarks} of one set of folders."""
-    found = {k: _files(root / (prefix + FOLDERS[k]), s, problems) for k, s in KINDS.items() if k != "image"}
-    pictures = _files(folder, SUFFIXES, problems)
-    if not pictures:
-        if (root / "dataset_description.json").is_file():
-            raise InputError(f"{root}: is a BIDS data set; make a datalist of it: regpipe bids {root} -o datalist.json")
-        raise InputError(f"{folder}: holds no image ({' '.join(SUFFIXES)}, folder of DICOM); layouts: {LAYOUTS}")
-    for files in found.values():
-        for name, path in files.items():
-            if name not in pictures:
-                _report(problems, name, f"{path}: no image of this stem in {folder}; add it or remove this")
-    found["image"] = pictures
-    return {n: {k: files[n] for k, files in found.items() if n in files} for n in pictures}
-
-
 def _case(name: str, fixed: Case, moving: Case) -> Case:
     case = {"case": name}
     for side, files in zip(SIDES, (fixed, moving), strict=True):
@@ -193,22 +143,16 @@ def _groups(root: Path, names: Iterable[str]) -> dict[str, str]:
     return groups
 
 
-def _report(problems: dict[str, str] | None, case: str, message: str) -> None:
-    if problems is None:
-        raise InputError(message)
-    problems[printable(case)] = printable(message)
-
-
 def _from_two_folders(root: Path, cut: Cut, problems: dict[str, str] | None) -> list[Case]:
-    fixed, moving = (_subjects(root, f"{side}_", root / f"{side}_images", problems) for side in SIDES)
+    fixed, moving = (subjects_of(root, f"{side}_", root / f"{side}_images", problems) for side in SIDES)
     for one, other, where in ((fixed, moving, "moving"), (moving, fixed, "fixed")):
         for name in one:
             if name not in other:
                 file = one[name]["image"]
-                _report(problems, name, f"{file}: no partner in {where}_images; add it or remove this")
+                report(problems, name, f"{file}: no partner in {where}_images; add it or remove this")
     paired = [name for name in fixed if name in moving and name not in (problems or {})]
     kept = cut.draw(paired, _groups(root, paired))
-    true = _files(root / "displacements", (".nii", ".nii.gz"))
+    true = files_of(root / "displacements", (".nii", ".nii.gz"))
     return [_case(n, fixed[n], moving[n]) | ({"displacement": true[n]} if n in true else {}) for n in kept]
 
 
@@ -216,7 +160,7 @@ def _from_one_folder(root: Path, cut: Cut, pairing: str, problems: dict[str, str
     inner = root / "images"
     if not inner.is_dir() and is_series(root):
         raise InputError(f"{root}: DICOM slices are one image; for pairs put each image's in a folder of its own")
-    subjects = _subjects(root, "", inner if inner.is_dir() else root, problems)
+    subjects = subjects_of(root, "", inner if inner.is_dir() else root, problems)
     names = [name for name in subjects if name not in (problems or {})]
     if len(names) < 2:
         raise InputError(f"{next(iter(subjects.values()))['image']}: is the only image of use; a pair needs two")
@@ -268,7 +212,7 @@ def _entries(entries: Iterable[Mapping[str, str]], file: Path, problems: dict[st
             cases.append(_entry(entry, file))
         except InputError as problem:
             name = entry.get("case") if isinstance(entry, Mapping) else None
-            _report(problems, name if isinstance(name, str) else f"entry {i}", str(problem))
+            report(problems, name if isinstance(name, str) else f"entry {i}", str(problem))
     return cases
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nibabel.affines import apply_affine
 
+from regpipe.data.landmarks import paired_landmarks
 from regpipe.data.pairs import SIDES, Case, fixed_grid
 from regpipe.io import images
 from regpipe.io.geometry import extent
@@ -221,17 +222,16 @@ class Frames:
     def _from_landmarks(self, case: Case, files: Source, stage: str) -> np.ndarray:
         if initial.keys(case):
             raise InputError(f"{case['moving_image']}: --affine_from {self.source} and --initial: give one of them")
-        fixed, moving = (case.get(f"{side}_landmarks") for side in SIDES)
-        if fixed is None or moving is None:
+        paired = paired_landmarks(case, files)
+        if paired is None:
             missing = f"--affine_from {self.source} needs landmarks of both images; add them, or take images"
             raise InputError(f"{case['moving_image']}: {missing}")
-        points = files.landmarks(fixed), files.landmarks(moving)
         try:
             if stage == "projective":
-                return projective.from_landmarks(*points)
-            return affine.from_landmarks(*points, stage)
+                return projective.from_landmarks(paired.fixed, paired.moving)
+            return affine.from_landmarks(paired.fixed, paired.moving, stage)
         except InputError as problem:
-            raise InputError(f"{moving}: {problem}") from None
+            raise InputError(f"{case['moving_landmarks']}: {problem}") from None
 
 
 def _check_dimension(stage: str, grid: Grid) -> None:
@@ -250,7 +250,7 @@ def _mask(case: Case, side: str, files: Source) -> np.ndarray | None:
     parts = [files.known(case[f"{side}_image"])]
     for kind, counts in (("mask", True), ("ignore", False)):
         if f"{side}_{kind}" in case:
-            parts.append((files.label(case[f"{side}_{kind}"])[0].array != 0) == counts)
+            parts.append((files.label(case[f"{side}_{kind}"], image=case[f"{side}_image"])[0].array != 0) == counts)
     known = [part for part in parts if part is not None]
     return np.logical_and.reduce(known) if known else None
 

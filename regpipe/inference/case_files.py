@@ -184,11 +184,11 @@ def _save_warped(
     images = shown_images(fixed, moving, warped, matrix)
     if "moving_label" not in case:
         return images, {}, {}
-    label, _ = files.label(case["moving_label"], load.landmark_channels)
+    label, _ = files.label(case["moving_label"], load.landmark_channels, image=case["moving_image"])
     labels = displacement.resample_through(label, forward, fixed.affine, order=0)
     out.image("warped_label.nii.gz", labels)
     if "fixed_label" not in case:
         return images, {}, {}
-    truth, _ = files.label(case["fixed_label"], load.landmark_channels)
+    truth, _ = files.label(case["fixed_label"], load.landmark_channels, image=case["fixed_image"])
     overlap = mean_of(dice(truth.array, labels, shared_labels(truth.array, label.array)).values())
     return images, shown_labels(truth, label, labels, matrix), {"dice_native": overlap}

@@ -2,4 +2,4 @@ from .images import Grid as Grid
 from .images import Image as Image
 from .images import read_image as read_image
 from .labels import read_label as read_label
-from .points import read_landmarks as read_landmarks
+from .landmarks import read_landmarks as read_landmarks

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe.io import dicom_frames, headers
+from regpipe.io import dicom_frames, dicom_seg, headers
 from regpipe.io.formats import PathLike, Source, is_plane, itk_array, itk_geometry, plane, squeezed, warn_once
 from regpipe.io.geometry import flipped
 from regpipe.io.planes import Plane, laid_flat
@@ -65,9 +65,12 @@ def open_dicom(path: Path) -> Source:
 
     Frames that say where they lie are put there, see ``io.dicom_frames``.
     """
+    headers.check_dicom(path)
+    tags = dicom_frames.read_tags(path)
+    if tags.get("SOPClassUID") in dicom_seg.CLASSES:
+        return dicom_seg.open_segmentation(path, tags)
     io = _header(path)
     dims = tuple(int(io.GetDimensions(i)) for i in range(io.GetNumberOfDimensions()))
-    tags = dicom_frames.read_tags(path)
     if "MOSAIC" in (tags.get("ImageType") or ()):
         raise InputError(f"{path}: a Siemens mosaic, many slices in one picture; convert it by dcm2niix")
     placed = dicom_frames.layout(path, tags) if dims[2] > 1 else None

@@ -42,6 +42,12 @@ def pixels(path: Path) -> np.ndarray:
     return stored.transpose(2, 1, 0).astype(np.float32)
 
 
+def frames_of(tags: Any) -> list[_Frame]:
+    """What functional groups say of each frame; nothing of a file without them."""
+    shared = (tags.get("SharedFunctionalGroupsSequence") or [None])[0]
+    return [_Frame(item, shared) for item in tags.get("PerFrameFunctionalGroupsSequence") or ()]
+
+
 def layout(path: Path, tags: Any) -> Layout | None:
     """What the file says of its frames; None where it says nothing of their places.
 
@@ -74,6 +80,8 @@ class _Frame:
         slope = self._numbers("PixelValueTransformation", "RescaleSlope")
         intercept = self._numbers("PixelValueTransformation", "RescaleIntercept")
         self.scale = None if slope is None or intercept is None else (slope[0], intercept[0])
+        segment = self._numbers("SegmentIdentification", "ReferencedSegmentNumber")
+        self.segment = 1 if segment is None else int(segment[0])
         content = self._item("FrameContent")
         self.stack = "" if content is None else str(content.get("StackID") or "")
         self.time = 0 if content is None else int(content.get("TemporalPositionIndex") or 0)

@@ -101,16 +101,16 @@ def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
     return [(file, about.st_size, about.st_mtime_ns) for file, about in found]
 
 
-def header(path: PathLike, file: BinaryIO | None = None) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and RAS affine that ``read_image`` gives, from the header alone."""
-    with opened_image(path, file) as source:
-        return _straight_grid(source.shape, source.affine)
+def header(path: PathLike, file: BinaryIO | None = None, *, film: bool = False) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and RAS affine that ``read_image`` gives, from the header alone; ``film``: of any frame."""
+    with opened_image(path, file, film=film) as source:
+        return _straight_grid(source.shape[: len(source.affine) - 1], source.affine)
 
 
-def place(path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
+def place(path: PathLike, *, film: bool = False) -> tuple[tuple[int, ...], np.ndarray]:
     """The same; of one slice stored in 3-D as it stands there: shape (X, Y, 1), affine (4, 4)."""
-    with opened_image(path) as source:
-        shape, affine = _straight_grid(source.shape, source.affine)
+    with opened_image(path, film=film) as source:
+        shape, affine = _straight_grid(source.shape[: len(source.affine) - 1], source.affine)
     if source.plane is None:
         return shape, affine
     return planes.with_axis(shape, source.plane), planes.placed(affine, source.plane)
@@ -133,14 +133,16 @@ def voxel_size(affine: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def opened_image(path: PathLike, file: BinaryIO | None = None, *, label: bool = False) -> Iterator[Source]:
-    """The header, checked, while the file is open; ``file``: where it is so already."""
+def opened_image(
+    path: PathLike, file: BinaryIO | None = None, *, label: bool = False, film: bool = False
+) -> Iterator[Source]:
+    """The header, checked, while the file is open; ``file``: where it is so already; ``film``: frames are welcome."""
     where, _ = locate(path)
     with contextlib.nullcontext(file) if file or where.is_dir() else opened(where) as stream:
-        yield _open(path, stream, label)
+        yield _open(path, stream, label, film)
 
 
-def _open(path: PathLike, stream: BinaryIO | None, label: bool) -> Source:
+def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool) -> Source:
     """The header, checked; of a film the frame that ``path`` asks for."""
     file, frame = locate(path)
     try:
@@ -153,10 +155,10 @@ def _open(path: PathLike, stream: BinaryIO | None, label: bool) -> Source:
         raise InputError(f"{path}: {source.dtype} voxels; save one real value per voxel")
     if frame is not None:
         source = _one_frame(source, file, frame)
-    if len(source.shape) == 4 and not (label and not file.name.lower().endswith(PICTURE)):
+    if len(source.shape) == 4 and not film and not (label and not file.name.lower().endswith(PICTURE)):
         last = source.shape[3] - 1
         raise InputError(f"{path}: holds {last + 1} frames; ask for one frame: write #0 to #{last} after its name")
-    if not 2 <= len(source.shape) <= 3 + label or min(source.shape) < 1:
+    if not 2 <= len(source.shape) <= 3 + (label or film) or min(source.shape) < 1:
         raise InputError(f"{path}: its shape is {source.shape}; an image is 2-D or 3-D, or a film of such")
     if min(squeezed(source.shape[:3])) < 2:
         raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); leave it out")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from regpipe.io.geometry import lps_matrix
+from regpipe.io.formats import SEGMENTS
+from regpipe.io.headers import LARGEST_TEXT
 from regpipe.io.images import voxel_size
 
 META = {"u1": "UCHAR", "i1": "CHAR", "u2": "USHORT", "i2": "SHORT", "u4": "UINT", "i4": "INT"}
@@ -21,25 +23,40 @@ NRRD = {f"i{n}": f"int{8 * n}" for n in (1, 2, 4, 8)} | {f"u{n}": f"uint{8 * n}"
 NRRD |= {"f4": "float", "f8": "double"}
 
 
-def image_bytes(suffix: str, array: np.ndarray, affine: np.ndarray, notes: Mapping[str, str] | None = None) -> bytes:
-    """The ``.nrrd`` or ``.mha`` file of an image (*S).
+def image_bytes(
+    suffix: str, array: np.ndarray, affine: np.ndarray, *, values: str = "", notes: Mapping[str, str] | None = None
+) -> bytes:
+    """The ``.nrrd`` or ``.mha`` file of an image (*S), or of several values at each place (*S, C).
 
-    ``notes``: key and value pairs of a NRRD.
+    ``values``: what they are, as a NRRD has it: ``list``, ``vector``, ``RGB-color``, ...; empty of one. ``notes``: a
+    NRRD's keys and values.
     """
     array = array.astype(np.uint8) if array.dtype == bool else array
     array = array.astype(np.float32) if array.dtype == np.float16 else array
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    place = lps_matrix(affine, places=False)
-    return _nrrd(array, place, notes or {}) if suffix == ".nrrd" else _mha(array, place)
+    place = affine * np.r_[-1, -1, np.ones(len(affine) - 2)][:, None]  # LPS, of any dimension
+    array = np.moveaxis(array, -1, 0) if values else array  # values run fastest
+    return _nrrd(array, place, values, notes or {}) if suffix == ".nrrd" else _mha(array, place)
 
 
-def _nrrd(array: np.ndarray, place: np.ndarray, notes: Mapping[str, str]) -> bytes:
+def segment_notes(path: Path) -> dict[str, str]:
+    """What a ``.seg.nrrd`` says of its segments: names, colours, layers; not where they lie in its own grid."""
+    if not path.name.lower().endswith(SEGMENTS) or not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        head = file.read(LARGEST_TEXT).replace(b"\r\n", b"\n").partition(b"\n\n")[0].decode("utf-8", "replace")
+    found = (line.split(":=", 1) for line in head.splitlines() if line.startswith("Segment") and ":=" in line)
+    return {key: value for key, value in found if not key.endswith(("_Extent", "ExtentOffset"))}
+
+
+def _nrrd(array: np.ndarray, place: np.ndarray, values: str, notes: Mapping[str, str]) -> bytes:
     dim = len(place) - 1
-    lines = ["NRRD0004", f"type: {NRRD[array.dtype.str[1:]]}", f"dimension: {dim}"]
+    kinds, none = ([values], ["none"]) if values else ([], [])
+    lines = ["NRRD0004", f"type: {NRRD[array.dtype.str[1:]]}", f"dimension: {array.ndim}"]
     lines += ["space: left-posterior-superior" if dim == 3 else f"space dimension: {dim}"]
     lines += [f"sizes: {_words(array.shape)}"]
-    lines += [f"space directions: {' '.join(_vector(column) for column in place[:-1, :-1].T)}"]
-    lines += [f"kinds: {' '.join(['domain'] * dim)}", "endian: little", "encoding: gzip"]
+    lines += [f"space directions: {' '.join([*none, *(_vector(column) for column in place[:-1, :-1].T)])}"]
+    lines += [f"kinds: {' '.join([*kinds, *['domain'] * dim])}", "endian: little", "encoding: gzip"]
     lines += [f"space origin: {_vector(place[:-1, -1])}", *(f"{key}:={value}" for key, value in notes.items())]
     return "\n".join([*lines, "", ""]).encode() + gzip.compress(array.tobytes("F"), compresslevel=1, mtime=0)
 
@@ -58,7 +75,8 @@ def _mha(array: np.ndarray, place: np.ndarray) -> bytes:
         "Offset": _words(place[:-1, -1]),
         "CenterOfRotation": _words([0] * dim),
         "ElementSpacing": _words(size),
-        "DimSize": _words(array.shape),
+        "DimSize": _words(array.shape[-dim:]),
+        **({"ElementNumberOfChannels": str(len(array))} if array.ndim > dim else {}),
         "ElementType": f"MET_{META[array.dtype.str[1:]]}",
         "ElementDataFile": "LOCAL",
     }

@@ -1,13 +1,15 @@
 """Label maps: how they are read, and how a file that may be one is told from an image.
 
-A file is a label map where it says so (NIfTI's intent for labels, Slicer's ``.seg.nrrd``). Of any other its name and
-its voxels are asked. The name counts by its last word, ``aparc+aseg``, ``a_dseg``, ``brainmask``, or by its folder's,
-``fixed_labels``, ``labelsTr``: ``mask_removed_T1`` is an image. The voxels of a label map are whole numbers that fill
-regions; those of an image differ from their neighbours, by little. Where the two disagree, that is said.
+A file is a label map where it says so: NIfTI's intent for labels, DICOM's segmentations, Slicer's ``.seg.nrrd``. Of any
+other its name and its voxels are asked. The name counts by its last word, ``aparc+aseg``, ``a_dseg``, ``brainmask``, or
+by its folder's, ``fixed_labels``, ``labelsTr``: ``mask_removed_T1`` is an image. The voxels of a label map are whole
+numbers that fill regions; those of an image differ from their neighbours, by little. Where the two disagree, that is
+said.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
@@ -16,7 +18,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from regpipe.io.formats import SUFFIXES, PathLike, locate, warn_once
-from regpipe.io.images import Image, opened_image, straightened, voxels_of
+from regpipe.io.images import Image, opened_image, resample, straightened, voxels_of
 from regpipe.utils.errors import InputError
 
 LARGEST = 2**63 - 1  # of label ids
@@ -25,13 +27,15 @@ WHOLE = 1e-3  # how far from a whole number a label may lie: a scale factor or f
 WORDS = ("seg", "label", "labelmap", "mask", "parc", "parcellation", "segmentation", "annotation", "annot", "roi")
 ATLAS = ("atlas",)  # of a folder that may hold the atlas's image, too
 NO_WORDS = ("probseg", "unmask")
+LATTICE = 0.05  # voxels that a label map may lie off its image's
 FEW = 32  # values; 8-bit pictures have more
+NEXT = 2  # values that neighbours of different ones are apart, in the list of all that occur
 LAYERS = 8  # values; images have more
+SPARSE = 0.9  # share of the background, from which on what is not are points
 LOOKED_AT = 4_000_000  # voxels, at most about so many
 FLAT, UNEVEN = 0.5, 0.3  # share of equal neighbours: measured 0.69 and more of label maps, 0.08 and less of images
-ALIKE = (
-    0.75  # how unlike neighbours are to voxels anywhere: measured 1.4 and more of label maps, 0.4 and less of images
-)
+# how unlike neighbours are, to voxels anywhere: measured 1.4 and more of label maps, 0.4 and less of images
+ALIKE = 0.75
 SUGGEST = "--interpolation"
 
 
@@ -42,6 +46,7 @@ class Look(NamedTuple):
     label: bool
     image: bool
     graded: bool  # where neighbours differ, they differ by little: an image of few grey values, or layers
+    noise: bool  # neighbours differ nearly everywhere, and not around single points
 
 
 def read_label(
@@ -83,7 +88,7 @@ def ids_of(array: np.ndarray, path: PathLike) -> np.ndarray:
     """
     if array.dtype.kind != "b":
         least, largest = np.nanmin(array), np.nanmax(array)
-        if not -LARGEST <= least <= largest <= LARGEST:
+        if not (-LARGEST <= least <= largest <= LARGEST or np.isnan(least)):
             raise InputError(f"{path}: label ids reach from {least} to {largest}; number them below 2^63")
     whole = whole_numbers(array)
     if whole is None:
@@ -102,6 +107,26 @@ def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:
     return np.array(rows).reshape(-1, dim)
 
 
+def laid_on(label: Image, shape: Sequence[int], affine: np.ndarray) -> Image | None:
+    """A label map on its image's grid, where its voxels are voxels of that: it may be a part of it, or turned.
+
+    None where they lie elsewhere, or where something of them is beyond the image. What is beyond the label map is 0.
+    """
+    move = np.linalg.inv(affine) @ label.affine
+    turn, corners = np.rint(move[:-1, :-1]), np.array(list(itertools.product(*((0, n - 1) for n in label.array.shape))))
+    at = apply_affine(move, corners)
+    if not (np.abs(turn) @ np.ones(len(turn)) == 1).all() or np.abs(np.linalg.det(turn)) != 1:
+        return None
+    if np.abs(at - np.rint(at)).max() > LATTICE or np.abs(at - at[0] - (corners - corners[0]) @ turn.T).max() > LATTICE:
+        return None
+    exact = np.eye(len(move))
+    exact[:-1, :-1], exact[:-1, -1] = turn, np.rint(at[0] - turn @ corners[0])
+    laid = resample(Image(label.array, affine @ exact), affine, shape, order=0)
+    return (
+        label._replace(array=laid, affine=affine) if np.count_nonzero(laid) == np.count_nonzero(label.array) else None
+    )
+
+
 def whole_numbers(array: np.ndarray) -> np.ndarray | None:
     """The labels that an array holds: itself where its type is a whole one, else rounded; None where they are none.
 
@@ -112,6 +137,8 @@ def whole_numbers(array: np.ndarray) -> np.ndarray | None:
         return array.astype(np.uint8)
     if array.dtype.kind != "f":
         return array
+    if np.isnan(array).all():
+        return None
     known = np.nan_to_num(array, nan=0.0, posinf=np.inf, neginf=-np.inf)
     near = np.rint(known)
     with np.errstate(invalid="ignore"):  # infinite ones
@@ -137,8 +164,8 @@ def is_label_map(path: PathLike, array: np.ndarray, said: bool) -> bool:
     whole, named = whole_numbers(array), is_named_label(path)
     if whole is None and said:
         warn_once(f"{path}: says that it is a label map and holds fractions, which are kept, by nearest neighbour")
-    if said or (whole is None and not named):
-        return said
+    if said or (not named and (whole is None or (array.dtype.kind == "f" and np.isnan(array).any()))):
+        return said  # NaN is no data of an image, and 0 of labels
     look = look_of(array if whole is None else whole)
     if whole is None:
         return _of_fractions(path, look)
@@ -158,7 +185,7 @@ def _of_whole(path: PathLike, look: Look) -> bool:
     if look.values <= 2 or look.image:
         return not look.image
     few = look.values <= FEW
-    label = (look.label or few) and not (look.graded and look.values > LAYERS)
+    label = (look.label or few) and not ((look.graded or look.noise) and look.values > LAYERS)
     sure = look.label and few if label else not (look.label or few)
     if not sure:
         kinds = ("a label map", "linear") if label else ("an image", "nearest")
@@ -178,7 +205,8 @@ def is_named_label(path: PathLike) -> bool:
 def _last_word(name: str) -> str:
     """Of letters, in the singular; empty where it is one of ``NO_WORDS``."""
     words = [word for word in re.split("[^a-z]+", name) if word]
-    last = words[-1].removesuffix("s") if words else ""
+    last = words[-1] if words else ""
+    last = last if last.endswith(ATLAS) else last.removesuffix("s")
     return "" if last.endswith(NO_WORDS) else last
 
 
@@ -199,10 +227,12 @@ def look_of(array: np.ndarray) -> Look:
     one, other = one[differ], other[differ]
     anywhere = np.abs(one - np.random.default_rng(0).permutation(other)).mean() if len(one) else 0.0
     alike = np.abs(one - other).mean() / anywhere if anywhere else 1.0
-    few = len(ids) <= FEW
-    label = flat >= FLAT and (few or alike >= ALIKE)
-    graded = len(ids) > 2 and alike < ALIKE
-    return Look(len(ids), bool(label), bool(graded and flat < UNEVEN), bool(graded))
+    levels = np.abs(np.searchsorted(ids, one) - np.searchsorted(ids, other)).mean() if len(one) else 0.0
+    # where regions are flat, a shade of grey borders on the next one, a label on any: also cells numbered row by row
+    graded = len(ids) > 2 and alike < ALIKE and (flat < FLAT or levels < NEXT)
+    label = flat >= FLAT and (len(ids) <= FEW or not graded)
+    noise = flat < UNEVEN and counts.max() < SPARSE * slices.size
+    return Look(len(ids), bool(label), bool(graded and flat < UNEVEN), bool(graded), bool(noise))
 
 
 def _pairs(slices: np.ndarray, background: np.generic) -> tuple[np.ndarray, np.ndarray]:

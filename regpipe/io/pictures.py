@@ -7,6 +7,7 @@ volume, whose voxel size those files give.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +45,6 @@ def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
         _tell(path, picture, turn)
         stack = _stack(path, picture, frames) if frames > 1 else None
     indexed = mode in ("L", "F", "1") or mode.startswith("I") or (label and mode == "P")
-    if label and not indexed:
-        raise InputError(f"{path}: a label map in colour ({mode}); save one number per pixel")
     affine, shape = lps_matrix(np.eye(3), places=False), size if frames == 1 else (*size, 1, frames)
     if stack is not None:
         shape = (*size, stack.counts["Z"], stack.counts["T"])
@@ -55,10 +54,10 @@ def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
 
     def voxels(frame: int | None) -> np.ndarray:
         if frames == 1:
-            return _pixels(path, file, 0, indexed)
+            return _pixels(path, file, 0, indexed, label)
         film = [*range(frames)] if frame is None else [frame]
         wanted = film if stack is None else _wanted(stack, frame)
-        array = np.stack([_pixels(path, file, i, indexed) for i in wanted], -1)
+        array = np.stack([_pixels(path, file, i, indexed, label) for i in wanted], -1)
         return array.reshape(shape if frame is None else squeezed(shape[:3]))
 
     return Source(shape, affine, np.dtype("f4"), voxels)
@@ -71,6 +70,34 @@ def _wanted(stack: _Stack, frame: int | None) -> list[int]:
         strides[axis], stride = stride, stride * stack.counts[axis]
     times = range(stack.counts["T"]) if frame is None else [frame]
     return [z * strides["Z"] + t * strides["T"] for z in range(stack.counts["Z"]) for t in times]
+
+
+@contextlib.contextmanager
+def open_upright(file: BinaryIO) -> Iterator[Any]:
+    """A picture of one frame, upright, whatever its colours; None where it has several frames."""
+    with _opened(file) as picture:
+        if getattr(picture, "n_frames", 1) > 1:
+            yield None
+        else:
+            picture.load()
+            yield ImageOps.exif_transpose(picture) or picture
+
+
+def frames_of(path: Path) -> int:
+    """How many a picture has; 1 where it cannot be read, which who reads it says."""
+    try:
+        with path.open("rb") as file, _opened(file) as picture:
+            return int(getattr(picture, "n_frames", 1))
+    except (OSError, ValueError, SyntaxError):
+        return 1
+
+
+def colours_bytes(path: Path, array: np.ndarray) -> bytes:
+    """The file, by its suffix, of colours (X, Y, 3 or 4) of 8 bits."""
+    data = io.BytesIO()
+    kind = Picture.registered_extensions()[path.suffix.lower()]
+    Picture.fromarray(np.ascontiguousarray(array.swapaxes(0, 1))).save(data, format=kind)
+    return data.getvalue()
 
 
 @contextlib.contextmanager
@@ -145,7 +172,7 @@ def _of_ome(text: str) -> _Stack | None:
     return _Stack(order, counts, (size[0], size[1], size[2])) if sorted(order) == ["C", "T", "Z"] else None
 
 
-def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool) -> np.ndarray:
+def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool, label: bool) -> np.ndarray:
     """One frame (X, Y), upright."""
     with _opened(file) as opened:
         opened.seek(frame)
@@ -157,6 +184,8 @@ def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool) -> np.ndarray
             picture = _laid_on_white(path, picture)
         rgb = np.array(picture.convert("RGB"))
         if (rgb != rgb[..., :1]).any():
+            if label:
+                raise InputError(f"{path}: a label map in colour ({opened.mode}); save one number per pixel")
             warn_once(f"{path}: is in colour; its luminance is used")
         return np.array(picture.convert("RGB").convert("L")).T
 

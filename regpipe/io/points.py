@@ -7,51 +7,40 @@ ITK: it has no STL, and of a VTK file it loses the header's ``SPACE=RAS``, the n
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from regpipe.io import formats
-from regpipe.io.geometry import LPS
+from regpipe.io.point_tables import DECIMALS, SPACES, PointFile, number, read_csv, read_fcsv, read_tag
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import opened, parse_json, replace_file, require_file
-
-SPACES = {"0": LPS, "RAS": LPS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
-DECIMALS = 6  # of mm, in text
+from regpipe.utils.files import parse_json, replace_file, require_file
 
 
-class PointFile(NamedTuple):
-    """The points of a file, and the file with other points in their place."""
+def read_points(path: str | Path, file: BinaryIO | None = None) -> PointFile:
+    """Read tables (see ``io.point_tables``), Slicer's .mrk.json, meshes .vtk (legacy) and .stl.
 
-    points: np.ndarray  # (K, 3) or (K, 2) LPS mm; NaN where the file has none
-    render: Callable[[np.ndarray], bytes]
-
-
-def read_points(path: str | Path) -> PointFile:
-    """Read .csv (header x,y or x,y,z; LPS mm), Slicer's .fcsv and .mrk.json, meshes .vtk (legacy) and .stl.
-
-    Meshes are LPS unless their header says ``SPACE=RAS``. Of a mesh the points move, and an STL's normals with
-    them; what a VTK file stores with the points (normals, scalars) stays as it is.
+    ``file``: the same, open. Meshes are LPS unless their header says ``SPACE=RAS``. Of a mesh the points move, and an
+    STL's normals with them; what a VTK file stores with the points (normals, scalars) stays as it is.
 
     Raises:
         InputError: missing, broken, or of another kind.
     """
-    path = require_file(path)
+    path = Path(path) if file else require_file(path)
     limits.require_size(path)
     try:
-        return READERS[_kind(path)](path.read_bytes())
+        return READERS[_kind(path)](file.read() if file else path.read_bytes())
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from problem
+    except UnicodeDecodeError as cause:
+        raise InputError(f"{path}: not text in UTF-8 ({cause.reason} at byte {cause.start}); save it so") from cause
     except OSError as cause:
         raise InputError(f"{path}: {cause.strerror}; give an existing file") from cause
     except (
-        UnicodeDecodeError,
         csv.Error,
         ValueError,
         KeyError,
@@ -62,25 +51,6 @@ def read_points(path: str | Path) -> PointFile:
     ) as cause:
         reason = " ".join(str(cause).split())[-120:] or type(cause).__name__
         raise InputError(f"{path}: not a readable {_kind(path)} ({reason}); export it again") from cause
-
-
-def read_landmarks(path: str | Path, file: BinaryIO | None = None) -> np.ndarray:
-    """Read a CSV with header ``x,y`` or ``x,y,z`` -> (K, D) LPS mm; an empty cell is NaN. ``file``: the same, open."""
-    try:
-        with io.TextIOWrapper(file or opened(path), encoding="utf-8-sig", newline="") as lines:
-            rows = [{(k or "").strip().lower(): v for k, v in row.items()} for row in csv.DictReader(lines)]
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise InputError(f"{path}: cannot be read ({formats.one_line(cause)}); save it as CSV in UTF-8") from cause
-    if not rows or not {"x", "y"} <= rows[0].keys():
-        raise InputError(f"{path}: needs the header x,y or x,y,z and a row per landmark (LPS mm)")
-    axes = [a for a in "xyz" if a in rows[0]]
-    try:
-        points = np.array([[float((row[a] or "").strip() or "nan") for a in axes] for row in rows])
-    except ValueError as cause:
-        raise InputError(f"{path}: {formats.one_line(cause)}; coordinates are numbers in LPS mm") from cause
-    if np.isinf(points).any():
-        raise InputError(f"{path}: holds infinite coordinates; leave the cell empty where a landmark is not known")
-    return points
 
 
 def write_points(path: str | Path, file: PointFile, points: np.ndarray) -> None:
@@ -98,36 +68,6 @@ def _kind(path: Path) -> str:
     if not found:
         raise InputError(f"unknown format; use one of {' '.join(READERS)}")
     return found[0]
-
-
-def _csv(data: bytes) -> PointFile:
-    header, *rows = _rows(data.decode("utf-8-sig")) or [[]]
-    names = [name.strip().lower() for name in header]
-    if not {"x", "y"} <= set(names) or not rows:
-        raise InputError("needs the header x,y or x,y,z and a row per point (LPS mm)")
-    columns = [names.index(axis) for axis in "xyz" if axis in names]
-
-    def render(points: np.ndarray) -> bytes:
-        return _text([header, *_replaced(rows, columns, points)]).encode()
-
-    return PointFile(_numbers(rows, columns), render)
-
-
-def _fcsv(data: bytes) -> PointFile:
-    lines = data.decode("utf-8-sig").splitlines()
-    comments = [line for line in lines if line.startswith("#")]
-    rows = _rows("\n".join(line for line in lines if not line.startswith("#")))
-    said = {key.strip(): value.strip() for key, _, value in (line[1:].partition("=") for line in comments)}
-    flip = SPACES.get(said.get("CoordinateSystem", "").upper())
-    if flip is None:
-        raise InputError("does not say whether it is LPS or RAS; add the line '# CoordinateSystem = LPS' (or RAS)")
-    names = said.get("columns", "id,x,y,z").split(",")
-    columns = [names.index(axis) for axis in "xyz"]
-
-    def render(points: np.ndarray) -> bytes:
-        return ("\n".join(comments) + "\n" + _text(_replaced(rows, columns, points * flip))).encode()
-
-    return PointFile(_numbers(rows, columns) * flip, render)
 
 
 def _markups(data: bytes) -> PointFile:
@@ -151,7 +91,9 @@ def _markups(data: bytes) -> PointFile:
                 point["position"] = np.round(place * flip, DECIMALS).tolist()
         return (json.dumps(moved, indent=4, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
-    return PointFile(np.array(rows).reshape(-1, 3), render)
+    names = tuple(str(point.get("label", "")) for point, _ in placed)
+    told = len(set(names)) > 1 or (len(names) == 1 and names[0])
+    return PointFile(np.array(rows).reshape(-1, 3), render, names if told else None)
 
 
 def _defined(point: dict[str, Any]) -> np.ndarray:
@@ -243,45 +185,14 @@ def _mesh_space(header: bytes) -> np.ndarray:
 
 
 def _words(values: np.ndarray) -> str:
-    return " ".join(_number(value) for value in values)
-
-
-def _number(value: float) -> str:
-    return f"{round(float(value), DECIMALS) + 0.0:.{DECIMALS}f}"  # + 0.0: not "-0.000000"
-
-
-def _rows(text: str) -> list[list[str]]:
-    return [row for row in csv.reader(io.StringIO(text, newline="")) if row]
-
-
-def _numbers(rows: list[list[str]], columns: list[int]) -> np.ndarray:
-    """The coordinates (K, D) in the named columns; an empty cell is NaN."""
-    if any(len(row) <= max(columns) for row in rows):
-        raise InputError("a row has fewer cells than the header; complete it")
-    cells = [[float(row[column].strip() or "nan") for column in columns] for row in rows]
-    return np.array(cells).reshape(-1, len(columns))
-
-
-def _replaced(rows: list[list[str]], columns: list[int], points: np.ndarray) -> list[list[str]]:
-    """The rows with other coordinates (K, D); where a point is NaN, its cells as they were."""
-    moved = [list(row) for row in rows]
-    for row, point in zip(moved, points, strict=True):
-        if np.isfinite(point).all():
-            for column, value in zip(columns, point, strict=True):
-                row[column] = _number(value)
-    return moved
-
-
-def _text(rows: list[list[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return " ".join(number(value) for value in values)
 
 
 READERS: dict[str, Callable[[bytes], PointFile]] = {
     ".mrk.json": _markups,
-    ".fcsv": _fcsv,
-    ".csv": _csv,
+    ".fcsv": read_fcsv,
+    ".csv": read_csv,
+    ".tag": read_tag,
     ".vtk": _vtk,
     ".stl": _stl,
 }

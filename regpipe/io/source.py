@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
+from nibabel.affines import apply_affine
 
 from regpipe.io import background, images, labels
 from regpipe.io.formats import locate
 from regpipe.io.images import Image, PathLike
-from regpipe.io.points import read_landmarks
+from regpipe.io.landmarks import Landmarks, named_landmarks, placed, stored_affine
 from regpipe.utils.files import opened, sha256, sha256_of
 
 
@@ -43,15 +44,30 @@ class Source:
         """Where an image holds data, (*S) bool; None where it does everywhere."""
         return background.known(self.read(path, images.read_image).array)
 
-    def label(self, path: PathLike, landmark_channels: int | None = None) -> tuple[Image, np.ndarray | None]:
-        """``io.labels.read_label``."""
-        label: tuple[Image, np.ndarray | None] = self.read(path, labels.read_label, landmark_channels=landmark_channels)
-        return label
+    def label(
+        self, path: PathLike, landmark_channels: int | None = None, *, image: PathLike | None = None
+    ) -> tuple[Image, np.ndarray | None]:
+        """``io.labels.read_label``; on the grid of its ``image`` where ``io.labels.laid_on`` can lay it there."""
+        found: tuple[Image, np.ndarray | None] = self.read(path, labels.read_label, landmark_channels=landmark_channels)
+        label, points = found
+        if image is None:
+            return found
+        shape, affine = self.header(image)
+        if label.array.ndim != len(shape) or (
+            shape == label.array.shape and np.allclose(affine, label.affine, atol=1e-3)
+        ):
+            return found
+        laid = labels.laid_on(label, shape, affine)
+        if laid is None:
+            return found
+        return laid, None if points is None else apply_affine(np.linalg.inv(affine) @ label.affine, points)
 
-    def landmarks(self, path: PathLike) -> np.ndarray:
-        """``io.points.read_landmarks``."""
-        points: np.ndarray = self.read(path, read_landmarks)
-        return points
+    def landmarks(self, path: PathLike, image: PathLike) -> Landmarks:
+        """``io.landmarks.named_landmarks`` of an image, in LPS mm."""
+        found: Landmarks = self.read(path, named_landmarks)
+        if not (found.voxels or found.flat):
+            return found
+        return placed(found, len(self.header(image)[0]), self.read(image, stored_affine) if found.voxels else None)
 
     def header(self, path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
         """``io.images.header``; without another look at a file whose image is known."""

@@ -13,15 +13,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from nibabel.affines import apply_affine
 
 from regpipe.io import itk_bridge
 from regpipe.io.geometry import flipped
 from regpipe.io.images import SUFFIXES, header, place, stem
+from regpipe.io.itk_files import segment_notes
 from regpipe.io.planes import standing
 from regpipe.io.points import READERS, is_points, read_points, write_points
+from regpipe.io.series import read_series
 from regpipe.transforms import displacement
 from regpipe.transforms.read import Space, composite_bytes, find, read_transform
-from regpipe.transforms.resample import INTERPOLATIONS, fill_value, read_voxels, resample, result_suffix, write_voxels
+from regpipe.transforms.resample import (
+    INTERPOLATIONS,
+    fill_value,
+    read_voxels,
+    resample,
+    result_suffix,
+    write_voxels,
+)
+from regpipe.transforms.several import carry_series
 from regpipe.utils import console
 from regpipe.utils.errors import InputError, out_of_memory
 from regpipe.utils.files import absolute, replace_file
@@ -39,7 +50,8 @@ class _Carrier(NamedTuple):
     grid: Space | None  # of the resampled images
     source: Space | None  # where the inputs lie, as far as known
     interpolation: str
-    fill: float | None  # outside of images; None: as each has it
+    fill: float | None = None  # outside of images; None: as each has it
+    target: Space | None = None  # where the results lie, as far as known
 
 
 def apply(
@@ -65,7 +77,8 @@ def apply(
         problems: gets a line for each input that cannot be moved; None: the first one raises.
 
     Returns:
-        The files written. Images are float32 (pictures: rounded), label maps of their own type.
+        The files written. Images are float32 (pictures: rounded), label maps of their own type; of frames in time,
+        channels and vectors each, see ``transforms.several``.
 
     Raises:
         InputError: no such transform (see ``find``, ``read_transform``), no reference; a broken or unsuitable input.
@@ -148,15 +161,15 @@ def _carrier(
     points = [is_points(path) for path in paths]
     point_map = read_transform(move.points, points=True) if any(points) else None
     if all(points):
-        return _Carrier(None, point_map, None, move.source, interpolation, None)
+        return _Carrier(None, point_map, None, move.source, interpolation, target=move.target)
     image_map = read_transform(move.images)
     grid = _grid(reference, move.target, image_map)
-    return _Carrier(image_map, point_map, grid, move.source, interpolation, None)
+    return _Carrier(image_map, point_map, grid, move.source, interpolation, target=move.target)
 
 
 def _grid(reference: str | Path | None, target: Space | None, transform: Any) -> Space:
     if reference is not None:
-        target = Space(*(place if transform.GetInputSpaceDimension() == 3 else header)(reference))
+        target = Space(*(place if transform.GetInputSpaceDimension() == 3 else header)(reference, film=True))
     if target is None:
         raise InputError("a transform file does not say on which grid the result lies: give --reference IMAGE")
     if len(target.shape) != transform.GetInputSpaceDimension():
@@ -172,16 +185,20 @@ def _result_name(path: Path, grid: Space | None) -> str:
 def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
     """Resamples one file; returns the interpolation, and what lies outside where it is not 0."""
     assert carrier.grid is not None
+    series = read_series(path)
+    if series is not None:
+        return carry_series(path, target, series, carrier.images, carrier.grid, carrier.interpolation, carrier.fill)
     image, dtype, method = read_voxels(path, carrier.interpolation)
     dim = carrier.images.GetInputSpaceDimension()
     image = standing(image) if dim == 3 else image
     if image.array.ndim != dim:
         raise InputError(f"{path}: is {image.array.ndim}-D, the transform is {dim}-D; give an image of its kind")
-    fill = fill_value(path, image, carrier.fill)
+    told = carrier.interpolation == "auto" and method == "nearest"  # a label map, also where it looks like an image
+    fill = 0.0 if told else fill_value(path, image, carrier.fill)
     result = resample(image, carrier.images, carrier.grid, method, fill)
     if image.array.any() and np.array_equal(result, np.full_like(result, fill), equal_nan=True):
         log.warning("%s: nothing of it lies on the result's grid; is it in the space of the moved image?", path)
-    write_voxels(target, result, carrier.grid.affine, dtype)
+    write_voxels(target, result, carrier.grid.affine, dtype, segment_notes(path))
     return f"{method}, {fill:g} outside" if fill else method
 
 
@@ -190,14 +207,24 @@ def _carry_points(path: Path, target: Path, carrier: _Carrier) -> str:
     if not target.name.lower().endswith(path.suffix.lower()):
         raise InputError(f"{target}: points keep their format; name it {path.suffix}")
     file = read_points(path)
+    points = _of_voxels(path, file.points, carrier) if file.voxels else file.points
     if carrier.source is not None:
-        _warn_outside(path, file.points, carrier.source)
+        _warn_outside(path, points, carrier.source)
     try:
-        moved = map_points(file.points, carrier.points)
+        moved = map_points(points, carrier.points)
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from problem
+    if file.voxels and carrier.target is not None:
+        moved = apply_affine(np.linalg.inv(carrier.target.affine), flipped(moved))
     write_points(target, file, moved)
     return f"{len(moved)} points"
+
+
+def _of_voxels(path: Path, points: np.ndarray, carrier: _Carrier) -> np.ndarray:
+    """LPS mm of voxels of the image that they are carried from; they come out as voxels of the other one."""
+    if carrier.source is None or carrier.target is None or points.shape[1] != len(carrier.source.shape):
+        raise InputError(f"{path}: counts in voxels, which only a case's images make mm; give x,y,z in LPS mm")
+    return flipped(apply_affine(carrier.source.affine, points))
 
 
 def map_points(points: np.ndarray, transform: Any) -> np.ndarray:

@@ -7,12 +7,13 @@ draws smoother borders than ``nearest``: each label's indicator is interpolated 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe.io import background, itk_bridge
+from regpipe.io import background, itk_bridge, pictures
 from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, locate
 from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image, exactly, header, opened_image, read_image, straightened, voxels_of
@@ -129,21 +130,22 @@ def _pull(image: Image, transform: Any, grid: Space, method: str, fill: float = 
 
 
 def result_suffix(path: Path, grid: Space) -> str:
-    """The suffix of an image's result: its own, unless a picture could not say where the grid lies."""
+    """The suffix of an image's result: its own, unless a picture could not say where the grid lies, or is a film."""
     file, _ = locate(path)
     suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s) and file.is_file()), ".nii.gz")
-    if suffix in PICTURE and (
-        len(grid.shape) != 2 or not np.allclose(grid.affine, lps_matrix(np.eye(3), places=False))
-    ):
+    flat = len(grid.shape) == 2 and np.allclose(grid.affine, lps_matrix(np.eye(3), places=False))
+    if suffix in PICTURE and not (flat and pictures.frames_of(file) == 1):
         return ".nii.gz"
     return WRITTEN.get(suffix, suffix)
 
 
-def write_voxels(path: Path, array: np.ndarray, affine: np.ndarray, dtype: np.dtype) -> None:
+def write_voxels(
+    path: Path, array: np.ndarray, affine: np.ndarray, dtype: np.dtype, notes: Mapping[str, str] | None = None
+) -> None:
     """Write (*S) as ``dtype``, if that holds its values: NIfTI, a picture (cut off below 0), .mha or .nrrd."""
     typed = array.astype(dtype)
     array = typed if dtype.kind == "f" or np.array_equal(typed, array) else array
     if path.suffix.lower() in (".mha", ".nrrd"):
-        replace_file(path, image_bytes(path.suffix.lower(), array, affine))
+        replace_file(path, image_bytes(path.suffix.lower(), array, affine, notes=notes))
     else:
         displacement.write_image(path, array.clip(min=0) if path.suffix.lower() in PICTURE else array, affine)

@@ -35,7 +35,8 @@ from regpipe.engines import record
 from regpipe.io import itk_bridge
 from regpipe.io.images import load_grid, read_image
 from regpipe.io.labels import read_label
-from regpipe.io.points import read_landmarks, read_points
+from regpipe.io.landmarks import read_landmarks
+from regpipe.io.points import read_points
 from regpipe.networks.weights import read_state_dict
 from regpipe.transforms.read import find, read_transform
 from regpipe.utils.errors import InputError, printable

@@ -63,7 +63,9 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     for i in range(6):
         save(root / "fixed_masks" / f"c{i}.nii.gz", good)
     assert check_pairs(list_pairs(root), landmark_channels=1) == {}
-    save(root / "fixed_masks" / "c1.nii.gz", good[:, :, :7])
+    between = np.diag([1.0, 1, 1, 1])
+    between[2, 3] = 0.5  # voxels; a part of the image's own lattice would do
+    save(root / "fixed_masks" / "c1.nii.gz", good[:, :, :7], between)
     save(root / "fixed_masks" / "c2.nii.gz", good, np.diag([1, 1, 1.01, 1]))
     save(root / "fixed_masks" / "c3.nii.gz", 0 * good)
     save(root / "fixed_masks" / "c4.nii.gz", volume())

@@ -24,7 +24,7 @@ from regpipe.io.images import (
     to_grid,
 )
 from regpipe.io.labels import read_label
-from regpipe.io.points import read_landmarks
+from regpipe.io.landmarks import read_landmarks
 
 RNG = np.random.default_rng(0)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

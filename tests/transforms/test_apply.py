@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from helpers.folders import save
 from helpers.registered import (
     Pair,
+    at,
     inner_points,
     lps_place,
     nifti,
@@ -70,6 +71,22 @@ def test_points_equal_simpleitks_transform_point(tmp_path: Path, pair: Pair) -> 
     (out,) = apply(pair.case, [write_csv(tmp_path / "p.csv", points)], tmp_path / "out", to="fixed")
     theirs = sitk.ReadTransform(str(pair.case / "fixed_to_moving.h5"))
     np.testing.assert_allclose(read_points(out).points, [theirs.TransformPoint(p) for p in points.tolist()], atol=1e-5)
+
+
+def test_voxels_of_the_one_image_become_voxels_of_the_other(tmp_path: Path, pair: Pair) -> None:
+    points = inner_points(pair.moving)
+    (mm,) = apply(pair.case, [write_csv(tmp_path / "p.csv", points)], tmp_path / "out")
+    dim = points.shape[1]
+    keep, flip = np.ix_([*range(dim), 3], [*range(dim), 3]), np.array([-1, -1, 1])[:dim]
+    moving, fixed = (nifti(path).affine[keep] for path in (pair.moving, pair.fixed))
+    voxel = at(np.linalg.inv(moving), points * flip)
+    rows = [",".join(map(repr, row)) for row in voxel.tolist()]
+    (tmp_path / "v.csv").write_text("\n".join(["i,j,k"[: 2 * dim - 1], *rows]) + "\n")
+    (out,) = apply(pair.case, [tmp_path / "v.csv"], tmp_path / "out")
+    found = np.loadtxt(out, delimiter=",", skiprows=1)
+    np.testing.assert_allclose(at(fixed, found) * flip, read_points(mm).points, atol=1e-3)
+    with pytest.raises(InputError, match="v.csv: counts in voxels"):
+        apply(pair.case / "fixed_to_moving.h5", [tmp_path / "v.csv"], tmp_path / "o")
 
 
 def test_a_blob_moves_with_its_point(tmp_path: Path, pair: Pair) -> None:

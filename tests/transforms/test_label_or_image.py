@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from PIL import Image as Picture
 from scipy import ndimage
 
 from helpers.folders import save
@@ -125,6 +126,19 @@ def test_a_file_that_says_what_it_is_is_that(
         ("j", blocks(np.arange(1, 6)) / 5, "linear", None),
         ("k", 1e-3 * grey() / 250, "linear", None),  # within 1e-3 of 0, all of it
         ("labelsTr/l", blocks(MANY), "nearest", None),
+        (
+            "n",
+            np.kron(np.arange(216, dtype=np.int16).reshape(6, 6, 6), np.ones((4, 4, 4), np.int16)),
+            "nearest",
+            "by its 216 values",
+        ),  # cells
+        (
+            "p",
+            np.random.default_rng(0).poisson(3, (24, 24, 24)).astype(np.int16),
+            "linear",
+            "taken for an image",
+        ),  # counts
+        ("q", np.where(np.random.default_rng(0).random((24, 24, 24)) > 0.999, 9, 0), "nearest", None),  # points
         ("m_seg", np.where(blocks(MANY) > 0, blocks(MANY), np.nan), "nearest", None),  # as SPM writes no label
     ],
 )
@@ -137,7 +151,7 @@ def test_voxels_say_what_names_do_not(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    path = save(tmp_path / f"{name}.nii.gz", array.astype(np.float32) if array.dtype == float else array, AFFINE)
+    path = save(tmp_path / f"{name}.nii.gz", array.astype({"f": np.float32}.get(array.dtype.kind, np.int16)), AFFINE)
     assert method_of(path, capsys) == expected
     assert (told in caplog.text) if told else not caplog.records, caplog.text
 
@@ -219,6 +233,17 @@ def test_itk_reads_what_is_written_where_it_was(tmp_path: Path) -> None:
         for part in ("Origin", "Spacing", "Direction"):
             np.testing.assert_allclose(getattr(found, f"Get{part}")(), getattr(image, f"Get{part}")(), atol=1e-9)
         np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(image))
+
+
+def test_a_mask_in_grey_colours_keeps_its_two_values(tmp_path: Path) -> None:
+    mask = (ndimage.gaussian_filter(np.random.default_rng(0).random((20, 30)), 2) > 0.5).astype(np.uint8) * 255
+    for mode in ("RGB", "RGBA"):
+        Picture.fromarray(mask).convert(mode).save(tmp_path / f"{mode}_mask.png")
+    sitk.WriteTransform(sitk.TranslationTransform(2, (0.7, 0.3)), str(tmp_path / "t.tfm"))
+    paths = [tmp_path / "RGB_mask.png", tmp_path / "RGBA_mask.png"]
+    for out in apply(tmp_path / "t.tfm", paths, tmp_path / "out", reference=paths[0]):
+        moved = np.asarray(Picture.open(out))
+        assert set(np.unique(moved)) == {0, 255} and (moved[:-1, :-1] == mask[:-1, 1:]).all()
 
 
 def test_large_ids_meet_in_a_registration(tmp_path: Path) -> None:

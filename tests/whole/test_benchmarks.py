@@ -31,7 +31,7 @@ from regpipe.engines.handlers import GradientClip
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
 from regpipe.engines.step import TrainingStep, gradient_scaler
 from regpipe.fields.algebra import warp
-from regpipe.io.points import read_landmarks
+from regpipe.io.landmarks import read_landmarks
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.phantoms.cohort import write_cohort
 
