@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from regpipe.io import dicom_frames
-from regpipe.io.formats import Source, is_plane, plane, require_voxel_size, squeezed, warn_once
+from regpipe.io.formats import Source, require_voxel_size, squeezed, warn_once
+from regpipe.io.planes import laid_flat
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 
@@ -42,9 +43,8 @@ def open_segmentation(path: Path, tags: Any) -> Source:
     def voxels(_: int | None) -> np.ndarray:
         return _labels(path, tags, frames, index, shape).reshape(squeezed(shape))
 
-    if is_plane(squeezed(shape)):
-        affine = plane(affine, np.diag([*-np.linalg.norm(affine[:3, :2], axis=0), 1.0]))
-    return Source(squeezed(shape), affine, np.dtype(np.uint16), voxels, label=True)
+    flat, affine, lies = laid_flat(shape, affine) or (squeezed(shape), affine, None)
+    return Source(flat, affine, np.dtype(np.uint16), voxels, True, lies)
 
 
 def _slices(path: Path, places: np.ndarray, turn: np.ndarray, thick: float | None) -> tuple[np.ndarray, float]:

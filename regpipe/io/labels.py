@@ -122,9 +122,8 @@ def laid_on(label: Image, shape: Sequence[int], affine: np.ndarray) -> Image | N
     exact = np.eye(len(move))
     exact[:-1, :-1], exact[:-1, -1] = turn, np.rint(at[0] - turn @ corners[0])
     laid = resample(Image(label.array, affine @ exact), affine, shape, order=0)
-    return (
-        label._replace(array=laid, affine=affine) if np.count_nonzero(laid) == np.count_nonzero(label.array) else None
-    )
+    kept = np.count_nonzero(laid) == np.count_nonzero(label.array)
+    return label._replace(array=laid, affine=affine) if kept else None
 
 
 def whole_numbers(array: np.ndarray) -> np.ndarray | None:

@@ -8,9 +8,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from nibabel.affines import apply_affine
 
+from regpipe.io import planes
 from regpipe.io.formats import PathLike, warn_once
 from regpipe.io.geometry import flipped
 from regpipe.io.images import opened_image
+from regpipe.io.planes import Plane
 from regpipe.io.points import read_points
 from regpipe.utils.errors import InputError
 
@@ -59,8 +61,14 @@ def stored_affine(path: PathLike, file: BinaryIO | None = None) -> np.ndarray:
         return source.affine
 
 
-def placed(found: Landmarks, dim: int, affine: np.ndarray | None) -> Landmarks:
-    """Landmarks of an image of ``dim`` axes in LPS mm; ``affine``: ``stored_affine`` of it, for voxels."""
+def placed(found: Landmarks, dim: int, affine: np.ndarray | None, plane: Plane | None = None) -> Landmarks:
+    """Landmarks of an image of ``dim`` axes in LPS mm; ``affine``: ``stored_affine`` of it, for voxels.
+
+    Those of one slice stored in 3-D in its ``plane``, see ``io.planes``; how far off it they are is lost.
+    """
+    if plane is not None and found.points.shape[1] == 3:
+        whole = flipped(found.points) if affine is None else apply_affine(planes.placed(affine, plane), found.points)
+        return Landmarks(flipped(apply_affine(np.linalg.inv(plane.lift), whole)[:, :2]), found.names)
     points = found.points[:, :2] if dim == 2 and found.flat else found.points
     if affine is not None and points.shape[1] == dim:
         points = flipped(apply_affine(affine, points))

@@ -142,15 +142,15 @@ def _nifti(file: Path) -> Series | None:
         affine = formats.plane(affine, np.diag([*np.linalg.norm(affine[:3, :2], axis=0), 1.0]))
     array = array.reshape(*sides, -1)
     intent = int(about["intent_code"])
-    kind = COLOURS if colours else _sound(INTENTS.get(intent, VALUES), array)
+    kind = COLOURS if colours else INTENTS.get(intent, VALUES)
     return Series(array, affine, dtype, kind, intent in formats.LABELS, about=about, plane=lies)
 
 
-def _sound(kind: str, array: np.ndarray) -> str:
-    """The kind, where there are as many values as it has."""
-    dim, many = array.ndim - 1, array.shape[-1]
-    wanted = {VECTOR: dim, TENSOR: 6 if dim == 3 else -1, COLOURS: many}.get(kind)
-    return kind if many == wanted else VALUES
+def of_dimension(series: Series, dim: int) -> Series:
+    """Its kind where there are as many values as that has in ``dim`` dimensions; else they are but values."""
+    many = series.array.shape[-1]
+    wanted = {VECTOR: dim, TENSOR: 6 if dim == 3 else -1}.get(series.kind, many)
+    return series if many == wanted else series._replace(kind=VALUES)
 
 
 def _itk_io(file: Path) -> Any:
@@ -199,7 +199,7 @@ def _of_itk(file: Path, components: int, pixel: str) -> Series:
     array = np.moveaxis(read, 0, -1).astype(stored)
     sides, affine, lies = planes.laid_flat(dims, affine) or (squeezed(dims), affine, None)
     array = array.reshape(*sides, components)
-    kind = _sound(ITK_KINDS.get(pixel, VALUES), array)
+    kind = ITK_KINDS.get(pixel, VALUES)
     if pixel == "vector" and stored.kind != "f":  # a MetaImage's colours
         kind = COLOURS if components in (3, 4) and stored == np.uint8 else VALUES
     label = file.name.lower().endswith(formats.SEGMENTS)

@@ -65,9 +65,11 @@ class Source:
     def landmarks(self, path: PathLike, image: PathLike) -> Landmarks:
         """``io.landmarks.named_landmarks`` of an image, in LPS mm."""
         found: Landmarks = self.read(path, named_landmarks)
-        if not (found.voxels or found.flat):
+        plane = self.image(image).plane if found.points.shape[1] == 3 else None
+        if not (found.voxels or found.flat or plane is not None):
             return found
-        return placed(found, len(self.header(image)[0]), self.read(image, stored_affine) if found.voxels else None)
+        affine = self.read(image, stored_affine) if found.voxels else None
+        return placed(found, len(self.header(image)[0]), affine, plane)
 
     def header(self, path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
         """``io.images.header``; without another look at a file whose image is known."""

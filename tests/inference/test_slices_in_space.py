@@ -69,6 +69,10 @@ def slices(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Slices(folder / "out/m_to_f", files[0], files[1], 7 * turn[:, axis] * LPS)
 
 
+def read_nifti(path: Path) -> nib.Nifti1Image:
+    return nib.Nifti1Image.from_filename(path)
+
+
 def voxels(path: Path) -> np.ndarray:
     return np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
 
@@ -161,3 +165,22 @@ def test_apply_takes_slices_and_points_in_space(slices: Slices, tmp_path: Path) 
     np.testing.assert_allclose(moved, expected, atol=1e-3)
     again = apply(slices.case / "moving_to_fixed.h5", [slices.moving], tmp_path / "again", reference=slices.fixed)
     np.testing.assert_allclose(voxels(again[0]), voxels(image), atol=1e-4)
+
+
+def test_frames_and_vectors_of_a_slice_lie_in_space(slices: Slices, tmp_path: Path) -> None:
+    moving, fixed = read_nifti(slices.moving), read_nifti(slices.fixed)
+    frames = np.stack([voxels(slices.moving), 2 * voxels(slices.moving)], -1)
+    film = save(tmp_path / "film.nii.gz", frames.astype(np.float32), moving.affine)
+    arrow = np.broadcast_to(np.array([1, 2, 3], np.float32), (*moving.shape, 1, 3))
+    vectors = nib.Nifti1Image(arrow, moving.affine)
+    vectors.header.set_intent("vector")
+    nib.save(vectors, tmp_path / "v.nii.gz")
+    out, turned = apply(slices.case, [film, tmp_path / "v.nii.gz"], tmp_path / "out")
+    warped = voxels(slices.case / "warped.nii.gz")
+    inner = tuple(slice(None) if n == 1 else slice(5, -5) for n in warped.shape)
+    for i in range(2):
+        np.testing.assert_allclose(voxels(out)[..., i][inner], (i + 1) * warped[inner], atol=1e-2)
+    for path in (out, turned):
+        np.testing.assert_allclose(read_nifti(path).affine, fixed.affine, atol=1e-4)
+    lengths = np.linalg.norm(voxels(turned)[..., 0, :], axis=-1)[inner]
+    np.testing.assert_allclose(lengths, np.sqrt(14), atol=1e-3)

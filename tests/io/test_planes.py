@@ -16,6 +16,7 @@ from helpers.series import write_series
 from regpipe.io import images, planes
 from regpipe.io.formats import locate
 from regpipe.io.labels import read_label
+from regpipe.io.source import Source
 from regpipe.utils.errors import InputError
 
 RNG = np.random.default_rng(6)
@@ -124,3 +125,30 @@ def test_a_slice_without_a_thickness_has_one_of_a_millimetre(tmp_path: Path) -> 
     found = planes.laid_flat((9, 7, 1), affine)
     assert found is not None
     assert math.isclose(np.linalg.norm(found[2].lift[:3, 2]), 1)
+
+
+def test_structures_and_landmarks_as_channels_of_a_slice(tmp_path: Path) -> None:
+    channels = np.zeros((9, 1, 7, 3), np.uint8)
+    channels[2:5, 0, 1:4, 0] = 1
+    channels[6:8, 0, 5:, 1] = 1
+    channels[8, 0, 3, 2] = 1
+    path = save(tmp_path / "l.nii.gz", channels, affine_of("oblique", 1))
+    label, points = read_label(path, landmark_channels=2)
+    assert np.bincount(label.array.ravel()).tolist() == [50, 9, 4]
+    assert points is not None
+    np.testing.assert_allclose(points, [[8, 3]], atol=1e-5)
+    assert label.plane is not None
+
+
+def test_landmarks_of_a_slice_are_those_of_space(tmp_path: Path) -> None:
+    affine = affine_of("oblique", 0)
+    image = save(tmp_path / "a.nii.gz", RNG.random((1, 9, 7)).astype(np.float32), affine)
+    at = np.array([[0, 1, 2], [0, 7.5, 3], [0, 4, 6]])
+    rows = [",".join(f"{v:.5f}" for v in p) for p in apply_affine(affine, at) * [-1, -1, 1]]
+    (tmp_path / "mm.csv").write_text("\n".join(["x,y,z", *rows, ",,"]))
+    (tmp_path / "voxels.csv").write_text("i,j,k\n0,1,2\n0,7.5,3\n0,4,6\n,,\n")
+    files = Source()
+    for name in ("mm", "voxels"):
+        found = files.landmarks(tmp_path / f"{name}.csv", image).points
+        back = apply_affine(np.linalg.inv(images.read_image(image).affine), -found)  # LPS of the plane
+        np.testing.assert_allclose(back, np.r_[at[:, 1:], [[np.nan, np.nan]]], atol=1e-3)
