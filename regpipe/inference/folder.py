@@ -7,9 +7,7 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,24 +20,18 @@ from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
 from regpipe.engines.inferers import prepare_batch
-from regpipe.inference import guides, jobs
+from regpipe.inference import guides, jobs, summary
 from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.inference.ladder import FittingInferer, require_for_files
 from regpipe.io import images
 from regpipe.io.source import Source
 from regpipe.metrics import typical
-from regpipe.metrics.table import write_csv
 from regpipe.transforms import export
 from regpipe.utils import console, distributed, machine
 from regpipe.utils.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
-from regpipe.utils.files import parse_json, replace_file, sha256, sweep
+from regpipe.utils.files import parse_json, replace_file, sha256
 
 log = logging.getLogger(__name__)
-NOTHING = "nothing beyond the affine stage"  # found: no part of a deformation paid
-SAID = (  # an entry of a case, its value, and what a folder's last lines say of such cases
-    ("start", "zero", "refined from zero: no part of the network's answer paid"),
-    ("found", NOTHING, "have nothing to find beyond the affine stage; --similarity mi looks past unlike contrasts"),
-)
 
 
 class FolderRun:
@@ -197,7 +189,7 @@ class FolderRun:
         if "start" in prediction:  # where refinement began
             spared["start"] = prediction["start"][0]
         if not prediction["displacement"].any():
-            spared["found"] = NOTHING
+            spared["found"] = summary.NOTHING
         row, hashes = save_case(
             case,
             batch,
@@ -306,7 +298,8 @@ class FolderRun:
         self.failures = distributed.merged(self.failures)
         rows = [row for row in map(self._result, self.cases) if row is not None]
         if distributed.rank() == 0:
-            self._summary(rows)
+            all_cases = len(self.cases.keys() | self.failures.keys())
+            summary.tell(self.folder, rows, cases=all_cases, failures=self.failures, finished=self._finished)
         distributed.leave()
         if self.failures or (strict and any(row["warnings"] for row in rows)):
             raise SystemExit(1)
@@ -324,31 +317,6 @@ class FolderRun:
             log.debug("%s", self._current, exc_info=True)
             self._fail(self._current, _told("registered", error))
 
-    def _summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        spared = Counter(", ".join(row.get("to_fit_memory", [])) for row in rows)
-        if rows:
-            sweep(self.folder, "metrics.csv")
-            kept = [{k: v for k, v in row.items() if k not in ("to_fit_memory", "start", "found")} for row in rows]
-            table = [{**row, "warnings": len(row["warnings"])} for row in kept]
-            write_csv(self.folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
-        console.tell(folder=self.folder, finished_before=self._finished, cases=rows, failures=self.failures)
-        print(
-            f"{len(rows)} of {len(self.cases.keys() | self.failures.keys())} pairs registered; results in {self.folder}"
-        )
-        for key, value, text in SAID:
-            count = sum(row.get(key) == value for row in rows)
-            if count:
-                print(f"{count} of them {text} (see metrics.json)")
-        for how, count in sorted(spared.items()):
-            if how:
-                print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")
-        warned = sum(bool(row["warnings"]) for row in rows)
-        if warned:
-            print(f"{warned} with warnings, in their metrics.json: look at them (regpipe report {self.folder})")
-        if self.failures:
-            print(f"{len(self.failures)} failed:")
-            print("\n".join(f"  {name}: {problem}" for name, problem in self.failures.items()))
-
 
 def _told(done: str, error: BaseException) -> InputError:
     if out_of_memory(error):
@@ -360,7 +328,3 @@ def _stamps(path: str) -> str:
     """A hash of the name, size and time of each file that a case's entry stands for; names can tell of a patient."""
     stamps = [[file.name, *about] for file, *about in images.stamps(path)]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-
-
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value  # JSON has no NaN

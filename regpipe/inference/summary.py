@@ -1,0 +1,54 @@
+"""What became of a folder's cases: ``metrics.csv``, and the last lines that a run says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regpipe.metrics.table import write_csv
+from regpipe.utils import console
+from regpipe.utils.files import sweep
+
+NOTHING = "nothing beyond the affine stage"  # found: no part of a deformation paid
+SAID = (  # an entry of a case, its value, and what the last lines say of such cases
+    ("start", "zero", "refined from zero: no part of the network's answer paid"),
+    ("found", NOTHING, "have nothing to find beyond the affine stage; --similarity mi looks past unlike contrasts"),
+)
+NO_METRICS = ("to_fit_memory", *(key for key, *_ in SAID))  # entries of a case
+
+
+def tell(
+    folder: Path, rows: Sequence[Mapping[str, Any]], *, cases: int, failures: Mapping[str, str], finished: int
+) -> None:
+    """Write ``metrics.csv`` over the finished ``rows``, and say how many of ``cases`` they are and which failed.
+
+    ``finished``: how many of them were finished before.
+    """
+    if rows:
+        sweep(folder, "metrics.csv")
+        kept = [{k: v for k, v in row.items() if k not in NO_METRICS} for row in rows]
+        table = [{**row, "warnings": len(row["warnings"])} for row in kept]
+        write_csv(folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
+    console.tell(folder=folder, finished_before=finished, cases=rows, failures=failures)
+    print(f"{len(rows)} of {cases} pairs registered; results in {folder}")
+    for key, value, text in SAID:
+        count = sum(row.get(key) == value for row in rows)
+        if count:
+            print(f"{count} of them {text} (see metrics.json)")
+    spared = Counter(", ".join(row.get("to_fit_memory", [])) for row in rows)
+    for how, count in sorted(spared.items()):
+        if how:
+            print(f"{count} of them not as asked for, to fit into memory: {how} (see metrics.json)")
+    warned = sum(bool(row["warnings"]) for row in rows)
+    if warned:
+        print(f"{warned} with warnings, in their metrics.json: look at them (regpipe report {folder})")
+    if failures:
+        print(f"{len(failures)} failed:")
+        print("\n".join(f"  {name}: {problem}" for name, problem in failures.items()))
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value  # JSON has no NaN
