@@ -28,6 +28,8 @@ def state_format(bundle: str | Path, shape: Sequence[int], *, any_size: bool) ->
     if not path.is_file():
         return
     metadata = parse_json(path.read_bytes())
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("network_data_format"), dict):
+        return  # nothing that could be wrong
     stated = _stated(metadata["network_data_format"], len(shape), None if any_size else shape)
     if stated != metadata["network_data_format"]:
         metadata["network_data_format"] = stated

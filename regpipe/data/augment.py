@@ -131,8 +131,10 @@ class MonaiTransforms:
         if apart:
             raise InputError(f"{', '.join(self.names)}: {apart[0]} was not moved with {keys[0]}; name both in keys")
         moved = not frames[0].allclose(before)
-        if moved and f"{side}_bend" in item:
-            raise InputError(f"{', '.join(self.names)}: a homography does not follow; leave out what moves the images")
+        if moved and (f"{side}_bend" in item or f"{side}_field" in item):
+            raise InputError(
+                f"{', '.join(self.names)}: a homography or an initial field does not follow; leave out what moves them"
+            )
         for key in keys:
             item[key] = item[key].as_tensor().to(torch.int32 if key.endswith("label") else torch.float32)
         item[f"{side}_affine"] = frames[0]

@@ -130,5 +130,6 @@ def _outside(lps: np.ndarray, image: _Facts) -> bool:
 
 
 def _same_grid(a: _Facts, b: _Facts) -> bool:
-    apart = a.plane is not None and b.plane is not None and not np.allclose(a.plane.lift, b.plane.lift, atol=1e-3)
+    planes = [np.delete(x.plane.lift, 2, axis=1) for x in (a, b) if x.plane is not None]  # of any thickness
+    apart = len(planes) == 2 and not np.allclose(planes[0], planes[1], rtol=0, atol=1e-3)
     return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-3) and not apart

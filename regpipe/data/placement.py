@@ -242,7 +242,7 @@ def _check_dimension(stage: str, grid: Grid) -> None:
 def _files(case: Case) -> tuple[str | None, ...]:
     """What an alignment depends on."""
     of_images = [case.get(f"{side}_{kind}") for side in SIDES for kind in ("image", "mask", "landmarks", "ignore")]
-    return (*of_images, *(case[key] for key in initial.keys(case)))
+    return (*of_images, *(part for key in initial.keys(case) for part in (key, case[key])))
 
 
 def _mask(case: Case, side: str, files: Source) -> np.ndarray | None:

@@ -74,8 +74,8 @@ class RegistrationInferer(Inferer):
         layers: what warps and integrates.
         cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
             far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
-        refiner: optimises the velocity of each pair further, starting from the network's, or from zero where the
-            refiner's loss is lower there: ``start`` then says ``network`` or ``zero``, of each pair.
+        refiner: optimises the velocity of each pair further, starting from the network's, or from zero where no
+            part of it pays: ``start`` then says ``network`` or ``zero``, of each pair.
         repair: remove what folds are left; ``repaired`` (B,) then says how far the fields were moved, voxels at most.
     """
 

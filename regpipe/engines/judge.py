@@ -14,13 +14,14 @@ from torch import Tensor
 from regpipe.fields.algebra import Layers, Registration, register, resize_image
 from regpipe.losses.lncc import box_sum
 from regpipe.losses.loss import RegistrationLoss
-from regpipe.losses.terms import explained
+from regpipe.losses.terms import explained, overlaps
 from regpipe.transforms.likeness import information
 
 REACH = 15  # voxels of a side of the neighbourhood that is judged together
 GAIN = 0.08  # of what is explained, or of what is not where that is less, by which the explained share has to rise
 FAINT = 0.01  # of what can be explained: what rises by less is no evidence, however little there was before
 MARGIN = 2.0  # times what the opposite step gains: any interpolation smooths, and raises it
+LEAST = 0.25  # of a neighbourhood that has to lie in a mask for its mean to count in full
 LOOKS = 0.05  # of itself: local correlation that rises by more while mutual information falls follows a contrast
 
 
@@ -70,14 +71,17 @@ class Judge:
         return register(unseen["fixed_image"], unseen["moving_image"], velocity, layers=self.layers)
 
     def _explained(self, result: Registration, unseen: Mapping[str, Tensor]) -> Tensor:
-        forward, back = explained(result, unseen, self.loss.options)
-        return (_mean(forward) + _mean(back)) / 2
+        masks = overlaps(result, unseen, self.loss.options)
+        maps = zip(explained(result, unseen, self.loss.options), masks, strict=True)
+        forward, back = (_mean(x, mask) for x, mask in maps)
+        return (forward + back) / 2
 
     def _information(self, velocity: Tensor, images: Mapping[str, Tensor]) -> float:
-        """Mutual information in nats, both ways."""
+        """Mutual information in nats, both ways, where both images are known."""
         result = self._register(velocity, images)
         pairs = ((result.warped_moving, images["fixed_image"]), (result.warped_fixed, images["moving_image"]))
-        return sum(information(*(x.flatten().clamp(0, 1).cpu().numpy() for x in pair)) for pair in pairs)
+        masks = overlaps(result, images, self.loss.options)
+        return sum(_told(*pair, mask) for pair, mask in zip(pairs, masks, strict=True))
 
     def _unlike(self, result: Registration, unseen: Mapping[str, Tensor]) -> float:
         terms = {name: self.loss.terms[name] for name in self.loss.weights}
@@ -86,6 +90,13 @@ class Judge:
         return sum(self.loss.weights[n] * float(t.function(result, unseen, options)) for n, t in similar.items())
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Over ``REACH`` voxels around each."""
-    return box_sum(x, REACH) / box_sum(torch.ones_like(x), REACH)
+def _mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Over ``REACH`` voxels around each, or over those of them in the mask, ``LEAST`` of them at least."""
+    counts = torch.ones_like(x) if mask is None else mask
+    all_there = box_sum(torch.ones_like(x), REACH)
+    return box_sum(x, REACH) / torch.maximum(box_sum(counts, REACH), LEAST * all_there)
+
+
+def _told(a: Tensor, b: Tensor, mask: Tensor | None) -> float:
+    inside = torch.ones_like(a, dtype=torch.bool) if mask is None else mask > 0.5
+    return information(*(x[inside].clamp(0, 1).cpu().numpy() for x in (a, b))) if bool(inside.any()) else 0.0

@@ -166,7 +166,9 @@ class Refiner:
         voxels = sum(steps * math.prod(images) for images, steps in plan)
         judge = self._judge(len(shape))
         seen, unseen = _halves(batch) if judge else (batch, batch)
-        found = fixed.new_full((1, 1, *[1] * len(shape)), float(given))  # what counted of a level so far
+        found = fixed.new_zeros(1, 1, *[1] * len(shape))  # what counted of a level so far
+        if velocity is not None:
+            found = (velocity != 0).any(1, keepdim=True).float()
         with Progress(what="optimising", unit="", total=voxels) as bar:
             for images, steps in plan:
                 grid = coarser_shape(images, VELOCITY_STRIDE)
@@ -179,7 +181,7 @@ class Refiner:
                     enough = next((s for s, _ in plan if math.prod(s) >= max(WITNESS, math.prod(images))), plan[-1][0])
                     witness = pyramid_level(unseen, enough) if enough != images else None
                     share = judge.share(velocity, after, pyramid_level(unseen, images), witness)
-                    borne = resize_image(found, grid)
+                    borne = resize_image(found, share.shape[2:])
                     if images == plan[-1][0] != plan[0][0]:  # a rim a voxel off is interpolation: it only goes on
                         share = share * (borne > 0.5)
                     found = torch.maximum(borne, share)

@@ -94,4 +94,4 @@ def sharpness(image: np.ndarray, spacing: Sequence[float]) -> float:
     """Mean length of the gradient per mm where the image is not dark: of a mean image, how alike its parts lie."""
     slopes = [ndimage.sobel(image, axis) / (8 * 4 ** (image.ndim - 2) * mm) for axis, mm in enumerate(spacing)]
     bright = image > 0.1 * image.max()
-    return float(np.linalg.norm(slopes, axis=0)[bright].mean())
+    return float(np.linalg.norm(slopes, axis=0)[bright].mean()) if bright.any() else 0.0

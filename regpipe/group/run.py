@@ -19,7 +19,7 @@ from regpipe.engines import inferers, record
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, zero_refiner
 from regpipe.group.means import Mean, Votes
 from regpipe.group.subjects import Subject, list_subjects
-from regpipe.group.template import SUBJECTS, TEMPLATE, Group, Stage, Velocity
+from regpipe.group.template import LABEL, PROBABILITY, SUBJECTS, WRITTEN, Group, Stage, Velocity
 from regpipe.inference.by_bundle import load_network
 from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.io import images
@@ -31,9 +31,6 @@ from regpipe.transforms import displacement
 from regpipe.utils import console, distributed
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
-
-LABEL, PROBABILITY = "template_label.nii.gz", "probability_{}.nii.gz"
-WRITTEN = (TEMPLATE, LABEL, "probability_*.nii.gz", "covered.nii.gz", "template.json", "template.png")
 
 
 def make_template(

@@ -34,7 +34,7 @@ from regpipe.group.means import Mean, log_sum, mean_image, sharpness, without_me
 from regpipe.group.subjects import Subject
 from regpipe.inference import jobs
 from regpipe.inference.case_files import BY_DEFAULT, clear, save_case
-from regpipe.io import images
+from regpipe.io import background, images
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import affine_mat
 from regpipe.io.labels import read_label
@@ -44,10 +44,11 @@ from regpipe.transforms import affine, displacement
 from regpipe.transforms.read import Space
 from regpipe.utils import console, distributed
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, replace_file
+from regpipe.utils.files import parse_json, replace_file, sha256
 
 ROUNDS, SUBJECTS = "rounds", "subjects"  # folders of the result
-TEMPLATE = "template.nii.gz"
+TEMPLATE, LABEL, PROBABILITY = "template.nii.gz", "template_label.nii.gz", "probability_{}.nii.gz"
+WRITTEN = (TEMPLATE, LABEL, PROBABILITY.format("*"), "covered.nii.gz", "template.json", "template.png")
 ALIGNED = 2  # times that the subjects are aligned with their mean
 INSIDE = 0.5  # share of the subjects that must cover a place for it to count
 Arrays = dict[str, np.ndarray]
@@ -92,7 +93,10 @@ class Group:
 
     def _begin(self) -> None:
         """Go on where the same command stopped; what another one left is removed."""
-        about = [[one.name, one.sha256, one.label, one.mask] for one in self.subjects]
+        about = [
+            [one.name, *((kind, sha256(images.files(path))) for kind, path in one.files().items())]
+            for one in self.subjects
+        ]
         text = json.dumps([__version__, about, self.settings], sort_keys=True)
         digest, path = hashlib.sha256(text.encode()).hexdigest(), self.work / "made_from.json"
         if path.is_file() and parse_json(path.read_bytes()) == digest:
@@ -101,7 +105,10 @@ class Group:
             raise SystemExit(0)
         if self.work.is_dir():
             console.say(f"{self.out}: holds a template of other images or settings, and is replaced")
-            shutil.rmtree(self.work)
+            for folder in (self.work, self.out / SUBJECTS):
+                shutil.rmtree(folder, ignore_errors=True)
+            for file in (file for pattern in WRITTEN for file in self.out.glob(pattern)):
+                file.unlink()
         self.work.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(digest).encode())
 
@@ -180,10 +187,13 @@ class Group:
 
         def align(one: Subject) -> Arrays:
             mean, moving = images.read_image(self._file(last, "mean")), images.read_image(one.image)
-            drawn = None if one.mask is None else read_label(one.mask)[0].array != 0
+            known_voxels = background.known(moving.array)
+            drawn = known_voxels if one.mask is None else read_label(one.mask)[0].array != 0
+            if known_voxels is not None and one.mask is not None:
+                drawn = drawn & known_voxels
             found = affine.align(
                 mean,
-                moving,
+                background.filled(moving),
                 stage,
                 metric=metric,
                 moving_mask=drawn,
@@ -251,8 +261,11 @@ class Group:
             u = repair(resize(integrate(velocity), shape)).displacement[0].numpy()
         moving, grid = images.read_image(one.image), Image(np.empty(shape, bool), frame)
         d = displacement.native_displacement(u, frame, self.matrix(one, stage) @ frame, grid)
-        grey = moving._replace(array=images.normalise(moving.array))
-        view = moving._replace(array=np.ones(moving.array.shape, np.float32))
+        there = background.known(moving.array)  # None: everywhere
+        view = moving._replace(
+            array=np.ones(moving.array.shape, np.float32) if there is None else there * np.float32(1)
+        )
+        grey = moving._replace(array=images.normalise(background.filled(moving).array) * view.array)
         seen = {"image": grey, "covered": view}
         return {name: displacement.resample_through(what, d, frame, order=1) for name, what in seen.items()}
 
@@ -303,8 +316,12 @@ class Group:
 
     def write(self, stage: Stage, mean: Mean, formats: Sequence[str] = BY_DEFAULT) -> None:
         """The template, and every subject's folder, as ``regpipe register`` writes it, with it as the fixed image."""
-        if not jobs.started() and self._left(self.work / "written"):
-            displacement.write_image(self.out / TEMPLATE, mean.image, stage.space.affine)
+        if not jobs.started():
+            for one in self.subjects:  # what somebody removed is written again
+                if not (self.out / SUBJECTS / one.name / "metrics.json").is_file():
+                    (self.work / "written" / f"{one.name}.npz").unlink(missing_ok=True)
+            if self._left(self.work / "written") or not (self.out / TEMPLATE).is_file():
+                displacement.write_image(self.out / TEMPLATE, mean.image, stage.space.affine)
 
         def save(one: Subject) -> Arrays:
             case, files = self.case(one, stage, self.out / TEMPLATE), Source()

@@ -34,6 +34,7 @@ NATIVE = 240  # bytes for each voxel of the native images, while a case's files 
 NATIVE_BASE = 40 << 20
 CACHED = 12  # bytes for each voxel of the working grid: an image, its labels and its mask
 OF_CASE = 64  # bytes for each voxel of the working grid: images, labels, masks, fields, warped images
+JUDGED = 10  # images of a pair that a judged refinement holds beside the optimisation, see ``engines.judge``
 DRY_STEPS = 8  # of refinement: two on each level, as many as Adam needs to hold all that it holds
 DRY_TILES = 2  # of a network on tiles: the others are like the second
 
@@ -158,17 +159,19 @@ def inference(inferer: Any, network: Network, shape: Sequence[int], *, device: s
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         dry, network = _without_numbers(inferer), _fake(network)
+        judged = JUDGED if getattr(inferer, "refiner", None) is not None else 0
         if hasattr(network, "most"):
             network.most = DRY_TILES
 
         def work() -> object:
             with torch.no_grad():
                 batch = _batch(shape, 1)
+                held = [torch.empty_like(batch["fixed_image"]) for _ in range(judged)]
                 pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
                 found = dry(pair, network, masks=(batch["fixed_mask"], batch["moving_mask"]))
                 # the copies that repairing folds makes: it asks for numbers and cannot run here
                 mended = found["displacement"].clone(), found["inverse"].clone()
-                return warp_both(batch["moving_image"], batch["fixed_image"], *mended), found
+                return warp_both(batch["moving_image"], batch["fixed_image"], *mended), found, held
 
         return _of_device(dry_run(work), device)
 

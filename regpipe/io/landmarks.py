@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -108,7 +109,5 @@ def pairing(
 
 def _key(name: str) -> str:
     """1, 01 and 1.0 are one name, and so are Nasion and nasion."""
-    try:
-        return f"{float(name):g}"
-    except ValueError:
-        return name.strip().casefold()
+    number = re.fullmatch(r"(\d+)(\.0*)?", name.strip())
+    return str(int(number[1])) if number else name.strip().casefold()

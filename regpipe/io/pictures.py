@@ -96,7 +96,10 @@ def colours_bytes(path: Path, array: np.ndarray) -> bytes:
     """The file, by its suffix, of colours (X, Y, 3 or 4) of 8 bits."""
     data = io.BytesIO()
     kind = Picture.registered_extensions()[path.suffix.lower()]
-    Picture.fromarray(np.ascontiguousarray(array.swapaxes(0, 1))).save(data, format=kind)
+    try:
+        Picture.fromarray(np.ascontiguousarray(array.swapaxes(0, 1))).save(data, format=kind)
+    except OSError as cause:  # e.g. a transparent one as JPEG
+        raise InputError(f"{path}: {cause}; name it .png or .nii.gz") from cause
     return data.getvalue()
 
 

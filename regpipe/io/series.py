@@ -61,7 +61,10 @@ def read_series(path: Path) -> Series | None:
     if frame is not None:
         return None
     try:
-        return _read(path, file)
+        found = _read(path, file)
+        if found is not None and found.array.dtype.kind == "f" and np.isinf(found.array).any():
+            raise InputError(f"{path}: has infinite values; what they stand for has to be set to a number, or to NaN")
+        return found
     except (InputError, MemoryError):
         raise
     except Exception as cause:  # the libraries' own, for broken files
@@ -96,7 +99,8 @@ def _read(path: Path, file: Path) -> Series | None:
 def _about(file: Path) -> Any:
     """NIfTI's header."""
     with opened(file) as stream:
-        return load_nifti(file, stream).header
+        header = load_nifti(file, stream).header
+    return header if isinstance(header, nib.Nifti1Header) else None  # Analyze's says nothing of units and intents
 
 
 def _colours(file: Path) -> Series | None:

@@ -15,6 +15,7 @@ from regpipe.io import background, images, labels
 from regpipe.io.formats import locate
 from regpipe.io.images import Image, PathLike
 from regpipe.io.landmarks import Landmarks, named_landmarks, placed, stored_affine
+from regpipe.io.planes import standing
 from regpipe.utils.files import opened, sha256, sha256_of
 
 
@@ -53,6 +54,8 @@ class Source:
         if image is None:
             return found
         shape, affine = self.header(image)
+        if len(shape) == 3 and label.plane is not None:  # one slice of a volume
+            label = standing(label)
         if label.array.ndim != len(shape) or (
             shape == label.array.shape and np.allclose(affine, label.affine, atol=1e-3)
         ):

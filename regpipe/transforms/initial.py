@@ -33,7 +33,7 @@ from regpipe.utils.errors import InputError
 INVERSE = ",inverse"  # after a file's name
 KEY = re.compile(r"initial_([1-9])(_inverse)?")  # of a case: its files in the order in which they move an image
 MOST = 9
-LATTICE = 40_000  # places that the affine part is fitted at, about
+LATTICE = 33  # places an axis that the affine part is fitted at
 CLOSE, TRIES = 0.01, 100  # voxels that an inverse may be off, and how long it is looked for
 OFF = 0.001  # share of a grid beyond which an inverse that is off is told
 
@@ -136,9 +136,9 @@ def split(
     x = np.moveaxis(np.indices(shape, dtype=np.float64), 0, -1)
     d = np.moveaxis(itk_bridge.sampled(chain, shape, frame), 0, -1)
     at = apply_affine(frame, x) + flipped(d.astype(np.float64))
-    some = max(1, x[..., 0].size // LATTICE)
-    known = x.reshape(-1, len(shape))[::some]
-    fitted = np.linalg.lstsq(np.c_[known, np.ones(len(known))], at.reshape(-1, len(shape))[::some], rcond=None)[0]
+    some = np.ix_(*(np.unique(np.linspace(0, n - 1, LATTICE).round().astype(int)) for n in shape))
+    known = x[some].reshape(-1, len(shape))
+    fitted = np.linalg.lstsq(np.c_[known, np.ones(len(known))], at[some].reshape(-1, len(shape)), rcond=None)[0]
     moving_frame = np.vstack([fitted.T, frame[-1]])
     return moving_frame, np.moveaxis(apply_affine(np.linalg.inv(moving_frame), at) - x, -1, 0)
 

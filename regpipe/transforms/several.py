@@ -60,7 +60,10 @@ def carry_series(
     if series.kind == kinds.COLOURS and dtype.kind in "iu":
         limits = np.iinfo(dtype)
         moved = np.rint(moved).clip(limits.min, limits.max)
-    write_series(target, moved.astype(dtype), grid.affine, series)
+    typed = moved.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(typed, moved):  # its slope and intercept made other values of them
+        typed = moved.astype(np.float32) if moved.dtype.kind == "f" else moved
+    write_series(target, typed, grid.affine, series)
     what = f"{series.kind} turned" if turned else f"{values.shape[-1]} {series.kind}"
     return f"{what}, {method}{f', {rims[0]:g} outside' if rims[0] else ''}"
 

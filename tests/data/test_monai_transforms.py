@@ -106,7 +106,7 @@ def test_what_changes_no_place_leaves_places_alone() -> None:
         ([mt.Rand2DElasticd(KEYS, (4, 4), (1, 2))], {}, "Rand2DElasticd: no affine"),
         ([mt.Compose([mt.RandGridDistortiond(KEYS)])], {}, "RandGridDistortiond: no affine"),
         ([mt.Flipd(KEYS[:2], 0)], {}, "Flipd: fixed_label was not moved with fixed_image; name both"),
-        ([mt.Flipd(KEYS, 0)], {"moving_bend": torch.eye(3)}, "a homography does not follow"),
+        ([mt.Flipd(KEYS, 0)], {"moving_bend": torch.eye(3)}, "a homography or an initial field does not follow"),
         ([mt.Rotate90d(KEYS[::2], 1)], {}, "a grid of one shape"),
     ],
 )

@@ -68,3 +68,28 @@ def test_a_network_that_deforms_noise_is_not_followed() -> None:
     refiner = make_refiner(10, refinement_loss("lncc", spatial_dims=2), window=7)
     result = RegistrationInferer(refiner=refiner)(torch.cat([fixed, moving], 1), Wild(2, "alexnet", pretrained="none"))
     assert result["start"] == ["zero"] and not result["displacement"].any()
+
+
+@pytest.mark.parametrize("radius", [12, 17])
+def test_a_motion_within_a_drawn_mask_is_found_whatever_lies_outside(radius: int) -> None:
+    shape = (44, 48, 40)
+    shift = torch.tensor((2.0, 0.0, 0.0)).view(1, 3, 1, 1, 1).expand(1, 3, *shape)
+    fixed, moving = noisy(head(shape), 1, 0.01), noisy(warp(head(shape), -shift), 2, 0.01)
+    middle = torch.tensor([(n - 1) / 2 for n in shape]).view(1, 3, 1, 1, 1)
+    ball = ((identity_grid(shape) - middle).norm(dim=1, keepdim=True) < radius).float()
+    found = register(fixed, moving, zero_refiner(steps=60)(fixed, moving, masks=(ball, ball))).displacement
+    inner = (identity_grid(shape) - middle).norm(dim=1) < radius - 3
+    assert float((found - shift).norm(dim=1)[inner].median()) < 1.0
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (50, 61)])
+def test_refinement_goes_on_from_a_velocity_that_pays(shape: tuple[int, ...]) -> None:
+    shift = torch.tensor((3.0, -2.0)).view(1, 2, 1, 1).expand(1, 2, *shape)
+    fixed, moving = noisy(head(shape), 1), noisy(warp(head(shape), -shift), 2)
+    half = torch.tensor((1.2, -0.8)).view(1, 2, 1, 1).expand(1, 2, *[n // 2 + 1 for n in shape]).clone()
+    refiner = make_refiner(24, refinement_loss("lncc", spatial_dims=2), window=7)
+    assert refiner is not None
+    velocity, starts = refiner.from_better(fixed, moving, half)
+    found = register(fixed, moving, velocity).displacement
+    assert starts == ["network"] and velocity.shape == half.shape
+    assert float((found - shift).norm(dim=1)[head(shape)[:, 0] > 0.1].median()) < 1.0

@@ -127,6 +127,7 @@ def test_names_pair_in_any_order_and_those_without_partner_are_said(
     assert paired(tmp_path, ["a", "1", "Tip"], ["tip ", "01", "A"]) == [(0, 2), (1, 1), (2, 0)]
     assert paired(tmp_path, "abc", "abc") is paired(tmp_path, "aaa", "bbb") is paired(tmp_path, ["", ""], "ab") is None
     assert paired(tmp_path, "abcd", "xca") == [(0, 2), (2, 1)]
+    assert paired(tmp_path, ["20240101", "20240102"], ["20240102", "20240103"]) == [(1, 0)]
     assert f"f.csv: b, d: not in {tmp_path / 'm.csv'}; left out" in caplog.text and "m.csv: x: not in" in caplog.text
 
 

@@ -176,13 +176,14 @@ def test_the_bend_has_an_inverse_where_it_stretches_threefold() -> None:
     assert np.abs(found + initial.at_places(b, found) - places).max() < 0.02
 
 
-def test_a_linear_map_that_is_split_leaves_no_bend() -> None:
-    matrix = np.array([[0.9, 0.2, 3.0], [-0.1, 1.1, -4.0], [0, 0, 1]])
+@pytest.mark.parametrize("shape", [(20, 30), (200, 200, 20)])
+def test_a_linear_map_that_is_split_leaves_no_bend(shape: tuple[int, ...]) -> None:
+    matrix, frame = np.eye(len(shape) + 1), np.diag([-1.5, -2.0, 1.2][: len(shape)] + [1.0])
+    matrix[:2, :2], matrix[:2, -1] = [[0.9, 0.2], [-0.1, 1.1]], [3.0, -4.0]
     begin = initial.Initial(itk_bridge.itk_affine(matrix), None)
-    frame = np.diag([-1.5, -2.0, 1.0])
-    moving_frame, b = initial.split(begin, np.eye(3), frame, (20, 30))
+    moving_frame, b = initial.split(begin, np.eye(len(shape) + 1), frame, shape)
     assert np.allclose(moving_frame, matrix @ frame, atol=1e-4) and np.abs(b).max() < 1e-4
-    assert np.allclose(matrix_of(begin.transform, 2), matrix)
+    assert np.allclose(matrix_of(begin.transform, len(shape)), matrix)
 
 
 def test_what_is_wrong_is_said_in_a_line(pair: Pair, case: dict[str, str], tmp_path: Path) -> None:

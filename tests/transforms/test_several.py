@@ -68,6 +68,28 @@ def test_all_frames_are_carried_and_keep_their_time(tmp_path: Path, dtype: type,
     assert sitk.ReadImage(str(out)).GetSize() == (12, 11, 10, 4)
 
 
+def test_fractions_that_a_slope_makes_of_whole_numbers_stay_fractions_with_nearest(tmp_path: Path) -> None:
+    array = (np.random.default_rng(1).integers(0, 255, (8, 7, 6, 3)) / 255).astype(np.float32)
+    image = nib.Nifti1Image(array, AFFINE)
+    image.set_data_dtype(np.uint8)  # a slope of 1 / 255
+    nib.save(image, tmp_path / "p.nii")
+    reference = nifti(tmp_path / "r.nii", array[..., 0])
+    (out,) = apply(shift(tmp_path), [tmp_path / "p.nii"], tmp_path / "o", reference=reference, interpolation="nearest")
+    expected = pulled(array, AFFINE, tmp_path / "t.tfm", sitk.sitkNearestNeighbor)
+    np.testing.assert_allclose(load(out).get_fdata(), expected, atol=3e-3)  # of 8 bits
+
+
+def test_analyze_frames_are_carried_and_infinite_ones_refused(tmp_path: Path) -> None:
+    array = smooth(8, 7, 6, 3)
+    reference = nifti(tmp_path / "r.nii", array[..., 0])
+    nib.save(nib.AnalyzeImage(array, AFFINE), tmp_path / "a.img")
+    (out,) = apply(shift(tmp_path), [tmp_path / "a.img"], tmp_path / "o.nii", reference=reference)
+    assert load(out).shape == (8, 7, 6, 3)
+    array[2, 2, 2, 1] = np.inf
+    with pytest.raises(InputError, match="infinite"):
+        apply(shift(tmp_path), [nifti(tmp_path / "i.nii", array)], tmp_path / "i_out", reference=reference)
+
+
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
 def test_frames_of_itks_formats_stay_there(tmp_path: Path, suffix: str) -> None:
     array = smooth(12, 11, 10, 3)
