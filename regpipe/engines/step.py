@@ -7,6 +7,7 @@ of a whole one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,18 @@ from regpipe.engines.handlers import Budget, StructuresFirst
 from regpipe.losses.loss import weigh
 from regpipe.utils.errors import InputError
 
+log = logging.getLogger(__name__)
+
 
 def half_precision(device: torch.device) -> torch.dtype:
     """What autocast takes on a device: bfloat16, which needs no scaling; float16 on a GPU without units for that."""
     bare_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if bare_gpu else torch.bfloat16
+
+
+def half_pays(device: torch.device | str) -> bool:
+    """Whether half precision is faster there: not on a CPU without bfloat16 units, many times slower by it."""
+    return torch.device(device).type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_amp(amp: bool, device: torch.device, shape: Sequence[int]) -> None:
@@ -32,6 +40,8 @@ def check_amp(amp: bool, device: torch.device, shape: Sequence[int]) -> None:
     On the CPU, torch 2.15's gradient of a bfloat16 3D convolution is garbage where its first axis is shorter than the
     kernel (oneDNN, with AVX512-BF16): the networks' coarsest grids are, of images of up to 17 voxels.
     """
+    if amp and not half_pays(device):
+        log.warning("--amp True: this processor has no bfloat16 units, and is many times slower by it; leave it out")
     if amp and device.type == "cpu" and len(shape) == 3 and min(shape) < 18:
         raise InputError(
             f"--amp True: on the CPU it needs 18 voxels an axis in 3D, and the grid has {tuple(shape)}; leave it out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
+from regpipe.engines import step
 from regpipe.engines.handlers import GradientClip, NanGuard, TrainingDiverged
 from regpipe.engines.inferers import RegistrationInferer, prepare_batch
 from regpipe.engines.step import TrainingStep, check_amp, checkpointed, gradient_scaler, half_precision
@@ -237,6 +239,17 @@ def test_a_gradient_that_is_no_number_at_any_scale_ends_the_training() -> None:
     engine = trainer(net, [items] * 9, GradientClip(net, scaler=scaler), scaler=scaler, amp=True, dtype=torch.float16)
     with pytest.raises(TrainingDiverged, match="iteration 3"):  # 2, 1, then a half
         engine.run()
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_half_precision_on_a_cpu_without_its_units_is_warned_of_and_no_overlay_takes_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, units: bool
+) -> None:
+    monkeypatch.setattr(step, "half_pays", lambda _: units)
+    step.check_amp(True, CPU, (64, 64))
+    assert ("no bfloat16 units" in caplog.text) is not units
+    overlay = (Path(__file__).parents[2] / "configs" / "synthetic.yaml").read_text()
+    assert "amp: $regpipe.engines.step.half_pays(@device)" in overlay
 
 
 def test_float16_is_for_gpus_without_bfloat16_and_alone_is_scaled(monkeypatch) -> None:
