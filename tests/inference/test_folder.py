@@ -190,9 +190,9 @@ def truncate(data: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
 
 
-def put_nan(data: Path) -> None:
+def put_infinity(data: Path) -> None:
     image = read_image(data / "fixed_images" / "case_001.nii.gz")
-    image.array[3, 4] = np.nan
+    image.array[3, 4] = np.inf
     save(data / "fixed_images" / "case_001.nii.gz", image.array, np.diag([-1, -1, 1, 1]))
 
 
@@ -204,7 +204,7 @@ def take_the_partner(data: Path) -> None:
     ("spoil", "said"),
     [
         (truncate, "broken or truncated"),
-        (put_nan, "NaN"),
+        (put_infinity, "infinite"),
         (take_the_partner, "no partner in moving_images"),
     ],
 )
