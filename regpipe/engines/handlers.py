@@ -19,10 +19,11 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from regpipe.networks.weights import save_weights
+from regpipe.networks.weights import weights_now
 from regpipe.utils import console
 from regpipe.utils.distributed import of_first
 from regpipe.utils.errors import InputError
+from regpipe.utils.files import save_tensors
 
 
 class TrainingDiverged(InputError):
@@ -270,18 +271,29 @@ class BestModel:
 
     Attach it to the evaluator. Unlike MONAI's ``CheckpointSaver``, which keeps its own list of scores, it goes by
     the engine's ``best_metric``, which ``engines.run`` brings back: a resumed run does not take its first epoch for
-    the best.
+    the best. The weights are saved with the run and come back with it: those in the file may be of a later epoch,
+    whose state was lost.
     """
 
     def __init__(self, network: nn.Module, path: str) -> None:
         self.network, self.path = network, Path(path)
+        self._best: dict[str, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         if idist.get_rank() == 0 and engine.state.best_metric_epoch == engine.state.epoch:  # type: ignore[attr-defined]
-            save_weights(self.path, self.network)
+            self._best = weights_now(self.network)
+            save_tensors(self.path, self._best)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._best
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._best = dict(state)
+        if self._best and idist.get_rank() == 0:
+            save_tensors(self.path, self._best)
 
 
 def stopper(patience: int, trainer: Engine) -> EarlyStopping:

@@ -35,7 +35,7 @@ from regpipe.utils.files import sweep
 log = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 10
-LATER = ("scaler", "curves", "averaged", "structures")  # objects that the states of older versions lack
+LATER = ("scaler", "curves", "averaged", "structures", "best")  # objects that the states of older versions lack
 
 
 def begin(seed: int) -> None:

@@ -108,9 +108,14 @@ def unwrapped(network: nn.Module) -> nn.Module:
     return getattr(network, "module", network)
 
 
+def weights_now(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's weights, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in unwrapped(network).state_dict().items()}
+
+
 def save_weights(path: Path, network: nn.Module) -> None:
     """Write a network's weights as ``read_state_dict`` reads them."""
-    save_tensors(path, {name: tensor.cpu() for name, tensor in unwrapped(network).state_dict().items()})
+    save_tensors(path, weights_now(network))
 
 
 def check_sound(path: str | Path) -> None:
