@@ -38,20 +38,21 @@ def check_pairs(
 ) -> dict[str, str]:
     """case -> what is wrong with it, in one line that names the file; empty if all is well.
 
-    Reads every distinct file once; what they hold is kept only in ``files``, where that is given. Checks the file
-    itself, a label's and a mask's grid against its image's, that a mask is not empty, the dimension of both images, and
-    that landmarks fit the image and each other, by their names or in number.
+    Reads every distinct file once, and a label or landmarks once for each image that they stand beside; what they hold
+    is kept only in ``files``, where that is given. Checks the file itself, a label's and a mask's grid against its
+    image's, that a mask is not empty, the dimension of both images, and that landmarks fit the image and each other, by
+    their names or in number.
     """
     keys = [(side, kind) for kind, side in itertools.product(KINDS, SIDES)]
-    wanted = {
-        (kind, c[f"{side}_{kind}"]): c[f"{side}_image"] for c in cases for side, kind in keys if f"{side}_{kind}" in c
-    }
-    facts: dict[tuple[str, str], _Facts | InputError] = {}
-    for kind, path in Progress(wanted, what="checking", unit="files") if progress else wanted:
+    wanted = dict.fromkeys(
+        (kind, c[f"{side}_{kind}"], c[f"{side}_image"]) for c in cases for side, kind in keys if f"{side}_{kind}" in c
+    )
+    facts: dict[tuple[str, str, str], _Facts | InputError] = {}
+    for told in Progress(wanted, what="checking", unit="files") if progress else wanted:
         try:
-            facts[kind, path] = _facts(kind, path, wanted[kind, path], landmark_channels, files or Source())
+            facts[told] = _facts(*told, landmark_channels, files or Source())
         except InputError as problem:
-            facts[kind, path] = problem
+            facts[told] = problem
     problems = {c["case"]: _problem(c, facts) for c in cases}
     return {name: problem for name, problem in problems.items() if problem}
 
@@ -69,11 +70,11 @@ def _facts(kind: str, path: str, image_path: str, landmark_channels: int | None,
     return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels), plane=image.plane)
 
 
-def _problem(case: Case, facts: Mapping[tuple[str, str], _Facts | InputError]) -> str | None:
+def _problem(case: Case, facts: Mapping[tuple[str, str, str], _Facts | InputError]) -> str | None:
     """The first thing wrong with a case."""
     known: dict[str, _Facts] = {}
     for kind, side in itertools.product(KINDS, SIDES):
-        fact = facts.get((kind, case.get(f"{side}_{kind}", "")))
+        fact = facts.get((kind, case.get(f"{side}_{kind}", ""), case[f"{side}_image"]))
         if isinstance(fact, InputError):
             return str(fact)
         if fact is not None:

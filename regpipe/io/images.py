@@ -107,6 +107,12 @@ def header(path: PathLike, file: BinaryIO | None = None, *, film: bool = False) 
         return _straight_grid(source.shape[: len(source.affine) - 1], source.affine)
 
 
+def plane_of(path: PathLike, file: BinaryIO | None = None) -> Plane | None:
+    """Where one slice stored in 3-D lies, from the header alone; None of all else."""
+    with opened_image(path, file) as source:
+        return source.plane
+
+
 def place(path: PathLike, *, film: bool = False) -> tuple[tuple[int, ...], np.ndarray]:
     """The same; of one slice stored in 3-D as it stands there: shape (X, Y, 1), affine (4, 4)."""
     with opened_image(path, film=film) as source:

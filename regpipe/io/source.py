@@ -15,7 +15,7 @@ from regpipe.io import background, images, labels
 from regpipe.io.formats import locate
 from regpipe.io.images import Image, PathLike
 from regpipe.io.landmarks import Landmarks, named_landmarks, placed, stored_affine
-from regpipe.io.planes import standing
+from regpipe.io.planes import Plane, standing
 from regpipe.utils.files import opened, sha256, sha256_of
 
 
@@ -68,11 +68,16 @@ class Source:
     def landmarks(self, path: PathLike, image: PathLike) -> Landmarks:
         """``io.landmarks.named_landmarks`` of an image, in LPS mm."""
         found: Landmarks = self.read(path, named_landmarks)
-        plane = self.image(image).plane if found.points.shape[1] == 3 else None
+        plane = self._plane(image) if found.points.shape[1] == 3 else None
         if not (found.voxels or found.flat or plane is not None):
             return found
         affine = self.read(image, stored_affine) if found.voxels else None
         return placed(found, len(self.header(image)[0]), affine, plane)
+
+    def _plane(self, path: PathLike) -> Plane | None:
+        image = self._kept.get(path, {}).get((images.read_image,))
+        found: Plane | None = image.plane if image else self.read(path, images.plane_of)
+        return found
 
     def header(self, path: PathLike) -> tuple[tuple[int, ...], np.ndarray]:
         """``io.images.header``; without another look at a file whose image is known."""

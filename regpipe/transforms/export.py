@@ -98,7 +98,7 @@ def pair_transform(
     carried = shape, np.linalg.inv(matrix) @ affine
     fades = np.maximum(*(_fades(field, fixed_frame) for field in (u, inverse_u)))
     pads = _pads(u.shape[1:], fixed_frame, fixed, carried)
-    if np.prod(np.add(u.shape[1:], (pads + fades).sum(axis=0))) > LARGEST * u[0].size:
+    if np.prod(np.add(u.shape[1:], pads.sum(axis=0))) > LARGEST * u[0].size:
         pads = _pads(u.shape[1:], fixed_frame, fixed)
     frame = fixed_frame.copy()
     frame[:-1, -1] = apply_affine(fixed_frame, -(pads + fades)[0])

@@ -32,7 +32,7 @@ HELP = {
         "--fixed-label",
         "--pairing",
         "trained bundle",
-        "LPS mm",
+        "--landmarks",
         "--refine",
     ),
     "compare": ("phantoms", "--backbones", "resnet18,vgg16,alexnet", "--set", "ID=VALUE", "regpipe dashboard OUT"),
@@ -123,21 +123,21 @@ def test_each_pair_has_its_own_grid_and_one_that_cannot_be_done_leaves_the_other
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=2)
-    coarse, volume = np.diag([8.0, 8.0, 1.0, 1.0]), np.random.default_rng(0).random((24, 1, 24))
+    coarse, plane = np.diag([8.0, 8.0, 1.0, 1.0]), np.random.default_rng(0).random((24, 24, 1))
     for side in ("fixed", "moving"):
         folder = data / f"{side}_images"
         (data / f"{side}_labels" / "case_001.nii.gz").unlink()
         (data / f"{side}_landmarks" / "case_001.csv").unlink()
-        nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "plane.nii.gz")  # 3-D, one voxel thick
-        nib.save(nib.Nifti1Image(volume[:, 0, :, None], coarse), folder / "case_001.nii.gz")
+        nib.save(nib.Nifti1Image(np.zeros_like(plane), coarse), folder / "empty.nii.gz")
+        nib.save(nib.Nifti1Image(plane, coarse), folder / "case_001.nii.gz")
     for file in (data / "displacements").glob("*"):
         file.unlink()
     command = ["register", data, "-o", tmp_path / "out", "--bundle", "none", "--refine", 4, "--affine", "none"]
     assert regpipe(monkeypatch, *command) == 1
-    assert "plane.nii.gz: is one voxel thick" in capsys.readouterr().out
+    assert "empty.nii.gz: " in capsys.readouterr().out
     assert [row["case"] for row in read_rows(tmp_path / "out" / "metrics.csv")] == ["case_000", "case_001"]
     shapes = [read_displacement(tmp_path / "out" / f"case_00{i}" / "displacement.nii.gz")[0].shape for i in (0, 1)]
-    assert shapes == [(2, 32, 32), (2, 24, 24)]
+    assert shapes == [(2, 32, 32), (3, 24, 24, 1)]  # stored as the images are: a slice in space
     assert regpipe(monkeypatch, *command) == 1 and "2 of 3 cases are finished already" in capsys.readouterr().out
 
 

@@ -120,8 +120,14 @@ def test_a_disk_too_full_for_the_curves_ends_a_training_in_a_line(
 
 
 def test_a_lost_permission_ends_a_training_in_a_line(bundle, cohort, undisturbed, monkeypatch) -> None:
-    lost = PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(files.os, "replace", at_call(7, os.replace, lost))
+    real = os.replace
+
+    def lost(source: str, target: str) -> None:
+        if Path(target).name == "checkpoint_2.pt":
+            raise PermissionError(errno.EACCES, "Permission denied", source, None, target)
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", lost)
     told = broken_off(bundle, cohort)
     assert ".pt: Permission denied; ask for the right to it" in told
     monkeypatch.undo()
