@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regpipe.cli import completion
+from regpipe.cli.register import Finest, Formats
 from regpipe.utils import console
 
 
@@ -45,16 +46,8 @@ def template(
         ),
     ] = "lncc",
     smoothness: Annotated[float, typer.Option(help="1: the default, 0.5 follows the images further.")] = 1.0,
-    finest: Annotated[
-        int | None, typer.Option(min=1, help="1 compares at full resolution, 2 at half; default: by size.")
-    ] = None,
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Transform files, by commas: {', '.join(completion.FORMATS)}.",
-            autocompletion=completion.some_of(completion.FORMATS),
-        ),
-    ] = None,
+    finest: Finest = None,
+    formats: Formats = None,
     jobs: Annotated[int, typer.Option(min=1, help="So many subjects at a time, each in a process of one thread.")] = 1,
 ) -> None:
     """The mean of a group of images, and every subject's transform to it, both ways.

@@ -12,6 +12,17 @@ from regpipe.cli import completion
 from regpipe.cli.apply import Fill
 from regpipe.utils.errors import InputError
 
+Finest = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of refinement: 1 compares at full resolution, 2 at half, faster; default: by size."),
+]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Transform files, by commas: {', '.join(completion.FORMATS).replace('ants', 'ants (by default)')}.",
+        autocompletion=completion.some_of(completion.FORMATS),
+    ),
+]
 Inputs = Annotated[
     list[Path],
     typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
@@ -89,10 +100,7 @@ def register(
     smoothness: Annotated[
         float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
     ] = None,
-    finest: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of refinement: 1 compares at full resolution, 2 at half, faster; default: by size."),
-    ] = None,
+    finest: Finest = None,
     guide: Annotated[
         str | None,
         typer.Option(
@@ -100,13 +108,7 @@ def register(
             autocompletion=completion.some_of(completion.GUIDES),
         ),
     ] = None,
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Transform files, by commas: {', '.join(completion.FORMATS).replace('ants', 'ants (by default)')}.",
-            autocompletion=completion.some_of(completion.FORMATS),
-        ),
-    ] = None,
+    formats: Formats = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
     fixed_mask: Annotated[Path | None, typer.Option(help="With two files: where FIXED counts.")] = None,

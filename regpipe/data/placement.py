@@ -191,7 +191,7 @@ class Frames:
             found = linear._replace(matrix=self._from_landmarks(case, files, "projective"))
         if self.source != "landmarks" and homography.is_gentle(found.matrix, frame, grid.shape):
             fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
-            masks = {f"{side}_mask": _mask(case, side, files) for side in SIDES}
+            masks = {f"{side}_mask": counted(case, side, files) for side in SIDES}
             found = projective.align_projective(fixed, moving, found.matrix, metric=self.metric, **masks)
         if not homography.is_gentle(found.matrix, frame, grid.shape):
             log.warning("%s: its homography folds on the working grid; the affine map is kept", case["moving_image"])
@@ -202,7 +202,7 @@ class Frames:
         start = None if self.source == "images" else self._from_landmarks(case, files, stage)
         if start is not None and self.source == "landmarks":
             return affine.Alignment(start, math.nan, math.nan, math.nan)
-        fixed_mask, moving_mask = (_mask(case, side, files) for side in SIDES)
+        fixed_mask, moving_mask = (counted(case, side, files) for side in SIDES)
         fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
         begin = initial.read(case, fixed.array.ndim)
         if begin is not None and begin.matrix is None:
@@ -245,7 +245,7 @@ def _files(case: Case) -> tuple[str | None, ...]:
     return (*of_images, *(part for key in initial.keys(case) for part in (key, case[key])))
 
 
-def _mask(case: Case, side: str, files: Source) -> np.ndarray | None:
+def counted(case: Case, side: str, files: Source) -> np.ndarray | None:
     """Where an image counts: its mask file without what is ignored, and where it holds data; None: everywhere."""
     parts = [files.known(case[f"{side}_image"])]
     for kind, counts in (("mask", True), ("ignore", False)):

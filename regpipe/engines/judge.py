@@ -53,11 +53,12 @@ class Judge:
         gain, wrong = gained - base, lost - base
         better = (gain > GAIN * torch.minimum(base, 1 - base)) & (gain > FAINT) & (gain > MARGIN * wrong)
         share = resize_image(_mean(better.float()), before.shape[2:])
-        kept = self._register(before + share * (after - before), unseen)
-        looks = float(self._explained(kept, unseen).mean()) > (1 + LOOKS) * float(base.mean())
-        if looks:
-            told = [self._information(v, witness or unseen) for v in (before, before + share * (after - before))]
-            self.misled |= told[1] < told[0]
+        step = before + share * (after - before)
+        kept = self._register(step, unseen)
+        if float(self._explained(kept, unseen).mean()) > (1 + LOOKS) * float(base.mean()):
+            if witness is not None:
+                unseen, was, kept = witness, self._register(before, witness), self._register(step, witness)
+            self.misled |= self._information(kept, unseen) < self._information(was, unseen)
         return torch.zeros_like(share) if self.misled else share
 
     def _as_one(self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor]) -> Tensor:
@@ -71,14 +72,11 @@ class Judge:
         return register(unseen["fixed_image"], unseen["moving_image"], velocity, layers=self.layers)
 
     def _explained(self, result: Registration, unseen: Mapping[str, Tensor]) -> Tensor:
-        masks = overlaps(result, unseen, self.loss.options)
-        maps = zip(explained(result, unseen, self.loss.options), masks, strict=True)
-        forward, back = (_mean(x, mask) for x, mask in maps)
+        forward, back = (_mean(x, mask) for x, mask in explained(result, unseen, self.loss.options))
         return (forward + back) / 2
 
-    def _information(self, velocity: Tensor, images: Mapping[str, Tensor]) -> float:
+    def _information(self, result: Registration, images: Mapping[str, Tensor]) -> float:
         """Mutual information in nats, both ways, where both images are known."""
-        result = self._register(velocity, images)
         pairs = ((result.warped_moving, images["fixed_image"]), (result.warped_fixed, images["moving_image"]))
         masks = overlaps(result, images, self.loss.options)
         return sum(_told(*pair, mask) for pair, mask in zip(pairs, masks, strict=True))

@@ -22,7 +22,7 @@ from regpipe.engines.pyramid import pyramid_level
 from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
-from regpipe.losses.terms import TERMS
+from regpipe.losses.terms import TERMS, with_noise
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -115,7 +115,7 @@ class Refiner:
         pairs = []
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             start = None if velocity is None else velocity[i : i + 1].float()
-            pairs.append(self._refine(batch, start, self.steps))
+            pairs.append(self._refine(*self._halves(batch), start, self.steps))
         return torch.cat(pairs)
 
     def from_better(
@@ -134,23 +134,29 @@ class Refiner:
         """
         pairs, starts = [], []
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
-            mine = self._paying(batch, velocity[i : i + 1].float())
+            seen, unseen = self._halves(batch)
+            mine = self._paying(unseen, velocity[i : i + 1].float())
             if bool(mine.any()):
                 starts.append("network")
-                pairs.append(self._refine(batch, mine, self.steps))
+                pairs.append(self._refine(seen, unseen, mine, self.steps))
             else:
                 starts.append("zero")
-                pairs.append(resize(self._refine(batch, None, max(self.steps, ZERO_STEPS)), mine.shape[2:]))
+                found = self._refine(seen, unseen, None, max(self.steps, ZERO_STEPS))
+                pairs.append(resize(found, mine.shape[2:]))
         return torch.cat(pairs), starts
 
-    def _paying(self, batch: Mapping[str, Tensor], velocity: Tensor) -> Tensor:
+    def _halves(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """What is optimised, and what judges; the pair itself where nothing does."""
+        judged = self._judge(batch["fixed_image"].ndim - 2) is not None
+        return _halves(batch) if judged else (batch, batch)
+
+    def _paying(self, unseen: Mapping[str, Tensor], velocity: Tensor) -> Tensor:
         """What pays of the network's velocity, at half resolution, where refinement begins."""
         judge = self._judge(velocity.shape[1])
         if judge is None:
             return velocity
-        shape = coarser_shape(batch["fixed_image"].shape[2:], FROM_NETWORK[0].stride)
-        unseen = pyramid_level(_halves(batch)[1], shape)
-        return velocity * judge.share(torch.zeros_like(velocity), velocity, unseen)
+        shape = coarser_shape(unseen["fixed_image"].shape[2:], FROM_NETWORK[0].stride)
+        return velocity * judge.share(torch.zeros_like(velocity), velocity, pyramid_level(unseen, shape))
 
     def _judge(self, dim: int) -> Judge | None:
         """None where a network sees structures: it knows more than the images show."""
@@ -158,14 +164,15 @@ class Refiner:
         return Judge(loss, self.layers) if self.judged and "predicted_dice" not in loss.weights else None
 
     @torch.enable_grad()
-    def _refine(self, batch: Mapping[str, Tensor], velocity: Tensor | None, steps: int) -> Tensor:
-        fixed = batch["fixed_image"]
+    def _refine(
+        self, seen: Mapping[str, Tensor], unseen: Mapping[str, Tensor], velocity: Tensor | None, steps: int
+    ) -> Tensor:
+        fixed = seen["fixed_image"]
         shape, given = fixed.shape[2:], velocity is not None
         levels = self._levels(shape, given)
         plan = [(coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, steps), strict=True)]
         voxels = sum(steps * math.prod(images) for images, steps in plan)
         judge = self._judge(len(shape))
-        seen, unseen = _halves(batch) if judge else (batch, batch)
         found = fixed.new_zeros(1, 1, *[1] * len(shape))  # what counted of a level so far
         if velocity is not None:
             found = (velocity != 0).any(1, keepdim=True).float()
@@ -176,7 +183,7 @@ class Refiner:
                     velocity = fixed.new_zeros(1, len(shape), *grid)
                 elif not given:
                     velocity = resize(velocity, grid)
-                after = self._descend(velocity, pyramid_level(seen, images), steps, bar)
+                after = self._descend(velocity, with_noise(pyramid_level(seen, images)), steps, bar)
                 if judge:
                     enough = next((s for s, _ in plan if math.prod(s) >= max(WITNESS, math.prod(images))), plan[-1][0])
                     witness = pyramid_level(unseen, enough) if enough != images else None
@@ -225,17 +232,12 @@ def _each(
 
 def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A pair twice, with noise that is independent, and the noise beside it: what is optimised, and what judges."""
-    halves = {side: split_noise(batch[f"{side}_image"]) for side in SIDES}
-    rest = {key: tensor for key, tensor in batch.items() if not key.endswith("image")}
-    made = [
-        {
-            f"{side}_{what}": x
-            for side, h in halves.items()
-            for what, x in (("image", image(h)), ("noise", scale * h.noise))
-        }
-        for image, scale in ((lambda h: h.seen, SEEN), (lambda h: h.unseen, UNSEEN))
-    ]
-    return {**rest, **made[0]}, {**rest, **made[1]}
+    seen, unseen = dict(batch), dict(batch)
+    for side in SIDES:
+        halves = split_noise(batch[f"{side}_image"])
+        seen |= {f"{side}_image": halves.seen, f"{side}_noise": SEEN * halves.noise}
+        unseen |= {f"{side}_image": halves.unseen, f"{side}_noise": UNSEEN * halves.noise}
+    return seen, unseen
 
 
 def refinement_loss(

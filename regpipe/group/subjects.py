@@ -27,6 +27,10 @@ class Subject(NamedTuple):
         found = {"image": self.image, "label": self.label, "mask": self.mask}
         return {kind: path for kind, path in found.items() if path is not None}
 
+    def beside_sha256(self) -> dict[str, str]:
+        """Kind -> hash of the file, of all but the image."""
+        return {kind: sha256(images.files(path)) for kind, path in self.files().items() if kind != "image"}
+
     def as_moving(self) -> Case:
         """Its part of a case."""
         return {f"moving_{kind}": path for kind, path in self.files().items()}

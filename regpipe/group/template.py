@@ -26,6 +26,7 @@ from torch import Tensor
 from regpipe import __version__
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import Case, working_grid
+from regpipe.data.placement import counted
 from regpipe.engines.inferers import prepare_batch, without_folds
 from regpipe.engines.refine import coarser_shape
 from regpipe.fields.algebra import integrate, register, resize
@@ -34,17 +35,16 @@ from regpipe.group.means import Mean, log_sum, mean_image, sharpness, without_me
 from regpipe.group.subjects import Subject
 from regpipe.inference import jobs
 from regpipe.inference.case_files import BY_DEFAULT, clear, save_case
-from regpipe.io import background, images
+from regpipe.io import images
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import affine_mat
-from regpipe.io.labels import read_label
 from regpipe.io.source import Source
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.transforms import affine, displacement
 from regpipe.transforms.read import Space
 from regpipe.utils import console, distributed
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, replace_file, sha256
+from regpipe.utils.files import parse_json, replace_file
 
 ROUNDS, SUBJECTS = "rounds", "subjects"  # folders of the result
 TEMPLATE, LABEL, PROBABILITY = "template.nii.gz", "template_label.nii.gz", "probability_{}.nii.gz"
@@ -93,10 +93,7 @@ class Group:
 
     def _begin(self) -> None:
         """Go on where the same command stopped; what another one left is removed."""
-        about = [
-            [one.name, *((kind, sha256(images.files(path))) for kind, path in one.files().items())]
-            for one in self.subjects
-        ]
+        about = [[one.name, one.sha256, one.beside_sha256()] for one in self.subjects]
         text = json.dumps([__version__, about, self.settings], sort_keys=True)
         digest, path = hashlib.sha256(text.encode()).hexdigest(), self.work / "made_from.json"
         if path.is_file() and parse_json(path.read_bytes()) == digest:
@@ -183,22 +180,15 @@ class Group:
         return Space(space.shape, placed)
 
     def _aligned(self, last: Stage, tag: str, stage: str, metric: str, *, first: bool) -> Stage:
-        known = dict(zip((one.name for one in self.subjects), last.matrices, strict=True))
+        begun = {} if first else dict(zip((one.name for one in self.subjects), last.matrices, strict=True))
 
         def align(one: Subject) -> Arrays:
-            mean, moving = images.read_image(self._file(last, "mean")), images.read_image(one.image)
-            known_voxels = background.known(moving.array)
-            drawn = known_voxels if one.mask is None else read_label(one.mask)[0].array != 0
-            if known_voxels is not None and one.mask is not None:
-                drawn = drawn & known_voxels
-            found = affine.align(
-                mean,
-                background.filled(moving),
-                stage,
-                metric=metric,
-                moving_mask=drawn,
-                start=None if first else known[one.name],
-            )
+            files, mean = Source(), images.read_image(self._file(last, "mean"))
+            about: dict[str, Any] = {
+                "moving_mask": counted(one.as_moving(), "moving", files),
+                "start": begun.get(one.name),
+            }
+            found = affine.align(mean, files.image(one.image), stage, metric=metric, **about)
             return {"matrix": found.matrix}
 
         folder = self._phase(tag, align)
@@ -218,9 +208,8 @@ class Group:
         folder = self._phase(f"round {i}", find)
 
         def mean() -> Arrays:
-            total = np.zeros(())
-            for one in self.subjects:
-                total = total + _read(folder / f"{one.name}.npz")["velocity"]  # in double precision
+            each = (_read(folder / f"{one.name}.npz")["velocity"] for one in self.subjects)
+            total = sum(each, np.zeros(()))  # in double precision
             return {"velocity": (total / len(self.subjects)).astype(np.float32)}
 
         self._once(f"mean velocity {i}", mean)
@@ -259,13 +248,11 @@ class Group:
         u = np.zeros((len(shape), *shape))
         if velocity is not None:
             u = repair(resize(integrate(velocity), shape)).displacement[0].numpy()
-        moving, grid = images.read_image(one.image), Image(np.empty(shape, bool), frame)
+        files, grid = Source(), Image(np.empty(shape, bool), frame)
+        moving, there = files.image(one.image), files.known(one.image)  # None: everywhere
         d = displacement.native_displacement(u, frame, self.matrix(one, stage) @ frame, grid)
-        there = background.known(moving.array)  # None: everywhere
-        view = moving._replace(
-            array=np.ones(moving.array.shape, np.float32) if there is None else there * np.float32(1)
-        )
-        grey = moving._replace(array=images.normalise(background.filled(moving).array) * view.array)
+        share = np.ones(moving.array.shape, np.float32) if there is None else there.astype(np.float32)
+        view, grey = (moving._replace(array=x) for x in (share, images.normalise(moving.array) * share))
         seen = {"image": grey, "covered": view}
         return {name: displacement.resample_through(what, d, frame, order=1) for name, what in seen.items()}
 
@@ -302,11 +289,8 @@ class Group:
         """How far the means of the logarithms are from zero."""
         found = {"matrices": log_sum(stage.matrices)}
         if stage.round:
-            total = torch.zeros(())
-            for one in self.subjects:
-                field = self.field(one, stage)
-                assert field is not None  # there was a round
-                total = total + field.double()
+            fields = (self.field(one, stage) for one in self.subjects)
+            total = sum((field.double() for field in fields if field is not None), torch.zeros(()))
             found["velocities_voxels"] = float(total.abs().max() / len(self.subjects))
         return found
 

@@ -245,6 +245,7 @@ class FolderRun:
     def register_by(self, network: nn.Module, inferer: Any, *, strict: bool = False, processes: int = 1) -> None:
         """``register`` without MONAI: ``inferer`` applies ``network``, fitted to memory; by ``jobs.beside``."""
         device, _ = distributed.device(), network.eval()
+        self._guides = getattr(getattr(inferer, "refiner", None), "guides", [])
         FittingInferer(inferer, memory_gib=self.memory_gib)  # refuses a wrong one, before anything is written
 
         def run() -> None:
@@ -252,15 +253,12 @@ class FolderRun:
             for batch in self:
                 pair, target, _, told = prepare_batch(batch, device)
                 with torch.no_grad():
-                    prediction = fitting(pair, network, **told, **self._truth(target, inferer))
+                    truth = {"truth": guides.truth_of(target, self._guides)} if self._guides else {}
+                    prediction = fitting(pair, network, **told, **truth)
                 self._save(target, prediction)
-                del batch, pair, target, told, prediction  # not kept while the next case is registered
+                del batch, pair, target, told, truth, prediction  # not kept while the next case is registered
 
         self._register(run, strict=strict, processes=processes)
-
-    def _truth(self, batch: Mapping[str, Any], inferer: Any) -> dict[str, Any]:
-        self._guides = getattr(getattr(inferer, "refiner", None), "guides", [])
-        return {"truth": guides.truth_of(batch, self._guides)} if self._guides else {}
 
     def register(self, evaluator: Any, *, strict: bool = False) -> None:
         """``_register`` by MONAI's evaluator, whose data and handler this is."""

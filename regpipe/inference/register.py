@@ -17,6 +17,8 @@ import numpy as np
 
 from regpipe.bundle.run import own, register_with_bundle
 from regpipe.bundle.write import TRANSFERRED
+from regpipe.data.members import KINDS
+from regpipe.data.pairs import SIDES
 from regpipe.engines.inferers import dimensions_of
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, refinement_loss
 from regpipe.inference.by_bundle import register_by_bundle
@@ -34,15 +36,7 @@ from regpipe.utils import console
 from regpipe.utils.errors import InputError, cause
 from regpipe.utils.files import replace_file
 
-BESIDE: tuple[str, ...] = (
-    "fixed_label",
-    "moving_label",
-    "fixed_mask",
-    "moving_mask",
-    "fixed_landmarks",
-    "moving_landmarks",
-)
-BESIDE += ("fixed_ignore", "moving_ignore")
+BESIDE = tuple(f"{side}_{kind}" for kind in KINDS if kind != "image" for side in SIDES)
 
 OF_OWN = {
     "ckpt_dir",

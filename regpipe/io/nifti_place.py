@@ -21,6 +21,19 @@ PLACED += ["quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qof
 UNITS = {1: "metres", 3: "microns"}
 
 
+def placed_image(array: np.ndarray, affine: np.ndarray) -> Any:
+    """A ``nib.Nifti1Image`` of an array that lies at ``affine`` (D+1, D+1), voxel index -> RAS mm, for every reader."""
+    whole, keep = np.eye(4), [*range(len(affine) - 1), 3]
+    whole[np.ix_(keep, keep)] = affine
+    image = nib.Nifti1Image(array, whole, dtype=array.dtype)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(whole, code="scanner")
+    image.set_qform(whole, code="scanner")
+    if not np.allclose(image.get_qform(), whole, atol=1e-3):
+        image.set_qform(None, code=0)  # sheared: a quaternion cannot say it, so it says nothing
+    return image
+
+
 def itk_place(header: Any, by_nibabel: np.ndarray) -> np.ndarray:
     """RAS affine (4, 4) of a header as it stands in the file; nibabel's where ITK refuses: sheared, without a qform."""
     if _plain(header):

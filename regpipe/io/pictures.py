@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, ImageOps
 from PIL import Image as Picture
 
-from regpipe.io.formats import Source, require_voxel_size, squeezed, warn_once
+from regpipe.io.formats import PathLike, Source, require_voxel_size, squeezed, warn_once
 from regpipe.io.geometry import lps_matrix
 from regpipe.utils.errors import InputError
 
@@ -92,13 +92,17 @@ def frames_of(path: Path) -> int:
         return 1
 
 
-def colours_bytes(path: Path, array: np.ndarray) -> bytes:
-    """The file, by its suffix, of colours (X, Y, 3 or 4) of 8 bits."""
+def encoded(path: PathLike, pixels: np.ndarray) -> bytes:
+    """The file, by its suffix, of a picture's rows (Y, X) or (Y, X, 3 or 4).
+
+    Raises:
+        InputError: the format cannot hold them, e.g. 16 bits or what is transparent in a JPEG.
+    """
     data = io.BytesIO()
-    kind = Picture.registered_extensions()[path.suffix.lower()]
+    kind = Picture.registered_extensions()[Path(path).suffix.lower()]
     try:
-        Picture.fromarray(np.ascontiguousarray(array.swapaxes(0, 1))).save(data, format=kind)
-    except OSError as cause:  # e.g. a transparent one as JPEG
+        Picture.fromarray(np.ascontiguousarray(pixels)).save(data, format=kind)
+    except OSError as cause:
         raise InputError(f"{path}: {cause}; name it .png or .nii.gz") from cause
     return data.getvalue()
 

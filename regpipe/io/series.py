@@ -19,6 +19,7 @@ from regpipe.io.formats import ITK, NIFTI, PICTURE, load_nifti, locate, nifti_af
 from regpipe.io.images import opened_image, voxels_of
 from regpipe.io.itk_files import image_bytes, segment_notes
 from regpipe.io.labels import is_named_label, look_of
+from regpipe.io.nifti_place import placed_image
 from regpipe.io.planes import Plane
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
@@ -230,23 +231,19 @@ def write_series(path: Path, array: np.ndarray, affine: np.ndarray, series: Seri
         kind = f"RGB{'A' * (array.shape[-1] - 3)}-color" if series.kind == COLOURS else NRRD_KINDS[series.kind]
         replace_file(path, image_bytes(suffix, array, affine, values=kind, notes=series.notes))
     elif suffix in PICTURE and series.kind == COLOURS:
-        replace_file(path, pictures.colours_bytes(path, array))
+        replace_file(path, pictures.encoded(path, array.swapaxes(0, 1)))
     else:
         raise InputError(f"{path}: cannot hold {array.shape[-1]} {series.kind}; name it .nii.gz")
 
 
 def _nifti_bytes(array: np.ndarray, affine: np.ndarray, series: Series) -> bytes:
-    dim, many = len(affine) - 1, array.shape[-1]
-    placed, keep = np.eye(4), [*range(dim), 3]
-    placed[np.ix_(keep, keep)] = affine
-    shape = (*array.shape[:-1], 1)[:3]
+    many, shape = array.shape[-1], (*array.shape[:-1], 1)[:3]
     if series.kind == COLOURS and many in (3, 4):
         typed = np.dtype([(name, "u1") for name in "RGBA"[:many]])
         whole = np.ascontiguousarray(array, np.uint8).view(typed).reshape(shape)
     else:
         whole = array.reshape(*shape, *((many,) if series.kind == FRAMES else (1, many)))
-    image = nib.Nifti1Image(whole, placed, dtype=whole.dtype)
-    about = series.about
+    image, about = placed_image(whole, affine), series.about
     image.header.set_xyzt_units("mm", "sec" if about is None else about.get_xyzt_units()[1])
     if series.kind == FRAMES:
         image.header["pixdim"][4] = series.step
@@ -255,9 +252,5 @@ def _nifti_bytes(array: np.ndarray, affine: np.ndarray, series: Series) -> bytes
             image.header[key] = about[key]
     if about is None and series.kind in (VECTOR, TENSOR):
         image.header["intent_code"] = 1007 if series.kind == VECTOR else 1005
-    image.set_sform(placed, code="scanner")
-    image.set_qform(placed, code="scanner")
-    if not np.allclose(image.get_qform(), placed, atol=1e-3):
-        image.set_qform(None, code=0)  # sheared: a quaternion cannot say it
     data: bytes = image.to_bytes()
     return data

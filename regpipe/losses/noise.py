@@ -49,7 +49,8 @@ def split_noise(image: Tensor) -> Halves:
     """``image`` (1, 1, *spatial) as two whose Gaussian noise is independent, as if it had been scanned twice.
 
     With noise n of the same variance ``x + g n`` and ``x - n / g`` are uncorrelated: data thinning, as Noisier2Noise
-    and Recorrupted-to-Recorrupted (Pang et al., CVPR 2021, eq. 5) train by it. The same seed, the same bytes.
+    and Recorrupted-to-Recorrupted (Pang et al., CVPR 2021, eq. 5) train by it. The draw
+    is by the image's own bytes: the same image gives the same halves.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(image.float().cpu().numpy().tobytes()))
     white = torch.randn(image.shape, generator=generator).to(image.device)

@@ -94,36 +94,46 @@ def of_displacements(measure: Callable[[Tensor], Tensor]) -> Function:
 NOISE_FLOOR = 4.0  # times the noise's variance: a window of less contrast says little (docs/results/harm.md)
 
 
-def floors_of(target: Target) -> tuple[Tensor, Tensor]:
-    """(B,) each: the variance that a window of the fixed and of the moving image has to stand out from.
+def with_noise(target: Target) -> Target:
+    """The target with ``fixed_noise`` and ``moving_noise`` (B,), the variance of each image's noise.
 
-    ``fixed_noise`` and ``moving_noise`` (B,), the noise's variance, where the target knows it.
+    What is absent is found: once, for a target that is looked at many times.
     """
-    fixed, moving = (
-        target[f"{side}_noise"] if f"{side}_noise" in target else noise_variance(target[f"{side}_image"])
-        for side in SIDES
-    )
-    return NOISE_FLOOR * fixed, NOISE_FLOOR * moving
+    absent = [side for side in SIDES if f"{side}_noise" not in target]
+    return {**target, **{f"{side}_noise": noise_variance(target[f"{side}_image"]) for side in absent}}
+
+
+def floors_of(target: Target) -> tuple[Tensor, Tensor]:
+    """(B,) each: the variance that a window of the fixed and of the moving image has to stand out from."""
+    known = with_noise(target)
+    return NOISE_FLOOR * known["fixed_noise"], NOISE_FLOOR * known["moving_noise"]
+
+
+Measure = Callable[..., Tensor]  # measure(a, b, *, mask, window, floors)
+
+
+def _each_way(
+    r: Registration, target: Target, options: Options, measure: Measure
+) -> list[tuple[Tensor, Tensor | None]]:
+    """A measure of local correlation, and the mask that it was told: on the fixed image's grid and the moving one's."""
+    masks, floors = overlaps(r, target, options), floors_of(target)
+    pairs = ((r.warped_moving, target["fixed_image"]), (r.warped_fixed, target["moving_image"]))
+    told = zip(pairs, masks, (floors[::-1], floors), strict=True)
+    return [(measure(*pair, mask=mask, window=options.window, floors=floor), mask) for pair, mask, floor in told]
 
 
 def _lncc(r: Registration, target: Target, options: Options) -> Tensor:
     """Local cross-correlation, both ways, of what stands out from each image's noise; in [0, 1]."""
-    (on_fixed, on_moving), (fixed, moving) = overlaps(r, target, options), floors_of(target)
-    window = options.window
-    forward = lncc(r.warped_moving, target["fixed_image"], mask=on_fixed, window=window, floors=(moving, fixed))
-    back = lncc(r.warped_fixed, target["moving_image"], mask=on_moving, window=window, floors=(fixed, moving))
+    (forward, _), (back, _) = _each_way(r, target, options, lncc)
     return (forward + back) / 2
 
 
 @torch.no_grad()
-def explained(r: Registration, target: Target, options: Options) -> tuple[Tensor, Tensor]:
+def explained(r: Registration, target: Target, options: Options) -> list[tuple[Tensor, Tensor | None]]:
     """Where each image (B, 1, *spatial) explains the other: their squared local correlation, on the fixed image's grid
-    and on the moving one's; in [0, 1]."""
-    (on_fixed, on_moving), (fixed, moving) = overlaps(r, target, options), floors_of(target)
-    window, shown = options.window, (target["fixed_image"], target["moving_image"])
-    forward = local_correlation(r.warped_moving, shown[0], mask=on_fixed, window=window, floors=(moving, fixed))
-    back = local_correlation(r.warped_fixed, shown[1], mask=on_moving, window=window, floors=(fixed, moving))
-    return forward if on_fixed is None else forward * on_fixed, back if on_moving is None else back * on_moving
+    and on the moving one's, in [0, 1], 0 where a mask leaves them out; and the mask."""
+    found = _each_way(r, target, options, local_correlation)
+    return [(x if mask is None else x * mask, mask) for x, mask in found]
 
 
 def _features(r: Registration, target: Target, options: Options) -> Tensor:

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import BinaryIO
 
-import nibabel as nib
 import numpy as np
 import torch
-from PIL import Image as Picture
 from scipy import ndimage
 
 from regpipe.fields.algebra import jacobian_determinant
-from regpipe.io import background
+from regpipe.io import background, pictures
 from regpipe.io.formats import load_nifti, nifti_affine, nifti_array
 from regpipe.io.geometry import LPS
 from regpipe.io.images import PICTURE, Image, PathLike, exactly
+from regpipe.io.nifti_place import placed_image
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import opened, replace_hashed
@@ -51,7 +48,7 @@ def native_displacement(u: np.ndarray, fixed_affine: np.ndarray, moving_affine: 
     """
     places = _move(image.affine, _indices(image.array.shape))
     at = _move(np.linalg.inv(fixed_affine), places)
-    moved = _move(moving_affine, at + _interpolate(u, at))
+    moved = _move(moving_affine, at + interpolate(u, at))
     return _flip(moved - places).astype(np.float32)
 
 
@@ -109,7 +106,7 @@ def map_points(points: np.ndarray, d: np.ndarray, affine: np.ndarray) -> np.ndar
     """
     lps = np.asarray(points, np.float64).T  # (D, K)
     at = _move(np.linalg.inv(affine), _flip(lps))
-    return (lps + _interpolate(d, np.nan_to_num(at))).T
+    return (lps + interpolate(d, np.nan_to_num(at))).T
 
 
 def write_displacement(path: PathLike, d: np.ndarray, affine: np.ndarray) -> str:
@@ -199,25 +196,16 @@ def _flip(vectors: np.ndarray) -> np.ndarray:
     return _column(LPS[: len(vectors)], vectors.ndim) * vectors
 
 
-def _interpolate(field: np.ndarray, at: np.ndarray) -> np.ndarray:
+def interpolate(field: np.ndarray, at: np.ndarray) -> np.ndarray:
     """A field (D, *S) at voxel coordinates (D, ...), linear, the rim's value outside."""
     channels = [np.asarray(channel, np.float64) for channel in field]
     return np.stack([ndimage.map_coordinates(c, at, order=1, mode="nearest") for c in channels])
 
 
 def _nifti(array: np.ndarray, affine: np.ndarray, *, compressed: bool, intent: str = "none") -> bytes:
-    placed = np.eye(4)
-    dim = len(affine) - 1
-    keep = [*range(dim), 3]
-    placed[np.ix_(keep, keep)] = affine
-    image = nib.Nifti1Image(array, placed, dtype=array.dtype)
+    image = placed_image(array, affine)
     image.header.set_intent(intent)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(placed, code="scanner")
-    image.set_qform(placed, code="scanner")
-    if not np.allclose(image.get_qform(), placed, atol=1e-3):
-        image.set_qform(None, code=0)  # sheared: a quaternion cannot say it, so it says nothing
-    data = image.to_bytes()
+    data: bytes = image.to_bytes()
     return gzip.compress(data, compresslevel=1, mtime=0) if compressed else data  # no time stamp: same bytes
 
 
@@ -226,10 +214,4 @@ def _picture(path: PathLike, array: np.ndarray) -> bytes:
     if array.ndim != 2 or values.min() < 0 or values.max() > 65535:
         raise InputError(f"{path}: a picture holds 2-D values from 0 to 65535; name it .nii.gz")
     pixels = values.astype(np.uint8 if values.max() <= 255 else np.uint16).T  # rows are y
-    data = io.BytesIO()
-    try:
-        kind = Picture.registered_extensions()[Path(path).suffix.lower()]
-        Picture.fromarray(np.ascontiguousarray(pixels)).save(data, format=kind)
-    except OSError as cause:  # e.g. 16 bits in a JPEG
-        raise InputError(f"{path}: {cause}; name it .png or .nii.gz") from cause
-    return data.getvalue()
+    return pictures.encoded(path, pixels)

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from regpipe.io.geometry import carry, is_affine
+from regpipe.transforms.displacement import interpolate
 
 STEEPEST = 5.0  # how much nearer one end of what is seen may be than the other; the horizon is then far off
 Map = Callable[[np.ndarray], np.ndarray]
@@ -95,7 +95,7 @@ def bent_by(
     u = np.pad(np.asarray(u, np.float64), [(0, 0), *pads.T], mode="edge")
     y = _places(u.shape[1:], -pads[0])
     before = back(y)
-    found = [ndimage.map_coordinates(v, before.T, order=1, mode="nearest") for v in np.asarray(inverse, np.float64)]
+    found = interpolate(inverse, before.T)
     shift = np.eye(len(u) + 1)
     shift[:-1, -1] = -pads[0]
     fields = _field(there(y + _points(u)) - y, u.shape), _field(before + np.transpose(found) - y, u.shape)

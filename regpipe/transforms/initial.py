@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from nibabel.affines import apply_affine
-from scipy import ndimage
 
 from regpipe.io import itk_bridge
-from regpipe.io.geometry import flipped
+from regpipe.io.geometry import flipped, lps_matrix
 from regpipe.io.images import Image
 from regpipe.transforms import homography
 from regpipe.transforms.affine import matrix_of
+from regpipe.transforms.displacement import interpolate
 from regpipe.transforms.read import CASE, Space, as_its_class, find, read_transform
 from regpipe.transforms.resample import resample
 from regpipe.utils.errors import InputError
@@ -104,17 +104,11 @@ def _inverse(transform: Any, path: Path) -> Any:
     if kind != "DisplacementFieldTransform":
         raise InputError(f"{path}: a {kind} is not inverted here; give the file of its other way, or a displacement")
     d, affine = itk_bridge.from_itk(transform.GetDisplacementField())[:2]
-    u = _turned(np.linalg.inv(affine[:-1, :-1]), d, lps_first=True)
+    to_lps = lps_matrix(affine, places=False)[:-1, :-1]
+    u = np.tensordot(np.linalg.inv(to_lps), d, axes=1)
     places = np.indices(u.shape[1:], dtype=np.float64)
     v = back(u, places, str(path)) - places
-    return itk_bridge.itk_field(_turned(affine[:-1, :-1], v, lps_first=False), affine)
-
-
-def _turned(linear: np.ndarray, vectors: np.ndarray, *, lps_first: bool) -> np.ndarray:
-    """Vectors (D, *S): LPS mm -> voxels, or voxels -> LPS mm."""
-    at = np.moveaxis(np.asarray(vectors, np.float64), 0, -1)
-    turned = flipped(at) @ linear.T if lps_first else flipped(at @ linear.T)
-    return np.moveaxis(turned, -1, 0)
+    return itk_bridge.itk_field(np.tensordot(to_lps, v, axes=1), affine)
 
 
 def warped(moving: Image, initial: Initial, fixed: Image, *, method: str = "linear") -> Image:
@@ -143,11 +137,6 @@ def split(
     return moving_frame, np.moveaxis(apply_affine(np.linalg.inv(moving_frame), at) - x, -1, 0)
 
 
-def at_places(b: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """A field (D, *S) at places (D, ...) in voxels: linear, the rim's value outside."""
-    return np.stack([ndimage.map_coordinates(channel, at, order=1, mode="nearest") for channel in b])
-
-
 def back(b: np.ndarray, places: np.ndarray, about: str = "the initial transform") -> np.ndarray:
     """``R^-1`` of places (D, ...) in voxels; NaN stays NaN. Where ``R`` folds or jumps the nearest that was found."""
     known = np.isfinite(places).all(axis=0)
@@ -155,7 +144,7 @@ def back(b: np.ndarray, places: np.ndarray, about: str = "the initial transform"
     x = found[:, known]
     target, left = x.copy(), np.arange(x.shape[1])
     for _ in range(TRIES):
-        error = x[:, left] + at_places(b, x[:, left]) - target[:, left]
+        error = x[:, left] + interpolate(b, x[:, left]) - target[:, left]
         x[:, left] -= error / 2  # half of it: a whole one runs away where R stretches
         left = left[np.abs(error).max(axis=0) > CLOSE]
         if not len(left):
@@ -173,6 +162,6 @@ def bent(
     """Both displacements of a pair with the bend put behind, and the frames that they lie on: ``homography.bent``."""
 
     def ahead(points: np.ndarray) -> np.ndarray:
-        return points + at_places(b, points.T).T
+        return points + interpolate(b, points.T).T
 
     return homography.bent_by(u, inverse, frames, ahead, lambda points: back(b, points.T).T)

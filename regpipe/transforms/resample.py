@@ -74,7 +74,8 @@ def _stored(path: Path, *, required: bool) -> _Stored | None:
         return None
     dtype = source.dtype
     if not locate(path)[0].name.lower().endswith(NIFTI + ITK):
-        dtype = np.dtype(np.float32) if whole_numbers(array) is None else ids_of(array, path).dtype
+        whole = whole_numbers(array)
+        dtype = np.dtype(np.float32) if whole is None else ids_of(whole, path).dtype
     return _Stored(array, source.affine, dtype, source.label, source.plane)
 
 

@@ -98,7 +98,7 @@ def _values(path: Path, series: Series, method: str) -> tuple[np.ndarray, np.dty
     if whole is None and method == "label":
         raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
     if series.dtype.kind == "f" and whole is not None:
-        whole = ids_of(series.array, path)
+        whole = ids_of(whole, path)
     return series.array if whole is None else whole, series.dtype
 
 
