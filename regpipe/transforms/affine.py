@@ -11,6 +11,7 @@ an image is stored: it is turned to the closest RAS first.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from typing import Any, NamedTuple
@@ -223,6 +224,18 @@ def _improved(
 
 def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
     """One run of elastix from ``matrix`` -> the refined matrix. Raises RuntimeError where elastix gives up."""
+    _settle(len(matrix) - 1)
+    return _run(pair, matrix, kind, metric, search, seed)
+
+
+@functools.cache
+def _settle(dim: int) -> None:
+    """Run elastix on next to nothing: what the first run in a process gives depends on what ITK read there before."""
+    side = Side(np.indices((8,) * dim).sum(axis=0).astype(np.float32), np.ones((8,) * dim, bool), np.eye(dim + 1))
+    _run(Sides(side, side), np.eye(dim + 1), "Euler", "mi", _Search(1, 1, 100, False), 0)
+
+
+def _run(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _Search, seed: int) -> np.ndarray:
     fixed, moving = (to_itk(side.array, side.affine) for side in pair)
     pixels = type(fixed).__name__.replace("itkImage", "I")
     method: Any = wrapped("ElastixRegistrationMethod", pixels * 2).New()
