@@ -75,7 +75,7 @@ def apply(
     if manifest is not None and written:
         used = {"transform": [transform], "input": [path for path in inputs if str(path) not in problems]}
         used |= {"reference": [reference]} if reference else {}
-        settings = {"to": to, "interpolation": interpolation, **({} if fill is None else {"fill": f"{fill:g}"})}
+        settings = {"to": to, "interpolation": interpolation, **({} if fill is None else {"fill": str(fill)})}
         manifests.of_files(manifest, "application", used, written, settings)
     console.tell(problems=problems)
     for problem in problems.values():

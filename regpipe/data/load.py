@@ -22,7 +22,7 @@ from regpipe.io.background import SLIGHT
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
 from regpipe.io.source import Source
-from regpipe.transforms import displacement, homography, initial
+from regpipe.transforms import displacement, homography, initial, lift
 from regpipe.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -176,6 +176,8 @@ class LoadPair:
 
         def make() -> dict[str, Tensor]:
             field, affine = files.read(case["displacement"], displacement.read_displacement)
+            if len(field) > len(grid.shape):
+                field, affine = lift.displacement_in_planes(field, affine, files.image(case["moving_image"]))
             u = displacement.grid_displacement(field, affine, *frames, grid.shape)
             if "moving_bend" in item:
                 u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
@@ -236,6 +238,9 @@ def _mask(
     if known is not None:  # nothing of what lies between voxels with and without
         data = seen._replace(array=known.astype(np.float32))
         inside &= images.resample(data, view.affine, shape, order=1, field=view.field) > 1 - SLIGHT
+    told = [path for path in drawn if path is not None]
+    if told and not inside.any():
+        raise InputError(f"{image}: nothing of it counts, by {' and '.join(told)}; mend them, or leave them out")
     if inside.all():  # most are: one number in memory in place of a volume
         return torch.ones(()).expand(shape)
     return torch.from_numpy(inside).float()

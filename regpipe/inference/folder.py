@@ -77,7 +77,7 @@ class FolderRun:
         export.check_formats([name for name in formats if name != DENSE], dim)
         self.memory_gib, self._held = memory_gib, machine.held()
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
-        self._fill, told = fill, {} if fill is None else {"fill": f"{fill:g}"}  # JSON has no NaN
+        self._fill, told = fill, {} if fill is None else {"fill": str(fill)}  # JSON has no NaN
         self._settings = {**(settings or {}), "formats": sorted(formats), **told}
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}

@@ -53,7 +53,11 @@ def named_landmarks(path: str | Path, file: BinaryIO | None = None) -> Landmarks
     found = read_points(path, file)
     if np.isinf(found.points).any():
         raise InputError(f"{path}: holds infinite coordinates; leave the cell empty where a landmark is not known")
-    return Landmarks(found.points, found.names, found.voxels)
+    names = found.names
+    if names is not None and not all(name.strip() for name in names):
+        warn_once(f"{path}: not all of its landmarks have a name; they pair by their order")
+        names = None
+    return Landmarks(found.points, names, found.voxels)
 
 
 def stored_affine(path: PathLike, file: BinaryIO | None = None) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 
 from regpipe.io import dicom, dicom_frames, formats, headers, pictures, planes
 from regpipe.io.formats import ITK, NIFTI, PICTURE, load_nifti, locate, nifti_affine, nifti_array, squeezed
+from regpipe.io.geometry import LPS
 from regpipe.io.images import opened_image, voxels_of
 from regpipe.io.itk_files import image_bytes, segment_notes
 from regpipe.io.labels import is_named_label, look_of
@@ -205,7 +206,10 @@ def _of_itk(file: Path, components: int, pixel: str) -> Series:
     sides, affine, lies = planes.laid_flat(dims, affine) or (squeezed(dims), affine, None)
     array = array.reshape(*sides, components)
     kind = ITK_KINDS.get(pixel, VALUES)
-    if pixel == "vector" and stored.kind != "f":  # a MetaImage's colours
+    about = io.GetMetaDataDictionary()
+    if about.HasKey("NRRD_kinds[pixel]") and about["NRRD_kinds[pixel]"] == "list":  # which ITK takes for a vector
+        kind = VALUES
+    elif pixel == "vector" and stored.kind != "f":  # a MetaImage's colours
         kind = COLOURS if components in (3, 4) and stored == np.uint8 else VALUES
     label = file.name.lower().endswith(formats.SEGMENTS)
     return Series(array, affine, stored, VALUES if label else kind, label, notes=segment_notes(file), plane=lies)
@@ -218,6 +222,7 @@ def write_series(path: Path, array: np.ndarray, affine: np.ndarray, series: Seri
         InputError: a suffix that cannot hold them.
     """
     suffix, name = path.suffix.lower(), path.name.lower()
+    array = _as_stored(array, series, nifti=name.endswith((".nii", ".nii.gz")))
     if name.endswith((".nii", ".nii.gz")):
         data = _nifti_bytes(array, affine, series)
         replace_file(path, gzip.compress(data, compresslevel=1, mtime=0) if name.endswith(".gz") else data)
@@ -234,6 +239,15 @@ def write_series(path: Path, array: np.ndarray, affine: np.ndarray, series: Seri
         replace_file(path, pictures.encoded(path, array.swapaxes(0, 1)))
     else:
         raise InputError(f"{path}: cannot hold {array.shape[-1]} {series.kind}; name it .nii.gz")
+
+
+def _as_stored(array: np.ndarray, series: Series, *, nifti: bool) -> np.ndarray:
+    """The values of a file of one convention as the other has them."""
+    if nifti == (series.about is not None):
+        return array
+    if series.kind == TENSOR:  # by rows, NIfTI its lower triangle and ITK its upper one: the third and fourth change
+        return array[..., [0, 1, 3, 2, 4, 5]]
+    return array * LPS[: array.shape[-1]].astype(array.dtype) if series.kind == VECTOR and series.ras else array
 
 
 def _nifti_bytes(array: np.ndarray, affine: np.ndarray, series: Series) -> bytes:

@@ -14,7 +14,7 @@ from nibabel.affines import apply_affine
 
 from regpipe.io.geometry import flipped
 from regpipe.io.images import Image
-from regpipe.io.planes import Plane, as_stored, placed, raised, with_axis
+from regpipe.io.planes import Plane, as_stored, laid_flat, placed, raised, with_axis
 from regpipe.transforms.export import ImageFile, PairTransform
 
 LAYERS = np.array([0.0, 1.0, 1.0, 1.0, 0.0])  # shares of the field at -2 to 2 slices from the plane
@@ -56,6 +56,22 @@ def displacement_in_space(d: np.ndarray, onto: Image, of: Image) -> tuple[np.nda
     there = here + flipped(np.moveaxis(d, 0, -1))
     start, end = (_in_space(points, side.plane) for points, side in ((here, onto), (there, of)))
     return as_stored(np.moveaxis(flipped(end - start), -1, 0), onto.affine, onto.plane)
+
+
+def displacement_in_planes(d: np.ndarray, affine: np.ndarray, of: Image) -> tuple[np.ndarray, np.ndarray]:
+    """The reverse: d (3, *S) LPS mm on one slice stored in 3-D, ``affine`` (4, 4) -> (2, *S) in the planes, (3, 3).
+
+    What has no plane stays. How far off its plane a point gets is lost.
+    """
+    flat = laid_flat(d.shape[1:], affine)
+    if flat is None or of.plane is None:
+        return d, affine
+    sides, in_plane, plane = flat
+    d = d.transpose(0, *(1 + np.array(plane.order[:3]))).reshape(3, *sides)
+    here = apply_affine(in_plane, np.moveaxis(np.indices(sides), 0, -1))
+    there = _in_space(here, plane) + flipped(np.moveaxis(d, 0, -1))
+    moved = apply_affine(np.linalg.inv(of.plane.lift), there)[..., :2] - here
+    return np.moveaxis(flipped(moved), -1, 0), in_plane
 
 
 def file_in_space(file: ImageFile, image: Image) -> ImageFile:

@@ -158,6 +158,14 @@ def test_where_the_image_fills_the_grid_the_mask_is_1_and_takes_no_memory(tmp_pa
     assert batch["moving_mask"].shape == (2, 1, 32, 40) and batch["moving_mask"].dtype == torch.float32
 
 
+def test_a_pair_of_which_nothing_counts_is_refused(tmp_path: Path) -> None:
+    (case,) = list_pairs(two_folders(tmp_path, 1))
+    image = nib.Nifti1Image.from_filename(case["fixed_image"])
+    case["fixed_ignore"] = str(save(tmp_path / "all.nii.gz", np.ones(image.shape, np.uint8), image.affine))
+    with pytest.raises(InputError, match=r"nothing of it counts, by .*all\.nii\.gz"):
+        LoadPair(working_grid([case]))(case)
+
+
 def test_a_mask_file_marks_with_any_number_and_lies_where_its_image_lies(tmp_path: Path) -> None:
     affine = np.array([[0, 0, 1.5, 4], [-1.0, 0, 0, 9], [0, 1.2, 0, -3], [0, 0, 0, 1]])
     array, drawn = volume((10, 11, 12)), np.zeros((10, 11, 12), np.int16)

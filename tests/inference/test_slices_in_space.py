@@ -16,6 +16,8 @@ from scipy.spatial.transform import Rotation
 
 from helpers.commandline import regpipe
 from helpers.folders import save
+from regpipe.data.load import LoadPair
+from regpipe.data.pairs import working_grid
 from regpipe.transforms.apply import apply
 from regpipe.transforms.displacement import read_displacement
 
@@ -110,6 +112,18 @@ def test_the_slice_is_found_where_it_was_put(slices: Slices) -> None:
     assert np.linalg.norm(off, axis=1).mean() < 0.5  # mm
     normal = slices.across / np.linalg.norm(slices.across)
     np.testing.assert_allclose(off @ normal, 0, atol=1e-3)
+
+
+def test_its_displacement_serves_as_the_true_one_of_the_pair(slices: Slices) -> None:
+    case = {"case": "a", "fixed_image": str(slices.fixed), "moving_image": str(slices.moving)}
+    case["displacement"] = str(slices.case / "displacement.nii.gz")
+    item = LoadPair(working_grid([case]))(case)
+    u = item["displacement"].numpy()
+    at = np.moveaxis(np.indices(u.shape[1:]), 0, -1)
+    here = apply_affine(item["fixed_affine"].numpy(), at)
+    there = apply_affine(item["moving_affine"].numpy(), at + np.moveaxis(u, 0, -1))
+    found = (there - here)[5:-5, 5:-5].reshape(-1, 2)
+    assert np.linalg.norm(found, axis=1).mean() == pytest.approx(np.linalg.norm(SHIFT * [1.5, 1.2]), abs=0.5)  # mm
 
 
 @pytest.mark.parametrize("way", ["moving_to_fixed", "fixed_to_moving"])

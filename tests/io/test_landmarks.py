@@ -158,3 +158,9 @@ def test_a_file_that_holds_none_is_named(tmp_path: Path, name: str, text: str, t
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=f"{name}: .*{told}"):
         named_landmarks(tmp_path / name)
+
+
+def test_names_that_only_some_have_pair_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "p.csv").write_text("label,x,y,z\nA,1,2,3\n,4,5,6\n,7,8,9\n")
+    found = named_landmarks(tmp_path / "p.csv")
+    assert found.names is None and len(found.points) == 3 and "not all of its landmarks have a name" in caplog.text
