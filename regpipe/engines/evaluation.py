@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
@@ -72,6 +73,8 @@ class EvaluationReport:
 
     def __call__(self, engine: Engine) -> None:
         self.bar.close()
+        if idist.get_rank() > 0:
+            return
         manifest.forget(self.folder)  # of an evaluation that was here before; the bundle writes the new one
         rows = engine.state.metric_details["cases"]  # type: ignore[attr-defined]
         write_csv(self.folder / "metrics.csv", rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import pandas as pd
 import pytest
 import torch
 from ignite.engine import Events
@@ -191,6 +193,33 @@ def test_one_process_writes_and_what_it_writes_knows_nothing_of_the_others(train
     assert curves and all(str(first["pid"]) in name and str(second["pid"]) not in name for name in curves)
     saved = torch.load(bundle / "models" / "checkpoint_4.pt", weights_only=True)
     assert equal(saved["network"], first["weights"])  # without the wrapper's prefix
+
+
+def evaluating(rank: int, bundle: Path, data: Path, out: Path) -> None:
+    overlays = ["train", "evaluate", *(["multi_gpu"] if "RANK" in os.environ else [])]
+    flow = ConfigWorkflow(
+        [str(bundle / "configs" / f"{name}.yaml") for name in overlays],
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        logging_file=False,
+        run_id="evaluating",
+        bundle_root=str(bundle),
+        dataset_dir=str(data),
+        output_dir=str(out),
+    )
+    flow.initialize()
+    flow.run()
+    flow.finalize()
+
+
+def test_an_evaluation_in_two_processes_says_what_one_says(trained, data: Path, tmp_path: Path) -> None:
+    bundle, _ = trained
+    together(evaluating, tmp_path / "seen", bundle, data, tmp_path / "two")
+    with as_if_in_its_own_process():
+        evaluating(0, bundle, data, tmp_path / "one")
+    one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-5)
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two")]
+    assert [m["machine"].get("processes", 1) for m in manifests] == [1, 2]
 
 
 def rank_of(process: int) -> str:
