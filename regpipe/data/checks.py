@@ -48,11 +48,11 @@ def check_pairs(
         (kind, c[f"{side}_{kind}"], c[f"{side}_image"]) for c in cases for side, kind in keys if f"{side}_{kind}" in c
     )
     facts: dict[tuple[str, str, str], _Facts | InputError] = {}
-    for told in Progress(wanted, what="checking", unit="files") if progress else wanted:
+    for kind, path, image in Progress(wanted, what="checking", unit="files") if progress else wanted:
         try:
-            facts[told] = _facts(*told, landmark_channels, files or Source())
+            facts[kind, path, image] = _facts(kind, path, image, landmark_channels, files or Source())
         except InputError as problem:
-            facts[told] = problem
+            facts[kind, path, image] = problem
     problems = {c["case"]: _problem(c, facts) for c in cases}
     return {name: problem for name, problem in problems.items() if problem}
 
