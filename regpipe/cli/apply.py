@@ -1,15 +1,29 @@
-"""``regpipe apply`` and ``regpipe compose``."""
+"""``regpipe apply``, ``regpipe compose`` and ``regpipe jacobian``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from regpipe.cli import completion
 from regpipe.utils import console
 
+Transform = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CASE | TRANSFORM",
+        help="Folder of a registered case; or a file: .h5 .tfm .txt .mat, or a displacement .nii.gz.",
+    ),
+]
+To = Annotated[
+    str,
+    typer.Option(
+        help="fixed: carry what belongs to the moving image to the fixed one; moving: back.",
+        autocompletion=completion.one_of(("fixed", "moving")),
+    ),
+]
 Reference = Annotated[Path | None, typer.Option(help="Image whose grid the result gets.")]
 Fill = Annotated[
     float | None,
@@ -24,13 +38,7 @@ Manifest = Annotated[
 
 
 def apply(
-    transform: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CASE | TRANSFORM",
-            help="Folder of a registered case; or a file: .h5 .tfm .txt .mat, or a displacement .nii.gz.",
-        ),
-    ],
+    transform: Transform,
     inputs: Annotated[
         list[Path],
         typer.Argument(
@@ -38,13 +46,7 @@ def apply(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results, or one file's name.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="fixed: carry what belongs to the moving image to the fixed one; moving: back.",
-            autocompletion=completion.one_of(("fixed", "moving")),
-        ),
-    ] = "fixed",
+    to: To = "fixed",
     reference: Reference = None,
     interpolation: Annotated[
         str,
@@ -56,6 +58,9 @@ def apply(
         ),
     ] = "auto",
     fill: Fill = None,
+    modulate: Annotated[
+        bool, typer.Option("--modulate", help="Keep sums, not intensities: times the change of volume; outside is 0.")
+    ] = False,
     manifest: Manifest = None,
 ) -> None:
     """Carry images, labels, points and meshes through a registration, each image resampled once.
@@ -69,13 +74,17 @@ def apply(
     if manifest is not None:
         manifests.check_beside(manifest, out)
     problems: dict[str, str] = {}
-    written = run(
-        transform, inputs, out, to=to, reference=reference, interpolation=interpolation, fill=fill, problems=problems
-    )
+    chosen: dict[str, Any] = {"to": to, "interpolation": interpolation, "fill": fill, "modulate": modulate}
+    written = run(transform, inputs, out, reference=reference, problems=problems, **chosen)
     if manifest is not None and written:
         used = {"transform": [transform], "input": [path for path in inputs if str(path) not in problems]}
         used |= {"reference": [reference]} if reference else {}
-        settings = {"to": to, "interpolation": interpolation, **({} if fill is None else {"fill": str(fill)})}
+        settings: dict[str, Any] = {
+            "to": to,
+            "interpolation": interpolation,
+            **({} if fill is None else {"fill": str(fill)}),
+        }
+        settings |= {"modulate": True} if modulate else {}
         manifests.of_files(manifest, "application", used, written, settings)
     console.tell(problems=problems)
     for problem in problems.values():
@@ -109,3 +118,33 @@ def compose(
         manifests.of_files(manifest, "composition", used, [file], {})
     console.tell(file=file)
     print(file)
+
+
+def jacobian(
+    transform: Transform,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The map's file: .nii.gz, .mha, .nrrd.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="On the grid of the fixed or the moving image.", autocompletion=completion.one_of(("fixed", "moving"))
+        ),
+    ] = "fixed",
+    reference: Reference = None,
+    log: Annotated[bool, typer.Option("--log", help="The logarithm: 0 where the volume stays.")] = False,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label map on that grid: the change of each region too, in OUT_labels.csv.")
+    ] = None,
+) -> None:
+    """How much larger each voxel's place is in the other image: the determinant of the Jacobian.
+
+    2 on the fixed image's grid: there the moving image is twice as large. Of labels the mean is that of the region as
+    a whole; p5 and p95 are of its voxels.
+    """
+    from regpipe.transforms.volume import jacobian as run
+
+    rows = run(transform, out, to=to, reference=reference, log=log, labels=labels)
+    console.tell(file=out, regions=rows)
+    for row in rows:
+        label, size, mean, low, high = row.values()
+        print(f"label {label:g}: {size:.4g} mL, times {mean:.3f} (5 to 95 % of its voxels: {low:.3f} to {high:.3f})")
+    print(out)

@@ -25,6 +25,7 @@ COMMANDS: list[Callable[..., None]] = [
     group.template,
     apply.apply,
     apply.compose,
+    apply.jacobian,
     bids.bids,
     results.dashboard,
 ]

@@ -17,13 +17,13 @@ from nibabel.affines import apply_affine
 
 from regpipe.io import itk_bridge
 from regpipe.io.geometry import flipped
-from regpipe.io.images import SUFFIXES, header, place, stem
+from regpipe.io.images import SUFFIXES, stem
 from regpipe.io.itk_files import segment_notes
 from regpipe.io.planes import standing
 from regpipe.io.points import READERS, is_points, read_points, write_points
 from regpipe.io.series import read_series
-from regpipe.transforms import displacement
-from regpipe.transforms.read import Space, composite_bytes, find, read_transform
+from regpipe.transforms import displacement, volume
+from regpipe.transforms.read import Space, composite_bytes, find, grid_of, read_transform
 from regpipe.transforms.resample import (
     INTERPOLATIONS,
     fill_value,
@@ -52,6 +52,7 @@ class _Carrier(NamedTuple):
     interpolation: str
     fill: float | None = None  # outside of images; None: as each has it
     target: Space | None = None  # where the results lie, as far as known
+    ratio: np.ndarray | None = None  # of volumes, by which intensities are multiplied; None: they stay
 
 
 def apply(
@@ -63,6 +64,7 @@ def apply(
     reference: str | Path | None = None,
     interpolation: str = "auto",
     fill: float | None = None,
+    modulate: bool = False,
     problems: dict[str, str] | None = None,
 ) -> list[Path]:
     """Move files ``to`` the ``fixed`` or the ``moving`` image; their suffix says what they are.
@@ -74,6 +76,8 @@ def apply(
         reference: the image whose grid the results get; by default the target's of the case. A file needs it.
         interpolation: of images: see ``transforms.resample``.
         fill: value outside of images; None: each image's own, see ``io.background``. Of label maps it is 0.
+        modulate: multiply intensities by the change of volume (``transforms.volume``), so that their sum over a region
+            times the voxel's size stays: of densities, counts, CT numbers + 1000; outside is 0.
         problems: gets a line for each input that cannot be moved; None: the first one raises.
 
     Returns:
@@ -86,7 +90,10 @@ def apply(
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"--interpolation {interpolation}: choose among {', '.join(INTERPOLATIONS)}")
     paths, out = [Path(path) for path in inputs], Path(out)
-    carrier = _carrier(transform, paths, to, reference, interpolation)._replace(fill=fill)
+    carrier = _carrier(transform, paths, to, reference, interpolation)
+    if modulate and carrier.images is not None and carrier.grid is not None:
+        carrier = carrier._replace(ratio=volume.ratio(carrier.images, carrier.grid))
+    carrier = carrier._replace(fill=0.0 if modulate and fill is None else fill)
     single = out.name.lower().endswith((*SUFFIXES, *READERS)) and not out.is_dir()
     if single and len(paths) > 1:
         raise InputError(f"{out}: {len(paths)} results do not go into one file; give a folder")
@@ -144,7 +151,7 @@ def compose(transforms_: Sequence[str | Path], out: str | Path, *, reference: st
     if not dense:
         replace_file(out, composite_bytes(chain))
         return out
-    grid = _grid(reference, moves[-1].target, chain)
+    grid = grid_of(reference, moves[-1].target, chain)
     displacement.write_displacement(out, itk_bridge.sampled(chain, grid.shape, grid.affine), grid.affine)
     return out
 
@@ -163,19 +170,8 @@ def _carrier(
     if all(points):
         return _Carrier(None, point_map, None, move.source, interpolation, target=move.target)
     image_map = read_transform(move.images)
-    grid = _grid(reference, move.target, image_map)
+    grid = grid_of(reference, move.target, image_map)
     return _Carrier(image_map, point_map, grid, move.source, interpolation, target=move.target)
-
-
-def _grid(reference: str | Path | None, target: Space | None, transform: Any) -> Space:
-    if reference is not None:
-        target = Space(*(place if transform.GetInputSpaceDimension() == 3 else header)(reference, film=True))
-    if target is None:
-        raise InputError("a transform file does not say on which grid the result lies: give --reference IMAGE")
-    if len(target.shape) != transform.GetInputSpaceDimension():
-        name = reference or "the target image"
-        raise InputError(f"{name}: is {len(target.shape)}-D, the transform is {transform.GetInputSpaceDimension()}-D")
-    return target
 
 
 def _result_name(path: Path, grid: Space | None) -> str:
@@ -186,9 +182,13 @@ def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
     """Resamples one file; returns the interpolation, and what lies outside where it is not 0."""
     assert carrier.grid is not None
     series = read_series(path)
+    if series is not None and carrier.ratio is not None:
+        raise InputError(f"{path}: holds several values; name one frame (#0) to modulate it")
     if series is not None:
         return carry_series(path, target, series, carrier.images, carrier.grid, carrier.interpolation, carrier.fill)
     image, dtype, method = read_voxels(path, carrier.interpolation)
+    if carrier.ratio is not None and method in ("nearest", "label"):
+        raise InputError(f"{path}: labels have no density that --modulate could keep; leave it out")
     dim = carrier.images.GetInputSpaceDimension()
     image = standing(image) if dim == 3 else image
     if image.array.ndim != dim:
@@ -198,6 +198,8 @@ def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
     result = resample(image, carrier.images, carrier.grid, method, fill)
     if image.array.any() and np.array_equal(result, np.full_like(result, fill), equal_nan=True):
         log.warning("%s: nothing of it lies on the result's grid; is it in the space of the moved image?", path)
+    if carrier.ratio is not None:
+        result, method = result * carrier.ratio, f"{method}, modulated"
     write_voxels(target, result, carrier.grid.affine, dtype, segment_notes(path))
     return f"{method}, {fill:g} outside" if fill else method
 

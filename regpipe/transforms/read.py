@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe.io import itk_bridge
+from regpipe.io.images import header, place
 from regpipe.transforms import claims, foreign
 from regpipe.transforms.displacement import WRITABLE, read_displacement
 from regpipe.utils import limits
@@ -69,6 +70,22 @@ def find(path: str | Path, to: str = "fixed") -> Move:
     if to != "fixed":
         raise InputError(f"{path}: a transform file goes one way; give the folder of the case, or the other way's file")
     return Move(path, path)
+
+
+def grid_of(reference: str | Path | None, target: Space | None, transform: Any) -> Space:
+    """The grid of an image, or the ``target`` of a move, as the grid of what an ``itk.Transform`` pulls.
+
+    Raises:
+        InputError: neither; of another dimension than the transform.
+    """
+    dim = transform.GetInputSpaceDimension()
+    if reference is not None:
+        target = Space(*(place if dim == 3 else header)(reference, film=True))
+    if target is None:
+        raise InputError("a transform file does not say on which grid the result lies: give --reference IMAGE")
+    if len(target.shape) != dim:
+        raise InputError(f"{reference or 'the target image'}: is {len(target.shape)}-D, the transform is {dim}-D")
+    return target
 
 
 def _case(path: Path, to: str) -> Move:

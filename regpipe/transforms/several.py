@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from regpipe.io import background, itk_bridge
+from regpipe.io import background
 from regpipe.io import series as kinds
 from regpipe.io.geometry import LPS, lps_matrix
 from regpipe.io.images import Image, straightened
 from regpipe.io.labels import ids_of, is_label_map, is_named_label, look_of, whole_numbers
 from regpipe.io.planes import standing
 from regpipe.io.series import Series, of_dimension, write_series
+from regpipe.transforms import volume
 from regpipe.transforms.read import Space
 from regpipe.transforms.resample import resample
 from regpipe.utils.errors import InputError
@@ -114,12 +115,9 @@ def _carried(
 
 def rotations(transform: Any, grid: Space) -> np.ndarray:
     """(*S, D, D) in LPS: what turns directions of the image into those of the grid, at each of its voxels."""
-    dim, thin = len(grid.shape), np.array(grid.shape) == 1
-    affine, layers = grid.affine.copy(), [3 if one else int(n) for n, one in zip(grid.shape, thin, strict=True)]
-    affine[:-1, -1] -= affine[:-1, :-1] @ thin  # one slice has no neighbours of its own
-    d = itk_bridge.sampled(transform, layers, affine)  # (D, *S) mm
-    by_voxel = np.stack([np.stack(np.gradient(part), -1) for part in d], -2)  # (*S, D, D)
-    by_voxel = by_voxel[tuple(slice(1, 2) if one else slice(None) for one in thin)]
+    dim = len(grid.shape)
+    d, _, inside = volume.sampled(transform, grid)
+    by_voxel = np.stack([np.stack(np.gradient(part), -1) for part in d], -2)[inside]  # (*S, D, D)
     axes = lps_matrix(grid.affine, places=False)[:dim, :dim]
     jacobian = np.eye(dim) + by_voxel @ np.linalg.inv(axes)
     u, _, v = np.linalg.svd(jacobian)

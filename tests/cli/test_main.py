@@ -40,6 +40,7 @@ HELP = {
     "figures": ("comparison.csv", "study.csv", "nothing is trained"),
     "phantom": ("ultrasound, mr or synthetic", "--motion", "--shape", "--pairs", "--seed", "true displacement"),
     "study": ("--overlay", "--pretrain", "--only", "AXIS=VALUE", "--jobs", "docs/study.md"),
+    "jacobian": ("CASE | TRANSFORM", "--log", "--labels", "twice as large"),
     "doctor": ("versions", "ITK", "PASS or FAIL", "bug report"),
     "verify": ("--data", "--bundle", "manifest"),
     "rerun": ("--data", "--bundle", "--out", "--tolerance", "mm"),
