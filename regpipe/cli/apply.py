@@ -59,7 +59,7 @@ def apply(
     ] = "auto",
     fill: Fill = None,
     modulate: Annotated[
-        bool, typer.Option("--modulate", help="Keep sums, not intensities: times the change of volume; outside is 0.")
+        bool, typer.Option("--modulate", help="Times the change of volume: sum times voxel size stays; outside is 0.")
     ] = False,
     manifest: Manifest = None,
 ) -> None:
@@ -145,6 +145,6 @@ def jacobian(
     rows = run(transform, out, to=to, reference=reference, log=log, labels=labels)
     console.tell(file=out, regions=rows)
     for row in rows:
-        label, size, mean, low, high = row.values()
-        print(f"label {label:g}: {size:.4g} mL, times {mean:.3f} (5 to 95 % of its voxels: {low:.3f} to {high:.3f})")
+        label, _, mean, low, high = row.values()
+        print(f"label {label}: times {mean:.3f} (5 to 95 % of its voxels: {low:.3f} to {high:.3f})")
     print(out)

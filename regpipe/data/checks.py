@@ -67,6 +67,8 @@ def _facts(kind: str, path: str, image_path: str, landmark_channels: int | None,
         image, channels = files.label(path, landmark_channels if kind == "label" else None, image=image_path)
     if kind == "mask" and not image.array.any():
         raise InputError(f"{path}: this mask is 0 everywhere; mark what shall count, or remove it")
+    if kind == "ignore" and image.array.all():
+        raise InputError(f"{path}: leaves nothing of {image_path} that counts; mark only what shall not")
     return _Facts(image.array.shape, image.affine, 0 if channels is None else len(channels), plane=image.plane)
 
 

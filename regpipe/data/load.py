@@ -19,6 +19,7 @@ from regpipe.data.pairs import SIDES, Case
 from regpipe.data.placement import Frames
 from regpipe.io import geometry, images
 from regpipe.io.background import SLIGHT
+from regpipe.io.formats import warn_once
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
 from regpipe.io.source import Source
@@ -178,6 +179,8 @@ class LoadPair:
             field, affine = files.read(case["displacement"], displacement.read_displacement)
             if len(field) > len(grid.shape):
                 field, affine = lift.displacement_in_planes(field, affine, files.image(case["moving_image"]))
+            if len(field) != len(grid.shape):
+                raise InputError(f"{case['displacement']}: is {len(field)}-D, the images are not; give one of theirs")
             u = displacement.grid_displacement(field, affine, *frames, grid.shape)
             if "moving_bend" in item:
                 u = homography.after(u, np.linalg.inv(item["moving_bend"].numpy()))
@@ -188,7 +191,7 @@ class LoadPair:
 
         if {"moving_bend", "moving_field"} & item.keys():
             return make()
-        return self._kept((case["displacement"],), grid, frames, make)
+        return self._kept((case["displacement"], case["moving_image"]), grid, frames, make)
 
     @staticmethod
     def scale(array: np.ndarray) -> np.ndarray:
@@ -240,7 +243,7 @@ def _mask(
         inside &= images.resample(data, view.affine, shape, order=1, field=view.field) > 1 - SLIGHT
     told = [path for path in drawn if path is not None]
     if told and not inside.any():
-        raise InputError(f"{image}: nothing of it counts, by {' and '.join(told)}; mend them, or leave them out")
+        warn_once(f"{image}: nothing of what counts by {' and '.join(told)} lies on the working grid")
     if inside.all():  # most are: one number in memory in place of a volume
         return torch.ones(()).expand(shape)
     return torch.from_numpy(inside).float()

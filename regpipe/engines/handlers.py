@@ -291,9 +291,18 @@ class BestModel:
         return self._best
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if idist.get_rank() > 0:
+            return
         self._best = dict(state)
-        if self._best and idist.get_rank() == 0:
+        if self._best and not self._written():
             save_tensors(self.path, self._best)
+
+    def _written(self) -> bool:
+        try:
+            held = torch.load(self.path, map_location="cpu", weights_only=True)
+            return held.keys() == self._best.keys() and all(torch.equal(held[k], v) for k, v in self._best.items())
+        except Exception:  # missing, or broken in one of many ways
+            return False
 
 
 def stopper(patience: int, trainer: Engine) -> EarlyStopping:

@@ -76,7 +76,6 @@ class _Frame:
         self.position = self._numbers("PlanePosition", "ImagePositionPatient", "ImagePositionVolume")
         self.turn = self._numbers("PlaneOrientation", "ImageOrientationPatient", "ImageOrientationVolume")
         self.size = self._numbers("PixelMeasures", "PixelSpacing")
-        self.gap = self._numbers("PixelMeasures", "SpacingBetweenSlices")
         self.thickness = self._numbers("PixelMeasures", "SpacingBetweenSlices", "SliceThickness")
         slope = self._numbers("PixelValueTransformation", "RescaleSlope")
         intercept = self._numbers("PixelValueTransformation", "RescaleIntercept")

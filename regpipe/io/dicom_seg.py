@@ -33,8 +33,8 @@ def open_segmentation(path: Path, tags: Any) -> Source:
     if not np.allclose(turns, turns[0], atol=1e-3):
         raise InputError(f"{path}: a segmentation of slices that are not parallel; export each part by itself")
     turn, size = turns[0], frames[0].size if frames[0].size is not None else np.ones(2)
-    said = [None if step is None else abs(float(step[0])) for step in (frames[0].gap, frames[0].thickness)]
-    index, step = _slices(path, places, turn, *said)
+    thick = frames[0].thickness
+    index, step = _slices(path, places, turn, None if thick is None else abs(float(thick[0])))
     affine = dicom_frames.affine_of(path, places[index.argmin()][None], turn, size, step)
     require_voxel_size(path, np.linalg.norm(affine[:3, :3], axis=0))
     shape = (int(tags.Columns), int(tags.Rows), int(index.max()) + 1)
@@ -47,18 +47,13 @@ def open_segmentation(path: Path, tags: Any) -> Source:
     return Source(flat, affine, np.dtype(np.uint16), voxels, True, lies)
 
 
-def _slices(
-    path: Path, places: np.ndarray, turn: np.ndarray, gap: float | None, thick: float | None
-) -> tuple[np.ndarray, float]:
-    """Which slice of the volume each frame is, and the mm between slices: as said, or the smallest that occurs.
-
-    The thickness says it where nothing else does: slices may overlap, or lie apart.
-    """
+def _slices(path: Path, places: np.ndarray, turn: np.ndarray, thick: float | None) -> tuple[np.ndarray, float]:
+    """Which slice of the volume each frame is, and the mm between slices: as said, or the smallest that occurs."""
     normal = np.cross(turn[:3], turn[3:])
     along = places @ normal
     gaps = np.diff(np.sort(along))
     gaps = gaps[gaps > SMALLEST]
-    known = [step for step in (gap, *([gaps.min()] if len(gaps) else []), thick) if step]
+    known = [step for step in (thick, *([gaps.min()] if len(gaps) else [])) if step]
     for step in known or [1.0]:
         index = np.rint((along - along.min()) / step)
         line = places[along.argmin()] + index[:, None] * step * normal

@@ -77,7 +77,8 @@ def apply(
         interpolation: of images: see ``transforms.resample``.
         fill: value outside of images; None: each image's own, see ``io.background``. Of label maps it is 0.
         modulate: multiply intensities by the change of volume (``transforms.volume``), so that their sum over a region
-            times the voxel's size stays: of densities, counts, CT numbers + 1000; outside is 0.
+            times the voxel's size stays: of densities, counts per mL, CT numbers + 1000; outside is 0, and where the
+            transform folds they are negative.
         problems: gets a line for each input that cannot be moved; None: the first one raises.
 
     Returns:
@@ -89,11 +90,14 @@ def apply(
     """
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"--interpolation {interpolation}: choose among {', '.join(INTERPOLATIONS)}")
+    if modulate and fill:
+        raise InputError(f"--fill {fill:g}: what is modulated is 0 outside; leave it out")
     paths, out = [Path(path) for path in inputs], Path(out)
     carrier = _carrier(transform, paths, to, reference, interpolation)
     if modulate and carrier.images is not None and carrier.grid is not None:
-        carrier = carrier._replace(ratio=volume.ratio(carrier.images, carrier.grid))
-    carrier = carrier._replace(fill=0.0 if modulate and fill is None else fill)
+        ratio = volume.ratio(carrier.images, carrier.grid)
+        carrier = carrier._replace(ratio=ratio * np.sign(np.median(ratio)))  # a mirrored image keeps its sign
+    carrier = carrier._replace(fill=0.0 if modulate else fill)
     single = out.name.lower().endswith((*SUFFIXES, *READERS)) and not out.is_dir()
     if single and len(paths) > 1:
         raise InputError(f"{out}: {len(paths)} results do not go into one file; give a folder")
@@ -188,7 +192,7 @@ def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
         return carry_series(path, target, series, carrier.images, carrier.grid, carrier.interpolation, carrier.fill)
     image, dtype, method = read_voxels(path, carrier.interpolation)
     if carrier.ratio is not None and method in ("nearest", "label"):
-        raise InputError(f"{path}: labels have no density that --modulate could keep; leave it out")
+        raise InputError(f"{path}: --modulate is for intensities, linear or bspline; leave it out for labels")
     dim = carrier.images.GetInputSpaceDimension()
     image = standing(image) if dim == 3 else image
     if image.array.ndim != dim:

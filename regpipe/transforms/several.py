@@ -14,7 +14,7 @@ import numpy as np
 
 from regpipe.io import background
 from regpipe.io import series as kinds
-from regpipe.io.geometry import LPS, lps_matrix
+from regpipe.io.geometry import LPS
 from regpipe.io.images import Image, straightened
 from regpipe.io.labels import ids_of, is_label_map, is_named_label, look_of, whole_numbers
 from regpipe.io.planes import standing
@@ -115,12 +115,7 @@ def _carried(
 
 def rotations(transform: Any, grid: Space) -> np.ndarray:
     """(*S, D, D) in LPS: what turns directions of the image into those of the grid, at each of its voxels."""
-    dim = len(grid.shape)
-    d, _, inside = volume.sampled(transform, grid)
-    by_voxel = np.stack([np.stack(np.gradient(part), -1) for part in d], -2)[inside]  # (*S, D, D)
-    axes = lps_matrix(grid.affine, places=False)[:dim, :dim]
-    jacobian = np.eye(dim) + by_voxel @ np.linalg.inv(axes)
-    u, _, v = np.linalg.svd(jacobian)
+    u, _, v = np.linalg.svd(volume.derivatives(transform, grid))
     turns: np.ndarray = np.swapaxes(u @ v, -1, -2)
     return turns
 

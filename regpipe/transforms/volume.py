@@ -14,17 +14,25 @@ from typing import Any
 import numpy as np
 
 from regpipe.io import itk_bridge
+from regpipe.io.formats import PICTURE
+from regpipe.io.geometry import lps_matrix
+from regpipe.io.images import stem
 from regpipe.io.planes import standing
-from regpipe.transforms import displacement
 from regpipe.transforms.read import Space, find, grid_of, read_transform
 from regpipe.transforms.resample import read_voxels, write_voxels
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import absolute, replace_file
 
-TABLE = ("label", "volume_ml", "ratio", "ratio_p5", "ratio_p95")
+SLAB = 2**22  # voxels whose derivatives are in memory at a time
 
 
-def sampled(transform: Any, grid: Space) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
+def derivatives(transform: Any, grid: Space) -> np.ndarray:
+    """(*S, D, D) float64: the transform's derivative at each voxel of a grid, in LPS, by central differences."""
+    d, affine, inside = _sampled(transform, grid)
+    return _derivatives(d, affine)[inside]
+
+
+def _sampled(transform: Any, grid: Space) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
     """``transform(p) - p`` (D, *S) LPS mm on a grid, its affine, and where in it the grid is.
 
     One slice has no neighbours of its own: it gets one on either side.
@@ -36,13 +44,40 @@ def sampled(transform: Any, grid: Space) -> tuple[np.ndarray, np.ndarray, tuple[
     return itk_bridge.sampled(transform, layers, affine), affine, inside
 
 
+def _derivatives(d: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    dim = len(d)
+    by_voxel = np.stack([np.stack(np.gradient(part.astype(np.float64)), -1) for part in d], -2)
+    axes = lps_matrix(affine, places=False)[:dim, :dim]
+    found: np.ndarray = np.eye(dim) + by_voxel @ np.linalg.inv(axes)
+    return found
+
+
 def ratio(transform: Any, grid: Space) -> np.ndarray:
     """The volume in the image of what fills each voxel of the grid, relative to it: (*S) float32, 1 where it stays.
 
-    Determinant of the derivative by central differences; negative where the transform folds.
+    The determinant of ``derivatives``; negative where the transform folds, or mirrors. Of one slice in space it is that
+    of areas: a transform may know nothing of what lies beside it.
     """
-    d, affine, inside = sampled(transform, grid)
-    return displacement.native_jacobian(d, affine)[inside]
+    d, affine, inside = _sampled(transform, grid)
+    found = np.empty(d.shape[1:], np.float32)
+    step = max(1, SLAB // found[0].size)
+    for start in range(0, len(found), step):
+        low, high = max(start - 1, 0), min(start + step + 1, len(found))
+        if high - low < 2:
+            low, high = 0, len(found)
+        part = _of_volumes(_derivatives(d[:, low:high], affine), grid)
+        found[start : start + step] = part[start - low :][:step]
+    return found[inside]
+
+
+def _of_volumes(derivative: np.ndarray, grid: Space) -> np.ndarray:
+    determinant = np.linalg.det(derivative)
+    if 1 not in grid.shape or len(grid.shape) == 2:
+        return determinant
+    axes = lps_matrix(grid.affine, places=False)[:3, :3]
+    one, other = (axes[:, i] for i in range(3) if i != grid.shape.index(1))
+    area = np.linalg.norm(np.cross(derivative @ one, derivative @ other), axis=-1)
+    return np.copysign(area / np.linalg.norm(np.cross(one, other)), determinant)
 
 
 def jacobian(
@@ -58,47 +93,56 @@ def jacobian(
 
     Args:
         transform: as ``transforms.apply.apply`` takes it.
-        out: the map's file.
+        out: the map's file: .nii, .nii.gz, .mha or .nrrd.
         to: whose grid; the values say how much larger its places are in the other image.
         reference: the image whose grid it is instead; a transform file needs it.
         log: the natural logarithm, 0 where the volume stays; NaN where the transform folds.
-        labels: a label map on that grid, of whose regions ``<out>_labels.csv`` tells the volume, mL (2-D: cm^2), and
-            how much larger each is in the other image: the mean is that of the whole region, p5 and p95 of its voxels.
+        labels: a label map on that grid, of whose regions ``<out>_labels.csv`` tells the volume, mL (2-D: the area,
+            cm^2), and how much larger each is in the other image: ``ratio`` of the region as a whole, p5 and p95 of
+            its voxels.
 
     Returns:
         The table: a row for each label but 0.
 
     Raises:
-        InputError: as ``find``; no reference; labels on another grid.
+        InputError: as ``find``; no reference; a picture, or one of the inputs, as ``out``; labels that are none, or lie
+            on another grid.
     """
+    out = Path(out)
+    if out.name.lower().endswith(PICTURE):
+        raise InputError(f"{out}: a picture cannot hold such values; name it .nii.gz")
+    if absolute(out) in {absolute(path) for path in (transform, reference, labels) if path is not None}:
+        raise InputError(f"{out}: goes in; give the map a file of its own")
     move = find(transform, to)
     pull = read_transform(move.images)
     grid = grid_of(reference, move.target, pull)
-    found, out = ratio(pull, grid), Path(out)
+    found = ratio(pull, grid)
     rows = [] if labels is None else _regions(Path(labels), found, grid)
     if log:
         with np.errstate(divide="ignore", invalid="ignore"):
             found = np.where(found > 0, np.log(found), np.nan)
     write_voxels(out, found, grid.affine, np.dtype(np.float32))
-    if rows:
+    if labels is not None:
         text = io.StringIO()
-        table = csv.DictWriter(text, TABLE, lineterminator="\n")
-        table.writeheader()
-        table.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
-        replace_file(out.with_name(f"{out.name.partition('.')[0]}_labels.csv"), text.getvalue().encode())
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["label", "volume_ml" if found.ndim == 3 else "area_cm2", "ratio", "ratio_p5", "ratio_p95"])
+        table.writerows([row["label"], *(f"{value:.6g}" for value in [*row.values()][1:])] for row in rows)
+        replace_file(out.with_name(f"{stem(out)}_labels.csv"), text.getvalue().encode())
     return rows
 
 
 def _regions(path: Path, found: np.ndarray, grid: Space) -> list[dict[str, float]]:
-    image, _, _ = read_voxels(path, "nearest")
+    image, _, _ = read_voxels(path, "label")
     image = standing(image) if len(grid.shape) == 3 else image
     if image.array.shape != tuple(grid.shape) or not np.allclose(image.affine, grid.affine, atol=1e-3):
         raise InputError(f"{path}: lies on another grid than the map; give labels of the image whose grid it has")
-    size = abs(np.linalg.det(grid.affine[:-1, :-1]))  # mm^D
+    size = abs(np.linalg.det(grid.affine[:-1, :-1])) / (1000 if found.ndim == 3 else 100)
+    ids, which = np.unique(image.array, return_inverse=True)
+    order = np.argsort(which.ravel(), kind="stable")
+    parts = np.split(found.ravel()[order].astype(np.float64), np.searchsorted(which.ravel()[order], range(1, len(ids))))
     rows = []
-    for label in np.unique(image.array[image.array != 0]):
-        inside = found[image.array == label].astype(np.float64)
+    for label, inside in ((int(i), part) for i, part in zip(ids, parts, strict=True) if i != 0):
         low, high = np.percentile(inside, [5, 95])
-        volume = inside.size * size / (1000 if found.ndim == 3 else 100)
-        rows.append(dict(zip(TABLE, (float(label), volume, inside.mean(), low, high), strict=True)))
+        sizes = {"size": inside.size * size, "ratio": inside.mean(), "p5": low, "p95": high}
+        rows.append({"label": label, **{name: float(value) for name, value in sizes.items()}})
     return rows

@@ -19,6 +19,7 @@ from regpipe.data.pairs import list_pairs, working_grid
 from regpipe.io.images import Grid, InputError
 from regpipe.phantoms.cohort import write_cohort
 from regpipe.phantoms.scenes import make_pair
+from regpipe.transforms.displacement import write_displacement
 
 
 def test_landmarks_point_at_the_same_spot_of_the_working_image(tmp_path: Path) -> None:
@@ -158,11 +159,23 @@ def test_where_the_image_fills_the_grid_the_mask_is_1_and_takes_no_memory(tmp_pa
     assert batch["moving_mask"].shape == (2, 1, 32, 40) and batch["moving_mask"].dtype == torch.float32
 
 
-def test_a_pair_of_which_nothing_counts_is_refused(tmp_path: Path) -> None:
+def test_a_pair_of_which_nothing_counts_is_refused_before_anything_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (case,) = list_pairs(two_folders(tmp_path, 1))
     image = nib.Nifti1Image.from_filename(case["fixed_image"])
     case["fixed_ignore"] = str(save(tmp_path / "all.nii.gz", np.ones(image.shape, np.uint8), image.affine))
-    with pytest.raises(InputError, match=r"nothing of it counts, by .*all\.nii\.gz"):
+    assert "all.nii.gz: leaves nothing of" in check_pairs([case])[case["case"]]
+    LoadPair(working_grid([case]))(case)
+    assert "nothing of what counts by" in caplog.text
+
+
+def test_a_displacement_of_another_dimension_is_named(tmp_path: Path) -> None:
+    data = write_cohort(tmp_path / "flat", shape=(32, 32), n_pairs=1)
+    (case,) = list_pairs(str(data))
+    case["displacement"] = str(tmp_path / "d.nii.gz")
+    write_displacement(case["displacement"], np.zeros((3, 8, 8, 8), np.float32), np.eye(4))
+    with pytest.raises(InputError, match=r"d\.nii\.gz: is 3-D, the images are not"):
         LoadPair(working_grid([case]))(case)
 
 

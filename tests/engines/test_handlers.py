@@ -232,6 +232,24 @@ def test_after_a_resume_a_worse_model_does_not_replace_a_better_one(tmp_path) ->
     assert saved(path)(network)
 
 
+def test_the_best_weights_come_back_with_the_run_where_the_file_is_of_a_lost_epoch(tmp_path) -> None:
+    network, path = net(), tmp_path / "model.pt"
+    kept = BestModel(network, str(path))
+    evaluator(network, [0.8], kept).run(1)
+    best, state = copy.deepcopy(network), copy.deepcopy(kept.state_dict())
+    before = path.stat().st_mtime_ns
+    BestModel(network, str(path)).load_state_dict(state)
+    assert path.stat().st_mtime_ns == before  # it is there already
+    change(network, 2)
+    evaluator(network, [0.9], BestModel(network, str(path))).run(1)
+    assert not saved(path)(best)
+    BestModel(network, str(path)).load_state_dict(state)
+    assert saved(path)(best)
+    path.write_bytes(b"")
+    BestModel(network, str(path)).load_state_dict({})  # of an older version: nothing is known
+    assert path.read_bytes() == b""
+
+
 def test_the_model_of_a_parallel_network_is_saved_without_its_wrapper(tmp_path) -> None:
     network, path = net(), tmp_path / "model.pt"
     wrapped = nn.Module()

@@ -18,6 +18,7 @@ from helpers.commandline import regpipe
 from helpers.folders import save
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import working_grid
+from regpipe.io.images import read_image
 from regpipe.transforms.apply import apply
 from regpipe.transforms.displacement import read_displacement
 
@@ -122,8 +123,14 @@ def test_its_displacement_serves_as_the_true_one_of_the_pair(slices: Slices) -> 
     at = np.moveaxis(np.indices(u.shape[1:]), 0, -1)
     here = apply_affine(item["fixed_affine"].numpy(), at)
     there = apply_affine(item["moving_affine"].numpy(), at + np.moveaxis(u, 0, -1))
-    found = (there - here)[5:-5, 5:-5].reshape(-1, 2)
-    assert np.linalg.norm(found, axis=1).mean() == pytest.approx(np.linalg.norm(SHIFT * [1.5, 1.2]), abs=0.5)  # mm
+    planes = [plane for side in (slices.fixed, slices.moving) if (plane := read_image(side).plane)]
+    start, end = (  # in space, LPS mm
+        apply_affine(plane.lift, np.c_[points[5:-5, 5:-5].reshape(-1, 2), np.zeros(len(u[0, 5:-5, 5:-5].ravel()))])
+        * LPS
+        for plane, points in zip(planes, (here, there), strict=True)
+    )
+    transform = sitk.ReadTransform(str(slices.case / "moving_to_fixed.h5"))
+    np.testing.assert_allclose(through(transform, start), end, atol=0.05)
 
 
 @pytest.mark.parametrize("way", ["moving_to_fixed", "fixed_to_moving"])

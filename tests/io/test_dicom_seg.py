@@ -103,11 +103,10 @@ def test_a_segmentation_is_a_label_map_on_its_images_lattice(tmp_path: Path, kin
     assert shape == alone.array.shape and read_voxels(path, "auto")[2] == "nearest"
 
 
-@pytest.mark.parametrize("thickness", [2.2, SPACING[2] / 2, 2 * SPACING[2]])  # slices apart, and overlapping
-def test_a_segmentation_without_the_distance_of_its_slices_takes_the_smallest(tmp_path: Path, thickness: float) -> None:
+def test_a_segmentation_without_the_distance_of_its_slices_takes_the_smallest(tmp_path: Path) -> None:
     labels = volume()
     data = pydicom.dcmread(seg(tmp_path / "seg.dcm", labels, gap=False))
-    data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness = thickness
+    data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness = 2.2  # thinner than the steps
     data.save_as(tmp_path / "seg.dcm")
     np.testing.assert_array_equal(read_label(tmp_path / "seg.dcm")[0].array, labels[..., 1:])
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nibabel.affines import apply_affine
+from scipy.spatial.transform import Rotation
 
 from helpers.folders import save
+from regpipe.transforms import volume
 from regpipe.transforms.apply import apply
 from regpipe.transforms.displacement import write_displacement
 from regpipe.transforms.volume import jacobian
@@ -20,6 +22,7 @@ from regpipe.utils.errors import InputError
 SHAPE, SPACING = (40, 36, 32), (1.5, 1.2, 2.0)
 AFFINE = np.diag([*SPACING, 1.0])
 AFFINE[:3, 3] = -np.array(SPACING) * (np.array(SHAPE) - 1) / 2  # about 0
+IDS = (312782574, 312782575)  # as of the Allen atlas
 MATRIX = np.array([[1.2, 0.1, 0.0], [-0.05, 0.9, 0.0], [0.0, 0.1, 1.1]])
 
 
@@ -27,13 +30,17 @@ def read(path: Path) -> np.ndarray:
     return np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
 
 
-def linear(path: Path) -> Path:
-    sitk.WriteTransform(sitk.AffineTransform(MATRIX.ravel().tolist(), (1.0, 2.0, 3.0)), str(path))
+def linear(path: Path, matrix: np.ndarray = MATRIX) -> Path:
+    sitk.WriteTransform(sitk.AffineTransform(matrix.ravel().tolist(), (1.0, 2.0, 3.0)), str(path))
     return path
 
 
 def places() -> np.ndarray:
     return apply_affine(AFFINE, np.moveaxis(np.indices(SHAPE), 0, -1))
+
+
+def frame(image: sitk.Image) -> tuple:
+    return image.GetSize(), image.GetOrigin(), image.GetSpacing(), image.GetDirection()
 
 
 def swelling(path: Path) -> Path:
@@ -67,42 +74,84 @@ def test_a_swelling_has_the_closed_forms_determinant(tmp_path: Path) -> None:
     np.testing.assert_allclose(read(tmp_path / "map.nii.gz")[inner], expected[inner], atol=0.03)  # differences of 2 mm
 
 
-@pytest.mark.parametrize("kind", ["linear", "swelling"])
-def test_modulated_intensities_keep_their_sum(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["linear", "mirror", "swelling"])
+@pytest.mark.parametrize("coarser", [1, 2])
+def test_modulated_intensities_keep_their_sum_times_the_voxels_size(tmp_path: Path, kind: str, coarser: int) -> None:
     image = save(tmp_path / "image.nii.gz", blob(), AFFINE)
-    transform = linear(tmp_path / "t.tfm") if kind == "linear" else swelling(tmp_path / "d.nii.gz")
+    wide = AFFINE @ np.diag([coarser] * 3 + [1])
+    reference = save(tmp_path / "grid.nii.gz", np.zeros([n // coarser for n in SHAPE], np.float32), wide)
+    kinds = {"linear": MATRIX, "mirror": MATRIX * [-1, 1, 1]}
+    transform = linear(tmp_path / "t.tfm", kinds[kind]) if kind in kinds else swelling(tmp_path / "d.nii.gz")
     for modulate in (False, True):
-        apply(transform, [image], tmp_path / f"{modulate}.nii.gz", reference=image, modulate=modulate)
-    sums = [read(tmp_path / f"{m}.nii.gz").sum() / blob().sum() for m in (False, True)]
-    assert abs(sums[0] - 1) > 0.1 and sums[1] == pytest.approx(1, abs=0.005)
+        apply(transform, [image], tmp_path / f"{modulate}.nii.gz", reference=reference, modulate=modulate)
+    sums = [read(tmp_path / f"{m}.nii.gz").sum() * coarser**3 / blob().sum() for m in (False, True)]
+    exact = 0.02 if (kind, coarser) == ("swelling", 2) else 0.005  # differences over 8 mm of a bump of 12 mm
+    assert abs(sums[0] - 1) > 0.1 and sums[1] == pytest.approx(1, abs=exact)
 
 
 def test_a_regions_ratio_is_its_volume_in_the_other_image(tmp_path: Path) -> None:
     image = save(tmp_path / "image.nii.gz", blob(), AFFINE)
-    regions = np.zeros(SHAPE, np.uint8)
-    regions[12:20, 10:20, 8:20], regions[24:30, 20:30, 10:20] = 3, 7
+    regions = np.zeros(SHAPE, np.uint32)
+    regions[12:20, 10:20, 8:20], regions[24:30, 20:30, 10:20] = IDS
     labels = save(tmp_path / "regions_seg.nii.gz", regions, AFFINE)
-    rows = jacobian(linear(tmp_path / "t.tfm"), tmp_path / "map.nii.gz", reference=image, labels=labels)
-    assert [row["label"] for row in rows] == [3, 7]
-    assert rows[0]["volume_ml"] == pytest.approx(8 * 10 * 12 * np.prod(SPACING) / 1000)
+    rows = jacobian(linear(tmp_path / "t.tfm"), tmp_path / "map.v2.nii.gz", reference=image, labels=labels)
+    assert [row["label"] for row in rows] == [*IDS]
+    assert rows[0]["size"] == pytest.approx(8 * 10 * 12 * np.prod(SPACING) / 1000)
     assert all(row["ratio"] == pytest.approx(np.linalg.det(MATRIX), rel=1e-4) for row in rows)
-    with (tmp_path / "map_labels.csv").open() as file:
-        assert [float(row["ratio"]) for row in csv.DictReader(file)] == pytest.approx([r["ratio"] for r in rows])
+    with (tmp_path / "map.v2_labels.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["label"]) for row in table] == [*IDS]
+    assert [float(row["volume_ml"]) for row in table] == pytest.approx([r["size"] for r in rows], rel=1e-5)
 
 
-def test_one_slice_of_space_has_a_determinant(tmp_path: Path) -> None:
+def test_the_map_of_a_swelling_is_the_same_in_slabs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = save(tmp_path / "image.nii.gz", blob(), AFFINE)
+    jacobian(swelling(tmp_path / "d.nii.gz"), tmp_path / "whole.nii.gz", reference=image)
+    monkeypatch.setattr(volume, "SLAB", 7 * 36 * 32)
+    jacobian(tmp_path / "d.nii.gz", tmp_path / "slabs.nii.gz", reference=image)
+    np.testing.assert_array_equal(read(tmp_path / "slabs.nii.gz"), read(tmp_path / "whole.nii.gz"))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_of_one_slice_of_space_it_is_that_of_areas(tmp_path: Path, dense: bool) -> None:
+    """A tilt by 30 degrees, and twice the width: as an affine map and as the displacement of that one slice."""
     image = save(tmp_path / "slice.nii.gz", blob()[:, :, 16:17], AFFINE)
-    jacobian(linear(tmp_path / "t.tfm"), tmp_path / "map.nii.gz", reference=image)
+    turn = Rotation.from_euler("x", 30, degrees=True).as_matrix() @ np.diag([2.0, 1, 1])
+    transform = linear(tmp_path / "t.tfm", turn)
+    if dense:
+        grid = sitk.ReadImage(str(image))
+        field = sitk.TransformToDisplacementField(
+            sitk.ReadTransform(str(transform)), sitk.sitkVectorFloat32, *frame(grid)
+        )
+        sitk.WriteImage(field, str(transform := tmp_path / "d.nii.gz"))
+    jacobian(transform, tmp_path / "map.nii.gz", reference=image)
     found = read(tmp_path / "map.nii.gz")
     assert found.shape == (40, 36, 1)
-    np.testing.assert_allclose(found, np.linalg.det(MATRIX), rtol=1e-4)
+    np.testing.assert_allclose(found[1:-1, 1:-1], 2, rtol=1e-3)
+
+
+def test_a_pictures_map_is_of_areas(tmp_path: Path) -> None:
+    sitk.WriteTransform(sitk.AffineTransform([1.2, 0.0, 0.1, 1.5], (1.0, 2.0)), str(tmp_path / "t.tfm"))
+    image = save(tmp_path / "flat.nii.gz", blob()[:, :, 16], np.diag([1.0, 1.0, 1.0, 1.0]))
+    labels = save(tmp_path / "flat_seg.nii.gz", np.ones(SHAPE[:2], np.uint8), np.eye(4))
+    rows = jacobian(tmp_path / "t.tfm", tmp_path / "map.nii.gz", reference=image, labels=labels)
+    assert rows[0]["ratio"] == pytest.approx(1.8, rel=1e-4) and rows[0]["size"] == pytest.approx(40 * 36 / 100)
+    assert (tmp_path / "map_labels.csv").read_text().startswith("label,area_cm2,ratio")
 
 
 def test_labels_keep_no_sum_and_regions_need_the_maps_grid(tmp_path: Path) -> None:
     image = save(tmp_path / "image.nii.gz", blob(), AFFINE)
     labels = save(tmp_path / "small_seg.nii.gz", np.ones((5, 5, 5), np.uint8), AFFINE)
-    with pytest.raises(InputError, match="small_seg.*no density"):
+    with pytest.raises(InputError, match="small_seg.*--modulate is for intensities"):
         apply(linear(tmp_path / "t.tfm"), [labels], tmp_path / "out", reference=image, modulate=True)
+    with pytest.raises(InputError, match="--fill 3"):
+        apply(tmp_path / "t.tfm", [image], tmp_path / "out", reference=image, modulate=True, fill=3)
+    with pytest.raises(InputError, match="goes in"):
+        jacobian(tmp_path / "t.tfm", labels, reference=image, labels=labels)
+    with pytest.raises(InputError, match="a picture cannot hold"):
+        jacobian(tmp_path / "t.tfm", tmp_path / "map.png", reference=image)
+    with pytest.raises(InputError, match="labels are whole numbers"):
+        jacobian(tmp_path / "t.tfm", tmp_path / "map.nii.gz", reference=image, labels=image)
     with pytest.raises(InputError, match="small_seg.*another grid"):
         jacobian(tmp_path / "t.tfm", tmp_path / "map.nii.gz", reference=image, labels=labels)
     assert not (tmp_path / "map.nii.gz").exists()
