@@ -126,7 +126,13 @@ def test_large_images_are_looked_at_one_by_one_with_the_same_velocity_and_gradie
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*is deprecated")
-@EVERY
+@pytest.mark.parametrize(
+    ("backbone", "dims"),
+    [
+        pytest.param(name, dim, marks=[pytest.mark.slow] if dim == 3 and name != "alexnet" else [])
+        for name, dim in itertools.product(BACKBONES, (2, 3))
+    ],
+)
 def test_a_traced_network_gives_the_same_and_other_shapes_are_undisturbed(
     backbone: str, dims: int, tmp_path: Path
 ) -> None:
@@ -242,11 +248,13 @@ def registration_errors(authors: Authors, block: Block, margin: int) -> dict[str
     return {k: np.abs(u[0, :, ::4, ::4, ::4].numpy() - seen[k])[inner].max() for k, u in names.items()}
 
 
+@pytest.mark.slow  # two whole heads through their network
 def test_symnet_reproduces_its_authors_velocities(authors: Authors) -> None:
     for name, ours in (("velocity_AB", authors[1].back), ("velocity_BA", authors[1].velocity)):
         assert ours is not None and np.abs(ours[0, :, ::4, ::4, ::4].numpy() - authors[2][name]).max() < 1e-3  # voxels
 
 
+@pytest.mark.slow
 def test_symnet_reproduces_its_authors_registration_in_the_middle(
     authors: tuple[Tensor, Prediction, Reference],
 ) -> None:
@@ -301,7 +309,7 @@ def test_a_network_that_looks_for_structures_only_sees_what_the_whole_one_sees_a
     assert {name.split(".")[0] for name, weight in net.named_parameters() if weight.grad is not None} == {"anatomy"}
 
 
-@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("dim", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_torch_exports_is_the_network_which_goes_on_as_before(dim: int) -> None:
     torch.manual_seed(0)
     net, pair = SymmetricNet(dim, "plain").eval(), torch.rand(1, 2, *[20] * dim)
