@@ -228,7 +228,6 @@ def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _S
     return _run(pair, matrix, kind, metric, search, seed)
 
 
-@functools.cache
 def _settle(dim: int) -> None:
     """Run elastix on next to nothing: what the first run in a process gives depends on what ITK read there before."""
     side = Side(np.indices((8,) * dim).sum(axis=0).astype(np.float32), np.ones((8,) * dim, bool), np.eye(dim + 1))
