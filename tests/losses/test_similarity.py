@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torchvision
 from monai.losses import LocalNormalizedCrossCorrelationLoss
 from scipy.ndimage import uniform_filter
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regpipe.fields.algebra import resize_image
 from regpipe.losses.lncc import box_sum, lncc
@@ -265,6 +267,12 @@ def naive_mind(image: np.ndarray, radius: int, dilation: int) -> np.ndarray:
     ssd -= ssd.min(0)
     v = ssd.mean(0)
     return np.exp(-ssd / np.clip(v, 1e-3 * v.mean(), 1e3 * v.mean()))
+
+
+def test_mutual_information_is_real_after_memory_was_predicted_with_it() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mi(torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8))
+    assert math.isfinite(float(mi(torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8))))
 
 
 @pytest.mark.parametrize(
