@@ -228,7 +228,7 @@ def _elastix(pair: Sides, matrix: np.ndarray, kind: str, metric: str, search: _S
 
 
 def _settle(dim: int) -> None:
-    """Run elastix on next to nothing, in 3 ms: a run after ITK has read or warped other files may draw other samples."""
+    """Run elastix on next to nothing, in 3 ms: a run after ITK has read other files may draw other samples."""
     side = Side(np.indices((8,) * dim).sum(axis=0).astype(np.float32), np.ones((8,) * dim, bool), np.eye(dim + 1))
     _run(Sides(side, side), np.eye(dim + 1), "Euler", "mi", _Search(1, 1, 100, False), 0)
 
