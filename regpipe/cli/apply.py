@@ -74,16 +74,13 @@ def apply(
     if manifest is not None:
         manifests.check_beside(manifest, out)
     problems: dict[str, str] = {}
-    chosen: dict[str, Any] = {"to": to, "interpolation": interpolation, "fill": fill, "modulate": modulate}
-    written = run(transform, inputs, out, reference=reference, problems=problems, **chosen)
+    how: dict[str, Any] = {"interpolation": interpolation, "fill": fill, "modulate": modulate}
+    written = run(transform, inputs, out, to=to, reference=reference, problems=problems, **how)
     if manifest is not None and written:
         used = {"transform": [transform], "input": [path for path in inputs if str(path) not in problems]}
         used |= {"reference": [reference]} if reference else {}
-        settings: dict[str, Any] = {
-            "to": to,
-            "interpolation": interpolation,
-            **({} if fill is None else {"fill": str(fill)}),
-        }
+        settings: dict[str, Any] = {"to": to, "interpolation": interpolation}
+        settings |= {} if fill is None else {"fill": str(fill)}
         settings |= {"modulate": True} if modulate else {}
         manifests.of_files(manifest, "application", used, written, settings)
     console.tell(problems=problems)

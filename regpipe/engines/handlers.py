@@ -19,7 +19,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from regpipe.networks.weights import weights_now
+from regpipe.networks.weights import read_state_dict, weights_now
 from regpipe.utils import console
 from regpipe.utils.distributed import of_first
 from regpipe.utils.errors import InputError
@@ -299,10 +299,10 @@ class BestModel:
 
     def _written(self) -> bool:
         try:
-            held = torch.load(self.path, map_location="cpu", weights_only=True)
-            return held.keys() == self._best.keys() and all(torch.equal(held[k], v) for k, v in self._best.items())
-        except Exception:  # missing, or broken in one of many ways
+            held = read_state_dict(self.path)
+        except InputError:  # missing or broken
             return False
+        return held.keys() == self._best.keys() and all(torch.equal(held[k], v) for k, v in self._best.items())
 
 
 def stopper(patience: int, trainer: Engine) -> EarlyStopping:

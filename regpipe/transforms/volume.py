@@ -62,10 +62,8 @@ def ratio(transform: Any, grid: Space) -> np.ndarray:
     found = np.empty(d.shape[1:], np.float32)
     step = max(1, SLAB // found[0].size)
     for start in range(0, len(found), step):
-        low, high = max(start - 1, 0), min(start + step + 1, len(found))
-        if high - low < 2:
-            low, high = 0, len(found)
-        part = _of_volumes(_derivatives(d[:, low:high], affine), grid)
+        low = max(start - 1, 0)  # a neighbour on either side
+        part = _of_volumes(_derivatives(d[:, low : start + step + 1], affine), grid)
         found[start : start + step] = part[start - low :][:step]
     return found[inside]
 
