@@ -44,7 +44,7 @@ def template(
             help=f"What rounds compare images by: {', '.join(completion.SIMILARITIES)}.",
             autocompletion=completion.one_of(completion.SIMILARITIES),
         ),
-    ] = "lncc",
+    ] = "auto",
     smoothness: Annotated[float, typer.Option(help="1: the default, 0.5 follows the images further.")] = 1.0,
     finest: Finest = None,
     formats: Formats = None,

@@ -75,7 +75,8 @@ class RegistrationInferer(Inferer):
         cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
             far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
         refiner: optimises the velocity of each pair further, starting from the network's, or from zero where no
-            part of it pays: ``start`` then says ``network`` or ``zero``, of each pair.
+            part of it pays: ``start`` then says ``network`` or ``zero``, of each pair; ``contrast``: see
+            ``losses.contrast``.
         repair: remove what folds are left; ``repaired`` (B,) then says how far the fields were moved, voxels at most.
     """
 
@@ -116,7 +117,9 @@ class RegistrationInferer(Inferer):
         with torch.autocast(inputs.device.type, enabled=False):
             if self.refiner is not None:
                 told: dict[str, Any] = {"masks": masks, "truth": truth, **anatomy}
-                velocity, beside["start"] = self.refiner.from_better(fixed, moving, velocity, **told)
+                velocity, beside["start"], beside["contrast"] = self.refiner.refine(
+                    fixed, moving, velocity, better=True, **told
+                )
             if found.back is None:
                 result = register(fixed, moving, velocity, layers=self.layers)
             else:
@@ -158,10 +161,12 @@ class ZeroInferer(Inferer):
         masks: Sequence[Tensor] = (),
         truth: Mapping[str, Tensor] = NO_TRUTH,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         fixed, moving = inputs.float().chunk(2, dim=1)
-        result = register(fixed, moving, self.refiner(fixed, moving, masks=masks, truth=truth))
-        return without_folds(fixed, moving, result) if self.repair else result.tensors()
+        found = self.refiner.refine(fixed, moving, masks=masks, truth=truth)
+        result = register(fixed, moving, found.velocity)
+        fields = without_folds(fixed, moving, result) if self.repair else result.tensors()
+        return {**fields, "contrast": found.contrasts}
 
 
 def metric_input(output: Mapping[str, Any]) -> dict[str, Any]:

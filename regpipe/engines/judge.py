@@ -17,6 +17,7 @@ from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.terms import explained, overlaps
 from regpipe.transforms.likeness import information
 
+LOCAL = {"auto", "lncc"}  # terms that compare by local correlation
 REACH = 15  # voxels of a side of the neighbourhood that is judged together
 GAIN = 0.08  # of what is explained, or of what is not where that is less, by which the explained share has to rise
 FAINT = 0.01  # of what can be explained: what rises by less is no evidence, however little there was before
@@ -35,7 +36,7 @@ class Judge:
 
     def __init__(self, loss: RegistrationLoss, layers: Layers) -> None:
         self.loss, self.layers = loss, layers
-        self.local = "lncc" in loss.weights
+        self.local = not LOCAL.isdisjoint(loss.weights)
         self.misled = False
 
     @torch.no_grad()
@@ -58,7 +59,7 @@ class Judge:
         if float(self._explained(kept, unseen).mean()) > (1 + LOOKS) * float(base.mean()):
             if witness is not None:
                 unseen, was, kept = witness, self._register(before, witness), self._register(step, witness)
-            self.misled |= self._information(kept, unseen) < self._information(was, unseen)
+            self.misled |= self._told(kept, unseen) < self._told(was, unseen)
         return torch.zeros_like(share) if self.misled else share
 
     def _as_one(self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor]) -> Tensor:
@@ -75,8 +76,12 @@ class Judge:
         forward, back = (_mean(x, mask) for x, mask in explained(result, unseen, self.loss.options))
         return (forward + back) / 2
 
-    def _information(self, result: Registration, images: Mapping[str, Tensor]) -> float:
-        """Mutual information in nats, both ways, where both images are known."""
+    @torch.no_grad()
+    def information(self, velocity: Tensor, images: Mapping[str, Tensor]) -> float:
+        """Mutual information in nats, the sum of both ways, where both images are known."""
+        return self._told(self._register(velocity, images), images)
+
+    def _told(self, result: Registration, images: Mapping[str, Tensor]) -> float:
         pairs = ((result.warped_moving, images["fixed_image"]), (result.warped_fixed, images["moving_image"]))
         masks = overlaps(result, images, self.loss.options)
         return sum(_told(*pair, mask) for pair, mask in zip(pairs, masks, strict=True))

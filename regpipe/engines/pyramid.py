@@ -1,13 +1,28 @@
-"""A pair on a coarser grid, for refinement from coarse to fine."""
+"""From coarse to fine: the levels of a refinement, and a pair on one of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, linspace
 
 from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import resize_image, smooth
+
+SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
+
+
+class Level(NamedTuple):
+    """One resolution: images every ``stride`` voxels, optimised for a share of the steps."""
+
+    stride: int
+    share: float
+
+
+FROM_NETWORK = (Level(2, 0.5), Level(1, 0.5))
+FROM_ZERO = (Level(8, 0.2), Level(4, 0.25), Level(2, 0.3), Level(1, 0.25))
 
 
 def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
@@ -49,3 +64,14 @@ def coarsen(image: Tensor, shape: Sequence[int]) -> Tensor:
         if old > new:
             image = smooth(image, 2 + axis, sigma, reach=3)
     return resize_image(image, shape)
+
+
+def shares(levels: Sequence[Level], steps: int) -> list[int]:
+    """``steps`` dealt out to the levels by their shares, at least one each."""
+    total = sum(level.share for level in levels)
+    return [max(1, round(steps * level.share / total)) for level in levels]
+
+
+def coarser_shape(shape: Sequence[int], stride: int) -> tuple[int, ...]:
+    """Points per axis of a grid of the same extent with about ``stride`` times the spacing."""
+    return tuple(max(math.ceil((n - 1) / stride) + 1, min(n, 3)) for n in shape)

@@ -18,16 +18,16 @@ from torch import Tensor
 from regpipe.data.pairs import SIDES
 from regpipe.engines.adam import Adam
 from regpipe.engines.judge import Judge
-from regpipe.engines.pyramid import pyramid_level
+from regpipe.engines.pyramid import FROM_NETWORK, FROM_ZERO, SMALLEST, Level, coarser_shape, pyramid_level, shares
 from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image
+from regpipe.losses.contrast import AS_IT_IS, in_one
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
-from regpipe.losses.terms import TERMS, with_noise
+from regpipe.losses.terms import TERMS, overlaps, with_noise
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 
-SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
 SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
 STRUCTURES, BESIDE_STRUCTURES = 10.0, 0.3  # weight of those the network sees; the similarity's, then
 # By dimension. LNCC's window in voxels: 5 x 5 pixels say less than 5 x 5 x 5 voxels. A factor on the regularity:
@@ -36,6 +36,7 @@ WINDOW = {2: 7, 3: 5}
 REGULAR = {2: 0.7, 3: 1.0}
 ZERO_STEPS = 80
 SHIPPED_STEPS = 25  # after the answer of a network that came with regpipe, where nothing is asked for
+CLEARER, CONVINCING = 1.02, 1.05  # times the mutual information of the pair as it is, and of no motion
 FULL_RESOLUTION = 8_000_000  # voxels
 WITNESS = 4000  # voxels that tell mutual information
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
@@ -51,15 +52,12 @@ Loss = RegistrationLoss | Mapping[int, RegistrationLoss]
 NO_TRUTH: Mapping[str, Tensor] = MappingProxyType({})
 
 
-class Level(NamedTuple):
-    """One resolution: images every ``stride`` voxels, optimised for a share of the steps."""
+class Refined(NamedTuple):
+    """Velocities, and of each pair where its refinement began and in which contrast."""
 
-    stride: int
-    share: float
-
-
-FROM_NETWORK = (Level(2, 0.5), Level(1, 0.5))
-FROM_ZERO = (Level(8, 0.2), Level(4, 0.25), Level(2, 0.3), Level(1, 0.25))
+    velocity: Tensor  # (B, D, *half)
+    starts: list[str]  # network | zero
+    contrasts: list[str]  # see ``losses.contrast``
 
 
 class Refiner:
@@ -98,52 +96,76 @@ class Refiner:
         self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
     def __call__(
+        self, fixed: Tensor, moving: Tensor, velocity: Tensor | None = None, *, better: bool = False, **told: Any
+    ) -> Tensor:
+        """What ``refine`` finds: velocity (B, D, *half) for images (B, 1, *spatial)."""
+        return self.refine(fixed, moving, velocity, better=better, **told).velocity
+
+    def refine(
         self,
         fixed: Tensor,
         moving: Tensor,
         velocity: Tensor | None = None,
         *,
+        better: bool = False,
         masks: Sequence[Tensor] = (),
         anatomy: Tensor | None = None,
         truth: Mapping[str, Tensor] = NO_TRUTH,
-    ) -> Tensor:
-        """Velocity (B, D, *half) for images (B, 1, *spatial).
+    ) -> Refined:
+        """The velocities of pairs (B, 1, *spatial), each on its own, and how each was found.
 
-        ``masks``: fixed and moving, where they count; ``anatomy``: what a network made of both images, see
-        ``regpipe.SymmetricNet``; ``truth``: labels and landmarks of both, as ``data.load`` names them, that guide.
+        Args:
+            better: begin from zero, with ``ZERO_STEPS`` at least, where no part of ``velocity`` pays.
+            masks: fixed and moving, where they count.
+            anatomy: what a network made of both images, see ``regpipe.SymmetricNet``.
+            truth: labels and landmarks of both, as ``data.load`` names them, that guide.
         """
-        pairs = []
+        found: list[Refined] = []
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             start = None if velocity is None else velocity[i : i + 1].float()
-            pairs.append(self._refine(*self._halves(batch), start, self.steps))
-        return torch.cat(pairs)
+            one = self._from_start(batch, start, better)
+            mapped, how = self._in_one_contrast(batch, one.velocity)
+            if how != AS_IT_IS:
+                other = self._from_start(mapped, start, better)._replace(contrasts=[how])
+                one = other if self._tells_more(batch, other.velocity, one.velocity) else one
+            found.append(one)
+        velocities, starts, contrasts = zip(*found, strict=True)
+        return Refined(torch.cat(velocities), sum(starts, []), sum(contrasts, []))
 
-    def from_better(
-        self,
-        fixed: Tensor,
-        moving: Tensor,
-        velocity: Tensor,
-        *,
-        masks: Sequence[Tensor] = (),
-        anatomy: Tensor | None = None,
-        truth: Mapping[str, Tensor] = NO_TRUTH,
-    ) -> tuple[Tensor, list[str]]:
-        """The same from the network's velocity, or from zero where no part of it pays; and which, of each pair.
+    def _from_start(self, batch: Mapping[str, Tensor], start: Tensor | None, better: bool) -> Refined:
+        seen, unseen = self._halves(batch)
+        mine, steps = start, self.steps
+        if better and start is not None:
+            mine = self._paying(unseen, start)
+            if not bool(mine.any()):
+                mine, steps = None, max(steps, ZERO_STEPS)
+        found = self._refine(seen, unseen, mine, steps)
+        velocity = found if start is None else resize(found, start.shape[2:])
+        return Refined(velocity, ["zero" if mine is None else "network"], [AS_IT_IS])
 
-        From zero it takes ``ZERO_STEPS`` at least.
+    def _tells_more(self, batch: Mapping[str, Tensor], velocity: Tensor, other: Tensor) -> bool:
+        """Whether the images, as they are, tell clearly more of each other by a velocity than by the other and by none.
+
+        A curve that is not one-to-one makes a rim look like what lies deeper inside: what follows that gains little.
         """
-        pairs, starts = [], []
-        for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
-            seen, unseen = self._halves(batch)
-            mine = self._paying(unseen, velocity[i : i + 1].float())
-            if bool(mine.any()):
-                starts.append("network")
-                pairs.append(self._refine(seen, unseen, mine, self.steps))
-            else:
-                starts.append("zero")
-                found = self._refine(seen, unseen, None, max(self.steps, ZERO_STEPS))
-                pairs.append(resize(found, mine.shape[2:]))
-        return torch.cat(pairs), starts
+        judge = self._judge(velocity.shape[1])
+        assert judge is not None  # what is not judged is not mapped
+        _, unseen = self._halves(batch)
+        told, as_it_is, none = (judge.information(v, unseen) for v in (velocity, other, torch.zeros_like(velocity)))
+        return told > CLEARER * as_it_is and told > CONVINCING * none
+
+    def _in_one_contrast(self, batch: Mapping[str, Tensor], velocity: Tensor) -> tuple[Mapping[str, Tensor], str]:
+        """The pair with one image in the other's contrast, where that is asked for and explains more, and which it is.
+
+        ``velocity``: as far as they are aligned by now.
+        """
+        fixed, moving = (batch[f"{side}_image"] for side in SIDES)
+        loss = self.losses[fixed.ndim - 2]
+        if "auto" not in loss.weights or self._judge(fixed.ndim - 2) is None:
+            return batch, AS_IT_IS
+        result = register(fixed, moving, velocity, layers=self.layers)
+        found = in_one(fixed, moving, result.warped_moving, overlaps(result, batch, loss.options)[0])
+        return {**batch, "fixed_image": found.fixed, "moving_image": found.moving}, found.how
 
     def _halves(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """What is optimised, and what judges; the pair itself where nothing does."""
@@ -165,7 +187,11 @@ class Refiner:
 
     @torch.enable_grad()
     def _refine(
-        self, seen: Mapping[str, Tensor], unseen: Mapping[str, Tensor], velocity: Tensor | None, steps: int
+        self,
+        seen: Mapping[str, Tensor],
+        unseen: Mapping[str, Tensor],
+        velocity: Tensor | None,
+        steps: int,
     ) -> Tensor:
         fixed = seen["fixed_image"]
         shape, given = fixed.shape[2:], velocity is not None
@@ -308,7 +334,7 @@ class Refinement(NamedTuple):
 
 
 def zero_refiner(
-    similarity: str = "lncc",
+    similarity: str = "auto",
     *,
     smoothness: float = 1.0,
     steps: int = ZERO_STEPS,
@@ -320,14 +346,3 @@ def zero_refiner(
     chosen = {dim: refinement_loss(similarity, spatial_dims=dim, **told) for dim in WINDOW}
     losses = {dim: RegistrationLoss(weights, window=WINDOW[dim]) for dim, weights in chosen.items()}
     return Refiner(losses, steps=steps, finest=finest, guided=bool(guide))
-
-
-def shares(levels: Sequence[Level], steps: int) -> list[int]:
-    """``steps`` dealt out to the levels by their shares, at least one each."""
-    total = sum(level.share for level in levels)
-    return [max(1, round(steps * level.share / total)) for level in levels]
-
-
-def coarser_shape(shape: Sequence[int], stride: int) -> tuple[int, ...]:
-    """Points per axis of a grid of the same extent with about ``stride`` times the spacing."""
-    return tuple(max(math.ceil((n - 1) / stride) + 1, min(n, 3)) for n in shape)

@@ -42,7 +42,7 @@ def make_template(
     affine: str = "affine",
     affine_metric: str = "mi",
     refine: int | None = None,
-    similarity: str = "lncc",
+    similarity: str = "auto",
     smoothness: float = 1.0,
     finest: int | None = None,
     formats: Sequence[str] = BY_DEFAULT,

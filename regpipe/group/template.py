@@ -28,7 +28,7 @@ from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import Case, working_grid
 from regpipe.data.placement import counted
 from regpipe.engines.inferers import prepare_batch, without_folds
-from regpipe.engines.refine import coarser_shape
+from regpipe.engines.pyramid import coarser_shape
 from regpipe.fields.algebra import integrate, register, resize
 from regpipe.fields.folds import repair
 from regpipe.group.means import Mean, log_sum, mean_image, sharpness, without_mean

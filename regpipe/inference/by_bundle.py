@@ -48,7 +48,7 @@ def register_by_bundle(
         backbone: its network's.
         ckpt_dir: where its model is; None: see ``engines.inferers.model_folder``.
         jobs: processes, see ``inference.jobs``.
-        loss: of the refinement, what ``refinement_loss`` is told; None: LNCC.
+        loss: of the refinement, what ``refinement_loss`` is told; None: ``auto``.
 
     Raises:
         InputError: no trained model, no pair, an option that does not go, an output folder that cannot be made.
@@ -67,7 +67,7 @@ def register_by_bundle(
     told = {name: known[name] for name in ("landmark_channels", "mask_rims", "space")}
     grid = None if known["own_grids"] else inferers.trained_grid(ckpt_dir)
     load = LoadPair(grid, cache=False, **alignment, **told)
-    weights = refinement_loss(**{"similarity": "lncc", "spatial_dims": dim, **(loss or {})}, structures=structures)
+    weights = refinement_loss(**{"similarity": "auto", "spatial_dims": dim, **(loss or {})}, structures=structures)
     guided = bool((loss or {}).get("guide"))
     refinement = Refinement(refine, weights, window=WINDOW[dim], finest=refine_finest, guided=guided)
     inferer = inferers.RegistrationInferer(cascades=known["cascades"], refiner=refinement.refiner(), repair=True)

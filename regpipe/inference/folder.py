@@ -186,8 +186,7 @@ class FolderRun:
         clear(folder)
         reduced = prediction.get("to_fit_memory")
         spared: dict[str, Any] = {"to_fit_memory": reduced} if reduced else {}
-        if "start" in prediction:  # where refinement began
-            spared["start"] = prediction["start"][0]
+        spared |= {key: prediction[key][0] for key in ("start", "contrast") if key in prediction}  # of the refinement
         if not prediction["displacement"].any():
             spared["found"] = summary.NOTHING
         row, hashes = save_case(

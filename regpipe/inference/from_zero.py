@@ -20,7 +20,7 @@ def register_from_zero(
     output_dir: str,
     *,
     pairing: str = "all",
-    similarity: str = "lncc",
+    similarity: str = "auto",
     smoothness: float = 1.0,
     landmark_channels: int | None = None,
     steps: int = ZERO_STEPS,

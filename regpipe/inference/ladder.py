@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
 from regpipe.engines.inferers import Inferer
-from regpipe.engines.refine import SMALLEST
+from regpipe.engines.pyramid import SMALLEST
 from regpipe.fields.algebra import resize_image
 from regpipe.inference import memory
 from regpipe.io.labels import read_label

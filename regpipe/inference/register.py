@@ -92,7 +92,7 @@ def register_files(
         register_by_symnet(str(dataset), str(out), weights=weights, **chosen)
         return
     found = _bundle(bundle, dataset)
-    loss: dict[str, Any] = {"similarity": similarity or "lncc", "smoothness": 1.0 if smoothness is None else smoothness}
+    loss: dict[str, Any] = {"similarity": similarity or "auto", "smoothness": 1.0 if smoothness is None else smoothness}
     guide = [name.strip() for name in guide.split(",")] if isinstance(guide, str) else list(guide)
     loss |= {"guide": guide} if guide else {}
     refinement_loss(**loss)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regpipe.losses.contrast import FIXED, MOVING
 from regpipe.metrics.table import write_csv
 from regpipe.utils import console
 from regpipe.utils.files import sweep
@@ -15,6 +16,8 @@ from regpipe.utils.files import sweep
 NOTHING = "nothing beyond the affine stage"  # found: no part of a deformation paid
 SAID = (  # an entry of a case, its value, and what the last lines say of such cases
     ("start", "zero", "refined from zero: no part of the network's answer paid"),
+    ("contrast", FIXED, "had the fixed image's grey values mapped to the moving one's: no line relates them"),
+    ("contrast", MOVING, "had the moving image's grey values mapped to the fixed one's: no line relates them"),
     ("found", NOTHING, "have nothing to find beyond the affine stage; --similarity mi looks past unlike contrasts"),
 )
 NO_METRICS = ("to_fit_memory", *(key for key, *_ in SAID))  # entries of a case

@@ -292,6 +292,7 @@ class Term(NamedTuple):
 
 
 TERMS: dict[str, Term] = {
+    "auto": Term(_lncc, "similarity", weight=1.0),  # for which refinement lays both images in one contrast
     "lncc": Term(_lncc, "similarity", weight=1.0),
     "mind": Term(of_images(similarity.mind), "similarity", weight=10.0),  # MIND-SSC, squared differences; in [0, 1]
     "mi": Term(of_images(similarity.mi), "similarity", weight=1.0),  # minus mutual information, nats

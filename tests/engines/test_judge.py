@@ -10,6 +10,7 @@ from regpipe import SymmetricNet
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
 from regpipe.fields.algebra import identity_grid, register, smooth, warp
+from regpipe.losses.contrast import AS_IT_IS
 
 SHAPES = [(72, 80), (36, 40, 32)]
 
@@ -56,6 +57,28 @@ def test_a_motion_is_found_beneath_the_same_noise(shape: tuple[int, ...]) -> Non
     assert float(error.median()) < 0.6  # of 2.5 and 2.7
 
 
+def test_a_motion_beneath_a_contrast_that_no_line_explains_is_found_and_said() -> None:
+    shape = SHAPES[0]
+    shift = torch.tensor((2.0, -1.5)).view(1, 2, 1, 1).expand(1, -1, *shape)
+    knots = torch.tensor([0.0, 0.95, 0.6, 0.35, 0.25])  # of a T2 image over a T1 one's grey values
+
+    def t2(image: Tensor) -> Tensor:
+        at = 4 * image
+        low = at.long().clamp(max=3)
+        return torch.lerp(knots[low], knots[low + 1], at - low)
+
+    fixed = noisy(head(shape), 1, 0.02)
+    moving = noisy(t2(warp(head(shape), -shift)), 2, 0.02)
+    tissue = head(shape)[:, 0] > 0.1
+    left = {}
+    for similarity in ("auto", "lncc"):
+        found = zero_refiner(similarity).refine(fixed, moving)
+        u = register(fixed, moving, found.velocity).displacement
+        left[similarity] = float((u - shift).norm(dim=1)[tissue].mean())
+        assert (found.contrasts == [AS_IT_IS]) == (similarity == "lncc")
+    assert left["auto"] < 0.7 < left["lncc"] / 2, left  # of 2.5 voxels
+
+
 def test_a_network_that_deforms_noise_is_not_followed() -> None:
     class Wild(SymmetricNet):
         def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
@@ -89,7 +112,7 @@ def test_refinement_goes_on_from_a_velocity_that_pays(shape: tuple[int, ...]) ->
     half = torch.tensor((1.2, -0.8)).view(1, 2, 1, 1).expand(1, 2, *[n // 2 + 1 for n in shape]).clone()
     refiner = make_refiner(24, refinement_loss("lncc", spatial_dims=2), window=7)
     assert refiner is not None
-    velocity, starts = refiner.from_better(fixed, moving, half)
+    velocity, starts, _ = refiner.refine(fixed, moving, half, better=True)
     found = register(fixed, moving, velocity).displacement
     assert starts == ["network"] and velocity.shape == half.shape
     assert float((found - shift).norm(dim=1)[head(shape)[:, 0] > 0.1].median()) < 1.0

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from regpipe import SymmetricNet, SymNet
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
-from regpipe.engines.pyramid import coarsen
-from regpipe.engines.refine import Refiner, coarser_shape, make_refiner, refinement_loss, shares, zero_refiner
+from regpipe.engines.pyramid import coarsen, coarser_shape, shares
+from regpipe.engines.refine import Refiner, make_refiner, refinement_loss, zero_refiner
 from regpipe.fields.algebra import identity_grid, jacobian_determinant, register
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.utils.errors import InputError
@@ -140,7 +140,7 @@ def test_a_constant_stays_when_coarsened_and_a_wave_too_short_for_the_grid_goes(
 
 
 def test_steps_are_dealt_out_to_the_levels() -> None:
-    from regpipe.engines.refine import FROM_ZERO
+    from regpipe.engines.pyramid import FROM_ZERO
 
     assert sum(shares(FROM_ZERO, 80)) == 80
     assert shares(FROM_ZERO, 1) == [1, 1, 1, 1]
@@ -159,7 +159,7 @@ def test_mistakes_are_named() -> None:
         Refiner(RegistrationLoss({"dice": 1.0}))
     with pytest.raises(InputError, match="at least one step"):
         refiner(0)
-    with pytest.raises(InputError, match="choose among lncc, mind"):
+    with pytest.raises(InputError, match="choose among auto, lncc, mind"):
         refinement_loss("corr")
     with pytest.raises(InputError, match="SYMNet"):
         RegistrationInferer(refiner=refiner(1))(torch.rand(1, 2, 16, 16), SymNet(2))
@@ -169,8 +169,8 @@ def test_mistakes_are_named() -> None:
 def test_slices_are_compared_in_wider_windows_and_held_less_stiffly_than_volumes() -> None:
     in_2d, in_3d = (zero_refiner().losses[dim] for dim in (2, 3))
     assert (in_2d.window, in_3d.window) == (7, 5)
-    assert in_2d.weights == pytest.approx({"lncc": 1.0, "diffusion": 0.28, "divergence": 0.07})
-    assert in_3d.weights == pytest.approx({"lncc": 1.0, "diffusion": 0.4, "divergence": 0.1})
+    assert in_2d.weights == pytest.approx({"auto": 1.0, "diffusion": 0.28, "divergence": 0.07})
+    assert in_3d.weights == pytest.approx({"auto": 1.0, "diffusion": 0.4, "divergence": 0.1})
     assert refinement_loss("lncc", smoothness=2, spatial_dims=2)["diffusion"] == pytest.approx(0.56)
 
 
@@ -178,5 +178,5 @@ def test_a_loss_that_is_no_number_ends_refinement_in_a_line() -> None:
     sound = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     broken = sound.clone()
     broken[0, 0, 3, 3] = torch.nan
-    with pytest.raises(InputError, match="refinement: .*lncc.* is not finite; look at these images"):
+    with pytest.raises(InputError, match="refinement: .*auto.* is not finite; look at these images"):
         zero_refiner(steps=2)(sound, broken)

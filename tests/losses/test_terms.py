@@ -21,7 +21,7 @@ from regpipe.utils.errors import InputError
 
 SHAPES = [(20, 17), (12, 10, 11)]
 EACH = pytest.mark.parametrize("shape", SHAPES)
-COMPARING = {"lncc", "ncc", "mse", "mi", "mind", "features", "midway"}  # the terms that look at images
+COMPARING = {"auto", "lncc", "ncc", "mse", "mi", "mind", "features", "midway"}  # the terms that look at images
 BOTH_WAYS = [name for name in TERMS if name != "known_field"]
 
 
