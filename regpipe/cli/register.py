@@ -133,6 +133,12 @@ def register(
             help="What this process may take; default: what is free. Where it is too little, see below.",
         ),
     ] = None,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty", help="Also how far off each place may be, mm: uncertainty.nii.gz. Seven times the time."
+        ),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit status 1 where a result should not be trusted unseen: docs/trust.md.")
     ] = False,
@@ -157,6 +163,7 @@ def register(
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
     given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
+    given["uncertainty"] = uncertainty or None
     given |= {"fill": fill}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}

@@ -124,7 +124,7 @@ class Refiner:
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             start = None if velocity is None else velocity[i : i + 1].float()
             one = self._from_start(batch, start, better)
-            mapped, how = self._in_one_contrast(batch, one.velocity)
+            mapped, how = self._in_one_contrast(batch, torch.zeros_like(one.velocity) if start is None else start)
             if how != AS_IT_IS:
                 other = self._from_start(mapped, start, better)._replace(contrasts=[how])
                 one = other if self._tells_more(batch, other.velocity, one.velocity) else one
@@ -157,7 +157,7 @@ class Refiner:
     def _in_one_contrast(self, batch: Mapping[str, Tensor], velocity: Tensor) -> tuple[Mapping[str, Tensor], str]:
         """The pair with one image in the other's contrast, where that is asked for and explains more, and which it is.
 
-        ``velocity``: as far as they are aligned by now.
+        ``velocity``: as far as they are aligned before; what takes a line for the relation would bring one about.
         """
         fixed, moving = (batch[f"{side}_image"] for side in SIDES)
         loss = self.losses[fixed.ndim - 2]

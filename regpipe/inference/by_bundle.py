@@ -38,6 +38,7 @@ def register_by_bundle(
     formats: str | Sequence[str] = BY_DEFAULT,
     fill: float | None = None,
     memory_gib: float | None = None,
+    uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
 ) -> None:
@@ -56,7 +57,7 @@ def register_by_bundle(
     """
     logging.config.fileConfig(bundle / "configs" / "logging.conf", disable_existing_loggers=False)
     ckpt_dir = ckpt_dir or inferers.model_folder(str(bundle / "models"), dataset_dir)
-    options.check_switches(strict=strict)
+    options.check_switches(strict=strict, uncertainty=uncertainty)
     distributed.join(hours=168)
     known, dim = record.read(ckpt_dir), inferers.trained_dimension(ckpt_dir)
     structures, network = inferers.trained_structures(ckpt_dir), load_network(ckpt_dir, backbone)
@@ -81,6 +82,7 @@ def register_by_bundle(
         settings=describe.registrations(network, load, refinement=refinement, inferer=inferer),
         fill=fill,
         memory_gib=memory_gib,
+        uncertainty=uncertainty,
     )
     folder.register_by(network, inferer, strict=strict, processes=jobs)
 

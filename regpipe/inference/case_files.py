@@ -34,7 +34,15 @@ WRITTEN: tuple[str, ...] = (
     "*_to_*.*",
     export.ANTS_AFFINE,
 )
-WRITTEN += (*export.ANTS_WARPS, "warped*", "jacobian.nii.gz", "checkerboard.png", "overlay.png", "sheet.png")
+WRITTEN += (
+    *export.ANTS_WARPS,
+    "warped*",
+    "jacobian.nii.gz",
+    "uncertainty.nii.gz",
+    "checkerboard.png",
+    "overlay.png",
+    "sheet.png",
+)
 WRITTEN += (f"{views.FOLDER}/{views.NAME}", f"{views.FOLDER}/*.*")
 
 
@@ -101,8 +109,12 @@ def save_case(
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
     whole = alignment if matrix is None else matrix
+    error = None
+    if "uncertainty" in prediction:
+        error = displacement.native_lengths(_array(prediction["uncertainty"]), frames[0], fixed)
+        out.image("uncertainty.nii.gz", error)
     images, labels, native = _save_warped(case, files, forward, whole, out, load, fill)
-    whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment)
+    whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment, error)
     seen = views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
     out.hashes |= {f"{views.FOLDER}/{name}": digest for name, digest in seen.items()}
     _save_pictures(out, pictures.case_pictures(batch, prediction))
@@ -110,6 +122,8 @@ def save_case(
     measured = measure(registration, batch, spacing) | native | load.frames.found(case)
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
+    if error is not None:
+        measured["uncertainty"] = float(error[images["fixed"] > views.FOREGROUND].mean())
     looks = numbers(batch, registration, spacing, measured)
     distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, looks, measured)
     row = {k: v if math.isfinite(v) else None for k, v in measured.items()}

@@ -68,6 +68,7 @@ class FolderRun:
         fill: float | None = None,
         settings: Mapping[str, Any] | None = None,
         memory_gib: float | None = None,
+        uncertainty: bool = False,
     ) -> None:
         if not str(output_dir):
             raise InputError("the folder for the results has no name; give one, or . for the current folder")
@@ -77,7 +78,10 @@ class FolderRun:
         export.check_formats([name for name in formats if name != DENSE], dim)
         self.memory_gib, self._held = memory_gib, machine.held()
         self.load, self.folder, self.formats = load, Path(output_dir), tuple(formats)
-        self._fill, told = fill, {} if fill is None else {"fill": str(fill)}  # JSON has no NaN
+        told: dict[str, Any] = {} if fill is None else {"fill": str(fill)}  # JSON has no NaN
+        self._fill = fill
+        self.uncertainty = uncertainty
+        told |= {"uncertainty": True} if uncertainty else {}
         self._settings = {**(settings or {}), "formats": sorted(formats), **told}
         self.failures: dict[str, str] = {}
         self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
@@ -245,10 +249,14 @@ class FolderRun:
         """``register`` without MONAI: ``inferer`` applies ``network``, fitted to memory; by ``jobs.beside``."""
         device, _ = distributed.device(), network.eval()
         self._guides = getattr(getattr(inferer, "refiner", None), "guides", [])
+        if self._guides and self.uncertainty:
+            raise InputError(
+                "--uncertainty: starts elsewhere would leave --guide's labels and landmarks behind; leave one"
+            )
         FittingInferer(inferer, memory_gib=self.memory_gib)  # refuses a wrong one, before anything is written
 
         def run() -> None:
-            fitting = FittingInferer(inferer, memory_gib=self.memory_gib)
+            fitting = FittingInferer(inferer, memory_gib=self.memory_gib, uncertainty=self.uncertainty)
             for batch in self:
                 pair, target, _, told = prepare_batch(batch, device)
                 with torch.no_grad():

@@ -32,6 +32,7 @@ def register_from_zero(
     formats: str | Sequence[str] = BY_DEFAULT,
     fill: float | None = None,
     memory_gib: float | None = None,
+    uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
 ) -> None:
@@ -39,7 +40,7 @@ def register_from_zero(
 
     ``similarity``, ``smoothness``, ``guide``: see ``engines.refine.refinement_loss``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``data.placement``;
-    ``formats``, ``fill``: see ``FolderRun``; ``memory_gib``: see ``inference.ladder``; ``strict``: see
+    ``formats``, ``fill``: see ``FolderRun``; ``memory_gib``, ``uncertainty``: see ``inference.ladder``; ``strict``: see
     ``FolderRun.register``; ``jobs``: processes, see ``inference.jobs``.
 
     Raises:
@@ -72,5 +73,6 @@ def register_from_zero(
         settings=settings,
         fill=fill,
         memory_gib=memory_gib,
+        uncertainty=uncertainty,
     )
     folder.register_by(torch.nn.Identity(), ZeroInferer(refiner, repair=True), strict=strict, processes=jobs)

@@ -22,6 +22,7 @@ from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
 from regpipe.engines.inferers import Inferer
 from regpipe.engines.pyramid import SMALLEST
+from regpipe.engines.uncertainty import Ensemble
 from regpipe.fields.algebra import resize_image
 from regpipe.inference import memory
 from regpipe.io.labels import read_label
@@ -57,12 +58,13 @@ class FittingInferer(Inferer):
         inferer: what is asked for.
         memory_gib: what the whole process may take; None: its share of what the machine has free now, a container's
             limit included, or less where there is less later.
+        uncertainty: whether each answer says how far off it may be, see ``engines.uncertainty``.
     """
 
-    def __init__(self, inferer: Any, *, memory_gib: float | None = None) -> None:
+    def __init__(self, inferer: Any, *, memory_gib: float | None = None, uncertainty: bool = False) -> None:
         if memory_gib is not None and not memory_gib > 0:
             raise InputError(f"--memory_gib {memory_gib}: give more than 0, or leave it out for what is free")
-        self.inferer, self.memory_gib = inferer, memory_gib
+        self.inferer, self.memory_gib, self.uncertainty = inferer, memory_gib, uncertainty
         self._share, self._held = machine.share(memory_gib, distributed.device()), machine.held()
         if memory_gib is not None and self._share <= 0:
             own = memory_gib - self._share / GIB
@@ -74,6 +76,7 @@ class FittingInferer(Inferer):
         shape = tuple(int(n) for n in inputs.shape[2:])
         steps = self._steps(shape, network, inputs.device)
         inferer, network = descended(self.inferer, network, steps)
+        inferer = Ensemble(inferer) if self.uncertainty else inferer
         return {**inferer(inputs, network, *args, **kwargs), "to_fit_memory": [step.told for step in steps]}
 
     def _room(self, device: torch.device) -> int:

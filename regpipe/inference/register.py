@@ -47,6 +47,7 @@ OF_OWN = {
     "memory_gib",
     "strict",
     "fill",
+    "uncertainty",
 }  # ids of a bundle's
 OF_OWN |= {"affine", "affine_from", "affine_metric", "jobs"}  # inference that need not MONAI
 

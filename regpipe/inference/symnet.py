@@ -88,6 +88,7 @@ def register_by_symnet(
     formats: str | Sequence[str] = BY_DEFAULT,
     fill: float | None = None,
     memory_gib: float | None = None,
+    uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
 ) -> None:
@@ -113,5 +114,6 @@ def register_by_symnet(
         settings=choices(weights, load),
         fill=fill,
         memory_gib=memory_gib,
+        uncertainty=uncertainty,
     )
     folder.register_by(network, RegistrationInferer(), strict=strict, processes=jobs)

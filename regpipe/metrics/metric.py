@@ -158,6 +158,9 @@ METRICS: dict[str, Metric] = {
         sound=True,
         higher=True,
     ),
+    "uncertainty": Metric(
+        "expected error", "how far off it may be, mean of what is not dark", unit="mm", shown=("page",)
+    ),
     "repaired": Metric("repaired", "how far removing folds moved the field, at most", unit="voxel", shown=("page",)),
 }
 

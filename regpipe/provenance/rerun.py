@@ -80,13 +80,14 @@ def rerun(
         if target.resolve() in {path.resolve() for folder in old for path in (folder, folder.parent)}:
             raise InputError(f"{target}: holds the results to compare with; give another --out")
         listed.write_text(json.dumps({"test": entries}))
+        sure = ["uncertainty"] if "uncertainty" in first["settings"] else []
         if first["model"]:
             bundle, models = _with_model(bundle, first["model"])
-            chosen = _chosen(first["settings"], BUNDLE) | {"ckpt_dir": str(models.absolute())}
+            chosen = _chosen(first["settings"], [*BUNDLE, *sure]) | {"ckpt_dir": str(models.absolute())}
             register_with_bundle(bundle, listed, target, chosen, trust=trust)
         else:
             guided = ["guide"] if "guide" in first["settings"] else []
-            chosen = _chosen(first["settings"], [*ZERO, *guided])
+            chosen = _chosen(first["settings"], [*ZERO, *guided, *sure])
             register_from_zero(str(listed), str(target), steps=chosen.pop("refine"), **chosen)
         return [_compared(folder, content, target / content["case"]) for folder, content in old.items()]
 

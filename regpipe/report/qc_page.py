@@ -225,7 +225,8 @@ def _render(**content: Any) -> str:
         chart(name, [row.get(name, math.nan) for row in rows], content["limits"].get(name))
         for name in content["columns"]
     ]
-    bar = {"stops": views.stops(), "largest": views.LARGEST, "fold": views.FOLD, "colours": views.COLOURS}
+    bar: dict[str, Any] = {"stops": views.stops(), "largest": views.LARGEST, "fold": views.FOLD}
+    bar |= {"rising": views.rising_stops(), "farthest": views.FARTHEST, "colours": views.COLOURS}
     return template().render(
         **content,
         css=css,

@@ -38,6 +38,7 @@ LINE_TILE = {2: 768, 3: 320}  # of what is drawn in lines, always
 GRID_LINES = 16  # along the shorter side
 QUALITY = 88  # of the grey pictures' WebP
 FOREGROUND = 0.1  # of an image in [0, 1]
+FARTHEST = 4.0  # mm of expected error with a colour of its own
 LARGEST = 2.0  # volume change with a colour of its own
 FOLD = (230, 25, 25)
 # Okabe and Ito's orange and sky blue: told apart by everybody. The moving side is dashed besides.
@@ -56,6 +57,7 @@ class Shown(NamedTuple):
     displacement: np.ndarray  # (D, *S) LPS mm, alignment included
     determinant: np.ndarray  # (*S) of the map beyond the alignment
     alignment: np.ndarray  # (D+1, D+1), fixed point -> moving point, RAS mm
+    error: np.ndarray | None = None  # (*S) to expect, mm
 
 
 class Landmarks(NamedTuple):
@@ -107,7 +109,13 @@ def write_view(folder: Path, shown: Shown, landmarks: Landmarks | None = None) -
             | {"shape": shape, "mm": size, "tile": tile, "fine": fine, "columns": columns}
             | {"letters": LETTERS.get(plane.name, "")}
         )
-    layers = ["grid", "jacobian", *IMAGES, *(f"outline_{side}" for side in shown.labels)]
+    layers = [
+        "grid",
+        "jacobian",
+        *([] if shown.error is None else ["uncertainty"]),
+        *IMAGES,
+        *(f"outline_{side}" for side in shown.labels),
+    ]
     content = {"format": FORMAT, "planes": about, "layers": {name: _file(name) for name in layers}}
     content["landmarks"] = [] if landmarks is None else _rows(landmarks, np.linalg.inv(affine))
     return hashes | {NAME: replace_hashed(folder / NAME, json.dumps(content, separators=(",", ":")).encode())}
@@ -129,6 +137,7 @@ def _canonical(shown: Shown) -> tuple[np.ndarray, Shown]:
         labels={side: turned(label) for side, label in shown.labels.items()},
         displacement=np.stack([turned(channel) for channel in shown.displacement]),
         determinant=turned(shown.determinant),
+        error=None if shown.error is None else turned(shown.error),
     )
 
 
@@ -168,6 +177,9 @@ def _atlases(
         found.append((_file(f"outline_{side}"), _png(drawn, [(0, 0, 0, 0), (*COLOURS[side], 255)])))
     drawn = atlas(shown.determinant, lambda cut: _volume_change(cut, tile))
     found.append((_file("jacobian"), _png(drawn, [(*FOLD, 255), *((*rgb, 255) for rgb in _diverging())])))
+    if shown.error is not None:
+        drawn = atlas(shown.error, lambda cut: _error(cut, tile))
+        found.append((_file("uncertainty"), _png(drawn, [(*rgb, 255) for rgb in _rising()])))
     back = np.linalg.inv(affine) @ np.linalg.inv(shown.alignment)
     lines = _together([_grid(plane, shown, at, affine, back, fine) for at in plane.slices], columns)
     found.append((_file("grid"), _png(lines // 64, [(*GRID_COLOUR, 85 * level) for level in range(4)])))
@@ -202,6 +214,18 @@ def _volume_change(cut: np.ndarray, tile: list[int]) -> np.ndarray:
     return np.where(least > 0, level.round(), 0).astype(np.uint8)  # NaN is a fold
 
 
+def _error(cut: np.ndarray, tile: list[int]) -> np.ndarray:
+    """0 to 255 (``FARTHEST`` and more), the largest of each pixel."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(tile[::-1], cut.shape, strict=True))
+    largest = np.maximum.reduceat(np.maximum.reduceat(cut, rows, axis=0), columns, axis=1)
+    return (255 * np.clip(np.nan_to_num(largest) / FARTHEST, 0, 1)).round().astype(np.uint8)
+
+
+def _rising() -> list[tuple[int, int, int]]:
+    """Dark (sure) to bright (``FARTHEST`` off and more)."""
+    return [tuple(int(255 * c) for c in rgb) for rgb in colormaps["inferno"](np.linspace(0, 1, 256))[:, :3]]  # type: ignore[misc]
+
+
 def _diverging() -> list[tuple[int, int, int]]:
     """Purple (shrunk) over white (as it was) to green (grown): the colours of det 0 to ``LARGEST``."""
     values = colormaps["PRGn"](np.linspace(0, 1, 255))[:, :3]
@@ -210,7 +234,16 @@ def _diverging() -> list[tuple[int, int, int]]:
 
 def stops() -> list[str]:
     """The colours of the Jacobian's bar from det 0 to ``LARGEST``, as CSS writes them."""
-    return ["#{:02x}{:02x}{:02x}".format(*_diverging()[round(254 * i / 8)]) for i in range(9)]
+    return [_css(_diverging()[round(254 * i / 8)]) for i in range(9)]
+
+
+def rising_stops() -> list[str]:
+    """The same of the expected error's bar, from 0 to ``FARTHEST``."""
+    return [_css(_rising()[round(255 * i / 8)]) for i in range(9)]
+
+
+def _css(rgb: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:

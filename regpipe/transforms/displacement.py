@@ -22,7 +22,7 @@ from regpipe.fields.algebra import jacobian_determinant
 from regpipe.io import background, pictures
 from regpipe.io.formats import load_nifti, nifti_affine, nifti_array
 from regpipe.io.geometry import LPS
-from regpipe.io.images import PICTURE, Image, PathLike, exactly
+from regpipe.io.images import PICTURE, Image, PathLike, exactly, voxel_size
 from regpipe.io.nifti_place import placed_image
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
@@ -50,6 +50,16 @@ def native_displacement(u: np.ndarray, fixed_affine: np.ndarray, moving_affine: 
     at = _move(np.linalg.inv(fixed_affine), places)
     moved = _move(moving_affine, at + interpolate(u, at))
     return _flip(moved - places).astype(np.float32)
+
+
+def native_lengths(error: np.ndarray, affine: np.ndarray, image: Image) -> np.ndarray:
+    """Of an error along each axis of a working grid, (D, *grid) voxels, the length in mm on an image's own grid (*S).
+
+    ``affine``: working voxel -> RAS mm.
+    """
+    at = _move(np.linalg.inv(affine), _move(image.affine, _indices(image.array.shape)))
+    sides = _column(voxel_size(affine), at.ndim)
+    return np.linalg.norm(sides * interpolate(error, at), axis=0).astype(np.float32)
 
 
 def native_jacobian(d: np.ndarray, affine: np.ndarray) -> np.ndarray:

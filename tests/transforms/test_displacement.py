@@ -310,3 +310,16 @@ def test_a_transform_of_another_dimension_is_refused():
     with pytest.raises(InputError, match="3-D transform"):
         image = Image(np.zeros((4, 4), np.float32), np.eye(3))
         displacement.resample_through(image, np.zeros((3, 4, 4, 4)), np.eye(4), order=1)
+
+
+def test_an_error_along_each_axis_is_a_length_in_mm_on_the_images_own_grid() -> None:
+    """Voxels of 2 x 3 mm, turned: (1.5, 2) voxels are (3, 6) mm. The image's grid lies askew in it."""
+    turn = np.array([[0.0, -3.0, 10.0], [2.0, 0.0, -4.0], [0.0, 0.0, 1.0]])
+    error = np.stack([np.full((8, 6), 1.5), np.full((8, 6), 2.0)])
+    image = Image(np.zeros((5, 7)), np.array([[0.8, 0.6, 1.0], [-0.6, 0.8, 2.0], [0.0, 0.0, 1.0]]))
+    found = displacement.native_lengths(error, turn, image)
+    assert found.shape == (5, 7) and found.dtype == np.float32
+    np.testing.assert_allclose(found, np.hypot(3, 6), rtol=1e-6)
+    ramp = np.stack([np.indices((8, 6))[0], np.zeros((8, 6))]).astype(float)  # voxels along the first axis: 2 mm each
+    at = np.linalg.inv(turn) @ image.affine @ np.array([2.0, 3.0, 1.0])
+    assert displacement.native_lengths(ramp, turn, image)[2, 3] == pytest.approx(2 * np.clip(at[0], 0, 7), abs=1e-5)

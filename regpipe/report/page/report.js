@@ -7,6 +7,7 @@ const controls = byId("controls");
 const rows = [...document.querySelectorAll("#cases tbody tr")];
 const NAMES = { fixed: "fixed", before: "moving, before", warped: "moving, after" };
 const COLOURS = { fixed: "rgb(230, 159, 0)", moving: "rgb(86, 180, 233)" };
+const MAPS = ["grid", "jacobian", "uncertainty"]; // views that compare no images
 const GAP = 16; // pixels between planes, as in the style sheet
 const state = { index: 0, case: null, pictures: new Map(), planes: [], second: false, timer: 0 };
 
@@ -213,6 +214,10 @@ const LOOKS = {
     paint(pen, view, "jacobian", false);
     return ["Jacobian determinant", ""];
   },
+  uncertainty(pen, view) {
+    paint(pen, view, "uncertainty", false);
+    return ["expected error", ""];
+  },
 };
 
 function draw(view) {
@@ -224,7 +229,7 @@ function draw(view) {
   const pen = canvas.getContext("2d");
   pen.clearRect(0, 0, width, height);
   const texts = LOOKS[mode()](pen, view, width, height);
-  const compared = !["grid", "jacobian"].includes(mode());
+  const compared = !MAPS.includes(mode());
   if (compared && has("outline") && controls.elements.outlines.checked) {
     paint(pen, view, "outline_fixed");
     paint(pen, view, `outline_${side()}`);
@@ -278,14 +283,16 @@ function arrow(pen, from, to) {
 const has = (what) => what === "landmarks" ? state.case.landmarks.length > 0 : Boolean(state.case.layers[`${what}_fixed`]);
 
 function update() {
-  const compared = !["grid", "jacobian"].includes(mode());
+  byId("error").hidden = !state.case.layers.uncertainty;
+  if (byId("error").hidden && mode() === "uncertainty") controls.elements.mode.value = "swipe";
+  const compared = !MAPS.includes(mode());
   for (const part of controls.querySelectorAll("[data-modes]")) part.hidden = !part.dataset.modes.split(" ").includes(mode());
   for (const part of controls.querySelectorAll("[data-needs]")) part.hidden = !has(part.dataset.needs);
   byId("overlays").hidden = !compared || !(has("outline") || has("landmarks"));
   for (const part of document.querySelectorAll("[data-legend]")) {
     const what = part.dataset.legend;
     const box = controls.elements[what === "outline" ? "outlines" : "landmarks"];
-    part.hidden = what === "grid" || what === "jacobian" ? mode() !== what : !compared || !has(what) || !box.checked;
+    part.hidden = MAPS.includes(what) ? mode() !== what : !compared || !has(what) || !box.checked;
   }
   for (const [name, unit] of Object.entries({ divider: " %", squares: "", seconds: " s" }))
     controls.elements[name].nextElementSibling.textContent = controls.elements[name].value + unit;

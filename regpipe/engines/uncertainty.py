@@ -1,0 +1,59 @@
+"""How sure a registration is, at each place: by how far it comes elsewhere from other starts.
+
+The moving image is moved by a small random diffeomorphism, registered again, and both motions composed: what the images
+determine comes out as before, what they leave open comes out elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regpipe.engines.inferers import Inferer
+from regpipe.fields.algebra import compose, integrate_both, resize_image, warp
+from regpipe.losses.lncc import box_sum
+
+MEMBERS = 6  # registrations more
+START = 2.0  # voxels, root mean square: how far each begins elsewhere
+KNOTS = 6  # of such a start, along an axis
+REACH = 9  # voxels of a side over which the spread is averaged: of six members it is rough
+# Error of known motions over spread, root mean squares: docs/results/harm.md#how-sure
+FLOOR, FACTOR = 0.25, 0.85  # voxels, and voxels per voxel
+
+
+class Ensemble(Inferer):
+    """An inferer whose answer also says ``uncertainty`` (B, D, *spatial): the error to expect along each axis.
+
+    It is a root mean square in voxels of the grid. The answer itself is the inferer's own. It takes ``MEMBERS`` times
+    as long again, and little more memory.
+    """
+
+    def __init__(self, inferer: Any) -> None:
+        self.inferer = inferer
+
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Any], *args: Any, masks: Sequence[Tensor] = (), **told: Any
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = self.inferer(inputs, network, *args, masks=masks, **told)
+        shape, u = inputs.shape[2:], found["displacement"]
+        generator = torch.Generator().manual_seed(0)
+        squares = torch.zeros_like(u)
+        for _ in range(MEMBERS):
+            start = random_start(shape, generator).to(u).expand_as(u)
+            fixed, moving = inputs.float().chunk(2, dim=1)
+            pair = torch.cat([fixed, warp(moving, start)], 1)
+            seen = [masks[0], (warp(masks[1].float(), start) > 0.5).float()] if masks else ()
+            other = self.inferer(pair, network, *args, masks=seen, **told)["displacement"]
+            squares += (compose(start, other) - u).square() / MEMBERS
+        spread = box_sum(squares, REACH) / box_sum(torch.ones_like(squares), REACH)
+        return {**found, "uncertainty": (FLOOR**2 / len(shape) + FACTOR**2 * spread).sqrt()}
+
+
+def random_start(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """The displacement (1, D, *shape) of a smooth random diffeomorphism, of about ``START`` voxels."""
+    knots = torch.randn(1, len(shape), *[KNOTS] * len(shape), generator=generator)
+    velocity = resize_image(knots, shape)
+    return integrate_both(START * velocity / velocity.norm(dim=1).square().mean().sqrt())[0]
