@@ -95,6 +95,9 @@ def study(
     out: Out,
     overlay: Annotated[list[Path], typer.Option(help="Over train.yaml, with spatial_dims: a file, or study_2d.")],
     pretrain: Annotated[Path | None, typer.Option(help="Of the training on phantoms: configs/pretrain.yaml.")] = None,
+    imagenet: Annotated[
+        Path | None, typer.Option(help="Folder of torchvision's weight files; default: its cache, or fetched.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A part of the grid: AXIS=VALUE,VALUE.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of one thread.")] = 1,
 ) -> None:
@@ -108,7 +111,8 @@ def study(
     parts = _assigned(only, "--only wants AXIS=VALUE,VALUE, e.g. --only subjects=5,all")
     chosen = {axis: [value.strip() for value in values.split(",")] for axis, values in parts.items()}
     pretraining = None if pretrain is None else named(pretrain)
-    print(run(data, out, overlays=[named(path) for path in overlay], pretraining=pretraining, only=chosen, jobs=jobs))
+    overlays = [named(path) for path in overlay]
+    print(run(data, out, overlays=overlays, pretraining=pretraining, imagenet=imagenet, only=chosen, jobs=jobs))
     console.tell(page=out / "study.md", runs=out / "study.csv")
     print(f"page: {out / 'study.md'}, runs: {out / 'study.csv'}")
 

@@ -59,7 +59,7 @@ class Judge:
         if float(self._explained(kept, unseen).mean()) > (1 + LOOKS) * float(base.mean()):
             if witness is not None:
                 unseen, was, kept = witness, self._register(before, witness), self._register(step, witness)
-            self.misled |= self._told(kept, unseen) < self._told(was, unseen)
+            self.misled |= self._known(kept, unseen) < self._known(was, unseen)
         return torch.zeros_like(share) if self.misled else share
 
     def _as_one(self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor]) -> Tensor:
@@ -79,9 +79,9 @@ class Judge:
     @torch.no_grad()
     def information(self, velocity: Tensor, images: Mapping[str, Tensor]) -> float:
         """Mutual information in nats, the sum of both ways, where both images are known."""
-        return self._told(self._register(velocity, images), images)
+        return self._known(self._register(velocity, images), images)
 
-    def _told(self, result: Registration, images: Mapping[str, Tensor]) -> float:
+    def _known(self, result: Registration, images: Mapping[str, Tensor]) -> float:
         pairs = ((result.warped_moving, images["fixed_image"]), (result.warped_fixed, images["moving_image"]))
         masks = overlaps(result, images, self.loss.options)
         return sum(_told(*pair, mask) for pair, mask in zip(pairs, masks, strict=True))

@@ -23,7 +23,7 @@ from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_imag
 from regpipe.losses.contrast import AS_IT_IS, in_one
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
-from regpipe.losses.terms import TERMS, overlaps, with_noise
+from regpipe.losses.terms import TERMS, Target, overlaps, with_noise
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -49,15 +49,23 @@ SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the 
 
 
 Loss = RegistrationLoss | Mapping[int, RegistrationLoss]
-NO_TRUTH: Mapping[str, Tensor] = MappingProxyType({})
+NO_TRUTH: Target = MappingProxyType({})
 
 
 class Refined(NamedTuple):
     """Velocities, and of each pair where its refinement began and in which contrast."""
 
     velocity: Tensor  # (B, D, *half)
-    starts: list[str]  # network | zero
-    contrasts: list[str]  # see ``losses.contrast``
+    starts: Sequence[str]  # network | zero
+    contrasts: Sequence[str | None]  # see ``losses.contrast``; None where that was not asked
+
+
+class _One(NamedTuple):
+    """The same of one pair."""
+
+    velocity: Tensor
+    start: str
+    contrast: str | None = None
 
 
 class Refiner:
@@ -95,11 +103,9 @@ class Refiner:
         self.judged = not self.guides  # see ``engines.judge``; a dry run without numbers has nothing to judge
         self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
-    def __call__(
-        self, fixed: Tensor, moving: Tensor, velocity: Tensor | None = None, *, better: bool = False, **told: Any
-    ) -> Tensor:
+    def __call__(self, fixed: Tensor, moving: Tensor, velocity: Tensor | None = None, **told: Any) -> Tensor:
         """What ``refine`` finds: velocity (B, D, *half) for images (B, 1, *spatial)."""
-        return self.refine(fixed, moving, velocity, better=better, **told).velocity
+        return self.refine(fixed, moving, velocity, **told).velocity
 
     def refine(
         self,
@@ -110,7 +116,7 @@ class Refiner:
         better: bool = False,
         masks: Sequence[Tensor] = (),
         anatomy: Tensor | None = None,
-        truth: Mapping[str, Tensor] = NO_TRUTH,
+        truth: Target = NO_TRUTH,
     ) -> Refined:
         """The velocities of pairs (B, 1, *spatial), each on its own, and how each was found.
 
@@ -120,59 +126,63 @@ class Refiner:
             anatomy: what a network made of both images, see ``regpipe.SymmetricNet``.
             truth: labels and landmarks of both, as ``data.load`` names them, that guide.
         """
-        found: list[Refined] = []
+        found: list[_One] = []
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             start = None if velocity is None else velocity[i : i + 1].float()
-            one = self._from_start(batch, start, better)
-            mapped, how = self._in_one_contrast(batch, torch.zeros_like(one.velocity) if start is None else start)
-            if how != AS_IT_IS:
-                other = self._from_start(mapped, start, better)._replace(contrasts=[how])
-                one = other if self._tells_more(batch, other.velocity, one.velocity) else one
+            halves = self._halves(batch)
+            one = self._from_start(halves, start, better)
+            if self._any_contrast(fixed.ndim - 2):
+                aligned = start if start is not None and one.start == "network" else torch.zeros_like(one.velocity)
+                mapped, how = self._in_one_contrast(batch, aligned)
+                one = one._replace(contrast=how)
+                if how != AS_IT_IS:
+                    other = self._from_start(self._halves(mapped), start, better)._replace(contrast=how)
+                    more = self._tells_more(halves[1], other.velocity, one.velocity)
+                    one = other if more else one._replace(contrast=AS_IT_IS)
             found.append(one)
         velocities, starts, contrasts = zip(*found, strict=True)
-        return Refined(torch.cat(velocities), sum(starts, []), sum(contrasts, []))
+        return Refined(torch.cat(velocities), starts, contrasts)
 
-    def _from_start(self, batch: Mapping[str, Tensor], start: Tensor | None, better: bool) -> Refined:
-        seen, unseen = self._halves(batch)
+    def _from_start(self, halves: tuple[Target, Target], start: Tensor | None, better: bool) -> _One:
+        seen, unseen = halves
         mine, steps = start, self.steps
         if better and start is not None:
             mine = self._paying(unseen, start)
             if not bool(mine.any()):
                 mine, steps = None, max(steps, ZERO_STEPS)
         found = self._refine(seen, unseen, mine, steps)
-        velocity = found if start is None else resize(found, start.shape[2:])
-        return Refined(velocity, ["zero" if mine is None else "network"], [AS_IT_IS])
+        return _One(found if start is None else resize(found, start.shape[2:]), "zero" if mine is None else "network")
 
-    def _tells_more(self, batch: Mapping[str, Tensor], velocity: Tensor, other: Tensor) -> bool:
-        """Whether the images, as they are, tell clearly more of each other by a velocity than by the other and by none.
+    def _any_contrast(self, dim: int) -> bool:
+        """Whether it is asked in which contrast images compare best; what knows more than images show does not ask."""
+        return "auto" in self.losses[dim].weights and self._judge(dim) is not None
 
-        A curve that is not one-to-one makes a rim look like what lies deeper inside: what follows that gains little.
-        """
-        judge = self._judge(velocity.shape[1])
-        assert judge is not None  # what is not judged is not mapped
-        _, unseen = self._halves(batch)
-        told, as_it_is, none = (judge.information(v, unseen) for v in (velocity, other, torch.zeros_like(velocity)))
-        return told > CLEARER * as_it_is and told > CONVINCING * none
-
-    def _in_one_contrast(self, batch: Mapping[str, Tensor], velocity: Tensor) -> tuple[Mapping[str, Tensor], str]:
-        """The pair with one image in the other's contrast, where that is asked for and explains more, and which it is.
+    def _in_one_contrast(self, batch: Target, velocity: Tensor) -> tuple[Target, str]:
+        """The pair with one image in the other's contrast, where that explains more, and which it is.
 
         ``velocity``: as far as they are aligned before; what takes a line for the relation would bring one about.
         """
         fixed, moving = (batch[f"{side}_image"] for side in SIDES)
-        loss = self.losses[fixed.ndim - 2]
-        if "auto" not in loss.weights or self._judge(fixed.ndim - 2) is None:
-            return batch, AS_IT_IS
         result = register(fixed, moving, velocity, layers=self.layers)
-        found = in_one(fixed, moving, result.warped_moving, overlaps(result, batch, loss.options)[0])
+        seen, _ = overlaps(result, batch, self.losses[fixed.ndim - 2].options)
+        found = in_one(fixed, moving, result.warped_moving, seen)
         return {**batch, "fixed_image": found.fixed, "moving_image": found.moving}, found.how
 
-    def _halves(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    def _tells_more(self, unseen: Target, velocity: Tensor, other: Tensor) -> bool:
+        """Whether the images, as they are, tell clearly more of each other by a velocity than by the other and by none.
+
+        A curve that is not one-to-one makes a rim look like what lies deeper inside: what follows that gains little.
+        """
+        judge = Judge(self.losses[velocity.shape[1]], self.layers)
+        told, as_it_is, none = (judge.information(v, unseen) for v in (velocity, other, torch.zeros_like(velocity)))
+        return told > CLEARER * as_it_is and told > CONVINCING * none
+
+    def _halves(self, batch: Target) -> tuple[Target, Target]:
         """What is optimised, and what judges; the pair itself where nothing does."""
         judged = self._judge(batch["fixed_image"].ndim - 2) is not None
         return _halves(batch) if judged else (batch, batch)
 
-    def _paying(self, unseen: Mapping[str, Tensor], velocity: Tensor) -> Tensor:
+    def _paying(self, unseen: Target, velocity: Tensor) -> Tensor:
         """What pays of the network's velocity, at half resolution, where refinement begins."""
         judge = self._judge(velocity.shape[1])
         if judge is None:
@@ -188,8 +198,8 @@ class Refiner:
     @torch.enable_grad()
     def _refine(
         self,
-        seen: Mapping[str, Tensor],
-        unseen: Mapping[str, Tensor],
+        seen: Target,
+        unseen: Target,
         velocity: Tensor | None,
         steps: int,
     ) -> Tensor:
@@ -229,7 +239,7 @@ class Refiner:
         kept = [v for v in levels if v.stride >= finest and min(shape) >= SMALLEST * v.stride]
         return kept or [levels[-1]]
 
-    def _descend(self, start: Tensor, target: Mapping[str, Tensor], steps: int, bar: Progress) -> Tensor:
+    def _descend(self, start: Tensor, target: Target, steps: int, bar: Progress) -> Tensor:
         velocity = start.detach().clone().requires_grad_(True)
         optimizer = Adam(velocity, lr=self.rate, eps=FLAT)
         points, loss = velocity[0, 0].numel(), self.losses[velocity.shape[1]]
@@ -246,7 +256,7 @@ class Refiner:
 
 
 def _each(
-    fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None, truth: Mapping[str, Tensor]
+    fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None, truth: Target
 ) -> Iterator[dict[str, Tensor]]:
     """One pair at a time: in a joint batch one pair's convergence would tell on another's."""
     given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
@@ -256,7 +266,7 @@ def _each(
         yield of_pair | {key: tensor[i : i + 1] for key, tensor in truth.items()}
 
 
-def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _halves(batch: Target) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A pair twice, with noise that is independent, and the noise beside it: what is optimised, and what judges."""
     seen, unseen = dict(batch), dict(batch)
     for side in SIDES:
@@ -298,23 +308,8 @@ def refinement_loss(
     return {similarity: similar, **seen, **dict(GUIDES[name] for name in guide), **regularity}
 
 
-def make_refiner(
-    steps: int,
-    weights: Mapping[str, float],
-    *,
-    window: int = WINDOW[3],
-    finest: int | None = 1,
-    layers: Layers = LAYERS,
-    guided: bool = False,
-) -> Refiner | None:
-    """The refiner that a configuration asks for; None for 0 steps. ``finest``, ``guided``: as ``Refiner``'s."""
-    if not steps:
-        return None
-    return Refiner(RegistrationLoss(weights, window=window, layers=layers), steps=steps, finest=finest, guided=guided)
-
-
 class Refinement(NamedTuple):
-    """What a configuration asks for, see ``make_refiner``; kept where it asks for none, too."""
+    """What a configuration asks for; kept where it asks for none, too. ``finest``, ``guided``: as ``Refiner``'s."""
 
     steps: int
     weights: Mapping[str, float]
@@ -325,12 +320,19 @@ class Refinement(NamedTuple):
 
     def refiner(self) -> Refiner | None:
         """The refiner; None for 0 steps."""
-        told: dict[str, Any] = {"finest": self.finest, "layers": self.layers, "guided": self.guided}
-        return make_refiner(self.steps, self.weights, window=self.window, **told)
+        if not self.steps:
+            return None
+        loss = RegistrationLoss(self.weights, window=self.window, layers=self.layers)
+        return Refiner(loss, steps=self.steps, finest=self.finest, guided=self.guided)
 
     def asked(self) -> dict[str, Any]:
         """The ids of a configuration that ask for it."""
         return {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
+
+
+def make_refiner(steps: int, weights: Mapping[str, float], **more: Any) -> Refiner | None:
+    """``Refinement``'s."""
+    return Refinement(steps, weights, **more).refiner()
 
 
 def zero_refiner(

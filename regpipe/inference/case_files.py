@@ -111,7 +111,7 @@ def save_case(
     whole = alignment if matrix is None else matrix
     error = None
     if "uncertainty" in prediction:
-        error = displacement.native_lengths(_array(prediction["uncertainty"]), frames[0], fixed)
+        error = displacement.native_lengths(_array(prediction["uncertainty"]), *frames, fixed)
         out.image("uncertainty.nii.gz", error)
     images, labels, native = _save_warped(case, files, forward, whole, out, load, fill)
     whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment, error)
@@ -123,7 +123,8 @@ def save_case(
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
     if error is not None:
-        measured["uncertainty"] = float(error[images["fixed"] > views.FOREGROUND].mean())
+        shown = error[images["fixed"] > views.FOREGROUND]
+        measured["uncertainty"] = float(shown.mean()) if shown.size else math.nan
     looks = numbers(batch, registration, spacing, measured)
     distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, looks, measured)
     row = {k: v if math.isfinite(v) else None for k, v in measured.items()}

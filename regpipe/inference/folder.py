@@ -190,7 +190,9 @@ class FolderRun:
         clear(folder)
         reduced = prediction.get("to_fit_memory")
         spared: dict[str, Any] = {"to_fit_memory": reduced} if reduced else {}
-        spared |= {key: prediction[key][0] for key in ("start", "contrast") if key in prediction}  # of the refinement
+        spared |= {
+            key: prediction[key][0] for key in ("start", "contrast") if prediction.get(key, [None])[0]
+        }  # of the refinement
         if not prediction["displacement"].any():
             spared["found"] = summary.NOTHING
         row, hashes = save_case(

@@ -22,7 +22,7 @@ from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
 from regpipe.engines.inferers import Inferer
 from regpipe.engines.pyramid import SMALLEST
-from regpipe.engines.uncertainty import Ensemble
+from regpipe.engines.uncertainty import BESIDE, Ensemble
 from regpipe.fields.algebra import resize_image
 from regpipe.inference import memory
 from regpipe.io.labels import read_label
@@ -109,7 +109,9 @@ class FittingInferer(Inferer):
         def needed(steps: Sequence[Step]) -> int:
             key = (shape, *(step.told for step in steps))
             if key not in self._needs:
-                self._needs[key] = memory.inference(*descended(self.inferer, network, steps), shape, device=device)
+                beside = BESIDE * math.prod(shape) if self.uncertainty else 0
+                predicted = memory.inference(*descended(self.inferer, network, steps), shape, device=device)
+                self._needs[key] = predicted + beside
             return self._needs[key]
 
         taken: list[Step] = []

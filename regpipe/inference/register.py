@@ -197,6 +197,11 @@ class Registered:
         """The same on the moving image's grid, towards the fixed image."""
         return Image(*read_displacement(self.folder / "inverse_displacement.nii.gz"))
 
+    @property
+    def uncertainty(self) -> Image:
+        """How far off each place may be, mm, on the fixed image's grid: of ``uncertainty=True``."""
+        return images.read_image(self.folder / "uncertainty.nii.gz")
+
     def save(self, folder: str | Path) -> Path:
         """Copy all files to ``folder``, as ``regpipe register -o`` writes them; returns it."""
         return Path(shutil.copytree(Path(self._aside.name) / "out", folder, dirs_exist_ok=True))
@@ -209,7 +214,8 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
         fixed, moving: each a path, a pair ``(array (*S), RAS affine (D+1, D+1))``, a MONAI ``MetaTensor`` of one
             channel, a nibabel image or an ``itk.Image``.
         chosen: as the command's: ``bundle``, ``network``, ``weights``, ``refine``, ``similarity``, ``smoothness``,
-            ``finest``, ``guide``, ``affine``, ``affine_from``, ``affine_metric``, ``memory_gib``; as the images:
+            ``finest``, ``guide``, ``affine``, ``affine_from``, ``affine_metric``, ``memory_gib``, ``uncertainty``;
+            as the images:
             ``fixed_label``, ``moving_label``, ``fixed_mask``, ``moving_mask``, ``fixed_ignore``, ``moving_ignore``;
             paths: ``fixed_landmarks``, ``moving_landmarks``; ``initial``: a transform file, a list of them
             (``transforms.initial.named``), or a matrix (D+1, D+1) in

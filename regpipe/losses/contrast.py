@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+SAMPLES = 1_000_000  # voxels that are looked at
 BINS = 32  # knots of the curve: finer ones follow single voxels
 SEEN = 1e-3  # of the voxels that each knot would have, were they spread evenly: below, its neighbours tell
 MORE = 0.1  # of the variance: what a curve has to explain beyond a line
@@ -43,17 +44,18 @@ def in_one(fixed: Tensor, moving: Tensor, warped_moving: Tensor, seen: Tensor | 
         seen: where both count, on the fixed image's grid, in [0, 1]; None: everywhere.
     """
     inside = torch.ones_like(fixed, dtype=torch.bool) if seen is None else seen > 0.5
-    if int(inside.sum()) < BINS:
+    every = max(1, fixed.numel() // SAMPLES)
+    a, b = (x[inside][::every].double().cpu() for x in (fixed, warped_moving))
+    if len(a) < BINS:
         return Contrast(fixed, moving, AS_IT_IS)
-    of_moving = _curve(warped_moving[inside], fixed[inside])
-    of_fixed = _curve(fixed[inside], warped_moving[inside])
-    line = float(torch.corrcoef(torch.stack([fixed[inside], warped_moving[inside]]))[0, 1].nan_to_num() ** 2)
+    of_moving, of_fixed = _curve(b, a), _curve(a, b)
+    line = float(torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num() ** 2)
     best = max(of_moving.explained, of_fixed.explained)
     if best < max(line + MORE, ENOUGH):
         return Contrast(fixed, moving, AS_IT_IS)
     if of_moving.explained >= of_fixed.explained:
-        return Contrast(fixed, _mapped(moving, of_moving.knots), MOVING)
-    return Contrast(_mapped(fixed, of_fixed.knots), moving, FIXED)
+        return Contrast(fixed, _mapped(moving, of_moving.knots.to(moving)), MOVING)
+    return Contrast(_mapped(fixed, of_fixed.knots.to(fixed)), moving, FIXED)
 
 
 def _curve(given: Tensor, of: Tensor) -> _Curve:
@@ -84,7 +86,7 @@ def _filled(knots: Tensor, known: Tensor) -> Tensor:
     right = torch.searchsorted(of, at).clamp(max=len(of) - 1)
     left = (right - 1).clamp(min=0)
     a, b = of[left], of[right]
-    share = ((at - a) / (b - a).clamp(min=1)).clamp(0, 1)
+    share = ((at - a) / (b - a).clamp(min=1)).clamp(0, 1).to(knots)
     return torch.where(known, knots, torch.lerp(knots[a], knots[b], share))
 
 

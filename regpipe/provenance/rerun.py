@@ -24,6 +24,7 @@ NEAR = ("*", "*/*", "*/*/*", "*/*/*/*")  # how deep beside the results inputs ar
 FIELDS = ("displacement.nii.gz", "1Warp.nii.gz")  # what is compared in mm; the latter is without the affine part
 BOTH = ("affine", "affine_from", "affine_metric", "formats", "landmark_channels", "refine")
 ZERO = (*BOTH, "finest", "similarity", "smoothness")  # settings that registering from zero is given again
+MORE = ("guide", "uncertainty")  # where they were given
 BUNDLE = (*BOTH, "refine_loss", "refine_window", "refine_finest", "repair")  # and registering with a bundle
 
 
@@ -80,14 +81,13 @@ def rerun(
         if target.resolve() in {path.resolve() for folder in old for path in (folder, folder.parent)}:
             raise InputError(f"{target}: holds the results to compare with; give another --out")
         listed.write_text(json.dumps({"test": entries}))
-        sure = ["uncertainty"] if "uncertainty" in first["settings"] else []
+        more = [name for name in MORE if name in first["settings"]]
         if first["model"]:
             bundle, models = _with_model(bundle, first["model"])
-            chosen = _chosen(first["settings"], [*BUNDLE, *sure]) | {"ckpt_dir": str(models.absolute())}
+            chosen = _chosen(first["settings"], [*BUNDLE, *more]) | {"ckpt_dir": str(models.absolute())}
             register_with_bundle(bundle, listed, target, chosen, trust=trust)
         else:
-            guided = ["guide"] if "guide" in first["settings"] else []
-            chosen = _chosen(first["settings"], [*ZERO, *guided, *sure])
+            chosen = _chosen(first["settings"], [*ZERO, *more])
             register_from_zero(str(listed), str(target), steps=chosen.pop("refine"), **chosen)
         return [_compared(folder, content, target / content["case"]) for folder, content in old.items()]
 

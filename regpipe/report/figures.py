@@ -46,7 +46,16 @@ STYLE: Any = {  # matplotlib names its parameters in a type of its own
 }
 DOTS_PER_INCH = 300
 # Colour, dashes and mark of a line; of backbones in the order of ``BACKBONES``, then over again.
-TRANSFERS = {"scratch": ("#000000", "-", "o"), "frozen": ("#0072B2", "--", "s"), "finetuned": ("#D55E00", "-.", "^")}
+TRANSFERS = {
+    "scratch": ("#000000", "-", "o"),
+    "frozen": ("#0072B2", "--", "s"),
+    "finetuned": ("#D55E00", "-.", "^"),
+    "imagenet-frozen": ("#56B4E9", ":", "D"),
+    "imagenet-finetuned": ("#E69F00", "-", "v"),
+    "shipped-frozen": ("#009E73", "--", "P"),
+    "shipped-finetuned": ("#CC79A7", "-.", "X"),
+    "shipped-network": ("#999933", "-", "*"),
+}
 LOOKS = (
     ("#0072B2", "-", "o"),
     ("#D55E00", "--", "s"),

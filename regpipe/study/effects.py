@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regpipe.metrics.metric import columns
+from regpipe.report.figures import TRANSFERS
 from regpipe.utils.files import replace_file
 
 Run = dict[str, Any]  # what ``study.runs.run`` returns
@@ -77,7 +78,7 @@ def effects(runs: Sequence[Run], ends: Sequence[Sequence[str]]) -> list[Effect]:
         runs: of one dimension.
         ends: of each held-out pair its moving and its fixed subject.
     """
-    asked = [("transfer", kind, "scratch") for kind in ("frozen", "finetuned")]
+    asked = [("transfer", kind, "scratch") for kind in TRANSFERS if kind != "scratch"]
     asked += [("backbone", name, "plain") for name in ("resnet18", "vgg16", "alexnet")]
     found = []
     for axis, kind, reference in asked:

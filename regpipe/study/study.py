@@ -4,13 +4,15 @@ Every cell of {backbone} x {transfer} x {number of training subjects} x {seed} h
 size, learning rate and order of data. It keeps its last weights (held-out pairs choose none) and is evaluated on the
 same held-out pairs.
 
-The transferred weights are trained here on phantoms, once per backbone and dimension. The seed also chooses the
-subjects, where not all are used; smaller sets are parts of larger ones.
+Transferred weights are trained here on phantoms, once per backbone and dimension, or are ImageNet's, or those of the
+models that came with regpipe. The seed also chooses the subjects, where not all are used; smaller sets are parts of
+larger ones.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,17 +29,39 @@ from regpipe.engines import record
 from regpipe.engines.run import require
 from regpipe.io import images
 from regpipe.io.images import Grid
-from regpipe.networks.encoders import BACKBONES, MAX_STRIDE
+from regpipe.networks.encoders import BACKBONES, MAX_STRIDE, TRANSFERRED
+from regpipe.networks.weights import shipped
 from regpipe.study import effects, page
 from regpipe.study.runs import Task, run_all
 from regpipe.study.slices import write_slices as write_slices
+from regpipe.utils import console
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file, sha256
 
-TRANSFERS = ("scratch", "frozen", "finetuned")
+
+class Transfer(NamedTuple):
+    """Where a run's weights come from, and what is done with them."""
+
+    source: str  # none | phantoms | imagenet | shipped
+    frozen: bool = False  # the encoder keeps them
+    whole: bool = False  # the decoder takes its own, too
+
+
+TRANSFERS = {  # in the order of ``figures.TRANSFERS``
+    "scratch": Transfer("none"),
+    "frozen": Transfer("phantoms", frozen=True),
+    "finetuned": Transfer("phantoms"),
+    "imagenet-frozen": Transfer("imagenet", frozen=True),
+    "imagenet-finetuned": Transfer("imagenet"),
+    "shipped-frozen": Transfer("shipped", frozen=True),
+    "shipped-finetuned": Transfer("shipped"),
+    "shipped-network": Transfer("shipped", whole=True),
+}
 SIZES = ("5", "20", "100", "all")
 SEEDS = ("0", "1", "2")
-AXES = {"backbone": tuple(BACKBONES), "transfer": TRANSFERS, "subjects": SIZES, "seed": SEEDS}
+# What is run where nothing is said; transfers are offered all.
+AXES = {"backbone": tuple(BACKBONES), "transfer": ("scratch", "frozen", "finetuned"), "subjects": SIZES, "seed": SEEDS}
+OFFERED = {**AXES, "transfer": tuple(TRANSFERS)}
 WRITTEN = ("study.csv", "effects.csv", *page.PAGE, "[23]d/*.json", "[23]d/runs/*.json", "[23]d/pretrained/*.*")
 MOST_PAIRS = 5000  # in a datalist: more than a run uses; a list of all pairs is slow to read
 
@@ -61,6 +85,7 @@ def study(
     *,
     overlays: Sequence[str | Path],
     pretraining: str | Path | None = None,
+    imagenet: str | Path | None = None,
     only: Mapping[str, Sequence[str]] | None = None,
     jobs: int = 1,
 ) -> str:
@@ -70,7 +95,9 @@ def study(
         data: a folder of subjects with labels (layout 2 of docs/data.md).
         out: a folder, made where needed; 2D and 3D studies of the same data may share it.
         overlays: over the bundle's ``train.yaml``. They say ``spatial_dims``: 2 for 3D data means slices of them.
-        pretraining: the overlay of the training on phantoms; needed where weights are transferred.
+        pretraining: the overlay of the training on phantoms; needed where its weights are transferred.
+        imagenet: a folder of torchvision's files, each named after its backbone (``vgg16-397923af.pth``); None: as
+            torchvision finds or fetches them. Cells whose weights there are none of are left out, and said.
         only: values in place of those of ``AXES``: ``{"subjects": ["5", "all"]}``.
         jobs: how many runs at a time, each in a process of one thread.
 
@@ -88,12 +115,16 @@ def study(
     held_out, training, grid = _split(data, configs)
     _refuse_other(folder / "study.json", overlays, data, held_out)
     manifest.forget(out)  # of an earlier study
-    cells = _cells(axes, len(_subjects(training)))
+    sources = {name: _source(*name, dims, imagenet) for name in itertools.product(axes["backbone"], axes["transfer"])}
+    cells = [c for c in _cells(axes, len(_subjects(training))) if sources[c.backbone, c.transfer] is not None]
+    missing = [", ".join(name) for name, source in sources.items() if source is None]
+    if missing:
+        console.say(f"left out, for there are no such weights: {'; '.join(missing)}")
     pretrainings = _pretrainings(cells, configs, pretraining, folder)
     settings = {"grid_shape": [*grid.shape], "grid_spacing": [*grid.spacing], "max_val_pairs": len(held_out)}
     for size, seed in {(cell.subjects, cell.seed) for cell in cells}:
         _write_datalist(_datalist(folder, size, seed), training, held_out, (size, seed))
-    tasks = [_task(cell, dims, folder, configs, settings) for cell in cells]
+    tasks = [_task(cell, dims, folder, configs, settings, sources[cell.backbone, cell.transfer]) for cell in cells]
     try:
         run_all(pretrainings, jobs, lambda: None)
         run_all(tasks, jobs, functools.partial(effects.write_runs, out))
@@ -130,8 +161,8 @@ def _axes(only: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
             raise InputError(f"--only {axis}=...: no such axis; take {', '.join(AXES)}")
         for value in values:
             free = axis in ("subjects", "seed") and value.isdecimal() and (axis == "seed" or int(value) > 1)
-            if not (free or value in AXES[axis]):
-                raise InputError(f"--only {axis}={value}: take of {', '.join(AXES[axis])}")
+            if not (free or value in OFFERED[axis]):
+                raise InputError(f"--only {axis}={value}: take of {', '.join(OFFERED[axis])}")
     return {axis: tuple(only.get(axis, values)) for axis, values in AXES.items()}
 
 
@@ -211,12 +242,26 @@ def _write_datalist(path: Path, training: Sequence[Case], held_out: Sequence[Cas
     replace_file(path, json.dumps({"training": kept, "validation": held_out}).encode())
 
 
-def _task(cell: Cell, dims: int, folder: Path, configs: Sequence[str], settings: Mapping[str, Any]) -> Task:
+def _source(backbone: str, transfer: str, dims: int, imagenet: str | Path | None) -> str | None:
+    """``pretrained`` of such runs, empty for weights that are trained here; None where there are none to be had."""
+    source, _, whole = TRANSFERS[transfer]
+    if source == "shipped":
+        there = shipped(backbone, dims) or (None if whole else shipped(backbone, 2))
+        return None if there is None else source
+    if source == "imagenet" and imagenet is not None:
+        return next((str(path.absolute()) for path in sorted(Path(imagenet).glob(f"{backbone}[-_]*.pth"))), None)
+    return None if source == "imagenet" and backbone not in TRANSFERRED else "" if source == "phantoms" else source
+
+
+def _task(
+    cell: Cell, dims: int, folder: Path, configs: Sequence[str], settings: Mapping[str, Any], source: str | None
+) -> Task:
     mine: dict[str, Any] = {"backbone": cell.backbone, "seed": cell.seed}
     mine["dataset_dir"] = str(_datalist(folder, cell.subjects, cell.seed))
-    if cell.transfer != "scratch":
-        mine["pretrained"] = str(folder / "pretrained" / f"{cell.backbone}.pt")
-    if cell.transfer == "frozen":
+    mine["pretrained"] = source or str(folder / "pretrained" / f"{cell.backbone}.pt")
+    transfer = TRANSFERS[cell.transfer]
+    mine["transfer"] = "network" if transfer.whole else "encoder"
+    if transfer.frozen:
         mine["freeze"] = sum(stride <= MAX_STRIDE for stride in BACKBONES[cell.backbone].strides)
     about = {"dims": dims, **cell._asdict()}
     return Task(cell.name, configs, {**settings, **mine}, about, folder / "runs" / f"{cell.name}.json")
@@ -226,11 +271,11 @@ def _pretrainings(
     cells: Sequence[Cell], configs: Sequence[str], overlay: str | Path | None, folder: Path
 ) -> list[Task]:
     """The trainings on phantoms that the cells need, with seed 0, in the folder that all backbones share."""
-    backbones = list(dict.fromkeys(cell.backbone for cell in cells if cell.transfer != "scratch"))
+    backbones = list(dict.fromkeys(cell.backbone for cell in cells if TRANSFERS[cell.transfer].source == "phantoms"))
     if not backbones:
         return []
     if overlay is None:
-        raise InputError("transferred weights are made on phantoms: give --pretrain configs/pretrain.yaml")
+        raise InputError("frozen and finetuned weights are made on phantoms: give --pretrain configs/pretrain.yaml")
     text, kept = Path(overlay).read_text(), folder / "pretrained" / "overlay.yaml"
     if kept.is_file() and kept.read_text() != text:
         raise InputError(f"{kept.parent}: holds weights of another --pretrain; give another -o, or delete {folder}")

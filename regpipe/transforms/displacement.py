@@ -52,13 +52,13 @@ def native_displacement(u: np.ndarray, fixed_affine: np.ndarray, moving_affine: 
     return _flip(moved - places).astype(np.float32)
 
 
-def native_lengths(error: np.ndarray, affine: np.ndarray, image: Image) -> np.ndarray:
-    """Of an error along each axis of a working grid, (D, *grid) voxels, the length in mm on an image's own grid (*S).
+def native_lengths(error: np.ndarray, fixed_affine: np.ndarray, moving_affine: np.ndarray, image: Image) -> np.ndarray:
+    """Of an error along each axis, (D, *grid) working voxels, the length in mm of the moving image -> (*S) float32.
 
-    ``affine``: working voxel -> RAS mm.
+    Arguments as ``native_displacement``'s. A homography or a field before it is not looked at.
     """
-    at = _move(np.linalg.inv(affine), _move(image.affine, _indices(image.array.shape)))
-    sides = _column(voxel_size(affine), at.ndim)
+    at = _move(np.linalg.inv(fixed_affine), _move(image.affine, _indices(image.array.shape)))
+    sides = _column(voxel_size(moving_affine), at.ndim)
     return np.linalg.norm(sides * interpolate(error, at), axis=0).astype(np.float32)
 
 

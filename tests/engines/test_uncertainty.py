@@ -10,8 +10,8 @@ from torch import Tensor
 
 from regpipe.engines.inferers import ZeroInferer
 from regpipe.engines.refine import zero_refiner
-from regpipe.engines.uncertainty import FACTOR, FLOOR, KNOTS, MEMBERS, START, Ensemble, random_start
-from regpipe.fields.algebra import compose, identity_grid, integrate_both, resize_image, smooth, warp
+from regpipe.engines.uncertainty import FACTOR, FLOOR, MEMBERS, START, Ensemble, random_velocity
+from regpipe.fields.algebra import compose, identity_grid, integrate, smooth, warp
 
 SHAPES = [(40, 36), (20, 24, 18)]
 
@@ -30,17 +30,13 @@ class Answering:
 
 def starts(shape: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [random_start(shape, generator) for _ in range(MEMBERS)]
+    return [integrate(random_velocity(shape, generator)) for _ in range(MEMBERS)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_found_from_every_start_is_sure_up_to_the_floor(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
-    inverses = []
-    for _ in range(MEMBERS):
-        knots = torch.randn(1, len(shape), *[KNOTS] * len(shape), generator=generator)
-        v = resize_image(knots, shape)
-        inverses.append(integrate_both(START * v / v.norm(dim=1).square().mean().sqrt())[1])
+    inverses = [integrate(-random_velocity(shape, generator)) for _ in range(MEMBERS)]
     right = Answering(lambda i, pair: torch.zeros_like(inverses[0]) if i == 0 else inverses[i - 1])
     found = Ensemble(right)(torch.rand(1, 2, *shape), torch.nn.Identity())
     inner = (..., *[slice(8, -8)] * len(shape)) if len(shape) == 2 else (..., *[slice(6, -6)] * 3)
@@ -68,6 +64,24 @@ def test_each_member_sees_the_moving_image_from_its_own_start_and_the_fixed_one_
     for pair, start in zip(other.seen[1:], starts(shape), strict=True):
         assert torch.equal(pair[:, :1], images[:, :1])
         torch.testing.assert_close(pair[:, 1:], warp(images[:, 1:], start))
+
+
+def test_masks_move_with_the_image_that_they_are_of_and_each_pair_of_a_batch_is_sure_by_itself() -> None:
+    shape, told = SHAPES[0], []
+
+    def zero(inputs: Tensor, network: Any, *, masks: Any) -> dict[str, Tensor]:
+        told.append(masks)
+        still = torch.zeros(2, 2, *shape)
+        if len(told) > 1:  # the second pair comes out elsewhere each time
+            still[1] = float(len(told))
+        return {"displacement": still}
+
+    fixed, moving = (torch.zeros(2, 1, *shape) for _ in range(2))
+    moving[..., 10:30, 8:28] = 1
+    found = Ensemble(zero)(torch.rand(2, 2, *shape), torch.nn.Identity(), masks=[fixed, moving])["uncertainty"]
+    for (still, moved), start in zip(told[1:], starts(shape), strict=True):
+        assert still is fixed and torch.equal(moved, (warp(moving, start.expand(2, -1, -1, -1)) > 0.5).float())
+    assert float(found[1].mean()) > 1.5 * float(found[0].mean())
 
 
 def test_the_motion_of_a_member_is_its_answer_after_its_start() -> None:

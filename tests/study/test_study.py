@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from scipy.ndimage import gaussian_filter
 
 from helpers.folders import save
@@ -105,6 +106,31 @@ def test_a_study_is_held_to_its_manifest_and_a_changed_run_or_subject_is_named(
     save(subjects / "labels" / "s3.nii.gz", subject(0, 2)[1])
     problems = verify(mine, data=subjects).problems
     assert list(problems) == [str(run_file), f"{mine}: s3.nii.gz"] and "study, changed since" in str(problems)
+
+
+def test_weights_of_imagenet_and_of_the_models_that_came_with_it_are_transfers_too(
+    data: Path, overlays: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "weights").mkdir()
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "weights" / "alexnet-owt.pth")
+    kinds = ["scratch", "imagenet-frozen", "shipped-finetuned", "shipped-network"]
+    only = {"backbone": ["alexnet", "plain"], "subjects": ["3"], "seed": ["0"], "transfer": kinds}
+    study(data, tmp_path / "out", overlays=[overlays["study"]], imagenet=tmp_path / "weights", only=only)
+    told = capsys.readouterr().out
+    assert "left out, for there are no such weights: plain, imagenet-frozen; plain, shipped-finetuned" in told
+    rows = {(row["backbone"], row["transfer"]): row for row in rows_of(tmp_path / "out")}
+    assert rows.keys() == {*itertools.product(["alexnet"], kinds), ("plain", "scratch")}
+    learn = {kind: float(rows["alexnet", kind]["trainable"]) for kind in kinds}
+    assert learn["imagenet-frozen"] < learn["scratch"] == learn["shipped-network"]
+    dice = {kind: float(rows["alexnet", kind]["dice"]) for kind in kinds}
+    assert len(set(dice.values())) == 4 and dice["shipped-network"] == max(dice.values())  # after four steps
+    with (tmp_path / "out" / "effects.csv").open(newline="") as stream:
+        assert {row["effect"] for row in csv.DictReader(stream)} >= {f"{kind} - scratch" for kind in kinds[1:]}
+    assert (
+        "shipped-network, alexnet" in (page := (tmp_path / "out" / "study.md").read_text())
+        or "alexnet, shipped" in page
+    )
 
 
 def test_no_held_out_subject_is_trained_on_and_small_sets_lie_in_large_ones(done: Path, data: Path) -> None:

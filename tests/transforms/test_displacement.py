@@ -317,9 +317,13 @@ def test_an_error_along_each_axis_is_a_length_in_mm_on_the_images_own_grid() -> 
     turn = np.array([[0.0, -3.0, 10.0], [2.0, 0.0, -4.0], [0.0, 0.0, 1.0]])
     error = np.stack([np.full((8, 6), 1.5), np.full((8, 6), 2.0)])
     image = Image(np.zeros((5, 7)), np.array([[0.8, 0.6, 1.0], [-0.6, 0.8, 2.0], [0.0, 0.0, 1.0]]))
-    found = displacement.native_lengths(error, turn, image)
+    found = displacement.native_lengths(error, turn, turn, image)
     assert found.shape == (5, 7) and found.dtype == np.float32
     np.testing.assert_allclose(found, np.hypot(3, 6), rtol=1e-6)
+    larger = turn @ np.diag([1.5, 1.5, 1.0])  # the same voxel is longer in the moving image, as its TRE is
+    np.testing.assert_allclose(displacement.native_lengths(error, turn, larger, image), 1.5 * np.hypot(3, 6), rtol=1e-6)
     ramp = np.stack([np.indices((8, 6))[0], np.zeros((8, 6))]).astype(float)  # voxels along the first axis: 2 mm each
     at = np.linalg.inv(turn) @ image.affine @ np.array([2.0, 3.0, 1.0])
-    assert displacement.native_lengths(ramp, turn, image)[2, 3] == pytest.approx(2 * np.clip(at[0], 0, 7), abs=1e-5)
+    assert displacement.native_lengths(ramp, turn, turn, image)[2, 3] == pytest.approx(
+        2 * np.clip(at[0], 0, 7), abs=1e-5
+    )
