@@ -124,13 +124,10 @@ def test_weights_of_imagenet_and_of_the_models_that_came_with_it_are_transfers_t
     learn = {kind: float(rows["alexnet", kind]["trainable"]) for kind in kinds}
     assert learn["imagenet-frozen"] < learn["scratch"] == learn["shipped-network"]
     dice = {kind: float(rows["alexnet", kind]["dice"]) for kind in kinds}
-    assert len(set(dice.values())) == 4 and dice["shipped-network"] == max(dice.values())  # after four steps
+    assert dice["shipped-network"] > max(dice[kind] for kind in kinds[:3]) + 0.1  # after four steps
     with (tmp_path / "out" / "effects.csv").open(newline="") as stream:
         assert {row["effect"] for row in csv.DictReader(stream)} >= {f"{kind} - scratch" for kind in kinds[1:]}
-    assert (
-        "shipped-network, alexnet" in (page := (tmp_path / "out" / "study.md").read_text())
-        or "alexnet, shipped" in page
-    )
+    assert "alexnet, shipped-network" in (tmp_path / "out" / "study.md").read_text()
 
 
 def test_no_held_out_subject_is_trained_on_and_small_sets_lie_in_large_ones(done: Path, data: Path) -> None:

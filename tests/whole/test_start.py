@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -87,12 +88,13 @@ def test_a_shipped_bundle_gives_the_files_that_monai_bundle_run_gives(pair, tmp_
     bundle = shipped("resnet18", 2)
     assert bundle is not None
     dataset = one_pair(tmp_path / "pair.json", dict(zip(("fixed_image", "moving_image"), map(Path, pair), strict=True)))
-    told = {"ckpt_dir": str(bundle.absolute() / "models" / "2d"), "refine": 3, "affine": "rigid", "formats": "itk,ants"}
-    register_with_bundle(bundle, dataset, tmp_path / "monai", told)
-    register_files(dataset, tmp_path / "ours", refine=3, affine="rigid", formats="itk,ants")
+    told: dict[str, Any] = {"refine": 3, "affine": "rigid", "formats": "itk,ants", "uncertainty": True}
+    ckpt_dir = str(bundle.absolute() / "models" / "2d")
+    register_with_bundle(bundle, dataset, tmp_path / "monai", {"ckpt_dir": ckpt_dir, **told})
+    register_files(dataset, tmp_path / "ours", **told)
     theirs, ours = (
         {path.relative_to(tmp_path / way): path.read_bytes() for path in (tmp_path / way).rglob("*") if path.is_file()}
         for way in ("monai", "ours")
     )
-    assert len(ours) > 15 and ours.keys() == theirs.keys()
+    assert len(ours) > 15 and ours.keys() == theirs.keys() and any(p.name == "uncertainty.nii.gz" for p in ours)
     assert [path for path in ours if ours[path] != theirs[path]] == [p for p in ours if p.name == "manifest.json"]
