@@ -16,12 +16,12 @@ def template(
     folder: Annotated[Path, typer.Argument(help="A folder (or datalist) of subjects, with labels/ and masks/ or not.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
     bundle: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Whose network the first round begins with; none: from zero.",
+            help="Whose network the first round begins with; none: from zero. Default: resnet18 in 2D, none in 3D.",
             autocompletion=completion.one_of(completion.SHIPPED),
         ),
-    ] = "resnet18",
+    ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="Of deformation; 0: an affine template.")] = 3,
     affine: Annotated[
         str,

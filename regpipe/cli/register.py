@@ -38,13 +38,13 @@ def register(
     inputs: Inputs,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
     bundle: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A trained bundle, a comparison (its best), or one that came with regpipe: resnet18, vgg16, alexnet. "
-            "none: no network, each pair optimised from zero.",
+            "none: no network, each pair optimised from zero. Default: resnet18 in 2D, none in 3D.",
             autocompletion=completion.one_of(completion.SHIPPED),
         ),
-    ] = "resnet18",
+    ] = None,
     network: Annotated[
         str | None,
         typer.Option(

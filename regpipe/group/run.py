@@ -25,7 +25,7 @@ from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.io import images
 from regpipe.io.labels import ids_of, read_label
 from regpipe.metrics.measures import dice, mean_of
-from regpipe.networks.weights import shipped
+from regpipe.networks.weights import BEST, shipped
 from regpipe.report.pictures import contact_sheet, save_png
 from regpipe.transforms import displacement
 from regpipe.utils import console, distributed
@@ -37,7 +37,7 @@ def make_template(
     dataset: str | Path,
     out: str | Path,
     *,
-    bundle: str = "resnet18",
+    bundle: str | None = None,
     rounds: int = 3,
     affine: str = "affine",
     affine_metric: str = "mi",
@@ -77,7 +77,7 @@ def make_template(
     subjects, out = list_subjects(dataset), Path(out)
     dim = len(images.header(subjects[0].image)[0])
     loss: dict[str, Any] = {"similarity": similarity, "smoothness": smoothness}
-    velocity, model = _velocity(bundle, dataset, dim, refine=refine, finest=finest, **loss)
+    velocity, model = _velocity(bundle or BEST[dim], dataset, dim, refine=refine, finest=finest, **loss)
     settings = {"affine": affine, "affine_metric": affine_metric, "rounds": rounds, "refine": refine, "finest": finest}
     settings |= {**loss, "model": model, "formats": sorted(formats)}
     try:

@@ -29,7 +29,7 @@ from regpipe.io.images import Image
 from regpipe.io.itk_bridge import affine_mat, from_itk
 from regpipe.io.labels import ids_of, read_label
 from regpipe.io.planes import standing
-from regpipe.networks.weights import shipped
+from regpipe.networks.weights import BEST, shipped
 from regpipe.transforms.displacement import read_displacement, write_image
 from regpipe.transforms.initial import named
 from regpipe.utils import console
@@ -56,7 +56,7 @@ def register_files(
     dataset: Path,
     out: Path,
     *,
-    bundle: str = "resnet18",
+    bundle: str | None = None,
     refine: int | None = None,
     similarity: str | None = None,
     smoothness: float | None = None,
@@ -72,7 +72,8 @@ def register_files(
     Args:
         dataset: see ``regpipe.list_pairs``.
         out: a folder per case is made in it.
-        bundle: its folder, a comparison's, or the name of one that came with regpipe; ``none``.
+        bundle: its folder, a comparison's, or the name of one that came with regpipe; ``none``. By default
+            ``networks.weights.BEST`` of the images' dimension.
         refine: steps of per-pair optimisation; None: 25 after a model that came with regpipe, 80 from zero, else the
             bundle's own.
         similarity, smoothness, finest: of the refinement, see ``engines.refine``.
@@ -123,7 +124,7 @@ def register_files(
     register_with_bundle(folder, dataset, out, told, trust=trust)
 
 
-def _bundle(name: str, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
+def _bundle(name: str | None, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
     """The bundle of that name, a folder or one that came with regpipe, and what it is told; None: from zero.
 
     The names of those that came with regpipe go before folders of the same name. Where none came for the images'
@@ -131,13 +132,16 @@ def _bundle(name: str, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     if name == "none":
         return None
-    if name not in TRANSFERRED:
+    if name is not None and name not in TRANSFERRED:
         return Path(name), {}
     dims = dimensions_of(str(dataset))
     if len(dims) > 1:
         console.say("images of both 2D and 3D, and a network is for either: each pair is optimised from zero")
         return None
     (dim,) = dims
+    name = name or BEST[dim]
+    if name == "none":
+        return None
     found = shipped(name, dim)
     if found is None:
         console.say(f"regpipe came without a model of {name} for {dim}D images: each pair is optimised from zero")

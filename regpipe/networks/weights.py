@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parents[1]
 SHIPPED = (_HERE / "shipped", _HERE.parent / "bundles")  # where an installed package has its bundles, and a checkout
+BEST = {2: "resnet18", 3: "none"}  # where nothing is said: from zero is better than the 3D one is yet (docs/results)
 PUBLISHED = ("none", "imagenet", "medicalnet")  # sources of encoders alone
 MEDICALNET = ("TencentMedicalNet/MedicalNet-Resnet18", "resnet_18_23dataset.pth")
 

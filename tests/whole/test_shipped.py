@@ -135,6 +135,17 @@ def test_without_a_network_or_a_model_for_the_dimension_a_pair_is_optimised_from
         assert ("without a model of vgg16 for 2D" in capsys.readouterr().out) == (name == "nothing")
 
 
+def test_in_3d_the_network_is_there_by_its_name_and_from_zero_is_what_is_done_unasked(tmp_path, monkeypatch) -> None:
+    shipped_bundle(tmp_path / "box" / "symreg_resnet18", gain=1.0, dim=3)
+    monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "box",))
+    volumes = write_cohort(tmp_path / "data", shape=(20, 18, 22), n_pairs=1)
+    for name, words in (("unasked", []), ("asked", ["--bundle", "resnet18"])):
+        command = ["register", volumes, "-o", tmp_path / name, "--refine", 2, "--affine", "none", *words]
+        assert regpipe(monkeypatch, *command) == 0
+        manifest = json.loads((tmp_path / name / "case_000" / "manifest.json").read_text())
+        assert bool(manifest["model"]) == (name == "asked")
+
+
 def test_the_names_of_what_is_shipped_are_the_backbones() -> None:
     assert (*TRANSFERRED, "none") == completion.SHIPPED
 
