@@ -108,7 +108,7 @@ def of_options(cohort: Path, bundle: Path, root: Path) -> dict[str, tuple[list[o
         "steps": (["--bundle", "none", "--refine", 0], "at least one step"),
         "smoothness": (["--smoothness", 0], "--smoothness 0: give more than 0"),
         "infinite smoothness": (["--smoothness", "inf"], "--smoothness inf"),
-        "similarity": (["--similarity", "corr"], "choose among lncc, mind"),
+        "similarity": (["--similarity", "corr"], "choose among auto, lncc, mind"),
         "memory": (["--memory-gib", "nan"], "--memory_gib nan: give more than 0"),
         "less memory than is held": (["--memory-gib", 0.0001], "--memory_gib 0.0001: this process holds "),
         "affine": (["--affine", "elastic"], "--affine elastic: choose among"),
