@@ -67,7 +67,7 @@ def slices(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     files = [save(folder / "f.nii.gz", np.expand_dims(FIXED, axis).astype(np.float32), place(axis, turn, 0.0))]
     files.append(save(folder / "m.nii.gz", shown.astype(np.float32), moved))
     with pytest.MonkeyPatch.context() as patch:
-        told = ["-o", folder / "out", "--bundle", "none", "--affine", "rigid", "--refine", 5]
+        told = ["-o", folder / "out", "--bundle", "none", "--affine", "rigid", "--refine", 5, "--uncertainty"]
         assert regpipe(patch, "register", *files, *told) == 0
     return Slices(folder / "out/m_to_f", files[0], files[1], 7 * turn[:, axis] * LPS)
 
@@ -94,7 +94,7 @@ def through(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
 
 def test_images_come_back_as_the_fixed_slice_is_stored(slices: Slices) -> None:
     fixed = nib.load(slices.fixed)
-    for name in ("warped", "jacobian"):
+    for name in ("warped", "jacobian", "uncertainty"):
         image = nib.load(slices.case / f"{name}.nii.gz")
         assert image.shape == fixed.shape  # type: ignore[attr-defined]
         np.testing.assert_allclose(image.affine, fixed.affine, atol=1e-4)  # type: ignore[attr-defined]

@@ -92,16 +92,18 @@ def test_a_bundles_configuration_gives_what_the_command_gives(
     data = write_cohort(tmp_path / "data", kind="mr", shape=(20, 26, 22), n_pairs=1)
     weights, small = authors_file(tmp_path / "w.pth"), Grid((16, 32, 16), (1.5, 1.0, 1.5))
     monkeypatch.setattr("regpipe.inference.symnet.GRID", small)
-    told = ("--network", "symnet", "--weights", weights, "--formats", "displacement")
+    told = ("--network", "symnet", "--weights", weights, "--formats", "displacement", "--uncertainty")
     assert regpipe(monkeypatch, "register", data, "-o", tmp_path / "command", *told) == 0
     bundle = write_bundle("plain", tmp_path / "bundle")
     configs = str([str(bundle / "configs" / "inference.yaml"), str(ROOT / "configs" / "symnet_inference.yaml")])
     places = ("--bundle_root", bundle, "--dataset_dir", data, "--output_dir", tmp_path / "bundles")
-    formats = ("--formats", "[displacement]")
+    formats = ("--formats", "[displacement]", "--uncertainty", "True")
     monai_bundle("run", "--config_file", configs, "--weights", weights, *places, *formats)
     for name in ("displacement.nii.gz", "inverse_displacement.nii.gz"):
         one, other = (read_displacement(tmp_path / of / "case_000" / name)[0] for of in ("command", "bundles"))
         assert np.array_equal(one, other) and np.abs(one).max() > 0.1
+    unsure = [read_image(tmp_path / of / "case_000" / "uncertainty.nii.gz").array for of in ("command", "bundles")]
+    assert np.array_equal(unsure[0], unsure[1]) and unsure[0].min() > 0
     rows = [read_rows(tmp_path / of / "metrics.csv") for of in ("command", "bundles")]
     assert [row["ncc"] for row in rows[0]] == [row["ncc"] for row in rows[1]]
     with pytest.raises(RuntimeError) as error:
