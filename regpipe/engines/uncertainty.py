@@ -41,10 +41,9 @@ class Ensemble(Inferer):
         found: dict[str, Any] = self.inferer(inputs, network, *args, masks=masks, **told)
         shape, u = inputs.shape[2:], found["displacement"]
         generator = torch.Generator().manual_seed(0)
-        squares = torch.zeros_like(u)
+        squares, (fixed, moving) = torch.zeros_like(u), inputs.float().chunk(2, dim=1)
         for _ in range(MEMBERS):
             start = integrate(random_velocity(shape, generator).to(u)).expand_as(u)
-            fixed, moving = inputs.float().chunk(2, dim=1)
             pair = torch.cat([fixed, warp(moving, start)], 1)
             seen = [masks[0], (warp(masks[1].float(), start) > 0.5).float()] if masks else ()
             other = self.inferer(pair, network, *args, masks=seen, **told)["displacement"]

@@ -194,9 +194,15 @@ def _grey(cut: np.ndarray, tile: list[int]) -> np.ndarray:
     return np.asarray(Picture.fromarray(levels).resize((tile[0], tile[1]), Picture.Resampling.BOX))
 
 
+def _cells(cut: np.ndarray, size: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The row and the column of a slice at which each row and column of ``size`` pixels begins."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(size[::-1], cut.shape, strict=True))
+    return rows, columns
+
+
 def _outline(cut: np.ndarray, fine: list[int], *, dashed: bool) -> np.ndarray:
     """1 along the edges between the label's voxels, a pixel wide."""
-    rows, columns = (np.arange(n) * m // n for n, m in zip(fine[::-1], cut.shape, strict=True))
+    rows, columns = _cells(cut, fine)
     label = cut[np.ix_(rows, columns)]
     edge = np.zeros(label.shape, bool)
     edge[:-1] |= label[:-1] != label[1:]
@@ -208,7 +214,7 @@ def _outline(cut: np.ndarray, fine: list[int], *, dashed: bool) -> np.ndarray:
 
 def _volume_change(cut: np.ndarray, tile: list[int]) -> np.ndarray:
     """0 where anything in the pixel is folded, else 1 (det 0) to 255 (``LARGEST`` and more)."""
-    rows, columns = (np.arange(n) * m // n for n, m in zip(tile[::-1], cut.shape, strict=True))
+    rows, columns = _cells(cut, tile)
     least = np.minimum.reduceat(np.minimum.reduceat(cut, rows, axis=0), columns, axis=1)
     level = 1 + 254 * np.clip(np.nan_to_num(cut[np.ix_(rows, columns)]) / LARGEST, 0, 1)
     return np.where(least > 0, level.round(), 0).astype(np.uint8)  # NaN is a fold
@@ -216,7 +222,7 @@ def _volume_change(cut: np.ndarray, tile: list[int]) -> np.ndarray:
 
 def _error(cut: np.ndarray, tile: list[int]) -> np.ndarray:
     """0 to 255 (``FARTHEST`` and more), the largest of each pixel."""
-    rows, columns = (np.arange(n) * m // n for n, m in zip(tile[::-1], cut.shape, strict=True))
+    rows, columns = _cells(cut, tile)
     largest = np.maximum.reduceat(np.maximum.reduceat(cut, rows, axis=0), columns, axis=1)
     return (255 * np.clip(np.nan_to_num(largest) / FARTHEST, 0, 1)).round().astype(np.uint8)
 
@@ -234,16 +240,16 @@ def _diverging() -> list[tuple[int, int, int]]:
 
 def stops() -> list[str]:
     """The colours of the Jacobian's bar from det 0 to ``LARGEST``, as CSS writes them."""
-    return [_css(_diverging()[round(254 * i / 8)]) for i in range(9)]
+    return _nine(_diverging())
 
 
 def rising_stops() -> list[str]:
     """The same of the expected error's bar, from 0 to ``FARTHEST``."""
-    return [_css(_rising()[round(255 * i / 8)]) for i in range(9)]
+    return _nine(_rising())
 
 
-def _css(rgb: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*rgb)
+def _nine(colours: list[tuple[int, int, int]]) -> list[str]:
+    return ["#{:02x}{:02x}{:02x}".format(*colours[round((len(colours) - 1) * i / 8)]) for i in range(9)]
 
 
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:

@@ -245,12 +245,16 @@ def _write_datalist(path: Path, training: Sequence[Case], held_out: Sequence[Cas
 def _source(backbone: str, transfer: str, dims: int, imagenet: str | Path | None) -> str | None:
     """``pretrained`` of such runs, empty for weights that are trained here; None where there are none to be had."""
     source, _, whole = TRANSFERS[transfer]
+    if source == "phantoms":
+        return ""
     if source == "shipped":
         there = shipped(backbone, dims) or (None if whole else shipped(backbone, 2))
         return None if there is None else source
     if source == "imagenet" and imagenet is not None:
         return next((str(path.absolute()) for path in sorted(Path(imagenet).glob(f"{backbone}[-_]*.pth"))), None)
-    return None if source == "imagenet" and backbone not in TRANSFERRED else "" if source == "phantoms" else source
+    if source == "imagenet" and backbone not in TRANSFERRED:
+        return None
+    return source
 
 
 def _task(

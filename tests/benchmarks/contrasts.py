@@ -10,7 +10,6 @@ Lines that are there are not done again.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import os
 import time
@@ -24,6 +23,7 @@ import ultrasound
 from judging import judge
 from peers import Field
 from realpairs import SETS, Folders, Loaded, RealPair, batch_of, rician
+from tables import kept_rows, write_rows
 from torch import Tensor
 
 from regpipe.engines.inferers import ZeroInferer, prepare_batch
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="the first so many of each set's draw")
     parser.add_argument("-o", "--out", type=Path, default=Path("contrasts.csv"))
     o = parser.parse_args()
-    rows: list[dict[str, Any]] = list(csv.DictReader(o.out.open())) if o.out.is_file() else []
+    rows = kept_rows(o.out)
     done = {tuple(r[c] for c in COLUMNS[:4]) for r in rows}
     for name in o.sets:
         for pair in pairs_of(name, Folders(o.data, o.out.parent / "aligned"))[: o.pairs]:
@@ -141,10 +141,7 @@ def main() -> None:
                         {k: round(float(v), 3) for k, v in rows[-1].items() if k in MEASURES},
                         flush=True,
                     )
-                    with o.out.open("w", newline="") as stream:
-                        writer = csv.DictWriter(stream, COLUMNS)
-                        writer.writeheader()
-                        writer.writerows(rows)
+                    write_rows(o.out, COLUMNS, rows)
     print(summary(rows))
 
 

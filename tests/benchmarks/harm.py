@@ -12,7 +12,6 @@ not done again.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import os
@@ -26,6 +25,7 @@ import torch
 import ultrasound
 from realpairs import rician
 from scipy import ndimage
+from tables import kept_rows, write_rows
 from torch import Tensor
 
 from regpipe.engines.inferers import ZeroInferer
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--answers", nargs="+", default=["zero"])
     parser.add_argument("-o", "--out", type=Path, default=Path("harm.csv"))
     o = parser.parse_args()
-    rows: list[dict[str, Any]] = list(csv.DictReader(o.out.open())) if o.out.is_file() else []
+    rows = kept_rows(o.out)
     done = {tuple(r[c] for c in COLUMNS[:6]) for r in rows}
     for kind in o.kinds:
         read, noise = KINDS[kind]
@@ -206,10 +206,7 @@ def main() -> None:
                 found = answer_of(name)(*pair_of(image, noise, sigma, motion, contrast))
                 rows.append(what | row(image, found))
                 print(" ".join(map(str, what.values())), *(f"{rows[-1][c]:.3f}" for c in COLUMNS[6:]), flush=True)
-                with o.out.open("w", newline="") as stream:
-                    writer = csv.DictWriter(stream, COLUMNS)
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_rows(o.out, COLUMNS, rows)
     print(summary(rows))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,19 @@ def write_cases(path: Path, rows: Sequence[Row]) -> None:
 
 def cells_of(row: Row, columns: Sequence[str]) -> list[str]:
     return [f"{row[k]:.6g}" if isinstance(row[k], float) else str(row[k]) for k in columns]
+
+
+def kept_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of an earlier run, as text; none where there is no file."""
+    with path.open(newline="") if path.is_file() else io.StringIO() as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def csv_lines(lines: Iterable[Sequence[str]]) -> str:

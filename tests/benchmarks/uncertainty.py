@@ -10,7 +10,6 @@ a table of all voxels by the error that was expected.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import harm
 import numpy as np
 import torch
 import ultrasound
+from tables import write_rows
 from torch import Tensor
 
 from regpipe.engines.inferers import ZeroInferer
@@ -86,10 +86,7 @@ def main() -> None:
                 numbers = (root_mean_square(error), root_mean_square(expected), np.corrcoef(error, expected)[0, 1])
                 rows.append(dict(zip(COLUMNS, (kind, i, sigma, *numbers), strict=True)))
                 print(kind, i, sigma, *(f"{n:.3f}" for n in numbers), flush=True)
-    with o.out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(o.out, COLUMNS, rows)
     print(table(*(np.concatenate(part) for part in zip(*told, strict=True))))
 
 
