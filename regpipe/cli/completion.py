@@ -26,7 +26,7 @@ def names(module: str, registry: str, *, giving: str = "") -> tuple[str, ...]:
 
 
 BACKBONES = names("networks.encoders", "BACKBONES")
-SHIPPED = (*(name for name in BACKBONES if name != "plain"), "none")
+SHIPPED = (*names("networks.encoders", "TRANSFERRED"), "none")
 NETWORKS = ("symnet",)
 PHANTOMS = names("phantoms.scenes", "KINDS") + names("phantoms.cohort", "SYNTHETIC")
 STAGES = (*names("transforms.affine", "STAGES"), "projective")

@@ -233,7 +233,7 @@ def registrations(network: nn.Module, load: LoadPair, *, refinement: Refinement,
 def _of_network(network: nn.Module) -> dict[str, Any]:
     if not isinstance(network, SymmetricNet):  # an overlay's: named as its overlay does
         return {"backbone": type(network).__name__.lower(), "pretrained": "none", "freeze": 0, "transfer": "encoder"}
-    about = {name: getattr(network, name) for name in ("backbone", "freeze", "transfer")}
+    about = {name: getattr(network, name) for name in ("backbone", "freeze", "max_stride", "transfer")}
     return about | {"pretrained": named(network.pretrained)}
 
 

@@ -1,4 +1,4 @@
-"""The transferred backbones, resnet18, vgg16 and alexnet, and a plain one, in 2D and 3D, behind one contract.
+"""The transferred backbones, resnet18, vgg16 and alexnet, and two yardsticks, in 2D and 3D, behind one contract.
 
 Contract of an encoder
 ----------------------
@@ -6,7 +6,8 @@ Contract of an encoder
 ``(B, channels[i], *ceil(spatial / strides[i]))`` for any input size, odd sizes included.
 ``channels`` and ``strides`` are attributes; whoever uses an encoder reads these and never its name.
 
-The layers are torchvision's (``networks.layouts``); ``plain``'s, the yardstick, are SYMNet's. Three things are done to
+The layers are torchvision's (``networks.layouts``); the yardsticks are ``plain``, whose layers are SYMNet's, and
+``pooled``, which has no features: the image itself, averaged. Three things are done to
 them:
 
 - grey for RGB: the stem's three input channels are summed, and images in [0, 1] are shifted and
@@ -22,6 +23,7 @@ Batch statistics make no sense with one pair in a batch: BatchNorm is frozen whe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ from regpipe.networks.weights import lay_in, read_weights
 from regpipe.utils.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226  # the means over the three colours
-MAX_STRIDE = 16
+MAX_STRIDE = 16  # a coarser feature map, of two or three voxels, tells nothing of motion
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -95,8 +97,25 @@ def two_convolutions(spatial_dims: int, first: int, middle: int, last: int, stri
     )
 
 
+class Pooled(nn.Module):
+    """No features at all: the image, averaged over 2, 4, 8 and 16 voxels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(_Halve() for _ in range(4))
+
+
+class _Halve(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return halve(image)
+
+
 def _plain_stages(net: Any) -> list[nn.Module]:
     return [nn.Sequential(net.down[0], net.down[1]), net.down[2], net.down[3], net.bottom]
+
+
+def _pooled_stages(net: Any) -> list[nn.Module]:
+    return [nn.Sequential(pool) for pool in net.pools]
 
 
 BACKBONES: dict[str, Backbone] = {
@@ -110,8 +129,10 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "alexnet": Backbone(layouts.alexnet, _alexnet_stages, (64, 192, 256), (4, 8, 16)),
     "plain": Backbone(Plain, _plain_stages, (16, 32, 64, 64), (2, 4, 8, 16)),
+    "pooled": Backbone(Pooled, _pooled_stages, (1, 1, 1, 1), (2, 4, 8, 16)),
 }
-TRANSFERRED = tuple(name for name in BACKBONES if name != "plain")  # weights of these are published
+STAGE = re.compile(r"(encoder\.)?stages\.\d+\.")  # of a tensor's name in such a file
+TRANSFERRED = ("resnet18", "vgg16", "alexnet")  # weights of these are published
 
 
 class Encoder(nn.Module):
@@ -122,10 +143,10 @@ class Encoder(nn.Module):
         spatial_dims: 2 or 3.
         pretrained: ``none``, ``imagenet``, ``medicalnet`` or a file; see ``networks.weights``.
         freeze: how many stages, finest first, keep their weights during training.
-        max_stride: coarser stages are cut off: a feature map of two or three voxels tells nothing of motion.
+        max_stride: coarser stages are cut off; None: as many stages as a network trained here has, else ``MAX_STRIDE``.
 
     Raises:
-        InputError: unknown backbone, dimension, or weights that do not fit.
+        InputError: unknown backbone, dimension, a stride finer than the finest, or weights that do not fit.
     """
 
     def __init__(
@@ -135,7 +156,7 @@ class Encoder(nn.Module):
         *,
         pretrained: str = "none",
         freeze: int = 0,
-        max_stride: int = MAX_STRIDE,
+        max_stride: int | None = None,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
@@ -143,7 +164,8 @@ class Encoder(nn.Module):
         if spatial_dims not in (2, 3):
             raise InputError(f"spatial_dims is {spatial_dims}: images are 2D or 3D")
         spec = BACKBONES[backbone]
-        kept = [i for i, stride in enumerate(spec.strides) if stride <= max_stride]
+        state = read_weights(pretrained, backbone, spatial_dims)
+        kept = _kept(backbone, max_stride, state or {})
         if not 0 <= freeze <= len(kept):
             raise InputError(f"freeze is {freeze}: {backbone} has {len(kept)} stages here")
         self.channels = tuple(spec.channels[i] for i in kept)
@@ -152,7 +174,6 @@ class Encoder(nn.Module):
             net = spec.build()
         stages = nn.ModuleList(spec.stages(net)[: len(kept)])
         names = _original_names(net, stages)
-        state = read_weights(pretrained, backbone, spatial_dims)
         _make_room(stages)
         _take_grey(stages)
         keep_norm = state is not None and any(name.endswith("running_mean") for name in state)
@@ -185,6 +206,18 @@ class Encoder(nn.Module):
             yield x
 
 
+def _kept(backbone: str, max_stride: int | None, state: dict[str, Tensor]) -> range:
+    """Which stages: as far as ``max_stride``, or as ``state`` has them, if it is of a network trained here."""
+    strides = BACKBONES[backbone].strides
+    stages = {name.partition("stages.")[2].partition(".")[0] for name in state if STAGE.match(name)}
+    if max_stride is None and stages:
+        return range(min(len(stages), len(strides)))
+    kept = range(sum(stride <= (MAX_STRIDE if max_stride is None else max_stride) for stride in strides))
+    if not kept:
+        raise InputError(f"--max_stride {max_stride}: {backbone}'s finest stage has stride {strides[0]}; give no less")
+    return kept
+
+
 def _original_names(net: nn.Module, stages: nn.Module) -> dict[str, str]:
     """Module path within ``stages`` -> path within torchvision's ``net``, of which they are parts."""
     original = {module: name for name, module in net.named_modules()}
@@ -202,7 +235,9 @@ def _make_room(stages: nn.Module) -> None:
 
 def _take_grey(stages: nn.Module) -> None:
     """Give the stem one input channel; its weights are laid in afterwards."""
-    stem = next(m for m in stages.modules() if isinstance(m, nn.Conv2d))
+    stem = next((m for m in stages.modules() if isinstance(m, nn.Conv2d)), None)
+    if stem is None:
+        return
     stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True))
     stem.in_channels = 1
 

@@ -64,9 +64,10 @@ class SymmetricNet(nn.Module):
 
     Args:
         spatial_dims: 2 or 3.
-        backbone: ``resnet18``, ``vgg16``, ``alexnet`` or ``plain``.
+        backbone: ``resnet18``, ``vgg16``, ``alexnet``, ``plain`` or ``pooled``.
         pretrained: where the encoder's weights come from, see ``networks.weights``.
         freeze: how many encoder stages keep their weights.
+        max_stride: the encoder's coarser stages are cut off, see ``networks.encoders.Encoder``.
         transfer: what is taken from ``pretrained``: its ``encoder``, or the whole ``network``; None: of a network that
             was trained here the whole, else the encoder.
         width: channels of the decoder's coarse levels; the finest has half as many.
@@ -87,6 +88,7 @@ class SymmetricNet(nn.Module):
         *,
         pretrained: str = "none",
         freeze: int = 0,
+        max_stride: int | None = None,
         transfer: str | None = None,
         width: int = 32,
         correlation: int = 1,
@@ -97,7 +99,8 @@ class SymmetricNet(nn.Module):
             raise InputError(f"transfer is '{transfer}': choose encoder or network")
         transfer = transfer or ("network" if holds_decoder(pretrained, backbone, spatial_dims) else "encoder")
         self.backbone, self.pretrained, self.freeze, self.transfer = backbone, str(pretrained), freeze, transfer
-        self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze)
+        self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze, max_stride=max_stride)
+        self.max_stride = self.encoder.strides[-1]
         self.detail = _Detail(spatial_dims, width // 2)
         channels = {VELOCITY_STRIDE: width // 2}
         for stride, count in zip(self.encoder.strides, self.encoder.channels, strict=True):

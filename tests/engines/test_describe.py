@@ -55,6 +55,7 @@ GIVEN: dict[str, tuple[Any, str | None]] = {  # id -> what is given; the part's 
     "own_grids": (True, None),
     "pretrained": ("A FILE", "network_def#pretrained"),
     "freeze": (1, "network_def#freeze"),
+    "max_stride": (8, "network_def#max_stride"),
     "transfer": ("encoder", "network_def#transfer"),
     "cascades": (2, "train#inferer#cascades"),
     "encoder_factor": (0.5, None),
@@ -120,7 +121,11 @@ def test_every_id_of_the_head_is_recorded_as_its_object_has_it(bundle, cohort, t
     assert record["own_grids"] and told["max_val_pairs"] == len(of("validate#pairs")) == 1
     assert told["seed"] == record["seed"] == get_seed() == 3
     assert told["pretrained"].startswith("start.pth ") and net.pretrained == str(start)
-    assert (told["freeze"], told["transfer"]) == (net.freeze, net.transfer) == (1, "encoder")
+    assert (
+        (told["freeze"], told["max_stride"], told["transfer"])
+        == (net.freeze, net.max_stride, net.transfer)
+        == (1, 8, "encoder")
+    )
     assert told["cascades"] == record["cascades"] == trainer.inferer.cascades == 2
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates == [0.0625, 0.125] and (told["learning_rate"], told["encoder_factor"]) == (0.125, 0.5)

@@ -13,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from regpipe.networks.encoders import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, TRANSFERRED, Encoder
+from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.symnet import SymNet
 
 SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -44,6 +45,8 @@ def theirs(backbone: str) -> Any:
 
 @functools.cache
 def weight_file(backbone: str, folder: Path) -> str:
+    if backbone == "pooled":  # which has none
+        return "none"
     path = folder / f"{backbone}.pth"
     torch.save(theirs(backbone).state_dict(), path)
     return str(path)
@@ -74,7 +77,7 @@ def test_every_encoder_keeps_the_contract(backbone: str, dims: int) -> None:
         assert all(f.isfinite().all() for f in features)
 
 
-@EVERY
+@pytest.mark.parametrize(("backbone", "dims"), list(itertools.product([*TRANSFERRED, "plain"], (2, 3))))
 def test_gradients_reach_every_free_weight_and_frozen_stages_keep_their_bytes(
     backbone: str, dims: int, files: Path
 ) -> None:
@@ -198,9 +201,33 @@ def test_features_look_at_the_image_around_their_own_voxel(backbone: str, files:
         middle = 128 // stride
         seen = feature[:, 0, middle, 0].isnan().nonzero().flatten()
         assert seen[0] > 0 and seen[-1] < n - 1  # the whole field of view is in the image
-        # VGG16's 2 x 2 windows begin at that voxel; the others' lie around it
-        late = (stride - 1) / 2 if backbone == "vgg16" else 0
+        # windows of 2 x 2 begin at that voxel; the others lie around it
+        late = (stride - 1) / 2 if backbone in ("vgg16", "pooled") else 0
         assert (seen[0] + seen[-1]) / 2 == 128 + late
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_pooled_features_are_the_images_own_averages(dims: int) -> None:
+    image = images((32, 48, 16)[:dims])
+    white = (image - IMAGENET_MEAN) / IMAGENET_STD
+    for feature, stride in zip(Encoder("pooled", dims)(image), (2, 4, 8, 16), strict=True):
+        cells = [part for n in white.shape[2:] for part in (n // stride, stride)]
+        means = white.reshape(1, 1, *cells).mean([3 + 2 * axis for axis in range(dims)])
+        assert torch.allclose(feature, means, atol=1e-5)
+
+
+@pytest.mark.parametrize(("given", "strides"), [(8, (2, 4, 8)), (4, (2, 4)), (15, (2, 4, 8)), (None, (2, 4, 8, 16))])
+def test_stages_are_cut_off_where_told_and_a_trained_network_says_how_many_it_has(
+    given: int | None, strides: tuple[int, ...], tmp_path: Path
+) -> None:
+    net = SymmetricNet(2, "vgg16", max_stride=given)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    again, deep = (
+        SymmetricNet(dims, "vgg16", pretrained=str(tmp_path / "model.pt"), transfer="encoder") for dims in (2, 3)
+    )
+    assert net.encoder.strides == again.encoder.strides == deep.encoder.strides == strides
+    assert net.max_stride == strides[-1]
+    again.load_state_dict(net.state_dict())
 
 
 def test_wrong_choices_are_refused_with_the_right_ones() -> None:
@@ -210,6 +237,8 @@ def test_wrong_choices_are_refused_with_the_right_ones() -> None:
         Encoder("resnet18", 4)
     with pytest.raises(ValueError, match="alexnet has 3 stages"):
         Encoder("alexnet", 2, freeze=4)
+    with pytest.raises(ValueError, match="max_stride 2: alexnet's finest stage has stride 4"):
+        Encoder("alexnet", 2, max_stride=2)
 
 
 @pytest.mark.parametrize("backbone", TRANSFERRED)
