@@ -262,7 +262,7 @@ def _file(path: Path, value: Any) -> Path:
     """A file that holds an image: the given one, or ``path``, written."""
     if isinstance(value, (str, Path)):
         return Path(value)
-    array, affine, _ = _image(value)
+    array, affine, *_ = _image(value)
     kept = ids_of(array, path.name) if path.name.endswith("label.nii.gz") else array.astype(np.float32)
     write_image(path, kept, affine)
     return path

@@ -42,6 +42,7 @@ class Image(NamedTuple):
     array: np.ndarray  # (*S)
     affine: np.ndarray  # (D+1, D+1) float64, voxel index -> RAS mm
     plane: Plane | None = None  # of one slice stored in 3-D, see ``io.planes``
+    stored: np.ndarray | None = None  # the file's own affine, where its axes are sheared and the array's are not
 
     @property
     def spacing(self) -> np.ndarray:
@@ -223,7 +224,7 @@ def straightened(image: Image, path: PathLike, *, order: int) -> Image:
         return image
     warn_once(f"{path}: its axes are not at right angles; resampled onto the nearest grid that has them, {shape}")
     turned = functools.partial(resample, affine=affine, shape=shape, order=order)
-    return image._replace(array=background.around_gaps(image, turned, turned), affine=affine)
+    return image._replace(array=background.around_gaps(image, turned, turned), affine=affine, stored=image.affine)
 
 
 def _straight_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:

@@ -221,7 +221,7 @@ def _carry_points(path: Path, target: Path, carrier: _Carrier) -> str:
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from problem
     if file.voxels and carrier.target is not None:
-        moved = apply_affine(np.linalg.inv(carrier.target.affine), flipped(moved))
+        moved = apply_affine(np.linalg.inv(carrier.target.voxels), flipped(moved))
     write_points(target, file, moved)
     return f"{len(moved)} points"
 
@@ -230,7 +230,7 @@ def _of_voxels(path: Path, points: np.ndarray, carrier: _Carrier) -> np.ndarray:
     """LPS mm of voxels of the image that they are carried from; they come out as voxels of the other one."""
     if carrier.source is None or carrier.target is None or points.shape[1] != len(carrier.source.shape):
         raise InputError(f"{path}: counts in voxels, which only a case's images make mm; give x,y,z in LPS mm")
-    return flipped(apply_affine(carrier.source.affine, points))
+    return flipped(apply_affine(carrier.source.voxels, points))
 
 
 def map_points(points: np.ndarray, transform: Any) -> np.ndarray:

@@ -61,6 +61,7 @@ class ImageFile(NamedTuple):
     shape: tuple[int, ...]
     affine: np.ndarray  # (D+1, D+1), voxel index -> RAS mm
     sha256: str
+    stored: np.ndarray | None = None  # the same of the file's own voxels, where its axes are sheared
 
 
 def image_file(path: PathLike, files: Source) -> ImageFile:
@@ -189,8 +190,8 @@ def write_transforms(
     about = [_write_way(folder, pair, formats, i, fixed, moving) for i in range(2)]
     content = {
         "format": "regpipe transform 1",
-        "fixed": fixed._asdict(),
-        "moving": moving._asdict(),
+        "fixed": _known(fixed),
+        "moving": _known(moving),
         **dict(zip(WAYS, about, strict=True)),
         "alignment": {"matrix": pair.matrix, "stage": stage}
         | ({} if homography is None else {"homography": homography}),
@@ -200,6 +201,10 @@ def write_transforms(
     text = json.dumps(content, indent=1, default=np.ndarray.tolist)
     hashes = {name: digest for way in about for name, digest in way["sha256"].items()}
     return hashes | {"transform.json": replace_hashed(folder / "transform.json", f"{text}\n".encode())}
+
+
+def _known(file: ImageFile) -> dict[str, Any]:
+    return {name: value for name, value in file._asdict().items() if value is not None}
 
 
 def _write_way(

@@ -75,9 +75,9 @@ def displacement_in_planes(d: np.ndarray, affine: np.ndarray, of: Image) -> tupl
 
 
 def file_in_space(file: ImageFile, image: Image) -> ImageFile:
-    """An image's file, its shape and affine as stored."""
+    """An image's file, its shape and affine in space."""
     if image.plane is None:
-        return file
+        return file._replace(stored=image.stored)
     return file._replace(shape=with_axis(file.shape, image.plane), affine=placed(file.affine, image.plane))
 
 

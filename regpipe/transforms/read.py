@@ -38,6 +38,12 @@ class Space(NamedTuple):
 
     shape: tuple[int, ...]
     affine: np.ndarray  # (D+1, D+1) float64, voxel index -> RAS mm
+    stored: np.ndarray | None = None  # the same of the file's own voxels, where its axes are sheared
+
+    @property
+    def voxels(self) -> np.ndarray:
+        """Affine (D+1, D+1) of the voxels that people count: the file's own."""
+        return self.affine if self.stored is None else self.stored
 
 
 class Move(NamedTuple):
@@ -109,12 +115,12 @@ def _case(path: Path, to: str) -> Move:
 
 
 def _space(content: dict[str, Any]) -> Space:
-    affine = np.array(content["affine"], np.float64)
     shape = tuple(int(n) for n in content["shape"])
-    if affine.shape != (len(shape) + 1,) * 2:
+    affine, stored = (np.array(content.get(name, content["affine"]), np.float64) for name in ("affine", "stored"))
+    if not affine.shape == stored.shape == (len(shape) + 1,) * 2:
         raise ValueError(f"affine of shape {affine.shape} for an image of shape {shape}")
     limits.require_room("its image", shape)
-    return Space(shape, affine)
+    return Space(shape, affine, stored)
 
 
 def _checked(folder: Path, way: dict[str, Any]) -> Path:

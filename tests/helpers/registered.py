@@ -132,7 +132,7 @@ def voxels(path: Path) -> np.ndarray:
 
 def inner_points(image: Path, k: int = 300) -> np.ndarray:
     """Points (K, D) LPS mm in the inner part of an image."""
-    array, affine, _ = read_image(image)
+    array, affine, *_ = read_image(image)
     shape = np.array(array.shape)
     return lps_place(affine, np.random.default_rng(5).uniform(0.2, 0.8, (k, len(shape))) * (shape - 1))
 

@@ -8,6 +8,7 @@ import itk
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy import ndimage
 from typer.testing import CliRunner
 
 from helpers.folders import save
@@ -22,6 +23,7 @@ from helpers.registered import (
     write_csv,
 )
 from regpipe.cli import main as cli
+from regpipe.inference.register import register_images
 from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.io.points import read_points
@@ -89,8 +91,24 @@ def test_voxels_of_the_one_image_become_voxels_of_the_other(tmp_path: Path, pair
         apply(pair.case / "fixed_to_moving.h5", [tmp_path / "v.csv"], tmp_path / "o")
 
 
+def test_voxels_of_a_sheared_image_are_the_files_own(tmp_path: Path) -> None:
+    array = ndimage.gaussian_filter(np.random.default_rng(0).random((14, 15, 16)), 2)
+    sheared = np.array([[1, 0.3, 0, 5], [0, 1, 0.2, 0], [0, 0, 1.5, -3], [0, 0, 0, 1]])
+    images = (array, np.diag([1.0, 2, 1, 1])), (array, sheared)
+    register_images(*images, bundle="none", affine="none", refine=1).save(tmp_path / "out")
+    (case,) = (path.parent for path in (tmp_path / "out").rglob("transform.json"))
+    points = np.array([[4.0, 5, 6], [7, 7, 7], [10, 9, 11]])
+    (tmp_path / "v.csv").write_text("i,j,k\n" + "".join(f"{i},{j},{k}\n" for i, j, k in points))
+    write_csv(tmp_path / "mm.csv", at(sheared, points) * [-1, -1, 1])
+    mm, voxel = apply(case, [tmp_path / "mm.csv", tmp_path / "v.csv"], tmp_path / "there")
+    expected = np.diag([1.0, 0.5, 1]) @ (read_points(mm).points * [-1, -1, 1]).T
+    np.testing.assert_allclose(np.loadtxt(voxel, delimiter=",", skiprows=1), expected.T, atol=1e-3)
+    (back,) = apply(case, [voxel], tmp_path / "back", to="moving")
+    np.testing.assert_allclose(np.loadtxt(back, delimiter=",", skiprows=1), points, atol=0.05)
+
+
 def test_a_blob_moves_with_its_point(tmp_path: Path, pair: Pair) -> None:
-    array, affine, _ = read_image(pair.moving)
+    array, affine, *_ = read_image(pair.moving)
     place = pair.to_moving(inner_points(pair.fixed, 1))
     distance = lps_place(affine, np.indices(array.shape).reshape(array.ndim, -1).T) - place
     blob = np.exp(-(distance**2).sum(1) / (2 * 2.0**2)).reshape(array.shape).astype(np.float32)

@@ -43,7 +43,7 @@ def test_label_interpolation_is_the_largest_of_the_linear_shares(tmp_path: Path,
     path, labels = labelled(tmp_path, flat)
     (out,) = apply(flat.case, [path], tmp_path / "out", interpolation="label")
     found = voxels(out)
-    array, affine, _ = read_image(flat.fixed)
+    array, affine, *_ = read_image(flat.fixed)
     moving = read_image(flat.moving).affine
     checked = 0
     for voxel in np.random.default_rng(1).integers(0, array.shape, (400, 2)):
