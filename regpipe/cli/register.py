@@ -108,6 +108,14 @@ def register(
             autocompletion=completion.some_of(completion.GUIDES),
         ),
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="Of --similarity features: resnet18 (default), vgg16, alexnet, BACKBONE:WEIGHTS, or a TorchScript "
+            "file, FILE.ts or FILE.ts=1,0.5 with weights.",
+        ),
+    ] = None,
     formats: Formats = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
@@ -167,7 +175,7 @@ def register(
     given |= {"fill": fill}
     given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}
-    given["guide"] = guide
+    given |= {"guide": guide, "features": features}
     given |= {"network": network, "weights": None if weights is None else str(weights)}
     given["jobs"] = jobs if jobs > 1 and len(inputs) == 1 else None
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -24,6 +24,7 @@ from regpipe.losses.contrast import AS_IT_IS, in_one
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import TERMS, Target, overlaps, with_noise
+from regpipe.networks.extractor import DEFAULT, Extractor, extractor
 from regpipe.networks.symmetric import VELOCITY_STRIDE
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
@@ -126,6 +127,8 @@ class Refiner:
             anatomy: what a network made of both images, see ``regpipe.SymmetricNet``.
             truth: labels and landmarks of both, as ``data.load`` names them, that guide.
         """
+        if fixed.ndim - 2 not in self.losses:
+            raise InputError(f"--features: takes no {fixed.ndim - 2}D images; give an extractor of these")
         found: list[_One] = []
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             start = None if velocity is None else velocity[i : i + 1].float()
@@ -317,17 +320,38 @@ class Refinement(NamedTuple):
     finest: int | None = 1
     layers: Layers = LAYERS
     guided: bool = False
+    features: str | None = None  # of the ``features`` term: ``networks.extractor``, of ``spatial_dims``
+    spatial_dims: int = 3
 
     def refiner(self) -> Refiner | None:
         """The refiner; None for 0 steps."""
         if not self.steps:
             return None
-        loss = RegistrationLoss(self.weights, window=self.window, layers=self.layers)
+        looks = extractor(self.features or DEFAULT, self.spatial_dims) if self.by_features else None
+        loss = RegistrationLoss(self.weights, window=self.window, layers=self.layers, encoder=looks)
         return Refiner(loss, steps=self.steps, finest=self.finest, guided=self.guided)
+
+    @property
+    def by_features(self) -> bool:
+        return bool(self.weights.get("features"))
 
     def asked(self) -> dict[str, Any]:
         """The ids of a configuration that ask for it."""
-        return {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
+        asked = {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
+        return asked | ({"features": self.features or DEFAULT} if self.by_features else {})
+
+
+def _extractors(features: str) -> dict[int, Extractor]:
+    """Of each dimension that it has; a TorchScript file has one. Raises ``InputError`` where it has none."""
+    found, problems = {}, []
+    for dim in WINDOW:
+        try:
+            found[dim] = extractor(features, dim)
+        except InputError as problem:
+            problems.append(problem)
+    if not found:
+        raise problems[0]
+    return found
 
 
 def make_refiner(steps: int, weights: Mapping[str, float], **more: Any) -> Refiner | None:
@@ -342,9 +366,14 @@ def zero_refiner(
     steps: int = ZERO_STEPS,
     finest: int | None = None,
     guide: Sequence[str] = (),
+    features: str = DEFAULT,
 ) -> Refiner:
-    """The refiner for pairs of any dimension without any network, see ``refinement_loss``; ``finest``: ``Refiner``."""
+    """The refiner for pairs of any dimension without any network, see ``refinement_loss``; ``finest``: ``Refiner``.
+
+    ``features``: see ``networks.extractor``; of a TorchScript file, which has one dimension, only that is refined.
+    """
     told: dict[str, Any] = {"smoothness": smoothness, "guide": guide}
     chosen = {dim: refinement_loss(similarity, spatial_dims=dim, **told) for dim in WINDOW}
-    losses = {dim: RegistrationLoss(weights, window=WINDOW[dim]) for dim, weights in chosen.items()}
+    looks = _extractors(features) if similarity == "features" else dict.fromkeys(chosen)
+    losses = {dim: RegistrationLoss(chosen[dim], window=WINDOW[dim], encoder=encoder) for dim, encoder in looks.items()}
     return Refiner(losses, steps=steps, finest=finest, guided=bool(guide))

@@ -41,6 +41,7 @@ def register_by_bundle(
     uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
+    features: str | None = None,
 ) -> None:
     """Register every pair of a folder by a bundle's network. The options are its ``inference.yaml``'s.
 
@@ -50,6 +51,7 @@ def register_by_bundle(
         ckpt_dir: where its model is; None: see ``engines.inferers.model_folder``.
         jobs: processes, see ``inference.jobs``.
         loss: of the refinement, what ``refinement_loss`` is told; None: ``auto``.
+        features: of its similarity of that name, see ``networks.extractor``.
 
     Raises:
         InputError: no trained model, no pair, an option that does not go, an output folder that cannot be made.
@@ -70,7 +72,15 @@ def register_by_bundle(
     load = LoadPair(grid, cache=False, **alignment, **told)
     weights = refinement_loss(**{"similarity": "auto", "spatial_dims": dim, **(loss or {})}, structures=structures)
     guided = bool((loss or {}).get("guide"))
-    refinement = Refinement(refine, weights, window=WINDOW[dim], finest=refine_finest, guided=guided)
+    refinement = Refinement(
+        refine,
+        weights,
+        window=WINDOW[dim],
+        finest=refine_finest,
+        guided=guided,
+        features=features,
+        spatial_dims=dim,
+    )
     inferer = inferers.RegistrationInferer(cascades=known["cascades"], refiner=refinement.refiner(), repair=True)
     folder = FolderRun(
         dataset_dir,

@@ -21,7 +21,7 @@ from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
 from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
-from regpipe.transforms import displacement, export, homography, initial, lift
+from regpipe.transforms import displacement, export, homography, initial, lift, volume
 from regpipe.utils.files import sweep
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
@@ -106,6 +106,7 @@ def save_case(
     del pair
     determinant = displacement.native_jacobian(forward, fixed.affine)  # takes the most memory: first
     out.image("jacobian.nii.gz", determinant)
+    volumes = _volumes(case, files, determinant, load)
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
     whole = alignment if matrix is None else matrix
@@ -128,7 +129,15 @@ def save_case(
     looks = numbers(batch, registration, spacing, measured)
     distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, looks, measured)
     row = {k: v if math.isfinite(v) else None for k, v in measured.items()}
-    return {"case": case["case"], **row, "warnings": distrust}, out.hashes
+    return {"case": case["case"], **row, **volumes, "warnings": distrust}, out.hashes
+
+
+def _volumes(case: Case, files: Source, determinant: np.ndarray, load: LoadPair) -> dict[str, Any]:
+    """How much larger each structure of the fixed image is in the moving one, see ``transforms.volume``."""
+    if "fixed_label" not in case:
+        return {}
+    label, _ = files.label(case["fixed_label"], load.landmark_channels, image=case["fixed_image"])
+    return {"volumes": {str(i): volume.ratios(inside) for i, inside in volume.regions(label.array, determinant)}}
 
 
 class _Folder:

@@ -12,6 +12,7 @@ from regpipe.engines.inferers import ZeroInferer
 from regpipe.engines.refine import ZERO_STEPS, zero_refiner
 from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
+from regpipe.networks.extractor import DEFAULT
 from regpipe.utils import distributed
 
 
@@ -26,6 +27,7 @@ def register_from_zero(
     steps: int = ZERO_STEPS,
     finest: int | None = None,
     guide: Sequence[str] = (),
+    features: str = DEFAULT,
     affine: str = "affine",
     affine_from: str = "images",
     affine_metric: str = "mi",
@@ -38,7 +40,8 @@ def register_from_zero(
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
-    ``similarity``, ``smoothness``, ``guide``: see ``engines.refine.refinement_loss``;
+    ``similarity``, ``smoothness``, ``guide``: see ``engines.refine.refinement_loss``; ``features``: of that similarity,
+    see ``networks.extractor``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``data.placement``;
     ``formats``, ``fill``: see ``FolderRun``; ``memory_gib``, ``uncertainty``: see ``inference.ladder``; ``strict``: see
     ``FolderRun.register``; ``jobs``: processes, see ``inference.jobs``.
@@ -48,7 +51,9 @@ def register_from_zero(
         SystemExit: as ``FolderRun.register``.
     """
     distributed.join(hours=168)
-    refiner = zero_refiner(similarity, smoothness=smoothness, steps=steps, finest=finest, guide=guide)
+    refiner = zero_refiner(
+        similarity, smoothness=smoothness, steps=steps, finest=finest, guide=guide, features=features
+    )
     alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     settings = {
         "network": "none",
@@ -59,6 +64,7 @@ def register_from_zero(
         "refine_window": {f"{dim}D": loss.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
         **({"guide": list(guide)} if guide else {}),
+        **({"features": features} if similarity == "features" else {}),
         **alignment,
         "grid": "of each fixed image",
         "landmark_channels": landmark_channels,

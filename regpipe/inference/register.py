@@ -48,6 +48,7 @@ OF_OWN = {
     "strict",
     "fill",
     "uncertainty",
+    "features",
 }  # ids of a bundle's
 OF_OWN |= {"affine", "affine_from", "affine_metric", "jobs"}  # inference that need not MONAI
 
@@ -62,6 +63,7 @@ def register_files(
     smoothness: float | None = None,
     finest: int | None = None,
     guide: str | Sequence[str] = (),
+    features: str | None = None,
     network: str | None = None,
     weights: str | None = None,
     trust: bool = False,
@@ -78,6 +80,7 @@ def register_files(
             bundle's own.
         similarity, smoothness, finest: of the refinement, see ``engines.refine``.
         guide: ``labels``, ``landmarks``, both (one text with commas too): of the pairs' own, lead the refinement.
+        features: of ``similarity="features"``, see ``networks.extractor``.
         network, weights: ``symnet`` in a bundle's place, and its authors' file, see ``inference.symnet``.
         trust: see ``bundle.own``.
         chosen: ids of the bundle's ``inference.yaml``, of which ``inference.from_zero`` takes its own.
@@ -98,6 +101,10 @@ def register_files(
     guide = [name.strip() for name in guide.split(",")] if isinstance(guide, str) else list(guide)
     loss |= {"guide": guide} if guide else {}
     refinement_loss(**loss)
+    if features is not None:
+        if similarity != "features":
+            raise InputError(f"--features {features}: goes with --similarity features")
+        chosen["features"] = features
     if found is None:
         steps = ZERO_STEPS if refine is None else refine
         register_from_zero(str(dataset), str(out), steps=steps, finest=finest, **loss, **chosen)

@@ -20,7 +20,7 @@ SAID = (  # an entry of a case, its value, and what the last lines say of such c
     ("contrast", MOVING, "had the moving image's grey values mapped to the fixed one's: no line relates them"),
     ("found", NOTHING, "have nothing to find beyond the affine stage; --similarity mi looks past unlike contrasts"),
 )
-NO_METRICS = ("to_fit_memory", *(key for key, *_ in SAID))  # entries of a case
+NO_METRICS = ("to_fit_memory", "volumes", *(key for key, *_ in SAID))  # entries of a case
 
 
 def tell(

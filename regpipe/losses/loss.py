@@ -14,6 +14,7 @@ from regpipe.fields.algebra import LAYERS, Layers, Registration
 from regpipe.losses.modules import terms_of
 from regpipe.losses.terms import TERMS, Options, Target, Term
 from regpipe.networks.encoders import Encoder
+from regpipe.networks.extractor import Extractor
 from regpipe.utils.errors import InputError
 
 
@@ -39,7 +40,7 @@ class RegistrationLoss(nn.Module):
         weights: term name -> weight; a weight of 0 leaves the term out.
         window: LNCC's window in voxels, odd.
         label_ids: the labels that ``dice`` and ``anatomy`` see; none given: all that a batch's images share.
-        encoder: what ``features`` looks through; a frozen copy is used.
+        encoder: what ``features`` looks through (``networks.extractor`` for any other); a frozen copy is used.
         layers: what warps and integrates.
         terms: further terms by name, as modules: ``losses.modules.term_of``.
 
@@ -54,7 +55,7 @@ class RegistrationLoss(nn.Module):
         *,
         window: int = 9,
         label_ids: Sequence[int] = (),
-        encoder: Encoder | None = None,
+        encoder: Encoder | Extractor | None = None,
         layers: Layers = LAYERS,
         terms: Mapping[str, nn.Module | Term] | None = None,
     ) -> None:

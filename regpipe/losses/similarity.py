@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from regpipe.networks.encoders import Encoder
+from regpipe.networks.encoders import Encoder
+from regpipe.networks.extractor import Extractor
 
 P = ParamSpec("P")
 
@@ -178,16 +179,25 @@ def _every(x: Tensor, stride: int) -> Tensor:
 
 
 @in_float32
-def feature_similarity(a: Tensor, b: Tensor, encoder: Encoder, *, mask: Tensor | None = None) -> Tensor:
-    """1 - cosine between the features of both images, mean over places, then over stages; in [0, 2].
+def feature_similarity(a: Tensor, b: Tensor, encoder: Encoder | Extractor, *, mask: Tensor | None = None) -> Tensor:
+    """1 - cosine between the features of both images, mean over places, then over features by weight; in [0, 2].
 
     Deep-feature similarity (DeepSim, Czolbe et al., MIDL 2021), with the transferred backbone as its extractor. A place
     where both features are 0 counts as alike. ``encoder`` is used as it is: freeze it. Feature i looks at the
     image around voxel ``stride * i``, and takes the mask's value from there.
     """
     encoder = encoder.to(a.device)
-    stages = []
-    for stride, x, y in zip(encoder.strides, encoder(a), encoder(b), strict=True):
-        xx, yy, xy = ((p * q).sum(1, keepdim=True) + 1e-6 for p, q in ((x, x), (y, y), (x, y)))
-        stages.append(masked_mean(1 - xy / (xx * yy).sqrt(), None if mask is None else _every(mask, stride)))
-    return torch.stack(stages).mean()
+    weights = encoder.weights if isinstance(encoder, Extractor) else ()
+    apart, total = a.new_zeros(()), 0.0
+    for i, (x, y) in enumerate(zip(encoder(a), encoder(b), strict=True)):
+        weight = weights[i] if weights else 1.0
+        if weight:
+            xx, yy, xy = ((p * q).sum(1, keepdim=True) + 1e-6 for p, q in ((x, x), (y, y), (x, y)))
+            seen = None if mask is None else _seen_by(mask, x.shape[2:], encoder.strides[i : i + 1])
+            apart, total = apart + weight * masked_mean(1 - xy / (xx * yy).sqrt(), seen), total + weight
+    return apart / total
+
+
+def _seen_by(mask: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The mask at a feature's places: by its stride where that is known, else spread evenly."""
+    return _every(mask, stride[0]) if stride else F.interpolate(mask, list(shape), mode="nearest")

@@ -20,6 +20,7 @@ from regpipe.losses import regularity, similarity
 from regpipe.losses.lncc import lncc, local_correlation
 from regpipe.losses.noise import noise_variance
 from regpipe.networks.encoders import Encoder
+from regpipe.networks.extractor import Extractor
 from regpipe.utils.errors import InputError
 
 Target = Mapping[str, Tensor]  # a collated batch, see data.load
@@ -31,7 +32,7 @@ class Options(NamedTuple):
 
     window: int = 9  # LNCC, voxels
     label_ids: tuple[int, ...] = ()  # structures that label supervision sees; empty: all that the batch holds
-    encoder: Encoder | None = None  # frozen, for features
+    encoder: Encoder | Extractor | None = None  # frozen, for features
     layers: Layers = LAYERS  # what warps and integrates
 
 
@@ -298,7 +299,7 @@ TERMS: dict[str, Term] = {
     "mi": Term(of_images(similarity.mi), "similarity", weight=1.0),  # minus mutual information, nats
     "ncc": Term(of_images(similarity.ncc), "similarity", weight=1.0),  # 1 - global correlation; in [0, 2]
     "mse": Term(of_images(similarity.mse), "similarity", weight=10.0),
-    "features": Term(_features, "similarity"),
+    "features": Term(_features, "similarity", weight=3.0),
     "midway": Term(_midway, "similarity"),
     "diffusion": Term(of_velocity(regularity.diffusion), "regularity"),  # voxels per voxel, squared, as what follows
     "bending": Term(of_velocity(regularity.bending), "regularity"),  # on the velocity's grid

@@ -131,6 +131,8 @@ BACKBONES: dict[str, Backbone] = {
     "plain": Backbone(Plain, _plain_stages, (16, 32, 64, 64), (2, 4, 8, 16)),
     "pooled": Backbone(Pooled, _pooled_stages, (1, 1, 1, 1), (2, 4, 8, 16)),
 }
+# Names of the study for one that ends early, so that depth alone differs: (backbone, ``max_stride``).
+CUT = {"vgg16_4": ("vgg16", 4), "vgg16_8": ("vgg16", 8)}
 STAGE = re.compile(r"(encoder\.)?stages\.\d+\.")  # of a tensor's name in such a file
 TRANSFERRED = ("resnet18", "vgg16", "alexnet")  # weights of these are published
 

@@ -24,7 +24,7 @@ NEAR = ("*", "*/*", "*/*/*", "*/*/*/*")  # how deep beside the results inputs ar
 FIELDS = ("displacement.nii.gz", "1Warp.nii.gz")  # what is compared in mm; the latter is without the affine part
 BOTH = ("affine", "affine_from", "affine_metric", "formats", "landmark_channels", "refine")
 ZERO = (*BOTH, "finest", "similarity", "smoothness")  # settings that registering from zero is given again
-MORE = ("guide", "uncertainty")  # where they were given
+MORE = ("guide", "uncertainty", "features")  # where they were given
 BUNDLE = (*BOTH, "refine_loss", "refine_window", "refine_finest", "repair")  # and registering with a bundle
 
 

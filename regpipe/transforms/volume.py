@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,21 @@ def _regions(path: Path, found: np.ndarray, grid: Space) -> list[dict[str, float
     if image.array.shape != tuple(grid.shape) or not np.allclose(image.affine, grid.affine, atol=1e-3):
         raise InputError(f"{path}: lies on another grid than the map; give labels of the image whose grid it has")
     size = abs(np.linalg.det(grid.affine[:-1, :-1])) / (1000 if found.ndim == 3 else 100)
-    ids, which = np.unique(image.array, return_inverse=True)
+    return [
+        {"label": label, "size": inside.size * size, **ratios(inside)} for label, inside in regions(image.array, found)
+    ]
+
+
+def regions(labels: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each label but 0, ascending, and the values at its voxels, float64."""
+    ids, which = np.unique(labels, return_inverse=True)
     order = np.argsort(which.ravel(), kind="stable")
-    parts = np.split(found.ravel()[order].astype(np.float64), np.searchsorted(which.ravel()[order], range(1, len(ids))))
-    rows = []
-    for label, inside in ((int(i), part) for i, part in zip(ids, parts, strict=True) if i != 0):
-        low, high = np.percentile(inside, [5, 95])
-        sizes = {"size": inside.size * size, "ratio": inside.mean(), "p5": low, "p95": high}
-        rows.append({"label": label, **{name: float(value) for name, value in sizes.items()}})
-    return rows
+    ends = np.searchsorted(which.ravel()[order], range(1, len(ids)))
+    parts = np.split(values.ravel()[order].astype(np.float64), ends)
+    return ((int(i), part) for i, part in zip(ids, parts, strict=True) if i != 0)
+
+
+def ratios(inside: np.ndarray) -> dict[str, float]:
+    """Of a region: ``ratio`` of its volume, ``p5`` and ``p95`` of its voxels."""
+    low, high = np.percentile(inside, [5, 95])
+    return {"ratio": float(inside.mean()), "p5": float(low), "p95": float(high)}

@@ -77,6 +77,22 @@ def test_labels_and_a_bundle_of_ones_own(cohort: Path, tmp_path: Path) -> None:
     assert 0 < found.metrics["dice"] < 1 and found.warped_label.array.max() > 0
 
 
+def test_structures_tell_how_much_larger_they_are_in_the_moving_image(tmp_path: Path) -> None:
+    label = np.zeros((14, 12, 10), np.uint16)
+    label[3:11, 3:9, 3:7], label[5:7, 5:7, 4:6] = 7, 300
+    image = label.astype(np.float32) + np.random.default_rng(0).random(label.shape).astype(np.float32)
+    larger = np.diag([1.1, 1.2, 1.0, 1.0])
+    pair = (image, np.eye(4)), (image, larger @ np.eye(4))
+    found = register_images(
+        *pair, bundle="none", affine="none", refine=1, initial=larger, fixed_label=(label, np.eye(4))
+    )
+    volumes = found.metrics["volumes"]
+    assert volumes.keys() == {"7", "300"}
+    for change in volumes.values():
+        assert [change[name] for name in ("ratio", "p5", "p95")] == pytest.approx([1.32] * 3, rel=1e-3)
+    assert "volumes" not in register_images(*pair, bundle="none", affine="none", refine=1).metrics
+
+
 def test_what_is_wrong_is_an_error_of_one_line(files: tuple[Path, Path], tmp_path: Path) -> None:
     image = read_image(files[0])
     for wrong, told in (
