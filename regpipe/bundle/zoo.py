@@ -10,8 +10,7 @@ from typing import Any
 
 from regpipe.bundle.write import METADATA
 from regpipe.io.images import load_grid
-from regpipe.networks.encoders import MAX_STRIDE
-from regpipe.networks.symmetric import VELOCITY_STRIDE
+from regpipe.networks.encoders import MAX_STRIDE, VELOCITY_STRIDE
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file
 

@@ -24,8 +24,8 @@ from regpipe.losses.contrast import AS_IT_IS, in_one
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import TERMS, Target, overlaps, with_noise
-from regpipe.networks.extractor import DEFAULT, Extractor, extractor
-from regpipe.networks.symmetric import VELOCITY_STRIDE
+from regpipe.networks.encoders import VELOCITY_STRIDE
+from regpipe.networks.extractor import DEFAULT, Extractor, described, extractor
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 
@@ -321,13 +321,15 @@ class Refinement(NamedTuple):
     layers: Layers = LAYERS
     guided: bool = False
     features: str | None = None  # of the ``features`` term: ``networks.extractor``, of ``spatial_dims``
-    spatial_dims: int = 3
+    spatial_dims: int | None = None
 
     def refiner(self) -> Refiner | None:
         """The refiner; None for 0 steps."""
         if not self.steps:
             return None
-        looks = extractor(self.features or DEFAULT, self.spatial_dims) if self.by_features else None
+        if self.by_features and self.spatial_dims is None:
+            raise InputError("similarity features: give Refinement the spatial_dims of the images")
+        looks = extractor(self.features or DEFAULT, self.spatial_dims or 0) if self.by_features else None
         loss = RegistrationLoss(self.weights, window=self.window, layers=self.layers, encoder=looks)
         return Refiner(loss, steps=self.steps, finest=self.finest, guided=self.guided)
 
@@ -338,7 +340,7 @@ class Refinement(NamedTuple):
     def asked(self) -> dict[str, Any]:
         """The ids of a configuration that ask for it."""
         asked = {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
-        return asked | ({"features": self.features or DEFAULT} if self.by_features else {})
+        return asked | (described(self.features or DEFAULT) if self.by_features else {})
 
 
 def _extractors(features: str) -> dict[int, Extractor]:
@@ -348,9 +350,9 @@ def _extractors(features: str) -> dict[int, Extractor]:
         try:
             found[dim] = extractor(features, dim)
         except InputError as problem:
-            problems.append(problem)
+            problems.append(str(problem))
     if not found:
-        raise problems[0]
+        raise InputError("; ".join(dict.fromkeys(problems)))
     return found
 
 

@@ -39,7 +39,7 @@ from regpipe.io import images
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import affine_mat
 from regpipe.io.source import Source
-from regpipe.networks.symmetric import VELOCITY_STRIDE
+from regpipe.networks.encoders import VELOCITY_STRIDE
 from regpipe.transforms import affine, displacement
 from regpipe.transforms.read import Space
 from regpipe.utils import console, distributed

@@ -12,7 +12,7 @@ from regpipe.engines.inferers import ZeroInferer
 from regpipe.engines.refine import ZERO_STEPS, zero_refiner
 from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
-from regpipe.networks.extractor import DEFAULT
+from regpipe.networks.extractor import DEFAULT, described
 from regpipe.utils import distributed
 
 
@@ -64,7 +64,7 @@ def register_from_zero(
         "refine_window": {f"{dim}D": loss.window for dim, loss in refiner.losses.items()},
         "finest": refiner.finest,
         **({"guide": list(guide)} if guide else {}),
-        **({"features": features} if similarity == "features" else {}),
+        **(described(features) if similarity == "features" else {}),
         **alignment,
         "grid": "of each fixed image",
         "landmark_channels": landmark_channels,

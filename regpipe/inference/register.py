@@ -92,7 +92,7 @@ def register_files(
     if network is not None or weights is not None:
         if network != "symnet" or weights is None:
             raise InputError("--network symnet and --weights FILE, its authors' .pth, go together; else give --bundle")
-        if (refine, similarity, smoothness, finest) != (None,) * 4 or guide:
+        if (refine, similarity, smoothness, finest, features) != (None,) * 5 or guide:
             raise InputError("--network symnet: its two velocities cannot be refined; leave the refinement out")
         register_by_symnet(str(dataset), str(out), weights=weights, **chosen)
         return

@@ -186,7 +186,8 @@ def feature_similarity(a: Tensor, b: Tensor, encoder: Encoder | Extractor, *, ma
     where both features are 0 counts as alike. ``encoder`` is used as it is: freeze it. Feature i looks at the
     image around voxel ``stride * i``, and takes the mask's value from there.
     """
-    encoder = encoder.to(a.device)
+    if any(p.device != a.device for p in encoder.parameters()):  # a dry run cannot move them
+        encoder = encoder.to(a.device)
     weights = encoder.weights if isinstance(encoder, Extractor) else ()
     apart, total = a.new_zeros(()), 0.0
     for i, (x, y) in enumerate(zip(encoder(a), encoder(b), strict=True)):

@@ -37,6 +37,7 @@ from regpipe.utils.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = 0.449, 0.226  # the means over the three colours
 MAX_STRIDE = 16  # a coarser feature map, of two or three voxels, tells nothing of motion
+VELOCITY_STRIDE = 2  # the velocity lives at half resolution: the network's finest level
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -133,7 +134,7 @@ BACKBONES: dict[str, Backbone] = {
 }
 # Names of the study for one that ends early, so that depth alone differs: (backbone, ``max_stride``).
 CUT = {"vgg16_4": ("vgg16", 4), "vgg16_8": ("vgg16", 8)}
-STAGE = re.compile(r"(encoder\.)?stages\.\d+\.")  # of a tensor's name in such a file
+STAGE, LEVEL = re.compile(r"(?:encoder\.)?stages\.(\d+)\."), re.compile(r"levels\.(\d+)\.")  # names in a file of ours
 TRANSFERRED = ("resnet18", "vgg16", "alexnet")  # weights of these are published
 
 
@@ -211,13 +212,19 @@ class Encoder(nn.Module):
 def _kept(backbone: str, max_stride: int | None, state: dict[str, Tensor]) -> range:
     """Which stages: as far as ``max_stride``, or as ``state`` has them, if it is of a network trained here."""
     strides = BACKBONES[backbone].strides
-    stages = {name.partition("stages.")[2].partition(".")[0] for name in state if STAGE.match(name)}
-    if max_stride is None and stages:
-        return range(min(len(stages), len(strides)))
-    kept = range(sum(stride <= (MAX_STRIDE if max_stride is None else max_stride) for stride in strides))
-    if not kept:
+    asked = sum(stride <= (MAX_STRIDE if max_stride is None else max_stride) for stride in strides)
+    if not asked:
         raise InputError(f"--max_stride {max_stride}: {backbone}'s finest stage has stride {strides[0]}; give no less")
-    return kept
+    stages, levels = (1 + max((int(m[1]) for m in map(part.match, state) if m), default=-1) for part in (STAGE, LEVEL))
+    if levels:  # one for each stride; a stage may have no tensors
+        held = max(k for k in range(len(strides) + 1) if len({VELOCITY_STRIDE, *strides[:k]}) <= levels)
+    elif stages:
+        held = min(stages, len(strides))
+    else:
+        return range(asked)
+    if max_stride is not None and asked > held:
+        raise InputError(f"--max_stride {max_stride}: those weights end at stride {strides[held - 1]}; give no more")
+    return range(held if max_stride is None else asked)
 
 
 def _original_names(net: nn.Module, stages: nn.Module) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 
 from regpipe.networks.encoders import TRANSFERRED, Encoder
 from regpipe.utils.errors import InputError
+from regpipe.utils.files import sha256
 
 DEFAULT = "resnet18"  # the one that came with regpipe
-PROBE = 64  # voxels a side of the image that a file is tried on
+WEIGHTS = re.compile(r"=([0-9.eE+,-]+)$")
+PROBES = (32, 45)  # voxels a side of the images that a file is tried on: refinement asks for many sizes
 
 
 class Extractor(nn.Module):
@@ -44,45 +48,62 @@ def extractor(source: str, spatial_dims: int) -> Extractor:
     Raises:
         InputError: none of these, or a file that does not take such images.
     """
-    name, _, weights = source.partition("=")
+    name, weights = _parts(source)
     backbone, _, pretrained = name.partition(":")
-    if backbone in TRANSFERRED:
+    if backbone in TRANSFERRED and pretrained != "none":
         found: nn.Module = Encoder(backbone, spatial_dims, pretrained=pretrained or "shipped")
     elif name.endswith(".ts"):
-        found = _script(Path(name))
+        found = _script(Path(name).expanduser())
     else:
         known = ", ".join(TRANSFERRED)
         raise InputError(f"--features {source}: give one of {known}, BACKBONE:WEIGHTS, or a TorchScript FILE.ts")
-    made = Extractor(found.eval(), _weights(source, weights)).requires_grad_(False)
-    count = _tried(made, source, spatial_dims)
-    if made.weights and len(made.weights) != count:
-        raise InputError(f"--features {source}: {len(made.weights)} weights, and it gives {count} features")
+    made = Extractor(found.eval(), weights).requires_grad_(False)
+    count = max(_tried(made, source, spatial_dims, size) for size in PROBES)
+    if weights and len(weights) != count:
+        raise InputError(f"--features {source}: {len(weights)} weights, and it gives {count} features")
     return made
+
+
+def described(source: str) -> dict[str, str]:
+    """What results say of it: names without folders, and the hash of a file."""
+    name, _ = _parts(source)
+    backbone, _, pretrained = name.partition(":")
+    path = Path(pretrained if backbone in TRANSFERRED else name).expanduser()
+    if not path.is_file():
+        return {"features": source}
+    return {"features": source.replace(str(path.parent) + "/", ""), "features_sha256": sha256([path])}
+
+
+def _parts(source: str) -> tuple[str, list[float]]:
+    """The name and the weights behind it."""
+    ending = WEIGHTS.search(source)
+    if ending is None:
+        return source, []
+    try:
+        found = [float(word) for word in ending[1].split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not any(found) or not all(0 <= w < float("inf") for w in found):
+        raise InputError(f"--features {source}: its weights are numbers from 0 on with commas between, not all 0")
+    return source[: ending.start()], found
 
 
 def _script(path: Path) -> nn.Module:
     if not path.is_file():
         raise InputError(f"--features {path}: no such file")
     try:
-        found: nn.Module = torch.jit.load(str(path), map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of the format
+            found: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError) as cause:
         raise InputError(f"--features {path}: no TorchScript; save it by torch.jit.trace(...).save(...)") from cause
     return found
 
 
-def _weights(source: str, text: str) -> list[float]:
-    try:
-        found = [float(word) for word in text.split(",")] if text else []
-    except ValueError:
-        found = [-1.0]
-    if any(not 0 <= w < float("inf") for w in found) or (found and not any(found)):
-        raise InputError(f"--features {source}: its weights are numbers from 0 on with commas between, not all 0")
-    return found
-
-
-def _tried(made: Extractor, source: str, dim: int) -> int:
-    """How many features it gives of an image. Raises ``InputError`` where it takes none."""
-    image = torch.zeros(1, 1, *[PROBE] * dim)
+@torch.enable_grad()
+def _tried(made: Extractor, source: str, dim: int, size: int) -> int:
+    """How many features it gives of an image. Raises ``InputError`` where it takes none, or nothing follows them."""
+    image = torch.rand(1, 1, *[size] * dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
     try:
         features = made(image)
     except Exception as cause:  # TorchScript raises whatever its author did
@@ -90,6 +111,8 @@ def _tried(made: Extractor, source: str, dim: int) -> int:
         raise InputError(
             f"--features {source}: takes no image {tuple(image.shape)} ({reason}); wrap it in a module that does"
         ) from cause
-    if not all(isinstance(x, Tensor) and x.ndim == dim + 2 and len(x) == 1 for x in features):
+    if not features or not all(isinstance(x, Tensor) and x.ndim == dim + 2 and len(x) == 1 for x in features):
         raise InputError(f"--features {source}: has to give tensors (1, channels, *{dim} axes) of an image")
+    if any(not x.is_floating_point() or not x.requires_grad for x in features):
+        raise InputError(f"--features {source}: its features do not follow the image: no gradient")
     return len(features)

@@ -20,11 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from regpipe.fields.algebra import Integration, Layers, integrate_both, resize, resize_image, warp
 from regpipe.networks.correlation import local_correlations
-from regpipe.networks.encoders import CONV, Encoder
+from regpipe.networks.encoders import CONV, VELOCITY_STRIDE, Encoder
 from regpipe.networks.weights import holds_decoder, lay_in_decoder
 from regpipe.utils.errors import InputError
 
-VELOCITY_STRIDE = 2  # the velocity lives at half resolution
 # Points of an image, and of a level, up to which both images, and both directions, are one batch: on the CPU torch
 # convolves a single small volume 3 to 14 times slower. Of larger ones that is not so, and one takes half the memory.
 SMALL_IMAGE, SMALL_LEVEL = 2**20, 2**17

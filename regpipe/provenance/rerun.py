@@ -71,6 +71,8 @@ def rerun(
         raise InputError(f"{given}: its cases were registered with different settings; give them one at a time")
     if first["settings"].get("network") == "symnet":
         raise InputError(f"{given}: was registered by SYMNet; do so again with its weights, to another folder")
+    if "features_sha256" in first["settings"]:
+        raise InputError(f"{given}: was registered by --features {first['settings']['features']}; do so again with it")
     if bundle is not None and not first["model"]:
         raise InputError(f"{given}: was registered without a network; leave out --bundle")
     beside = next(iter(old)).absolute().parent.parent  # of the folder of cases

@@ -76,9 +76,12 @@ def displacement_in_planes(d: np.ndarray, affine: np.ndarray, of: Image) -> tupl
 
 def file_in_space(file: ImageFile, image: Image) -> ImageFile:
     """An image's file, its shape and affine in space."""
+    file = file._replace(stored=image.stored)
     if image.plane is None:
-        return file._replace(stored=image.stored)
-    return file._replace(shape=with_axis(file.shape, image.plane), affine=placed(file.affine, image.plane))
+        return file
+    affine, stored = (None if m is None else placed(m, image.plane) for m in (file.affine, file.stored))
+    assert affine is not None
+    return file._replace(shape=with_axis(file.shape, image.plane), affine=affine, stored=stored)
 
 
 def _in_space(points: np.ndarray, plane: Plane | None) -> np.ndarray:

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/versions.py -o docs/results/versions.csv [--only 3.10-lowest] [-- tests/fields -n 2]
 
-``lowest``: every dependency as old as ``pyproject.toml`` allows; ``newest``: as new as there is. What stands after
-``--`` is told to pytest; else all tests that are not slow run. Environments are several GB each, and are removed.
+``lowest``: every dependency of regpipe, not of its tests, as old as ``pyproject.toml`` allows; ``newest``: as new as
+there is. What stands after ``--`` is told to pytest; else all tests that are not slow run. uv and the interpreters are
+found on the PATH. Environments are several GB each, and are removed.
 """
 
 from __future__ import annotations
@@ -22,12 +23,7 @@ from pathlib import Path
 from tables import kept_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
-KINDS = {
-    "3.10-lowest": ("--resolution", "lowest-direct"),
-    "3.11-newest": (),
-    "3.12-newest": (),
-    "3.13-newest": (),
-}
+KINDS = ("3.10-lowest", "3.11-newest", "3.12-newest", "3.13-newest")
 PACKAGES = ("torch", "torchvision", "monai", "pytorch-ignite", "itk", "nibabel", "numpy", "scipy", "tensorboard")
 COLUMNS = ("kind", *PACKAGES, "passed", "failed", "skipped", "seconds", "commit", "date", "failures")
 
@@ -38,9 +34,12 @@ def call(*words: str, **more: object) -> str:
 
 def environment(folder: Path, kind: str) -> Path:
     """A new environment with regpipe and its tests' tools; its interpreter."""
-    call("uv", "venv", "--python", kind.partition("-")[0], str(folder))
-    python = folder / "bin" / "python"
-    call("uv", "pip", "install", "--python", str(python), *KINDS[kind], "-e", f"{ROOT}[test]")
+    version, _, age = kind.partition("-")
+    call("uv", "venv", "--python", version, str(folder))
+    python, held = folder / "bin" / "python", folder / "constraints.txt"
+    words = ["--resolution", "lowest-direct"] if age == "lowest" else []
+    call("uv", "pip", "compile", *words, "--python-version", version, str(ROOT / "pyproject.toml"), "-o", str(held))
+    call("uv", "pip", "install", "--python", str(python), "-c", str(held), "-e", f"{ROOT}[test]")
     return python
 
 
@@ -55,7 +54,11 @@ def tested(python: Path, told: Sequence[str], aside: Path) -> dict[str, str]:
     report, began = aside / "report.xml", time.monotonic()
     words = [str(python), "-m", "pytest", "-q", "-m", "not slow", f"--junitxml={report}", "-p", "no:cacheprovider"]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run([*words, *told], cwd=ROOT, check=False, env={**os.environ, "PATH": path}, capture_output=True)
+    done = subprocess.run(
+        [*words, *told], cwd=ROOT, check=False, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    if not report.is_file():
+        raise SystemExit(f"{python}: no test ran: {(done.stdout + done.stderr)[-3000:]}")
     suite = ET.parse(report).getroot()[0]  # our own file
     count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     bad = [

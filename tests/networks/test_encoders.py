@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from regpipe.networks.encoders import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, TRANSFERRED, Encoder
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.symnet import SymNet
+from regpipe.utils.errors import InputError
 
 SIZES: dict[int, list[tuple[int, ...]]] = {
     2: [(64, 48), (33, 50), (5, 7), (1, 2)],
@@ -228,6 +229,14 @@ def test_stages_are_cut_off_where_told_and_a_trained_network_says_how_many_it_ha
     assert net.encoder.strides == again.encoder.strides == deep.encoder.strides == strides
     assert net.max_stride == strides[-1]
     again.load_state_dict(net.state_dict())
+    if given == 4:
+        with pytest.raises(InputError, match="--max_stride 8: those weights end at stride 4"):
+            SymmetricNet(2, "vgg16", pretrained=str(tmp_path / "model.pt"), max_stride=8)
+    flat = SymmetricNet(2, "pooled", max_stride=given)  # whose stages have no tensors
+    torch.save(flat.state_dict(), tmp_path / "flat.pt")
+    SymmetricNet(2, "pooled", pretrained=str(tmp_path / "flat.pt"), transfer="encoder").load_state_dict(
+        flat.state_dict()
+    )
 
 
 def test_wrong_choices_are_refused_with_the_right_ones() -> None:

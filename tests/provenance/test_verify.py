@@ -192,6 +192,14 @@ def test_what_does_not_come_out_again_is_said_in_mm_with_the_versions_that_diffe
     assert again.off == pytest.approx((5 / 32**2, 5.0), rel=1e-5)
 
 
+def test_what_a_file_of_features_compared_is_not_repeated_without_it(out: Path, data: Path) -> None:
+    told = content(out / "case_000")
+    told["settings"] |= {"similarity": "features", "features": "edges.ts=1,0.5", "features_sha256": "0" * 64}
+    rewrite(out / "case_000", told)
+    with pytest.raises(InputError, match=r"by --features edges.ts=1,0.5; do so again with it"):
+        rerun.rerun(out / "case_000", data=data)
+
+
 def test_images_are_found_beside_the_results_and_changed_ones_are_refused(data: Path, tmp_path: Path) -> None:
     mine = shutil.copytree(data, tmp_path / "study" / "images")
     for file in mine.glob("*/case_001.*"):

@@ -107,6 +107,18 @@ def test_voxels_of_a_sheared_image_are_the_files_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.loadtxt(back, delimiter=",", skiprows=1), points, atol=0.05)
 
 
+def test_voxels_of_a_sheared_slice_in_space_are_the_files_own(tmp_path: Path) -> None:
+    array = ndimage.gaussian_filter(np.random.default_rng(0).random((34, 35)), 2)[:, :, None]
+    sheared = np.array([[1, 0.3, 0, 5], [0, 1, 0, 0], [0, 0, 1.5, -3], [0, 0, 0, 1]])
+    found = register_images((array, np.eye(4)), (array, sheared), bundle="none", affine="none", refine=1)
+    points = np.array([[12.0, 15, 0], [17, 17, 0]])
+    (tmp_path / "v.csv").write_text("i,j,k\n" + "".join(f"{i},{j},{k}\n" for i, j, k in points))
+    write_csv(tmp_path / "mm.csv", at(sheared, points) * [-1, -1, 1])
+    mm, voxel = apply(found.folder, [tmp_path / "mm.csv", tmp_path / "v.csv"], tmp_path / "there")
+    expected = read_points(mm).points * [-1, -1, 1]  # the fixed image's voxels are its mm
+    np.testing.assert_allclose(np.loadtxt(voxel, delimiter=",", skiprows=1), expected, atol=1e-3)
+
+
 def test_a_blob_moves_with_its_point(tmp_path: Path, pair: Pair) -> None:
     array, affine, *_ = read_image(pair.moving)
     place = pair.to_moving(inner_points(pair.fixed, 1))
