@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,18 +40,9 @@ def bids(
     """
     from regpipe.data.bids import write_datalist
 
-    found = write_datalist(
-        root,
-        out,
-        pairing=pairing,
-        suffix=suffix,
-        moving_suffix=moving_suffix,
-        desc=desc,
-        label_desc=label_desc,
-        fixed_session=fixed_session,
-        holdout=holdout,
-        seed=seed,
-    )
+    how: dict[str, Any] = {"pairing": pairing, "suffix": suffix, "moving_suffix": moving_suffix, "desc": desc}
+    how |= {"label_desc": label_desc, "fixed_session": fixed_session, "holdout": holdout, "seed": seed}
+    found = write_datalist(root, out, **how)
     console.tell(datalist=out, **found)
     print(
         f"{out}: {found['training']} pairs to train with, {found['validation']} to validate, {found['labels']} labelled"

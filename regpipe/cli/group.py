@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regpipe.cli import completion
-from regpipe.cli.register import Finest, Formats
+from regpipe.cli.register import Finest, Formats, Metric, Similarity, Smoothness
 from regpipe.utils import console
 
 
@@ -29,23 +29,10 @@ def template(
             help="First: none, centre, rigid, similarity, affine.", autocompletion=completion.one_of(completion.STAGES)
         ),
     ] = "affine",
-    affine_metric: Annotated[
-        str,
-        typer.Option(
-            "--affine-metric",
-            help="What images are aligned by: mi, or ncc within a modality.",
-            autocompletion=completion.one_of(completion.METRICS),
-        ),
-    ] = "mi",
+    affine_metric: Metric = None,
     refine: Annotated[int | None, typer.Option(min=1, help="Steps of each subject's first round.")] = None,
-    similarity: Annotated[
-        str,
-        typer.Option(
-            help=f"What rounds compare images by: {', '.join(completion.SIMILARITIES)}.",
-            autocompletion=completion.one_of(completion.SIMILARITIES),
-        ),
-    ] = "auto",
-    smoothness: Annotated[float, typer.Option(help="1: the default, 0.5 follows the images further.")] = 1.0,
+    similarity: Similarity = None,
+    smoothness: Smoothness = None,
     finest: Finest = None,
     formats: Formats = None,
     jobs: Annotated[int, typer.Option(min=1, help="So many subjects at a time, each in a process of one thread.")] = 1,
@@ -58,21 +45,10 @@ def template(
     """
     from regpipe.group.run import make_template
 
-    chosen: dict[str, Any] = {} if formats is None else {"formats": [name.strip() for name in formats.split(",")]}
-    about = make_template(
-        folder,
-        out,
-        bundle=bundle,
-        rounds=rounds,
-        affine=affine,
-        affine_metric=affine_metric,
-        refine=refine,
-        similarity=similarity,
-        smoothness=smoothness,
-        finest=finest,
-        jobs=jobs,
-        **chosen,
-    )
+    given: dict[str, Any] = {"bundle": bundle, "rounds": rounds, "affine": affine, "affine_metric": affine_metric}
+    given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest, "jobs": jobs}
+    given |= {} if formats is None else {"formats": [name.strip() for name in formats.split(",")]}
+    about = make_template(folder, out, **{name: value for name, value in given.items() if value is not None})
     console.tell(folder=out, **about)
     sharper = " -> ".join(f"{told['sharpness']:.4f}" for told in about["stages"])
     print(f"{len(about['subjects'])} subjects; sharpness {sharper}; template in {out / 'template.nii.gz'}")

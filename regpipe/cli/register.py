@@ -23,6 +23,25 @@ Formats = Annotated[
         autocompletion=completion.some_of(completion.FORMATS),
     ),
 ]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--affine-metric",
+        "--affine_metric",  # as a bundle spells it, and messages
+        help="What images are aligned by: mi (default), or ncc within a modality.",
+        autocompletion=completion.one_of(completion.METRICS),
+    ),
+]
+Similarity = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What refinement compares images by: {', '.join(completion.SIMILARITIES)}.",
+        autocompletion=completion.one_of(completion.SIMILARITIES),
+    ),
+]
+Smoothness = Annotated[
+    float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
+]
 Inputs = Annotated[
     list[Path],
     typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
@@ -69,15 +88,7 @@ def register(
             autocompletion=completion.one_of(completion.SOURCES),
         ),
     ] = None,
-    affine_metric: Annotated[
-        str | None,
-        typer.Option(
-            "--affine-metric",
-            "--affine_metric",  # as a bundle spells it, and messages
-            help="What images are aligned by: mi (default), or ncc within a modality.",
-            autocompletion=completion.one_of(completion.METRICS),
-        ),
-    ] = None,
+    affine_metric: Metric = None,
     initial: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,16 +101,8 @@ def register(
         int | None,
         typer.Option(help="Steps of per-pair optimisation after the network's answer, or from zero."),
     ] = None,
-    similarity: Annotated[
-        str | None,
-        typer.Option(
-            help=f"What refinement compares images by: {', '.join(completion.SIMILARITIES)}.",
-            autocompletion=completion.one_of(completion.SIMILARITIES),
-        ),
-    ] = None,
-    smoothness: Annotated[
-        float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
-    ] = None,
+    similarity: Similarity = None,
+    smoothness: Smoothness = None,
     finest: Finest = None,
     guide: Annotated[
         str | None,

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from regpipe.data.cache import Store
 from regpipe.data.checks import unlike_landmarks
-from regpipe.data.landmarks import paired_landmarks
 from regpipe.data.members import KINDS
 from regpipe.data.pairs import SIDES, Case
-from regpipe.data.placement import Frames
+from regpipe.data.placement import Frames, paired_landmarks
 from regpipe.io import geometry, images
 from regpipe.io.background import SLIGHT
 from regpipe.io.formats import warn_once
@@ -96,9 +95,8 @@ class LoadPair:
         item: dict[str, Any] = {"case": case["case"]}
         files = files or Source()  # both frames and arrays may ask for a file
         grid = self.grid_of(case, files)
-        fixed_frame, moving_frame = self.frames(case, files)
-        moving = _View(moving_frame, self.frames.bend(case, files), self.frames.field(case, files))
-        for side, view in (("fixed", _View(fixed_frame)), ("moving", moving)):
+        placed = self.frames(case, files)
+        for side, view in (("fixed", _View(placed.fixed)), ("moving", _View(*placed[1:]))):
             tensors = self._side(case, side, view, grid, files)
             item |= {f"{side}_{key}": value for key, value in tensors.items()}
         if "displacement" in case:

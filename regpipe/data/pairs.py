@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -292,3 +292,22 @@ def working_grid(
     # The small number keeps a rounded spacing from adding four voxels.
     enough = 4 * np.ceil(extent / step / 4 - 1e-4)
     return images.make_grid(shape or enough.astype(int).tolist(), step.tolist())
+
+
+class Split(NamedTuple):
+    """The choices of ``regpipe.list_pairs``, for both parts of a data set."""
+
+    dataset_dir: str
+    holdout: float = 0.2
+    pairing: str = "all"
+    seed: int = 0
+    max_val_pairs: int | None = None  # of all but the training pairs
+
+    def pairs(self, part: str) -> list[Case]:
+        """``training``, ``validation`` or ``all``."""
+        most = None if part == "training" else self.max_val_pairs
+        return list_pairs(self.dataset_dir, split=part, max_pairs=most, **self.chosen())
+
+    def chosen(self) -> dict[str, Any]:
+        """What decides on which side a pair is."""
+        return {"holdout": self.holdout, "pairing": self.pairing, "seed": self.seed}

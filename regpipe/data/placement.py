@@ -13,16 +13,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from nibabel.affines import apply_affine
 
-from regpipe.data.landmarks import paired_landmarks
 from regpipe.data.pairs import SIDES, Case, fixed_grid
 from regpipe.io import images
 from regpipe.io.geometry import extent
 from regpipe.io.images import Grid, Image
+from regpipe.io.landmarks import pairing
 from regpipe.io.source import Source
 from regpipe.transforms import affine, homography, initial, projective
 from regpipe.utils.errors import InputError
@@ -37,8 +37,39 @@ FOREGROUND = 0.1  # of an image's range, for where its content is
 log = logging.getLogger(__name__)
 
 
+class Paired(NamedTuple):
+    """The landmark files of a case."""
+
+    fixed: np.ndarray  # (K, D) LPS mm
+    moving: np.ndarray
+    counts: tuple[int, int]  # in the files
+    order: tuple[np.ndarray, np.ndarray] | None  # the rows of both that ``fixed`` and ``moving`` are; None: all
+
+
+def paired_landmarks(case: Case, files: Source) -> Paired | None:
+    """By their names, see ``io.landmarks.pairing``; None where one side has no file.
+
+    Without names their numbers may differ.
+    """
+    if not all(f"{side}_landmarks" in case for side in SIDES):
+        return None
+    fixed, moving = (files.landmarks(case[f"{side}_landmarks"], case[f"{side}_image"]) for side in SIDES)
+    order = pairing(fixed, moving, case["fixed_landmarks"], case["moving_landmarks"])
+    rows = (slice(None), slice(None)) if order is None else order
+    return Paired(fixed.points[rows[0]], moving.points[rows[1]], (len(fixed.points), len(moving.points)), order)
+
+
+class Placed(NamedTuple):
+    """The frames of a case, and what they leave, in working voxels, of a homography or of an initial transform."""
+
+    fixed: np.ndarray
+    moving: np.ndarray
+    bend: np.ndarray | None = None  # (3, 3)
+    field: np.ndarray | None = None  # (D, *grid)
+
+
 class Frames:
-    """``frames(case, files) -> (fixed frame, moving frame)``.
+    """``frames(case, files) -> Placed``.
 
     Args:
         grid: the working grid; None: of each pair its own, see ``data.pairs.fixed_grid``.
@@ -82,32 +113,23 @@ class Frames:
         self.store = store
         self._own: dict[tuple[str, Grid], np.ndarray] = {}
         self._found: dict[tuple[str | None, ...], affine.Alignment] = {}
-        self._latest: tuple[Any, Any] = (None, None)  # what was split last: a case asks twice
 
-    def __call__(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray]:
-        grid = self.grid_of(case, files)
-        start = self.around(case["fixed_image"], grid, files)
-        stage = self.stage_of(case, files)
+    def __call__(self, case: Case, files: Source) -> Placed:
+        grid, stage = self.grid_of(case, files), self.stage_of(case, files)
         _check_dimension(stage, grid)
-        if initial.keys(case):
-            return start, self._from_initial(case, files)[0]
-        if stage == "none":
-            return start, start
-        if stage == "centre":
-            return start, same_axes(self.around(case["moving_image"], grid, files), start, grid.shape)
-        return start, homography.split(self._matrix(case, files, stage), start, grid.shape)[0]
-
-    def bend(self, case: Case, files: Source) -> np.ndarray | None:
-        """What the frames leave of a homography: (3, 3), working voxels; None where the stage is another."""
-        if self.stage_of(case, files) != "projective":
-            return None
-        grid = self.grid_of(case, files)
-        start = self.around(case["fixed_image"], grid, files)
-        return homography.split(self._matrix(case, files, "projective"), start, grid.shape)[1]
-
-    def field(self, case: Case, files: Source) -> np.ndarray | None:
-        """What the frames leave of an initial transform: (D, *grid), working voxels; None where it is linear."""
-        return self._from_initial(case, files)[1] if initial.keys(case) else None
+        start, begin = self.around(case["fixed_image"], grid, files), initial.read(case, len(grid.shape))
+        searched = stage not in ("none", "centre")
+        if begin is not None and begin.matrix is None:
+            linear = self._matrix(case, files, stage) if searched else np.eye(len(start))
+            moving, field = initial.split(begin, linear, start, grid.shape)
+            return Placed(start, moving, field=field)
+        if begin is None and not searched:
+            own = start if stage == "none" else self.around(case["moving_image"], grid, files)
+            return Placed(start, own if stage == "none" else same_axes(own, start, grid.shape))
+        matrix = self._matrix(case, files, stage) if begin is None or searched else begin.matrix
+        assert matrix is not None  # else the initial transform was split above
+        moving, bend = homography.split(matrix, start, grid.shape)
+        return Placed(start, moving, bend if stage == "projective" else None)
 
     def grid_of(self, case: Case, files: Source | None = None) -> Grid:
         """The working grid of a case."""
@@ -136,25 +158,6 @@ class Frames:
         if key not in self._own:
             self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, files)])[0]
         return self._own[key]
-
-    def _from_initial(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray | None]:
-        """The moving frame of a case that has an initial transform, and ``field``."""
-        key = _files(case)
-        if self._latest[0] != key:
-            self._latest = key, self._placed(case, files)
-        found: tuple[np.ndarray, np.ndarray | None] = self._latest[1]
-        return found
-
-    def _placed(self, case: Case, files: Source) -> tuple[np.ndarray, np.ndarray | None]:
-        grid, stage = self.grid_of(case, files), self.stage_of(case, files)
-        frame, begin = self.around(case["fixed_image"], grid, files), initial.read(case, len(grid.shape))
-        assert begin is not None
-        searched = stage not in ("none", "centre")
-        if begin.matrix is None:
-            linear = self._matrix(case, files, stage) if searched else np.eye(len(frame))
-            return initial.split(begin, linear, frame, grid.shape)
-        matrix = self._matrix(case, files, stage) if searched else begin.matrix
-        return homography.split(matrix, frame, grid.shape)[0], None
 
     def _matrix(self, case: Case, files: Source, stage: str) -> np.ndarray:
         """Fixed point -> moving point, RAS mm; found once. It goes before an initial transform that is not linear."""

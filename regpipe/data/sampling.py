@@ -9,55 +9,37 @@ from typing import cast
 import ignite.distributed as idist
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from regpipe.utils.errors import InputError
 
 
-class PairSampler(Sampler[int]):
+class PairSampler(DistributedSampler):
     """A random part of the pairs each epoch, without repetition while there are enough, see ``draw``.
 
+    Of several processes each gets its ``share`` of it, by a ``seed``: the k-th step of an epoch sees the same pairs
+    whatever their number, as long as processes times batch size stay the same. The first ones are repeated where the
+    shares would not be equally long.
+
     Args:
         known: which of the pairs are supervised, see ``losses.terms.supervised``.
-        size: how many an epoch; no more than there are.
+        size: how many an epoch, all processes together; no more than there are.
         share: of them supervised, where only some pairs are; None: as they come.
         again: fill up an epoch with pairs that it has had already.
+        seed: draw from it and the epoch alone; None: from torch's generator.
     """
 
-    def __init__(self, known: Tensor, size: int, *, share: float | None = None, again: bool = False) -> None:
-        self.known, self.size, self.share = known, size, checked_share(share)
-        self.num_samples = size if again else min(size, len(known))
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(draw(self.known, self.num_samples, self.share).tolist())
-
-
-class EpochSampler(DistributedSampler):
-    """A random part of the data each epoch, without repetition, of which each process gets its ``share``.
-
-    Drawn from the seed and the epoch alone: the k-th step of an epoch sees the same pairs whatever the number of
-    processes, as long as processes times batch size stay the same. The first ones are repeated where the shares would
-    not be equally long.
-
-    Args:
-        known: which of the pairs are supervised, see ``losses.terms.supervised``.
-        size: pairs an epoch, all processes together; no more than there are.
-        seed: the run's.
-        share: of them supervised, see ``data.sampling.draw``.
-    """
-
-    def __init__(self, known: Tensor, size: int, *, seed: int, share: float | None = None) -> None:
-        super().__init__(cast("Dataset[Tensor]", known), idist.get_world_size(), idist.get_rank(), seed=seed)
-        self.size, self.known, self.share = size, known, checked_share(share)
-        self.drawn = min(size, len(known))
+    def __init__(
+        self, known: Tensor, size: int, *, share: float | None = None, again: bool = False, seed: int | None = None
+    ) -> None:
+        super().__init__(cast("Dataset[Tensor]", known), idist.get_world_size(), idist.get_rank())
+        self.known, self.size, self.share, self.begin = known, size, checked_share(share), seed
+        self.drawn = size if again else min(size, len(known))
         self.num_samples = -(-self.drawn // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = None if self.begin is None else torch.Generator().manual_seed(self.begin + self.epoch)
         drawn = draw(self.known, self.drawn, self.share, generator)
         places = torch.arange(self.num_samples) * self.num_replicas + self.rank
         return iter(drawn[places % len(drawn)].tolist())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
@@ -26,18 +28,6 @@ class Adam:
     @torch.no_grad()
     def step(self) -> None:
         assert self.parameter.grad is not None
-        adam(
-            [self.parameter],
-            [self.parameter.grad],
-            [self.mean],
-            [self.square],
-            [],
-            [self.steps],
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=self.lr,
-            weight_decay=0.0,
-            eps=self.eps,
-            maximize=False,
-        )
+        lists: Any = [self.parameter], [self.parameter.grad], [self.mean], [self.square], [], [self.steps]
+        told: dict[str, Any] = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "maximize": False}
+        adam(*lists, lr=self.lr, eps=self.eps, **told)

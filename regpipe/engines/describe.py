@@ -10,9 +10,8 @@ from torch import nn
 
 from regpipe.data.augment import MonaiTransforms, RandomAffine
 from regpipe.data.load import LoadPair
-from regpipe.data.pairs import Case
+from regpipe.data.pairs import Case, Split
 from regpipe.data.placement import common_space
-from regpipe.data.split import Split
 from regpipe.engines.record import digest, named
 from regpipe.engines.refine import Refinement
 from regpipe.losses.loss import RegistrationLoss

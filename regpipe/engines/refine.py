@@ -134,7 +134,7 @@ class Refiner:
             start = None if velocity is None else velocity[i : i + 1].float()
             halves = self._halves(batch)
             one = self._from_start(halves, start, better)
-            if self._any_contrast(fixed.ndim - 2):
+            if "auto" in self.losses[fixed.ndim - 2].weights and self._judge(fixed.ndim - 2) is not None:
                 aligned = start if start is not None and one.start == "network" else torch.zeros_like(one.velocity)
                 mapped, how = self._in_one_contrast(batch, aligned)
                 one = one._replace(contrast=how)
@@ -155,10 +155,6 @@ class Refiner:
                 mine, steps = None, max(steps, ZERO_STEPS)
         found = self._refine(seen, unseen, mine, steps)
         return _One(found if start is None else resize(found, start.shape[2:]), "zero" if mine is None else "network")
-
-    def _any_contrast(self, dim: int) -> bool:
-        """Whether it is asked in which contrast images compare best; what knows more than images show does not ask."""
-        return "auto" in self.losses[dim].weights and self._judge(dim) is not None
 
     def _in_one_contrast(self, batch: Target, velocity: Tensor) -> tuple[Target, str]:
         """The pair with one image in the other's contrast, where that explains more, and which it is.

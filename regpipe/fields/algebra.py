@@ -197,6 +197,13 @@ def smooth(x: Tensor, axis: int, sigma: float, *, reach: float = 2.5) -> Tensor:
     return total
 
 
+def window(x: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The part of the last axes that begins at ``start`` and has ``size``: a view."""
+    for axis, (first, n) in enumerate(zip(start, size, strict=True), start=-len(start)):
+        x = x.narrow(axis, first, n)
+    return x
+
+
 def identity_grid(shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:
     """Voxel coordinates (1, D, *shape) of every voxel, float32."""
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
@@ -218,27 +225,11 @@ def differences(u: Tensor, axis: int) -> Tensor:
     return torch.diff(u, dim=2 + axis)
 
 
-def jacobian_determinant(u: Tensor, *, scheme: str = "central") -> Tensor:
-    """det(I + grad u) of a displacement (B, D, *spatial) -> (B, *spatial), one-sided at the rim.
-
-    ``scheme``: ``central``, or one of forward / backward differences per axis as a string of ``+`` and ``-``,
-    e.g. ``"++-"`` (Liu et al., IJCV 2024); a voxel without that neighbour takes the other one.
-    """
-    dim = u.shape[1]
-    columns = []
-    for axis in range(dim):
-        step = torch.diff(u.float(), dim=2 + axis)
-        first, last = (
-            step.narrow(2 + axis, 0, 1),
-            step.narrow(2 + axis, step.shape[2 + axis] - 1, 1),
-        )
-        ahead, behind = torch.cat([step, last], 2 + axis), torch.cat([first, step], 2 + axis)
-        if scheme == "central":
-            columns.append((ahead + behind) / 2)
-        else:
-            columns.append(ahead if scheme[axis] == "+" else behind)
+def jacobian_determinant(u: Tensor) -> Tensor:
+    """det(I + grad u) of (B, D, *spatial) -> (B, *spatial), by central differences, one-sided at the rim."""
+    columns = torch.gradient(u.float(), dim=tuple(range(2, u.ndim)))
     jacobian = torch.stack(columns, dim=2).movedim((1, 2), (-2, -1))
-    return determinant(jacobian + torch.eye(dim, device=u.device))
+    return determinant(jacobian + torch.eye(u.shape[1], device=u.device))
 
 
 def determinant(matrix: Tensor) -> Tensor:

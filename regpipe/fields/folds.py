@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regpipe.fields.algebra import determinant
+from regpipe.fields.algebra import determinant, window
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 
@@ -163,14 +163,16 @@ def _folded(at: At, dim: int, floor: float) -> Tensor:
 
 
 def _on_grid(u: Tensor) -> At:
-    def at(corner: Corner) -> Tensor:
-        return u[(slice(None), *[slice(c, n - 1 + c) for c, n in zip(corner, u.shape[1:], strict=True)])]
-
-    return at
+    return lambda corner: _at_corner(u, corner)
 
 
 def _in_patch(local: Tensor, patch: Patch) -> At:
     return {corner: local[:, numbers] for corner, numbers in patch.corners.items()}.__getitem__
+
+
+def volumes(u: Tensor) -> Iterator[Tensor]:
+    """Of each simplex D! times its volume in every cell of a displacement (D, *spatial); below 0 it is inside out."""
+    return (abs(s.volume) * _volume(_edges(_on_grid(u), s), s) for s in _simplices(len(u)))
 
 
 # --------------------------------------------------------------------------------- moving voxels
@@ -197,7 +199,7 @@ def _patch(folded: Tensor, reach: int) -> Patch:
 
 
 def _at_corner(x: Tensor, corner: Corner) -> Tensor:
-    return x[tuple(slice(c, n - 1 + c) for c, n in zip(corner, x.shape, strict=True))]
+    return window(x, corner, [n - 1 for n in x.shape[-len(corner) :]])
 
 
 def _dilated(mask: Tensor, axis: int, reach: int) -> Tensor:

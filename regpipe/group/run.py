@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from regpipe.bundle.run import own
-from regpipe.bundle.write import TRANSFERRED
 from regpipe.data import manifest
 from regpipe.data.placement import STAGES
 from regpipe.engines import inferers, record
@@ -22,10 +21,9 @@ from regpipe.group.subjects import Subject, list_subjects
 from regpipe.group.template import LABEL, PROBABILITY, SUBJECTS, WRITTEN, Group, Stage, Velocity
 from regpipe.inference.by_bundle import load_network
 from regpipe.inference.case_files import BY_DEFAULT
-from regpipe.io import images
+from regpipe.inference.register import bundle_named
 from regpipe.io.labels import ids_of, read_label
 from regpipe.metrics.measures import dice, mean_of
-from regpipe.networks.weights import BEST, shipped
 from regpipe.report.pictures import contact_sheet, save_png
 from regpipe.transforms import displacement
 from regpipe.utils import console, distributed
@@ -75,9 +73,8 @@ def make_template(
     if rounds < 0:
         raise InputError(f"--rounds {rounds}: give 0, for an affine template, or more")
     subjects, out = list_subjects(dataset), Path(out)
-    dim = len(images.header(subjects[0].image)[0])
     loss: dict[str, Any] = {"similarity": similarity, "smoothness": smoothness}
-    velocity, model = _velocity(bundle or BEST[dim], dataset, dim, refine=refine, finest=finest, **loss)
+    velocity, model = _velocity(bundle, dataset, refine=refine, finest=finest, **loss)
     settings = {"affine": affine, "affine_metric": affine_metric, "rounds": rounds, "refine": refine, "finest": finest}
     settings |= {**loss, "model": model, "formats": sorted(formats)}
     try:
@@ -91,28 +88,23 @@ def make_template(
 
 
 def _velocity(
-    bundle: str, dataset: str | Path, dim: int, *, refine: int | None, finest: int | None, **loss: Any
+    bundle: str | None, dataset: str | Path, *, refine: int | None, finest: int | None, **loss: Any
 ) -> tuple[Velocity, list[dict[str, str]]]:
     """How a round finds a subject's velocity, and the files of the network that helps it."""
     further = zero_refiner(steps=SHIPPED_STEPS, finest=finest, **loss)
-    found = None if bundle == "none" else shipped(bundle, dim) if bundle in TRANSFERRED else Path(bundle)
+    found = bundle_named(bundle, Path(dataset))
     if found is None:
-        if bundle != "none":
-            console.say(f"regpipe came without a model of {bundle} for {dim}D images: each subject begins from zero")
         network, first = None, zero_refiner(steps=ZERO_STEPS if refine is None else refine, finest=finest, **loss)
         model: list[dict[str, str]] = []
     else:
-        known = own(found)
+        known = own(found[0])
         if known is None:
-            raise InputError(f"{found}: a template takes a bundle whose configuration is regpipe's own, or none")
+            raise InputError(f"{found[0]}: a template takes a bundle whose configuration is regpipe's own, or none")
         folder = inferers.model_folder(str(known[0] / "models"), str(dataset))
-        network = load_network(folder, known[1]).eval()
+        network, cascades = load_network(folder, known[1]).eval(), record.read(folder)["cascades"]
         refiner = zero_refiner(steps=SHIPPED_STEPS if refine is None else refine, finest=finest, **loss)
-        cascades = record.read(folder)["cascades"]
-        inferer, model = (
-            inferers.RegistrationInferer(cascades=cascades, refiner=refiner),
-            manifest.bundle_files(Path(folder)),
-        )
+        inferer = inferers.RegistrationInferer(cascades=cascades, refiner=refiner)
+        model = manifest.bundle_files(Path(folder))
 
     @torch.no_grad()
     def velocity(pair: Tensor, known: Tensor | None, masks: Sequence[Tensor]) -> Tensor:

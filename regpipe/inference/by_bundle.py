@@ -7,14 +7,13 @@ no expression is run. ``python -m monai.bundle run`` remains the bundle's own wa
 from __future__ import annotations
 
 import logging.config
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from regpipe.data.load import LoadPair
 from regpipe.engines import describe, inferers, options, record
 from regpipe.engines.refine import WINDOW, Refinement, refinement_loss
-from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.weights import read_state_dict
@@ -35,13 +34,11 @@ def register_by_bundle(
     affine: str | None = None,
     affine_from: str | None = None,
     affine_metric: str = "mi",
-    formats: str | Sequence[str] = BY_DEFAULT,
-    fill: float | None = None,
-    memory_gib: float | None = None,
     uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
     features: str | None = None,
+    **how: Any,
 ) -> None:
     """Register every pair of a folder by a bundle's network. The options are its ``inference.yaml``'s.
 
@@ -88,11 +85,9 @@ def register_by_bundle(
         output_dir=output_dir,
         model=f"{ckpt_dir}/model.pt",
         pairing=pairing or known["pairing"],
-        formats=formats,
         settings=describe.registrations(network, load, refinement=refinement, inferer=inferer),
-        fill=fill,
-        memory_gib=memory_gib,
         uncertainty=uncertainty,
+        **how,
     )
     folder.register_by(network, inferer, strict=strict, processes=jobs)
 
@@ -103,8 +98,6 @@ def load_network(ckpt_dir: str, backbone: str) -> SymmetricNet:
     Raises:
         InputError: there is no model, or another network's.
     """
-    dim, structures = inferers.trained_dimension(ckpt_dir), inferers.trained_structures(ckpt_dir)
-    layout: dict[str, Any] = {"pretrained": inferers.trained_weights(ckpt_dir), "transfer": "encoder"}
-    network = SymmetricNet(dim, backbone, **layout, structures=structures).to(distributed.device())
+    network = inferers.trained_network(backbone, ckpt_dir).to(distributed.device())
     network.load_state_dict(read_state_dict(inferers.require_model(ckpt_dir, network), old=False))
     return network

@@ -20,16 +20,20 @@ from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
 from regpipe.engines.inferers import prepare_batch
-from regpipe.inference import guides, jobs, summary
+from regpipe.engines.refine import GUIDES
+from regpipe.inference import jobs, summary
 from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.inference.ladder import FittingInferer, require_for_files
 from regpipe.io import images
 from regpipe.io.source import Source
+from regpipe.losses.terms import TERMS
 from regpipe.metrics import typical
 from regpipe.transforms import export
 from regpipe.utils import console, distributed, machine
 from regpipe.utils.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
 from regpipe.utils.files import parse_json, replace_file, sha256
+
+LED = {"labels": "dice", "landmarks": "tre"}  # what the guides of a registration cannot judge
 
 log = logging.getLogger(__name__)
 
@@ -195,19 +199,12 @@ class FolderRun:
         }  # of the refinement
         if not prediction["displacement"].any():
             spared["found"] = summary.NOTHING
-        row, hashes = save_case(
-            case,
-            batch,
-            prediction,
-            self.load,
-            folder,
-            self._files,
-            formats=self.formats,
-            fill=self._fill,
-            settings={**self._settings, "weights": self._weights, **spared},
-            typical=self._typical,
-        )
-        row["warnings"] += [guides.TOLD[name] for name in self._guides]
+        told = {**self._settings, "weights": self._weights, **spared}
+        how: dict[str, Any] = {"formats": self.formats, "fill": self._fill, "settings": told, "typical": self._typical}
+        row, hashes = save_case(case, batch, prediction, self.load, folder, self._files, **how)
+        row["warnings"] += [
+            f"{LED[name]}: the {name} led the registration, and do not judge it" for name in self._guides
+        ]
         row |= {**spared, "made_from": self._made_from(case)}
         self._finish(name, json.dumps(row, indent=1).encode(), hashes, prediction)
         if row["warnings"]:
@@ -262,7 +259,7 @@ class FolderRun:
             for batch in self:
                 pair, target, _, told = prepare_batch(batch, device)
                 with torch.no_grad():
-                    truth = {"truth": guides.truth_of(target, self._guides)} if self._guides else {}
+                    truth = {"truth": truth_of(target, self._guides)} if self._guides else {}
                     prediction = fitting(pair, network, **told, **truth)
                 self._save(target, prediction)
                 del batch, pair, target, told, truth, prediction  # not kept while the next case is registered
@@ -323,6 +320,21 @@ class FolderRun:
                 raise  # not a case's fault
             log.debug("%s", self._current, exc_info=True)
             self._fail(self._current, _told("registered", error))
+
+
+def truth_of(batch: Mapping[str, Any], guides: Sequence[str]) -> dict[str, Any]:
+    """What a refiner is told of a batch of one pair that its own ``GUIDES``.
+
+    Raises:
+        InputError: a guide that not both images have.
+    """
+    truth: dict[str, Any] = {}
+    for guide in guides:
+        mine = {key: batch[key] for key in (f"{side}_{TERMS[GUIDES[guide][0]].needs}" for side in SIDES)}
+        if not all(tensor.numel() and bool(tensor.any()) for tensor in mine.values()):
+            raise InputError(f"--guide {guide}: needs {guide} of both images; add them, or leave it out")
+        truth |= mine
+    return truth
 
 
 def _told(done: str, error: BaseException) -> InputError:

@@ -10,7 +10,6 @@ import torch
 from regpipe.data.load import LoadPair
 from regpipe.engines.inferers import ZeroInferer
 from regpipe.engines.refine import ZERO_STEPS, zero_refiner
-from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
 from regpipe.networks.extractor import DEFAULT, described
 from regpipe.utils import distributed
@@ -20,7 +19,6 @@ def register_from_zero(
     dataset_dir: str,
     output_dir: str,
     *,
-    pairing: str = "all",
     similarity: str = "auto",
     smoothness: float = 1.0,
     landmark_channels: int | None = None,
@@ -31,20 +29,16 @@ def register_from_zero(
     affine: str = "affine",
     affine_from: str = "images",
     affine_metric: str = "mi",
-    formats: str | Sequence[str] = BY_DEFAULT,
-    fill: float | None = None,
-    memory_gib: float | None = None,
-    uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
+    **how: Any,
 ) -> None:
     """Register every pair of a folder without any network: each velocity is optimised from zero, folds are removed.
 
     ``similarity``, ``smoothness``, ``guide``: see ``engines.refine.refinement_loss``; ``features``: of that similarity,
     see ``networks.extractor``;
     ``affine``, ``affine_from``, ``affine_metric``: what goes before, see ``data.placement``;
-    ``formats``, ``fill``: see ``FolderRun``; ``memory_gib``, ``uncertainty``: see ``inference.ladder``; ``strict``: see
-    ``FolderRun.register``; ``jobs``: processes, see ``inference.jobs``.
+    ``strict``: see ``FolderRun.register``; ``jobs``: processes, see ``inference.jobs``; ``how``: of ``FolderRun``.
 
     Raises:
         InputError: no pair, no such similarity, a smoothness that is not above 0, an output folder that cannot be made.
@@ -70,15 +64,5 @@ def register_from_zero(
         "landmark_channels": landmark_channels,
     }
     load = LoadPair(None, landmark_channels=landmark_channels, cache=False, **alignment)
-    folder = FolderRun(
-        dataset_dir,
-        load=load,
-        output_dir=output_dir,
-        pairing=pairing,
-        formats=formats,
-        settings=settings,
-        fill=fill,
-        memory_gib=memory_gib,
-        uncertainty=uncertainty,
-    )
+    folder = FolderRun(dataset_dir, load=load, output_dir=output_dir, settings=settings, **how)
     folder.register_by(torch.nn.Identity(), ZeroInferer(refiner, repair=True), strict=strict, processes=jobs)

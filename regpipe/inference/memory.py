@@ -62,7 +62,8 @@ class Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return self._answer(args[0])
+            # masks are not full, as after an affine stage, and not empty; each structure is there in some pair
+            return args[0].untyped_storage()._cdata in self._some if args[0].dtype == torch.bool else 1.0
         mask = _mask_of(func, args)
         if mask is not None and func is torch.ops.aten.index.Tensor:  # of how many is not known: all of them
             out = args[0].new_empty(mask.numel(), *args[0].shape[mask.ndim :])
@@ -77,10 +78,6 @@ class Follower(TorchDispatchMode):
         self.peak = max(self.peak, self._live + beside)
         self._small_peak = max(self._small_peak, self._small + (beside if beside < 2 * HEAP else 0))
         return out
-
-    def _answer(self, scalar: Tensor) -> bool | float:
-        """Masks are not full, as after an affine stage, and not empty; each structure is there in some pair."""
-        return scalar.untyped_storage()._cdata in self._some if scalar.dtype == torch.bool else 1.0
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._known:

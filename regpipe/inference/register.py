@@ -96,7 +96,7 @@ def register_files(
             raise InputError("--network symnet: its two velocities cannot be refined; leave the refinement out")
         register_by_symnet(str(dataset), str(out), weights=weights, **chosen)
         return
-    found = _bundle(bundle, dataset)
+    found = bundle_named(bundle, dataset)
     loss: dict[str, Any] = {"similarity": similarity or "auto", "smoothness": 1.0 if smoothness is None else smoothness}
     guide = [name.strip() for name in guide.split(",")] if isinstance(guide, str) else list(guide)
     loss |= {"guide": guide} if guide else {}
@@ -131,7 +131,7 @@ def register_files(
     register_with_bundle(folder, dataset, out, told, trust=trust)
 
 
-def _bundle(name: str | None, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
+def bundle_named(name: str | None, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
     """The bundle of that name, a folder or one that came with regpipe, and what it is told; None: from zero.
 
     The names of those that came with regpipe go before folders of the same name. Where none came for the images'

@@ -34,7 +34,7 @@ def tell(
         sweep(folder, "metrics.csv")
         kept = [{k: v for k, v in row.items() if k not in NO_METRICS} for row in rows]
         table = [{**row, "warnings": len(row["warnings"])} for row in kept]
-        write_csv(folder / "metrics.csv", [{k: _number(v) for k, v in row.items()} for row in table])
+        write_csv(folder / "metrics.csv", [{k: math.nan if v is None else v for k, v in row.items()} for row in table])
     console.tell(folder=folder, finished_before=finished, cases=rows, failures=failures)
     print(f"{len(rows)} of {cases} pairs registered; results in {folder}")
     for key, value, text in SAID:
@@ -51,7 +51,3 @@ def tell(
     if failures:
         print(f"{len(failures)} failed:")
         print("\n".join(f"  {name}: {problem}" for name, problem in failures.items()))
-
-
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value  # JSON has no NaN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from regpipe.data.load import LoadPair
 from regpipe.engines.inferers import RegistrationInferer
-from regpipe.inference.case_files import BY_DEFAULT
 from regpipe.inference.folder import FolderRun
 from regpipe.io.images import Grid
 from regpipe.networks.symmetric import Prediction
@@ -80,17 +78,13 @@ def register_by_symnet(
     output_dir: str,
     *,
     weights: str,
-    pairing: str = "all",
     landmark_channels: int | None = None,
     affine: str = "auto",
     affine_from: str = "images",
     affine_metric: str = "mi",
-    formats: str | Sequence[str] = BY_DEFAULT,
-    fill: float | None = None,
-    memory_gib: float | None = None,
-    uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
+    **how: Any,
 ) -> None:
     """Register every pair of a folder by SYMNet, both ways, on the authors' grid of 1 mm around the fixed image.
 
@@ -105,15 +99,5 @@ def register_by_symnet(
     network = by_authors(weights).to(distributed.device())
     alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
     load = LoadAsAuthors(GRID, landmark_channels=landmark_channels, cache=False, space=SPACE, **alignment)
-    folder = FolderRun(
-        dataset_dir,
-        load=load,
-        output_dir=output_dir,
-        pairing=pairing,
-        formats=formats,
-        settings=choices(weights, load),
-        fill=fill,
-        memory_gib=memory_gib,
-        uncertainty=uncertainty,
-    )
+    folder = FolderRun(dataset_dir, load=load, output_dir=output_dir, settings=choices(weights, load), **how)
     folder.register_by(network, RegistrationInferer(), strict=strict, processes=jobs)

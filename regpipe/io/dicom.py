@@ -90,10 +90,7 @@ def open_dicom(path: Path) -> Source:
         warn_once(f"{path}: is in colour; its luminance is used")
 
     def voxels(frame: int | None) -> np.ndarray:
-        array = _frames(path, io, placed)
-        if len(shape) < 4:
-            return array[..., order.ravel()].reshape(shape)
-        array = array[..., order.ravel()].reshape(shape)
+        array = _frames(path, io, placed)[..., order.ravel()].reshape(shape)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, np.dtype("f4"), voxels, plane=lies)
@@ -147,7 +144,8 @@ def open_series(folder: Path) -> Source:
     files = _one_series(folder)
     if len(files) == 1:
         return open_dicom(files[0])
-    slices = _one_stack(folder, [_slice(file) for file in files])
+    slices = [_slice(file) for file in files]
+    _require_one_stack(folder, slices)
     first = slices[0]
     turn = np.r_[flipped(first.affine[:3, 0]), flipped(first.affine[:3, 1])]
     groups = dicom_frames.places_of(np.array([flipped(s.affine[:3, 3]) for s in slices]), turn)
@@ -159,7 +157,8 @@ def open_series(folder: Path) -> Source:
     affine[:3, 3] = stack[0].affine[:3, 3]
     if len(stack) > 1:
         affine[:3, 2] = (stack[-1].affine[:3, 3] - stack[0].affine[:3, 3]) / (len(stack) - 1)
-    _check_positions(folder, stack, first.normal)
+    origins = np.array([s.affine[:3, 3] for s in stack])
+    dicom_frames.require_even(folder, origins, first.normal, [s.path.name for s in stack])
     shape, affine, lies = _flat(squeezed((*first.shape, *order.shape)), affine)
 
     def voxels(frame: int | None) -> np.ndarray:
@@ -170,23 +169,20 @@ def open_series(folder: Path) -> Source:
     return Source(shape, affine, np.dtype("f4"), voxels, plane=lies)
 
 
-def _one_stack(folder: Path, slices: list[_Slice]) -> list[_Slice]:
-    """The slices; refused, with what they are, where they do not go into one volume."""
-    kinds: dict[tuple[int, ...], list[_Slice]] = {}
-    for slice_ in slices:
-        same = (k for k in kinds.values() if k[0].shape == slice_.shape)
-        alike = next((k for k in same if np.allclose(k[0].affine[:3, :3], slice_.affine[:3, :3], atol=1e-3)), None)
+def _require_one_stack(folder: Path, slices: list[_Slice]) -> None:
+    """Refuses slices that do not go into one volume, with what they are."""
+    kinds: list[list[_Slice]] = []
+    for one in slices:
+        same = (k for k in kinds if k[0].shape == one.shape)
+        alike = next((k for k in same if np.allclose(k[0].affine[:3, :3], one.affine[:3, :3], atol=1e-3)), None)
         if alike is None:
-            kinds[(len(kinds),)] = [slice_]
+            kinds.append([one])
         else:
-            alike.append(slice_)
+            alike.append(one)
     if len(kinds) > 1:
-        listed = ", ".join(
-            f"{len(k)} x {k[0].plane} of {k[0].shape[0]} x {k[0].shape[1]} from {k[0].path.name}"
-            for k in kinds.values()
-        )
+        told = (f"{len(k)} x {k[0].plane} of {k[0].shape[0]} x {k[0].shape[1]} from {k[0].path.name}" for k in kinds)
+        listed = ", ".join(told)
         raise InputError(f"{folder}: its slices are not parallel and equal in size ({listed}); a folder each, please")
-    return slices
 
 
 def _in_time(folder: Path, slices: Sequence[_Slice], groups: Sequence[np.ndarray]) -> np.ndarray:
@@ -243,30 +239,6 @@ def _slice(path: Path) -> _Slice:
     if dims[2] > 1 or not (_text(io, "0020|0032") and _text(io, "0020|0037")):
         raise InputError(f"{path}: one of several files, yet not a slice with its position; a folder each, please")
     return _Slice(path, dims[:2], affine)
-
-
-def _check_positions(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> None:
-    """Even steps to 5 % (positions are written rounded) and 0.02 mm, along one line."""
-    origins = np.array([s.affine[:3, 3] for s in slices])
-    at = origins @ normal
-    steps = np.diff(at)
-    usual = float(np.median(steps))
-    slack = max(0.05 * usual, 0.02)
-    for one, other, step, place in zip(slices[:-1], slices[1:], steps, at, strict=False):
-        pair = f"{one.path.name} and {other.path.name}"
-        if step < slack:
-            raise InputError(f"{folder}: {pair} are at one place ({place:.2f} mm along the stack); keep one of them")
-        if abs(step - usual) > slack:
-            what = "slices are missing" if step > usual else "a slice is out of step"
-            raise InputError(
-                f"{folder}: {what}: a gap of {step:.2f} mm between {pair} ({place:.2f} mm along the stack), "
-                f"elsewhere it is {usual:.2f} mm; export the whole series"
-            )
-    line = origins[0] + np.linspace(0, 1, len(at))[:, None] * (origins[-1] - origins[0])
-    off = np.linalg.norm(origins - line, axis=1)
-    if off.max() > 2 * slack:
-        bad = slices[int(off.argmax())].path.name
-        raise InputError(f"{folder}: {bad} is {off.max():.2f} mm off the line of the others; export the series again")
 
 
 def _header(path: Path) -> Any:

@@ -6,7 +6,7 @@ dose has offsets along its normal. An ultrasound image has the size of its pixel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +55,8 @@ def layout(path: Path, tags: Any) -> Layout | None:
         InputError: several stacks, uneven steps, places with different numbers of frames.
     """
     count = int(tags.get("NumberOfFrames") or 1)
-    functional = tags.get("PerFrameFunctionalGroupsSequence")
-    if functional and len(functional) == count:
-        shared = (tags.get("SharedFunctionalGroupsSequence") or [None])[0]
-        frames = [_Frame(item, shared) for item in functional]
+    frames = frames_of(tags)
+    if len(frames) == count:
         if any(frame.position is None or frame.turn is None for frame in frames):
             return None
         return _of_frames(path, tags, frames)
@@ -105,23 +103,18 @@ class _Frame:
 
 
 def _of_frames(path: Path, tags: Any, frames: Sequence[_Frame]) -> Layout:
-    stacks = {(frame.stack, tuple(np.round(_need(frame.turn), 3) + 0.0)) for frame in frames}
+    turns = [frame.turn for frame in frames if frame.turn is not None]  # all, which ``layout`` has looked at
+    stacks = {(frame.stack, tuple(np.round(turn, 3) + 0.0)) for frame, turn in zip(frames, turns, strict=True)}
     if len(stacks) > 1:
-        turns = sorted({name_of_plane(turn) for _, turn in stacks})
-        raise InputError(f"{path}: holds {len(stacks)} stacks of slices ({', '.join(turns)}){SEVERAL}")
-    turn = _need(frames[0].turn)
-    places = np.array([_need(frame.position) for frame in frames])
+        planes = sorted({name_of_plane(turn) for _, turn in stacks})
+        raise InputError(f"{path}: holds {len(stacks)} stacks of slices ({', '.join(planes)}){SEVERAL}")
+    turn, places = turns[0], np.array([frame.position for frame in frames])
     size = frames[0].size if frames[0].size is not None else np.array(tags.get("PixelSpacing") or [1.0, 1.0], float)
     order = in_order(path, places, turn, _times(tags, frames))
     thick = 1.0 if frames[0].thickness is None else abs(float(frames[0].thickness[0]))
     affine = affine_of(path, places[order[:, 0]], turn, size, thick or 1.0)
     scales = [frame.scale for frame in frames]
     return Layout(order, affine, None if None in scales else np.array(scales, float))
-
-
-def _need(value: np.ndarray | None) -> np.ndarray:
-    assert value is not None  # ``layout`` has looked
-    return value
 
 
 def _times(tags: Any, frames: Sequence[_Frame]) -> list[tuple[int, ...]]:
@@ -173,17 +166,32 @@ def affine_of(path: Path, places: np.ndarray, turn: np.ndarray, size: np.ndarray
     affine[:3, 3] = places[0]
     if len(places) > 1:
         affine[:3, 2] = (places[-1] - places[0]) / (len(places) - 1)
-        usual = float(np.median(np.linalg.norm(np.diff(places, axis=0), axis=1)))
-        line = places[0] + np.arange(len(places))[:, None] * affine[:3, 2]
-        steps = np.linalg.norm(np.diff(places, axis=0), axis=1)
-        slack = max(0.05 * usual, 0.02)
-        if np.abs(steps - usual).max() > slack or np.linalg.norm(places - line, axis=1).max() > 2 * slack:
-            raise InputError(
-                f"{path}: its frames are {steps.min():.2f} to {steps.max():.2f} mm apart: some are missing or aside; "
-                "export the whole of it"
-            )
+        require_even(path, places, _normal(turn), [f"frame {i + 1}" for i in range(len(places))])
     affine[:2] *= -1  # LPS -> RAS
     return affine
+
+
+def require_even(path: Path, origins: np.ndarray, normal: np.ndarray, names: Sequence[str]) -> None:
+    """Even steps to 5 % (positions are written rounded) and 0.02 mm, along one line."""
+    at = origins @ normal
+    steps = np.diff(at)
+    usual = float(np.median(steps))
+    slack = max(0.05 * usual, 0.02)
+    for one, other, step, place in zip(names[:-1], names[1:], steps, at, strict=False):
+        pair = f"{one} and {other}"
+        if step < slack:
+            raise InputError(f"{path}: {pair} are at one place ({place:.2f} mm along the stack); keep one of them")
+        if abs(step - usual) > slack:
+            what = "slices are missing" if step > usual else "a slice is out of step"
+            raise InputError(
+                f"{path}: {what}: a gap of {step:.2f} mm between {pair} ({place:.2f} mm along the stack), "
+                f"elsewhere it is {usual:.2f} mm; export the whole series"
+            )
+    line = origins[0] + np.linspace(0, 1, len(at))[:, None] * (origins[-1] - origins[0])
+    off = np.linalg.norm(origins - line, axis=1)
+    if off.max() > 2 * slack:
+        bad = names[int(off.argmax())]
+        raise InputError(f"{path}: {bad} is {off.max():.2f} mm off the line of the others; export the series again")
 
 
 def _of_dose(path: Path, tags: Any, offsets: np.ndarray) -> Layout:
@@ -208,18 +216,11 @@ def name_of_plane(turn: Sequence[float]) -> str:
 
 def pixel_size(tags: Any) -> tuple[float, float] | None:
     """Width and height of a pixel in mm by the largest 2-D region of an ultrasound image; None without one."""
-    regions = sorted(_regions(tags), reverse=True)
-    return regions[0][1:] if regions else None
-
-
-def _regions(tags: Any) -> Iterator[tuple[float, float, float]]:
+    found = []
     for region in tags.get("SequenceOfUltrasoundRegions") or ():
         units = (region.get("PhysicalUnitsXDirection"), region.get("PhysicalUnitsYDirection"))
         width, height = (abs(float(region.get(f"PhysicalDelta{axis}") or 0)) for axis in "XY")
-        if units != (CENTIMETRES, CENTIMETRES) or region.get("RegionSpatialFormat") != PLANE or not width * height:
-            continue
-        x, y = (
-            int(region.get(f"RegionLocationMax{a}1") or 0) - int(region.get(f"RegionLocationMin{a}0") or 0)
-            for a in "XY"
-        )
-        yield float(x * y), 10 * width, 10 * height
+        if units == (CENTIMETRES, CENTIMETRES) and region.get("RegionSpatialFormat") == PLANE and width * height:
+            ends = [int(region.get(f"RegionLocation{end}") or 0) for end in ("MaxX1", "MinX0", "MaxY1", "MinY0")]
+            found.append(((ends[0] - ends[1]) * (ends[2] - ends[3]), 10 * width, 10 * height))
+    return max(found)[1:] if found else None

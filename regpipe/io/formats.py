@@ -217,18 +217,25 @@ def nifti_affine(path: PathLike, image: Any) -> np.ndarray:
     return affine
 
 
-def open_itk(path: Path, file: BinaryIO) -> Source:
-    """MetaImage and NRRD: what ITK reads, turned from LPS."""
+def itk_header(path: Path, file: BinaryIO) -> Any:
+    """The ``itk.ImageIOBase`` of a MetaImage or NRRD, its header looked through and read."""
     import itk  # takes a second, and most cohorts are NIfTI
 
     headers.check_header(path, file)
     # not whatever can read it: HDF5 under this name may take its voxels from anywhere
-    kind = itk.MetaImageIO if path.suffix.lower() in (".mha", ".mhd") else itk.NrrdImageIO
-    io = kind.New()
+    io = (itk.MetaImageIO if path.suffix.lower() in (".mha", ".mhd") else itk.NrrdImageIO).New()
     if not io.CanReadFile(str(path)):
         raise InputError(f"{path}: ITK does not recognise its header; export it again")
     io.SetFileName(str(path))
     io.ReadImageInformation()
+    return io
+
+
+def open_itk(path: Path, file: BinaryIO) -> Source:
+    """MetaImage and NRRD: what ITK reads, turned from LPS."""
+    import itk
+
+    io = itk_header(path, file)
     if io.GetNumberOfComponents() != 1:
         raise InputError(f"{path}: {io.GetNumberOfComponents()} values per voxel; save one")
     dims, affine = itk_geometry(io, path)
@@ -239,7 +246,7 @@ def open_itk(path: Path, file: BinaryIO) -> Source:
     into = itk.ULL if stored.kind in "iu" and stored.itemsize == 8 else itk.D
 
     def voxels(frame: int | None) -> np.ndarray:
-        array = itk_array(path, kind, itk.Image[into, len(dims)]).reshape(shape).astype(stored)
+        array = itk_array(path, type(io), itk.Image[into, len(dims)]).reshape(shape).astype(stored)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, stored, voxels, path.name.lower().endswith(SEGMENTS), lies)

@@ -69,7 +69,7 @@ def read_label(
     whole = ids_of(array, path)
     channels = []
     if whole.ndim == 4:
-        channels = [_squeeze_plane(whole[..., i]) for i in range(whole.shape[3])]
+        channels = [c[..., 0] if c.shape[-1] == 1 else c for c in np.moveaxis(whole, -1, 0)]
         whole = np.zeros(channels[0].shape, np.int32)
         for i, channel in enumerate(channels[:landmark_channels]):
             whole[channel != 0] = i + 1
@@ -95,10 +95,6 @@ def ids_of(array: np.ndarray, path: PathLike) -> np.ndarray:
         raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
     fits = whole.min() > -(2**31) and whole.max() < 2**31
     return whole.astype(np.int32 if fits else np.int64)
-
-
-def _squeeze_plane(array: np.ndarray) -> np.ndarray:
-    return array[..., 0] if array.shape[-1] == 1 else array
 
 
 def _centroids(channels: Sequence[np.ndarray], dim: int) -> np.ndarray:

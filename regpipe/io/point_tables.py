@@ -15,6 +15,7 @@ import numpy as np
 
 from regpipe.io.geometry import LPS
 from regpipe.utils.errors import InputError
+from regpipe.utils.files import csv_bytes
 
 SPACES = {"0": LPS, "RAS": LPS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
 DECIMALS = 6  # of mm, in text
@@ -65,7 +66,7 @@ def read_csv(data: bytes) -> PointFile:
         raise InputError(HEADER)
 
     def render(points: np.ndarray) -> bytes:
-        return _text([header, *_replaced(rows, columns.at, points / columns.scale)], between).encode()
+        return csv_bytes([header, *_replaced(rows, columns.at, points / columns.scale)], between)
 
     named = [cell.strip().lower() for cell in header]
     column = next((named.index(name) for name in NAMES if name in named), None)
@@ -110,7 +111,7 @@ def read_fcsv(data: bytes) -> PointFile:
     at = [columns.index(axis) for axis in "xyz"]
 
     def render(points: np.ndarray) -> bytes:
-        return ("\n".join(comments) + "\n" + _text(_replaced(rows, at, points * flip))).encode()
+        return ("\n".join(comments) + "\n").encode() + csv_bytes(_replaced(rows, at, points * flip))
 
     label = columns.index("label") if "label" in columns else None
     names = None if label is None else _names(row[label] if label < len(row) else "" for row in rows)
@@ -171,9 +172,3 @@ def _replaced(rows: list[list[str]], columns: list[int], points: np.ndarray) -> 
             for column, value in zip(columns, point, strict=True):
                 row[column] = number(value)
     return moved
-
-
-def _text(rows: list[list[str]], between: str = ",") -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n", delimiter=between).writerows(rows)
-    return text.getvalue()

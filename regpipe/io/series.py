@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from regpipe.io import dicom, dicom_frames, formats, headers, pictures, planes
+from regpipe.io import dicom, dicom_frames, formats, pictures, planes
 from regpipe.io.formats import ITK, NIFTI, PICTURE, load_nifti, locate, nifti_affine, nifti_array, squeezed
 from regpipe.io.geometry import LPS
 from regpipe.io.images import opened_image, voxels_of
@@ -75,18 +75,10 @@ def read_series(path: Path) -> Series | None:
 
 def _read(path: Path, file: Path) -> Series | None:
     name = file.name.lower()
-    if name.endswith(PICTURE) and file.is_file():
-        colours = _colours(file)
-        if colours is not None:
-            return colours
-    if name.endswith(NIFTI) and file.is_file():
-        several = _nifti(file)
-        if several is not None:
-            return several
-    if name.endswith(ITK) and file.is_file():
-        components, pixel = _components(file)
-        if components > 1:
-            return _of_itk(file, components, pixel)
+    for suffixes, reader in ((PICTURE, _colours), (NIFTI, _nifti), (ITK, _of_itk)):
+        found = reader(file) if name.endswith(suffixes) and file.is_file() else None
+        if found is not None:
+            return found
     with opened_image(path, film=True) as source:
         if len(source.shape) < 4:
             return None
@@ -159,24 +151,6 @@ def of_dimension(series: Series, dim: int) -> Series:
     return series if many == wanted else series._replace(kind=VALUES)
 
 
-def _itk_io(file: Path) -> Any:
-    import itk
-
-    io = (itk.MetaImageIO if file.suffix.lower() in (".mha", ".mhd") else itk.NrrdImageIO).New()
-    if not io.CanReadFile(str(file)):
-        raise InputError(f"{file}: ITK does not recognise its header; export it again")
-    io.SetFileName(str(file))
-    io.ReadImageInformation()
-    return io
-
-
-def _components(file: Path) -> tuple[int, str]:
-    with opened(file) as stream:
-        headers.check_header(file, stream)
-        io = _itk_io(file)
-    return int(io.GetNumberOfComponents()), str(io.GetPixelTypeAsString(io.GetPixelType()))
-
-
 def _step(file: Path) -> float:
     """Between frames: in the unit of the file, of DICOM in seconds; 1 where it is not said."""
     if file.name.lower().endswith(PICTURE):
@@ -186,14 +160,20 @@ def _step(file: Path) -> float:
         rate = float(tags.get("CineRate") or tags.get("RecommendedDisplayFrameRate") or 0)
         ms = float(tags.get("FrameTime") or (1000 / rate if rate else 0) or tags.get("RepetitionTime") or 1000)
         return ms / 1000
-    io = _itk_io(file)
+    with opened(file) as stream:
+        io = formats.itk_header(file, stream)
     return float(io.GetSpacing(3)) if io.GetNumberOfDimensions() > 3 else 1.0
 
 
-def _of_itk(file: Path, components: int, pixel: str) -> Series:
+def _of_itk(file: Path) -> Series | None:
+    """Several components; None of one."""
     import itk
 
-    io = _itk_io(file)
+    with opened(file) as stream:
+        io = formats.itk_header(file, stream)
+    components, pixel = int(io.GetNumberOfComponents()), str(io.GetPixelTypeAsString(io.GetPixelType()))
+    if components == 1:
+        return None
     dims, affine = formats.itk_geometry(io, file)
     limits.require_room(file, (*dims, components))
     if len(squeezed(dims)) > 3:

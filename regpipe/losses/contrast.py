@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,8 +69,8 @@ def _curve(given: Tensor, of: Tensor) -> _Curve:
         counts.index_add_(0, knot, weight)
         sums.index_add_(0, knot, weight * of)
     counts, sums = (_smooth(x) for x in (counts, sums))
-    known = counts > SEEN * len(given) / BINS
-    knots = _filled(sums / counts.clamp(min=1e-6), known)
+    known = (counts > SEEN * len(given) / BINS).nonzero()[:, 0]
+    knots = torch.from_numpy(np.interp(np.arange(BINS), known, (sums / counts)[known]))  # where unknown, a line
     told = _mapped(given, knots)
     explained = torch.corrcoef(torch.stack([told, of]))[0, 1].nan_to_num() ** 2
     return _Curve((knots - knots.min()) / (knots.max() - knots.min()).clamp(min=1e-6), float(explained))
@@ -78,16 +79,6 @@ def _curve(given: Tensor, of: Tensor) -> _Curve:
 def _smooth(x: Tensor) -> Tensor:
     padded = nn.functional.pad(x[None, None], (1, 1), mode="replicate")[0, 0]
     return (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
-
-
-def _filled(knots: Tensor, known: Tensor) -> Tensor:
-    """Unknown knots on the line between their known neighbours."""
-    at, of = torch.arange(len(knots), device=knots.device), known.nonzero()[:, 0]
-    right = torch.searchsorted(of, at).clamp(max=len(of) - 1)
-    left = (right - 1).clamp(min=0)
-    a, b = of[left], of[right]
-    share = ((at - a) / (b - a).clamp(min=1)).clamp(0, 1).to(knots)
-    return torch.where(known, knots, torch.lerp(knots[a], knots[b], share))
 
 
 def _mapped(image: Tensor, knots: Tensor) -> Tensor:

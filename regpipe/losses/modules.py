@@ -55,7 +55,8 @@ def term_of(module: nn.Module, sees: Seen | None = None) -> Term:
     if sees == "labels":
         return Term(_of_labels(call), "supervision", "label", module=module)
     if sees == "images":
-        return Term(of_images(lambda a, b, *, mask: call(*_shown(a, b, mask))), "similarity", module=module)
+        shown = of_images(lambda a, b, *, mask: call(a, b) if mask is None else call(a * mask, b * mask))
+        return Term(shown, "similarity", module=module)
     measured = of_displacements(call) if sees == "displacement" else of_velocity(call)
     return Term(measured, "regularity", module=module)
 
@@ -109,11 +110,6 @@ def _guarded(module: nn.Module) -> Callable[..., Tensor]:
         return value.mean()
 
     return call
-
-
-def _shown(a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both images, 0 where they cannot be compared."""
-    return (a, b) if mask is None else (a * mask, b * mask)
 
 
 def _of_labels(call: Callable[[Tensor, Tensor], Tensor]) -> Function:

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from regpipe.fields.algebra import differences, jacobian_determinant
+from regpipe.fields.algebra import differences, jacobian_determinant, window
 
 
 def diffusion(u: Tensor) -> Tensor:
@@ -50,10 +50,7 @@ def divergence(u: Tensor) -> Tensor:
 
 def _cut(x: Tensor, but: int) -> Tensor:
     """Without the last voxel along every spatial axis but one: forward differences along all axes, on one grid."""
-    for axis in range(x.ndim - 2):
-        if axis != but:
-            x = x.narrow(2 + axis, 0, x.shape[2 + axis] - 1)
-    return x
+    return window(x, [0] * (x.ndim - 2), [n - (axis != but) for axis, n in enumerate(x.shape[2:])])
 
 
 def jacobian(u: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regpipe.fields.algebra import window
 from regpipe.networks.encoders import Encoder
 from regpipe.networks.extractor import Extractor
 
@@ -137,18 +138,12 @@ def _patch_distances(image: Tensor, radius: int, dilation: int) -> list[Tensor]:
             one, other = list(start), list(start)
             one[i] += dilation
             other[j] += sign * dilation
-            difference = _window(padded, one, size) - _window(padded, other, size)
+            difference = window(padded, one, size) - window(padded, other, size)
             ssd = _patch_mean(difference.square(), radius)
             at = [dilation * (axis == i or (axis == j and sign > 0)) for axis in range(dim)]
             mirrored = [dilation * (axis == j and sign < 0) for axis in range(dim)]
-            channels += [_window(ssd, at, shape), _window(ssd, mirrored, shape)]
+            channels += [window(ssd, at, shape), window(ssd, mirrored, shape)]
     return channels
-
-
-def _window(x: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    for axis, (first, n) in enumerate(zip(start, size, strict=True)):
-        x = x.narrow(2 + axis, first, n)
-    return x
 
 
 def _patch_mean(x: Tensor, radius: int) -> Tensor:
@@ -171,13 +166,6 @@ def mind(a: Tensor, b: Tensor, *, mask: Tensor | None = None, radius: int = 1, d
     return masked_mean((first - second).square(), mask)
 
 
-def _every(x: Tensor, stride: int) -> Tensor:
-    """Every ``stride``-th voxel along each spatial axis, from the first on."""
-    for axis in range(2, x.ndim):
-        x = x.index_select(axis, torch.arange(0, x.shape[axis], stride, device=x.device))
-    return x
-
-
 @in_float32
 def feature_similarity(a: Tensor, b: Tensor, encoder: Encoder | Extractor, *, mask: Tensor | None = None) -> Tensor:
     """1 - cosine between the features of both images, mean over places, then over features by weight; in [0, 2].
@@ -194,11 +182,11 @@ def feature_similarity(a: Tensor, b: Tensor, encoder: Encoder | Extractor, *, ma
         weight = weights[i] if weights else 1.0
         if weight:
             xx, yy, xy = ((p * q).sum(1, keepdim=True) + 1e-6 for p, q in ((x, x), (y, y), (x, y)))
-            seen = None if mask is None else _seen_by(mask, x.shape[2:], encoder.strides[i : i + 1])
+            seen = mask
+            if mask is not None and encoder.strides:
+                every = slice(None, None, encoder.strides[i])
+                seen = mask[:, :, every, every] if mask.ndim == 4 else mask[:, :, every, every, every]
+            elif mask is not None:  # a file's: spread evenly
+                seen = F.interpolate(mask, list(x.shape[2:]), mode="nearest")
             apart, total = apart + weight * masked_mean(1 - xy / (xx * yy).sqrt(), seen), total + weight
     return apart / total
-
-
-def _seen_by(mask: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """The mask at a feature's places: by its stride where that is known, else spread evenly."""
-    return _every(mask, stride[0]) if stride else F.interpolate(mask, list(shape), mode="nearest")

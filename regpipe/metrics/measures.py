@@ -8,7 +8,6 @@ interpolation would raise Dice by about 0.008.
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,11 +23,11 @@ from regpipe.fields.algebra import (
     Layers,
     Registration,
     compose,
-    determinant,
     jacobian_determinant,
     sample_at,
     warp,
 )
+from regpipe.fields.folds import volumes
 from regpipe.io.geometry import carry
 from regpipe.metrics.metric import columns
 from regpipe.transforms.likeness import correlation
@@ -169,36 +168,10 @@ def ndv_percent(displacement: Array) -> float:
     Source: Liu, Chen, Wei, Carass, Prince, 'On finite difference Jacobian computation in deformable
     image registration', IJCV 2024. Only whole cells count: nothing is assumed beyond the rim.
     """
-    u = _batched(displacement)
-    dim = u.shape[1]
-    dets = [_corner_determinant(u, "".join(signs)) for signs in itertools.product("+-", repeat=dim)]
-    if dim == 3:
-        dets += [_central_determinant(u, apex) for apex in (0, 1)]
-    flipped = sum(float((-det).clamp(min=0).sum(dtype=torch.float64)) for det in dets)
-    cells = math.prod(n - 1 for n in u.shape[2:])
-    return 100 * flipped / (2 * math.factorial(dim) * cells)
-
-
-def _corner_determinant(u: Tensor, signs: str) -> Tensor:
-    # The corner of a cell from which the edges lead forward (+) or backward (-) along each axis.
-    return _at_corner(jacobian_determinant(u, scheme=signs), [int(sign == "-") for sign in signs])
-
-
-def _central_determinant(u: Tensor, apex: int) -> Tensor:
-    # Vertices: the cell's corner (apex, apex, apex) and the three that differ in two coordinates.
-    corner = _at_corner(u, [apex] * 3)
-    others = [[apex if i == k else 1 - apex for i in range(3)] for k in range(3)]
-    edges = torch.stack([_at_corner(u, c) - corner for c in others], dim=-1).movedim(1, -2)
-    sign = 1 - 2 * apex  # seen from the far corner the same edges are left-handed
-    return sign * determinant(edges + sign * (1 - torch.eye(3, device=u.device)))
-
-
-def _at_corner(x: Tensor, corner: Sequence[int]) -> Tensor:
-    # Value (..., *spatial) at one corner (0 or 1 per axis) of every cell -> (..., *(spatial - 1)).
-    sizes = x.shape[-len(corner) :]
-    for axis, (c, n) in enumerate(zip(corner, sizes, strict=True), start=-len(corner)):
-        x = x.narrow(axis, c, n - 1)
-    return x
+    u = torch.as_tensor(displacement).float()
+    flipped = sum(float((-part).clamp(min=0).sum(dtype=torch.float64)) for part in volumes(u))
+    cells = math.prod(n - 1 for n in u.shape[1:])
+    return 100 * flipped / (2 * math.factorial(len(u)) * cells)
 
 
 def sdlogj(displacement: Array) -> float:
@@ -235,10 +208,8 @@ def _batched(displacement: Array) -> Tensor:
 # ------------------------------------------------------------------------------ one case, all cases
 
 
-def bootstrap_interval(
-    values: Array | Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(mean, low, high): the mean with its percentile bootstrap interval. NaNs are dropped.
+def bootstrap_interval(values: Array | Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): the mean with its 95 % percentile bootstrap interval of 2000 draws. NaNs are dropped.
 
     One value: low = high = mean. None: three NaNs.
     """
@@ -248,15 +219,8 @@ def bootstrap_interval(
         return mean, mean, mean
     from scipy.stats import bootstrap  # a third of a second
 
-    interval = bootstrap(
-        (numbers,),
-        np.mean,
-        n_resamples=resamples,
-        confidence_level=level,
-        method="percentile",
-        rng=seed,
-    ).confidence_interval
-    return mean, float(interval.low), float(interval.high)
+    found = bootstrap((numbers,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
+    return mean, float(found.low), float(found.high)
 
 
 class Measured(NamedTuple):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regpipe.metrics.measures import known, mean_of
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import csv_bytes, replace_file
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -28,9 +27,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(zip(*(line[1:] for line in table), strict=True))
     table.append(["mean", *map(mean_of, columns)])
     table.append(["std", *map(_std, columns)])
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([["case", *names], *table])
-    replace_file(path, text.getvalue().encode())
+    replace_file(path, csv_bytes([["case", *names], *table]))
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from monai.inferers import Inferer
 from monai.networks import nets
 from torch import Tensor, nn
 
-from regpipe.fields.algebra import Registration, warp
+from regpipe.fields.algebra import Registration, warp, window
 from regpipe.networks.symmetric import Prediction
 
 DIVISOR = 8  # three poolings by two, in both networks
@@ -75,9 +75,7 @@ def divisible(network: Callable[[Tensor], Tensor], pair: Tensor) -> Tensor:
     shape = pair.shape[2:]
     missing = [side for n in reversed(shape) for side in (0, -n % DIVISOR)]
     field = network(nn.functional.pad(pair, missing, mode="replicate"))
-    for axis, n in enumerate(shape, start=2):
-        field = field.narrow(axis, 0, n)
-    return field
+    return window(field, [0] * len(shape), shape)
 
 
 class DisplacementInferer(Inferer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from regpipe.fields.algebra import Integration, Layers, integrate_both, resize, resize_image, warp
-from regpipe.networks.correlation import local_correlations
+from regpipe.fields.algebra import Integration, Layers, integrate_both, resize, resize_image, warp, window
 from regpipe.networks.encoders import CONV, VELOCITY_STRIDE, Encoder
 from regpipe.networks.weights import holds_decoder, lay_in_decoder
 from regpipe.utils.errors import InputError
@@ -227,9 +226,7 @@ def unfold(x: Tensor) -> Tensor:
     cells = x.reshape(len(x), -1, *([2] * dims), *half)
     order = [axis for i in range(dims) for axis in (2 + dims + i, 2 + i)]
     whole = cells.permute(0, 1, *order).reshape(len(x), -1, *(2 * n for n in half))
-    for axis, n in enumerate(half):
-        whole = whole.narrow(2 + axis, 0, 2 * n - 1)
-    return whole
+    return window(whole, [0] * dims, [2 * n - 1 for n in half])
 
 
 class _Pyramid(nn.Module):
@@ -309,3 +306,28 @@ class _Level(nn.Module):
 def together(parts: Sequence[Tensor], points: int) -> Sequence[Tensor]:
     """(B, C, *grid) each -> one batch of them all; themselves, where a grid has more than so many points."""
     return [torch.cat(list(parts))] if math.prod(int(n) for n in parts[0].shape[2:]) <= points else parts
+
+
+def local_correlations(a: Tensor, b: Tensor, offsets: list[tuple[int, ...]]) -> tuple[list[Tensor], Iterator[Tensor]]:
+    """How alike b is at each offset from a, and a from b: (B, C, *grid) twice -> two series of (B, 1, *grid).
+
+    ``ahead_o(x) = mean over channels of a(x) b(x + o)``, 0 where x + o is off the grid; ``back`` has a and b
+    swapped, and is the same products seen from their other end: ``back_o(x) = ahead_-o(x + o)``.
+    """
+    radius, grid = max(offsets[-1]), a.shape[2:]
+    rim = [radius] * 2 * (b.ndim - 2)
+    padded = F.pad(b, rim)
+    ahead = [_channel_mean(a * window(padded, [radius + o for o in offset], grid)) for offset in offsets]
+    opposite = zip(offsets, reversed(ahead), strict=True)  # offsets are symmetric about 0
+    back = (window(F.pad(x, rim), [radius + o for o in offset], grid) for offset, x in opposite)
+    return ahead, back
+
+
+def _channel_mean(x: Tensor) -> Tensor:
+    """(B, C, *grid) -> (B, 1, *grid), to the bit the same wherever a voxel lies, which ``x.mean(1)`` is not."""
+    count = x.shape[1]
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        halves = x[:, :half] + x[:, half : 2 * half]
+        x = torch.cat([halves, x[:, 2 * half :]], 1) if x.shape[1] % 2 else halves
+    return x / count

@@ -255,14 +255,7 @@ def _scan_mr(rng: Generator, anatomy: Anatomy, tissue: Array, place: Place) -> A
     return np.clip(magnitude * rng.uniform(0.7, 1.0), 0, 1)
 
 
-class Kind(NamedTuple):
-    """What there is to image, and how."""
-
-    draw: Callable[[Generator, int], Anatomy]  # in so many dimensions
-    scan: Callable[[Generator, Anatomy, Array, Place], Array]  # tissue under the voxels -> image (*S)
-
-
-KINDS = {"ultrasound": Kind(_abdomen, _scan_ultrasound), "mr": Kind(_head, _scan_mr)}
+KINDS = {"ultrasound": (_abdomen, _scan_ultrasound), "mr": (_head, _scan_mr)}  # what there is to image, and how
 
 
 # ---- random parts

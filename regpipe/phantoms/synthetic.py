@@ -139,19 +139,13 @@ def make_pair(shape: Sequence[int], *, generator: Generator, same_contrast: floa
     pair = {"displacement": there, "inverse": back}
     common, unlike = draw_greys(scene, g), uniform(g, 0, UNLIKE) if chance(g, 0.7) else 0.0
     for side, (tissue, means) in sides.items():
-        label = label_map(scene, tissue + unlike * _own_bends(shape, stretch, g))
+        # no patient is a warp of another: the borders of one image alone bend, and may fold; its texture does not
+        bends = smooth_noise(shape, len(shape), uniform(g, 4, 10) * stretch, generator=g)
+        label = label_map(scene, tissue + unlike * bends)
         image, mask = scan(label, scene.texture(tissue), means, generator=g)
         clean = blur(common[label.long()], 0.6)
         pair |= {f"{side}_image": image, f"{side}_label": label, f"{side}_mask": mask, f"{side}_clean": clean}
     return pair
-
-
-def _own_bends(shape: Sequence[int], stretch: Tensor, g: Generator) -> Tensor:
-    """Fine noise (1, D, *shape) of about unit variance that bends, and may fold, the borders of one image alone.
-
-    No patient is a warp of another. The texture is not bent.
-    """
-    return smooth_noise(shape, len(shape), uniform(g, 4, 10) * stretch, generator=g)
 
 
 def make_phantom(shape: Sequence[int], *, seed: Sequence[int]) -> Phantom:

@@ -40,12 +40,9 @@ def adapt(
     for handler in (h for h in handlers if isinstance(h, MLFlowHandler)):
         handler.run_name = handler.run_name or f"{settings['backbone']} {digest}"
         handler.experiment_param = {name: plain(value) for name, value in settings.items()}
-        handler.artifacts = tuple(_path(path) for path in handler.artifacts)
+        # MONAI's ``DIR + '/config.json'``, an expression unless ``--output_dir`` makes it a text, as a path
+        told = r" \+ '(/config_\w+\.json)'$"
+        handler.artifacts = tuple(path and re.sub(told, r"\1", str(path)) for path in handler.artifacts)
         if close is not None:
             close.add_event_handler(Events.COMPLETED, handler.close)
         handler.output_transform = training_terms
-
-
-def _path(written: str | None) -> str | None:
-    """MONAI's ``DIR + '/config.json'``, an expression unless ``--output_dir`` makes it a text, as a path."""
-    return written and re.sub(r" \+ '(/config_\w+\.json)'$", r"\1", str(written))

@@ -155,16 +155,13 @@ def _pictures(case: Registered, target: Path, *, copied: bool, inside: bool) -> 
         files = [case.folder / views.FOLDER / Path(name).name for name in names]  # of this folder and no other
     files = [file for file in files if file.is_file()]
     if inside:
-        return {file.name: _data(file) for file in files}
+        held = ((file, base64.b64encode(file.read_bytes()).decode()) for file in files)
+        return {file.name: f"data:{KINDS[file.suffix]};base64,{data}" for file, data in held}
     if copied:
         place = target / COPIES / Path(os.path.abspath(case.folder)).name  # a link's own name
         place.mkdir(parents=True, exist_ok=True)
         files = [shutil.copyfile(file, place / file.name) for file in files]
     return {file.name: quote(file.relative_to(target).as_posix()) for file in files}
-
-
-def _data(file: Path) -> str:
-    return f"data:{KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def _has(case: Registered, name: str) -> bool:
@@ -225,19 +222,10 @@ def _render(**content: Any) -> str:
         chart(name, [row.get(name, math.nan) for row in rows], content["limits"].get(name))
         for name in content["columns"]
     ]
-    bar: dict[str, Any] = {"stops": views.stops(), "largest": views.LARGEST, "fold": views.FOLD}
-    bar |= {"rising": views.rising_stops(), "farthest": views.FARTHEST, "colours": views.COLOURS}
-    return template().render(
-        **content,
-        css=css,
-        js=js,
-        charts=charts,
-        metrics=METRICS,
-        version=__version__,
-        bar=bar,
-        nan=math.nan,
-        unknown=UNKNOWN,
-    )
+    bar: dict[str, Any] = {"stops": views.stops(views.CHANGE), "largest": views.LARGEST, "fold": views.FOLD}
+    bar |= {"rising": views.stops(views.ERROR), "farthest": views.FARTHEST, "colours": views.COLOURS}
+    about = {"css": css, "js": js, "charts": charts, "metrics": METRICS, "version": __version__, "bar": bar}
+    return template().render(**content, **about, nan=math.nan, unknown=UNKNOWN)
 
 
 def chart(name: str, values: Sequence[float], limit: Threshold | None) -> dict[str, Any]:

@@ -129,11 +129,8 @@ def case_values(displacement: Tensor, spacing: Sequence[float]) -> dict[str, np.
     mm = torch.tensor([float(s) for s in spacing]).view(1, -1, *[1] * (u.ndim - 2))
     det = jacobian_determinant(u)
     values = {"displacement_mm": (u * mm).norm(dim=1), "log_jacobian": det[det > 0].log()}
-    return {name: _thinned(value.flatten()).numpy() for name, value in values.items() if value.numel()}
-
-
-def _thinned(values: Tensor) -> Tensor:
-    return values[:: -(-len(values) // MOST_VALUES)]
+    flat = ((name, value.flatten()) for name, value in values.items() if value.numel())
+    return {name: value[:: -(-len(value) // MOST_VALUES)].numpy() for name, value in flat}
 
 
 class Profile:

@@ -44,6 +44,7 @@ FOLD = (230, 25, 25)
 # Okabe and Ito's orange and sky blue: told apart by everybody. The moving side is dashed besides.
 COLOURS = {"fixed": (230, 159, 0), "before": (86, 180, 233), "warped": (86, 180, 233)}
 GRID_COLOUR = (255, 215, 0)
+CHANGE, ERROR = "PRGn", "inferno"  # purple (shrunk) over white to green (grown); dark (sure) to bright
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across each
 LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
 
@@ -176,10 +177,10 @@ def _atlases(
         drawn = atlas(label, lambda cut, side=side: _outline(cut, fine, dashed=side != "fixed"))
         found.append((_file(f"outline_{side}"), _png(drawn, [(0, 0, 0, 0), (*COLOURS[side], 255)])))
     drawn = atlas(shown.determinant, lambda cut: _volume_change(cut, tile))
-    found.append((_file("jacobian"), _png(drawn, [(*FOLD, 255), *((*rgb, 255) for rgb in _diverging())])))
+    found.append((_file("jacobian"), _png(drawn, [(*FOLD, 255), *((*rgb, 255) for rgb in colours(CHANGE, 255))])))
     if shown.error is not None:
         drawn = atlas(shown.error, lambda cut: _error(cut, tile))
-        found.append((_file("uncertainty"), _png(drawn, [(*rgb, 255) for rgb in _rising()])))
+        found.append((_file("uncertainty"), _png(drawn, [(*rgb, 255) for rgb in colours(ERROR, 256)])))
     back = np.linalg.inv(affine) @ np.linalg.inv(shown.alignment)
     lines = _together([_grid(plane, shown, at, affine, back, fine) for at in plane.slices], columns)
     found.append((_file("grid"), _png(lines // 64, [(*GRID_COLOUR, 85 * level) for level in range(4)])))
@@ -227,29 +228,14 @@ def _error(cut: np.ndarray, tile: list[int]) -> np.ndarray:
     return (255 * np.clip(np.nan_to_num(largest) / FARTHEST, 0, 1)).round().astype(np.uint8)
 
 
-def _rising() -> list[tuple[int, int, int]]:
-    """Dark (sure) to bright (``FARTHEST`` off and more)."""
-    return [tuple(int(255 * c) for c in rgb) for rgb in colormaps["inferno"](np.linspace(0, 1, 256))[:, :3]]  # type: ignore[misc]
+def colours(name: str, count: int) -> list[tuple[int, int, int]]:
+    """Of a map of matplotlib's, from its lowest value to its highest."""
+    return [tuple(int(c) for c in rgb) for rgb in (255 * colormaps[name](np.linspace(0, 1, count))[:, :3]).round()]  # type: ignore[misc]
 
 
-def _diverging() -> list[tuple[int, int, int]]:
-    """Purple (shrunk) over white (as it was) to green (grown): the colours of det 0 to ``LARGEST``."""
-    values = colormaps["PRGn"](np.linspace(0, 1, 255))[:, :3]
-    return [tuple(int(c) for c in rgb) for rgb in (255 * values).round()]  # type: ignore[misc]
-
-
-def stops() -> list[str]:
-    """The colours of the Jacobian's bar from det 0 to ``LARGEST``, as CSS writes them."""
-    return _nine(_diverging())
-
-
-def rising_stops() -> list[str]:
-    """The same of the expected error's bar, from 0 to ``FARTHEST``."""
-    return _nine(_rising())
-
-
-def _nine(colours: list[tuple[int, int, int]]) -> list[str]:
-    return ["#{:02x}{:02x}{:02x}".format(*colours[round((len(colours) - 1) * i / 8)]) for i in range(9)]
+def stops(name: str) -> list[str]:
+    """Nine colours of a map, for a bar, as CSS writes them."""
+    return ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in colours(name, 9)]
 
 
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:

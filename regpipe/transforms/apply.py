@@ -107,7 +107,8 @@ def apply(
     console.tell(files=files)
     for path in console.Progress(paths, what="applying", unit="files"):
         try:
-            target = out if single else out / _result_name(path, carrier.grid)
+            grid = None if is_points(path) else carrier.grid
+            target = out if single else out / (path.name if grid is None else stem(path) + result_suffix(path, grid))
             if target in written or absolute(target) in given:
                 raise InputError(f"{path}: its result would overwrite {target}; give another --out")
             done = _carry_points(path, target, carrier) if is_points(path) else _carry_image(path, target, carrier)
@@ -176,10 +177,6 @@ def _carrier(
     image_map = read_transform(move.images)
     grid = grid_of(reference, move.target, image_map)
     return _Carrier(image_map, point_map, grid, move.source, interpolation, target=move.target)
-
-
-def _result_name(path: Path, grid: Space | None) -> str:
-    return path.name if is_points(path) or grid is None else stem(path) + result_suffix(path, grid)
 
 
 def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:

@@ -201,46 +201,34 @@ def _elastix_part(path: Path, said: Mapping[str, list[str]]) -> Any:
 
     kind, values = said["Transform"][0].removesuffix("Stack"), _numbers(" ".join(said.get("TransformParameters", [])))
     dim = int(said["FixedImageDimension"][0])
-    makers: dict[str, Callable[[], Any]] = {
-        "TranslationTransform": lambda: itk.TranslationTransform[itk.D, dim].New(),
-        "EulerTransform": lambda: (itk.Euler2DTransform if dim == 2 else itk.Euler3DTransform)[itk.D].New(),
-        "SimilarityTransform": lambda: (itk.Similarity2DTransform if dim == 2 else itk.Similarity3DTransform)[
-            itk.D
-        ].New(),
-        "AffineTransform": lambda: itk.AffineTransform[itk.D, dim].New(),
-        "BSplineTransform": lambda: itk.BSplineTransform[
-            itk.D, dim, int(said.get("BSplineTransformSplineOrder", ["3"])[0])
-        ].New(),
+    order = said.get("BSplineTransformSplineOrder", ["3"])[0]
+    makers = {
+        "TranslationTransform": ("TranslationTransform", f"D{dim}"),
+        "EulerTransform": (f"Euler{dim}DTransform", "D"),
+        "SimilarityTransform": (f"Similarity{dim}DTransform", "D"),
+        "AffineTransform": ("AffineTransform", f"D{dim}"),
+        "BSplineTransform": ("BSplineTransform", f"D{dim}{order}"),
     }
     if kind not in makers or kind != said["Transform"][0]:
         raise InputError(f"{path}: elastix's {said['Transform'][0]}; read are {', '.join(makers)}; {ELASTIX}")
     try:
-        transform = makers[kind]()
-    except (KeyError, itk.TemplateTypeError) as cause:
+        transform = itk_bridge.wrapped(*makers[kind]).New()
+    except (AttributeError, ModuleNotFoundError) as cause:
         raise InputError(f"{path}: elastix's {kind} in {dim}-D, of this order; {ELASTIX}") from cause
     if kind == "BSplineTransform":
         grid = [_numbers(" ".join(said[f"Grid{key}"])) for key in ("Size", "Origin", "Spacing", "Direction")]
         if np.prod(grid[0]) * dim != len(values):
             raise ValueError(f"its grid of {grid[0]} and its {len(values)} numbers do not fit")
         grid[3] = grid[3].reshape(dim, dim).T.ravel()  # elastix writes columns
-        transform.SetFixedParameters(_parameters(np.concatenate(grid)))
+        transform.SetFixedParameters(itk.OptimizerParameters[itk.D](np.concatenate(grid).tolist()))
     elif "CenterOfRotationPoint" in said:
         transform.SetCenter([float(n) for n in said["CenterOfRotationPoint"]])
     if kind == "EulerTransform" and dim == 3:
         transform.SetComputeZYX(said.get("ComputeZYX") == ["true"])
     if len(values) != transform.GetNumberOfParameters():
         raise ValueError(f"holds {len(values)} of {transform.GetNumberOfParameters()} numbers")
-    transform.SetParameters(_parameters(values))
+    transform.SetParameters(itk.OptimizerParameters[itk.D](values.tolist()))
     return transform
-
-
-def _parameters(values: np.ndarray) -> Any:
-    import itk
-
-    parameters = itk.OptimizerParameters[itk.D](len(values))
-    for i, value in enumerate(values.tolist()):
-        parameters.SetElement(i, value)
-    return parameters
 
 
 READERS: dict[str, Callable[[Path, str], Foreign]] = {

@@ -36,7 +36,7 @@ def split(matrix: np.ndarray, frame: np.ndarray, shape: Sequence[int]) -> tuple[
     through = matrix @ frame
     if is_affine(matrix):
         return through, np.eye(len(matrix))
-    at = _lattice(shape)
+    at = _points(np.stack(np.meshgrid(*(np.linspace(0, n - 1, LATTICE) for n in shape), indexing="ij")))
     linear = np.linalg.lstsq(np.c_[at, np.ones(len(at))], carry(through, at), rcond=None)[0]
     moving_frame = np.vstack([linear.T, frame[-1]])
     return moving_frame, upright(np.linalg.inv(moving_frame) @ through, (np.array(shape) - 1) / 2)
@@ -111,11 +111,6 @@ def _is_level(matrix: np.ndarray, corners: np.ndarray) -> bool:
 
 def _corners(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.stack(np.meshgrid(*np.stack([low, high], axis=1), indexing="ij"), -1).reshape(-1, len(low))
-
-
-def _lattice(shape: Sequence[int]) -> np.ndarray:
-    axes = [np.linspace(0, n - 1, LATTICE) for n in shape]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(shape))
 
 
 def _places(shape: Sequence[int], origin: np.ndarray | None = None) -> np.ndarray:

@@ -46,7 +46,10 @@ def make_sides(
         InputError: a mask that is empty or on another grid.
     """
     pair = Sides(_side(fixed, fixed_mask, "fixed", size), _side(moving, moving_mask, "moving", size))
-    return pair, pair if fixed_mask is not None else pair._replace(fixed=_foreground(pair.fixed))
+    if fixed_mask is not None:
+        return pair, pair
+    seen = ndimage.binary_dilation(pair.fixed.array > DARK, iterations=2)  # a wide dark background would dominate
+    return pair, pair._replace(fixed=pair.fixed._replace(mask=seen))
 
 
 def _side(image: Image, mask: np.ndarray | None, name: str, size: int) -> Side:
@@ -86,11 +89,6 @@ def _of_blocks(affine: np.ndarray, factors: np.ndarray) -> np.ndarray:
     middle = sum(column * at for column, at in zip((direction * spacing).T, (factors - 1) / 2, strict=True))
     blocks[:-1, :-1], blocks[:-1, -1] = direction * (spacing * factors), middle + lps[:-1, -1]
     return lps_matrix(blocks, places=False)
-
-
-def _foreground(side: Side) -> Side:
-    """The mask becomes what is not dark, and a rim: a wide dark background would dominate the measure."""
-    return side._replace(mask=ndimage.binary_dilation(side.array > DARK, iterations=2))
 
 
 def _meet(fixed: Side, moving: Side, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

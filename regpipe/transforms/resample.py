@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from regpipe.io import background, itk_bridge, pictures
-from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, locate
+from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, Source, locate
 from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image, exactly, header, opened_image, read_image, straightened, voxels_of
 from regpipe.io.itk_files import image_bytes
 from regpipe.io.labels import ids_of, is_label_map, whole_numbers
-from regpipe.io.planes import Plane
 from regpipe.transforms import displacement
 from regpipe.transforms.read import Space
 from regpipe.utils.errors import InputError
@@ -42,29 +41,23 @@ def read_voxels(path: Path, interpolation: str) -> tuple[Image, np.dtype, str]:
         return read_image(path), np.dtype(np.float32), interpolation
     header(path)  # refuses several frames, which a label map would take for channels
     stored = _stored(path, required=interpolation == "label")
-    if stored is None or (interpolation == "auto" and not is_label_map(path, stored.array, stored.said)):
+    if stored is None or (interpolation == "auto" and not is_label_map(path, stored[0], stored[1].label)):
         return read_image(path), np.dtype(np.float32), "linear" if interpolation == "auto" else interpolation
-    whole = whole_numbers(stored.array)
+    array, source, dtype = stored
+    whole = whole_numbers(array)
     if whole is None and interpolation == "label":
         raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
     image = (
-        read_image(path) if whole is None else straightened(Image(whole, stored.affine, stored.plane), path, order=0)
+        read_image(path) if whole is None else straightened(Image(whole, source.affine, source.plane), path, order=0)
     )
-    return image, stored.dtype, interpolation.replace("auto", "nearest")
+    return image, dtype, interpolation.replace("auto", "nearest")
 
 
-class _Stored(NamedTuple):
-    """The voxels of a file, their type there, and whether it says that they are labels."""
+def _stored(path: Path, *, required: bool) -> tuple[np.ndarray, Source, np.dtype] | None:
+    """A file's voxels, what it says, and their type there; None of what a label map cannot be: colours.
 
-    array: np.ndarray
-    affine: np.ndarray
-    dtype: np.dtype
-    said: bool
-    plane: Plane | None
-
-
-def _stored(path: Path, *, required: bool) -> _Stored | None:
-    """None of what a label map cannot be: colours. Formats that do not keep a type get that of ``io.labels.ids_of``."""
+    Formats that do not keep a type get that of ``io.labels.ids_of``.
+    """
     try:
         with opened_image(path, label=True) as source:
             array = voxels_of(source, path)
@@ -72,11 +65,10 @@ def _stored(path: Path, *, required: bool) -> _Stored | None:
         if required:
             raise
         return None
-    dtype = source.dtype
-    if not locate(path)[0].name.lower().endswith(NIFTI + ITK):
-        whole = whole_numbers(array)
-        dtype = np.dtype(np.float32) if whole is None else ids_of(whole, path).dtype
-    return _Stored(array, source.affine, dtype, source.label, source.plane)
+    if locate(path)[0].name.lower().endswith(NIFTI + ITK):
+        return array, source, source.dtype
+    whole = whole_numbers(array)
+    return array, source, np.dtype(np.float32) if whole is None else ids_of(whole, path).dtype
 
 
 def fill_value(path: Path, image: Image, asked: float | None) -> float:

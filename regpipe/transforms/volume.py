@@ -6,8 +6,6 @@ fills twice as much in the image: from the grid's side it was halved.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from regpipe.io.planes import standing
 from regpipe.transforms.read import Space, find, grid_of, read_transform
 from regpipe.transforms.resample import read_voxels, write_voxels
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import absolute, replace_file
+from regpipe.utils.files import absolute, csv_bytes, replace_file
 
 SLAB = 2**22  # voxels whose derivatives are in memory at a time
 
@@ -122,11 +120,10 @@ def jacobian(
             found = np.where(found > 0, np.log(found), np.nan)
     write_voxels(out, found, grid.affine, np.dtype(np.float32))
     if labels is not None:
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["label", "volume_ml" if found.ndim == 3 else "area_cm2", "ratio", "ratio_p5", "ratio_p95"])
-        table.writerows([row["label"], *(f"{value:.6g}" for value in [*row.values()][1:])] for row in rows)
-        replace_file(out.with_name(f"{stem(out)}_labels.csv"), text.getvalue().encode())
+        head = ["label", "volume_ml" if found.ndim == 3 else "area_cm2", "ratio", "ratio_p5", "ratio_p95"]
+        numbers = ([row["label"], *(f"{value:.6g}" for value in [*row.values()][1:])] for row in rows)
+        table: list[list[Any]] = [head, *numbers]
+        replace_file(out.with_name(f"{stem(out)}_labels.csv"), csv_bytes(table))
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
@@ -113,6 +114,13 @@ def damage(path: str | Path) -> str | None:
     except Exception as error:  # a damaged file fails in many ways
         return str(error) or type(error).__name__
     return None if bad is None else f"the checksum of its part {Path(bad).name} does not hold"
+
+
+def csv_bytes(rows: Iterable[Iterable[Any]], between: str = ",") -> bytes:
+    """A table as text, a line for each row."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n", delimiter=between).writerows(rows)
+    return text.getvalue().encode()
 
 
 def absolute(path: str | Path) -> Path:

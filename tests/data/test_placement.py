@@ -61,16 +61,16 @@ def answer(monkeypatch: pytest.MonkeyPatch, matrix: np.ndarray) -> list[str]:
 
 def test_none_leaves_the_files_in_their_places_and_centre_lays_the_middles_on_each_other(tmp_path: Path) -> None:
     case = pair(tmp_path, np.eye(4), turn(0, (35, -4, 2)))
-    fixed, moving = Frames(GRID, "none")(case, Source())
+    fixed, moving = Frames(GRID, "none")(case, Source())[:2]
     np.testing.assert_array_equal(fixed, moving)
-    fixed, moving = Frames(GRID, "centre")(case, Source())
+    fixed, moving = Frames(GRID, "centre")(case, Source())[:2]
     np.testing.assert_allclose(moving @ np.linalg.inv(fixed), turn(0, (35, -4, 2)), atol=1e-9)
 
 
 def test_centre_keeps_the_angle_between_oblique_images(tmp_path: Path) -> None:
     """The middles of both agree; what the headers say of the angle is left for the registration to see."""
     case = pair(tmp_path, np.eye(4), turn(30))
-    fixed, moving = Frames(GRID, "centre")(case, Source())
+    fixed, moving = Frames(GRID, "centre")(case, Source())[:2]
     np.testing.assert_allclose(moving[:3, :3], fixed[:3, :3], atol=1e-9)
     middle = (np.array(GRID.shape) - 1) / 2
     image_middle = apply_affine(turn(30), (np.array(head().shape) - 1) / 2)
@@ -95,10 +95,10 @@ def test_auto_aligns_what_is_not_in_the_training_s_space(tmp_path: Path, monkeyp
     assert space == {"shape": [22, 20, 24], "affine": np.eye(4).tolist()}
     assert training_stage("auto", [case]) == "none" and training_stage("rigid", [case]) == "rigid"
     asked = answer(monkeypatch, turn(0, (1, 0, 0)))
-    there, here = Frames(GRID, "auto", space=space)(case, Source())
+    there, here = Frames(GRID, "auto", space=space)(case, Source())[:2]
     np.testing.assert_array_equal(there, here)
     other = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0)))
-    first, moving = Frames(GRID, "auto", space=space)(other, Source())
+    first, moving = Frames(GRID, "auto", space=space)(other, Source())[:2]
     np.testing.assert_allclose(moving, turn(0, (1, 0, 0)) @ first)
     Frames(GRID, "auto")(case, Source())  # of a training that kept no space
     assert asked == ["affine", "affine"]

@@ -80,7 +80,7 @@ def test_the_order_of_the_pairs_does_not_depend_on_the_number_of_processes(size,
         drawn = []
         for rank in range(world):
             monkeypatch.setattr(idist, "get_rank", lambda rank=rank: rank)
-            sampler = sampling.EpochSampler(torch.zeros(20, dtype=torch.bool), size, seed=5)
+            sampler = sampling.PairSampler(torch.zeros(20, dtype=torch.bool), size, seed=5)
             sampler.set_epoch(epoch)
             drawn.append(list(sampler))
             assert len(drawn[-1]) == len(sampler)

@@ -18,9 +18,8 @@ from helpers.places import DATA
 from regpipe.fields import algebra
 from regpipe.fields.algebra import register, register_midway, resize_image
 from regpipe.networks import symmetric
-from regpipe.networks.correlation import local_correlations
 from regpipe.networks.encoders import BACKBONES
-from regpipe.networks.symmetric import Prediction, SymmetricNet, fold, joined, parted, unfold
+from regpipe.networks.symmetric import Prediction, SymmetricNet, fold, joined, local_correlations, parted, unfold
 from regpipe.networks.symnet import SymNet, load_symnet
 
 SIZES: dict[int, list[tuple[int, ...]]] = {

@@ -71,7 +71,7 @@ def test_on_average_the_shift_grows_along_axis_1(dim: int) -> None:
 def residual(kind: str, shape: tuple[int, ...], *, motion: float) -> tuple[float, float]:
     """Mean and median of abs(moving(x + u) - fixed) without scanner or noise, as a share of what there was before."""
     rng = np.random.default_rng(5)
-    anatomy = KINDS[kind].draw(rng, len(shape))
+    anatomy = KINDS[kind][0](rng, len(shape))
     phi = random_motion(rng, shape, motion=motion)
     grid = unit_grid(shape)
     half = (np.array(shape) - 1).reshape(-1, *[1] * len(shape)) / 2

@@ -109,7 +109,7 @@ def test_volume_change_has_the_colours_of_the_bar(tmp_path: Path) -> None:
     determinant = np.array([[0.001, 0.5], [1.0, 7.0]])
     views.write_view(tmp_path, shown(np.full((2, 2), 0.5), np.diag([-1.0, -1.0, 1.0]), determinant=determinant))
     found = tile(tmp_path, "image", "jacobian")[..., :3].astype(int)
-    bar = [tuple(bytes.fromhex(colour[1:])) for colour in views.stops()]
+    bar = [tuple(bytes.fromhex(colour[1:])) for colour in views.stops(views.CHANGE)]
     assert tuple(found[0, 0]) == bar[0]
     assert tuple(found[1, 1]) == bar[-1]
     assert np.abs(found[0, 1] - np.array(bar[4])).max() <= 3  # det 1, the middle
