@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from regpipe.networks.encoders import BACKBONES
+from regpipe.networks.encoders import BACKBONES, CUT
 from regpipe.utils.files import replace_file
 
 PAGE = 7.2
@@ -45,7 +45,7 @@ STYLE: Any = {  # matplotlib names its parameters in a type of its own
     "svg.hashsalt": "regpipe",
 }
 DOTS_PER_INCH = 300
-# Colour, dashes and mark of a line; of backbones in the order of ``BACKBONES``, then over again.
+# Colour, dashes and mark of a line; of backbones in the order of ``BACKBONES`` and ``CUT``, then over again.
 TRANSFERS = {
     "scratch": ("#000000", "-", "o"),
     "frozen": ("#0072B2", "--", "s"),
@@ -69,7 +69,7 @@ LOOKS = (
 
 def look(name: str) -> dict[str, str]:
     """Of a line, by its name: a kind of transfer, or a backbone."""
-    values = TRANSFERS[name] if name in TRANSFERS else LOOKS[[*BACKBONES].index(name) % len(LOOKS)]
+    values = TRANSFERS[name] if name in TRANSFERS else LOOKS[[*BACKBONES, *CUT, "all"].index(name) % len(LOOKS)]
     return dict(zip(("color", "linestyle", "marker"), values, strict=True))
 
 

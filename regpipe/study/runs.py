@@ -25,6 +25,7 @@ from regpipe.metrics import cost
 from regpipe.metrics.measures import mean_of
 from regpipe.metrics.metric import columns
 from regpipe.networks.weights import save_weights
+from regpipe.study import further
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
 
@@ -89,18 +90,23 @@ def run(task: Task) -> dict[str, Any]:
     set_determinism(seed=task.settings["seed"])
     network = parser.get_parsed_content("network")
     trainer, evaluator = (parser.get_parsed_content(name) for name in ("train::trainer", "validate::evaluator"))
-    start, cpu = time.perf_counter(), time.process_time()
+    grid, load = parser.get_parsed_content("grid"), parser.get_parsed_content("load")
+    items = [load(case) for case in further.spread(parser.get_parsed_content("validate::pairs"))]
+    asked = further.Further(evaluator.network, evaluator.inferer, items, grid.spacing)
+    curve = further.Curve(asked)
+    curve.attach(trainer)
     trainer.run()
-    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    spent = curve.spent()
     if parser.get_parsed_content("structures_stage").now:
         raise InputError(f"{task.name}: nothing was registered; give more budget_seconds, or less structures_first")
     evaluator.run()
-    grid = parser.get_parsed_content("grid")
     result = {
         **task.about,
         "steps": trainer.state.iteration,
         **spent,
         **_cost(network, grid),
+        "further": {**asked.changed(), **asked.refined()},
+        "curve": curve.points,
         **_measured(evaluator.state.metric_details["cases"]),
         "elapsed": time.perf_counter() - begun,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +54,15 @@ def write_slices(src: PathLike, dst: PathLike, *, axis: int | None = None) -> Pa
         image: _areas(image, label)
         for image, label in Progress(subjects.items(), what="reading labels", unit="subjects")
     }
-    chosen = _best_axis(areas.values()) if axis is None else axis
+    if axis is None:
+        axis = int(np.argmax(np.array([[n.max() for n in subject] for subject in areas.values()]).min(axis=0)))
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as aside:
         part = Path(aside) / "slices"
         for image, label in Progress(subjects.items(), what="writing slices", unit="subjects"):
-            if not areas[image][chosen].any():
-                raise InputError(f"{image}: no {AXES[chosen]} slice shows all its labels; take another axis")
-            _write_slice(part, image, str(label), chosen, int(areas[image][chosen].argmax()))
+            if not areas[image][axis].any():
+                raise InputError(f"{image}: no {AXES[axis]} slice shows all its labels; take another axis")
+            _write_slice(part, image, str(label), axis, int(areas[image][axis].argmax()))
         if (src / "groups.csv").is_file():
             shutil.copy(src / "groups.csv", part)
         replace_file(part / RECORD, about.encode())
@@ -91,10 +91,6 @@ def _areas(image: str, label: str | None) -> list[np.ndarray]:
         held = [(across == value).sum(1) for value in np.unique(array[array > 0])]
         counts.append(sum(held, np.zeros(len(across), int)) * np.all(held, axis=0))
     return counts
-
-
-def _best_axis(areas: Iterable[list[np.ndarray]]) -> int:
-    return int(np.argmax(np.array([[counts.max() for counts in subject] for subject in areas]).min(axis=0)))
 
 
 def _write_slice(out: Path, image: str, label: str, axis: int, index: int) -> None:

@@ -29,7 +29,7 @@ from regpipe.engines import record
 from regpipe.engines.run import require
 from regpipe.io import images
 from regpipe.io.images import Grid
-from regpipe.networks.encoders import BACKBONES, MAX_STRIDE, TRANSFERRED
+from regpipe.networks.encoders import BACKBONES, CUT, MAX_STRIDE, TRANSFERRED
 from regpipe.networks.weights import shipped
 from regpipe.study import effects, page
 from regpipe.study.runs import Task, run_all
@@ -59,9 +59,9 @@ TRANSFERS = {  # in the order of ``figures.TRANSFERS``
 }
 SIZES = ("5", "20", "100", "all")
 SEEDS = ("0", "1", "2")
-# What is run where nothing is said; transfers are offered all.
+# What is run where nothing is said, and what may be said.
 AXES = {"backbone": tuple(BACKBONES), "transfer": ("scratch", "frozen", "finetuned"), "subjects": SIZES, "seed": SEEDS}
-OFFERED = {**AXES, "transfer": tuple(TRANSFERS)}
+OFFERED = {**AXES, "backbone": (*BACKBONES, *CUT), "transfer": tuple(TRANSFERS)}
 WRITTEN = ("study.csv", "effects.csv", *page.PAGE, "[23]d/*.json", "[23]d/runs/*.json", "[23]d/pretrained/*.*")
 MOST_PAIRS = 5000  # in a datalist: more than a run uses; a list of all pairs is slow to read
 
@@ -119,7 +119,7 @@ def study(
     cells = [c for c in _cells(axes, len(_subjects(training))) if sources[c.backbone, c.transfer] is not None]
     missing = [", ".join(name) for name, source in sources.items() if source is None]
     if missing:
-        console.say(f"left out, for there are no such weights: {'; '.join(missing)}")
+        console.say(f"left out, for there is nothing to begin from: {'; '.join(missing)}")
     pretrainings = _pretrainings(cells, configs, pretraining, folder)
     settings = {"grid_shape": [*grid.shape], "grid_spacing": [*grid.spacing], "max_val_pairs": len(held_out)}
     for size, seed in {(cell.subjects, cell.seed) for cell in cells}:
@@ -245,6 +245,9 @@ def _write_datalist(path: Path, training: Sequence[Case], held_out: Sequence[Cas
 def _source(backbone: str, transfer: str, dims: int, imagenet: str | Path | None) -> str | None:
     """``pretrained`` of such runs, empty for weights that are trained here; None where there are none to be had."""
     source, _, whole = TRANSFERS[transfer]
+    cut, backbone = backbone in CUT, CUT.get(backbone, (backbone,))[0]
+    if (backbone == "pooled" and source != "none") or (cut and whole):  # no weights; another decoder
+        return None
     if source == "phantoms":
         return ""
     if source == "shipped":
@@ -260,13 +263,14 @@ def _source(backbone: str, transfer: str, dims: int, imagenet: str | Path | None
 def _task(
     cell: Cell, dims: int, folder: Path, configs: Sequence[str], settings: Mapping[str, Any], source: str | None
 ) -> Task:
-    mine: dict[str, Any] = {"backbone": cell.backbone, "seed": cell.seed}
+    backbone, most = CUT.get(cell.backbone, (cell.backbone, MAX_STRIDE))
+    mine: dict[str, Any] = {"backbone": backbone, "max_stride": most, "seed": cell.seed}
     mine["dataset_dir"] = str(_datalist(folder, cell.subjects, cell.seed))
-    mine["pretrained"] = source or str(folder / "pretrained" / f"{cell.backbone}.pt")
+    mine["pretrained"] = source or str(folder / "pretrained" / f"{backbone}.pt")
     transfer = TRANSFERS[cell.transfer]
     mine["transfer"] = "network" if transfer.whole else "encoder"
     if transfer.frozen:
-        mine["freeze"] = sum(stride <= MAX_STRIDE for stride in BACKBONES[cell.backbone].strides)
+        mine["freeze"] = sum(stride <= most for stride in BACKBONES[backbone].strides)
     about = {"dims": dims, **cell._asdict()}
     return Task(cell.name, configs, {**settings, **mine}, about, folder / "runs" / f"{cell.name}.json")
 
@@ -275,7 +279,8 @@ def _pretrainings(
     cells: Sequence[Cell], configs: Sequence[str], overlay: str | Path | None, folder: Path
 ) -> list[Task]:
     """The trainings on phantoms that the cells need, with seed 0, in the folder that all backbones share."""
-    backbones = list(dict.fromkeys(cell.backbone for cell in cells if TRANSFERS[cell.transfer].source == "phantoms"))
+    taught = [cell.backbone for cell in cells if TRANSFERS[cell.transfer].source == "phantoms"]
+    backbones = list(dict.fromkeys(CUT.get(name, (name,))[0] for name in taught))
     if not backbones:
         return []
     if overlay is None:

@@ -115,12 +115,16 @@ def test_weights_of_imagenet_and_of_the_models_that_came_with_it_are_transfers_t
     torch.manual_seed(0)
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "weights" / "alexnet-owt.pth")
     kinds = ["scratch", "imagenet-frozen", "shipped-finetuned", "shipped-network"]
-    only = {"backbone": ["alexnet", "plain"], "subjects": ["3"], "seed": ["0"], "transfer": kinds}
+    backbones = ["alexnet", "plain", "vgg16_4"]
+    only = {"backbone": backbones, "subjects": ["3"], "seed": ["0"], "transfer": kinds}
     study(data, tmp_path / "out", overlays=[overlays["study"]], imagenet=tmp_path / "weights", only=only)
     told = capsys.readouterr().out
-    assert "left out, for there are no such weights: plain, imagenet-frozen; plain, shipped-finetuned" in told
+    assert "left out, for there is nothing to begin from: plain, imagenet-frozen; plain, shipped-finetuned" in told
+    assert "vgg16_4, shipped-network" in told
     rows = {(row["backbone"], row["transfer"]): row for row in rows_of(tmp_path / "out")}
-    assert rows.keys() == {*itertools.product(["alexnet"], kinds), ("plain", "scratch")}
+    cut = [("vgg16_4", "scratch"), ("vgg16_4", "shipped-finetuned")]
+    assert rows.keys() == {*itertools.product(["alexnet"], kinds), ("plain", "scratch"), *cut}
+    assert float(rows[cut[1]]["parameters"]) == float(rows[cut[0]]["parameters"]) < 5e5
     learn = {kind: float(rows["alexnet", kind]["trainable"]) for kind in kinds}
     assert learn["imagenet-frozen"] < learn["scratch"] == learn["shipped-network"]
     dice = {kind: float(rows["alexnet", kind]["dice"]) for kind in kinds}
@@ -281,6 +285,6 @@ def test_two_at_a_time_give_the_numbers_of_one_at_a_time(
 
 def test_the_grid_is_the_studys() -> None:
     cells = study_module._cells(study_module._axes({}), 160)
-    assert len(cells) == len({cell.name for cell in cells}) == 4 * 3 * 4 * 3
+    assert len(cells) == len({cell.name for cell in cells}) == 5 * 3 * 4 * 3
     assert {cell.subjects for cell in cells} == {5, 20, 100, 160}
     assert {cell.subjects for cell in study_module._cells(study_module._axes({}), 60)} == {5, 20, 60}
