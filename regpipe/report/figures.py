@@ -64,6 +64,7 @@ LOOKS = (
     ("#CC79A7", "-", "v"),
     ("#E69F00", "--", "P"),
     ("#56B4E9", "-.", "X"),
+    ("#000000", "-", "*"),
 )
 
 
@@ -185,6 +186,7 @@ def curves(
             if zero:
                 axes.axhline(0, color="#777777", linewidth=0.6)
             axes.set(title=title, xlabel="training subjects", xscale="log")
+            axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
             axes.set_xticks(sizes, [str(size) for size in sizes])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(axis="y")
