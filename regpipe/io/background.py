@@ -24,7 +24,8 @@ def outside(array: np.ndarray) -> float:
 
     The value that a quarter of the rim has. Else the middle of the bin, a sixteenth of the range, that half of it
     lies in: the brightest (a slide), or the lowest where that is below 0 (a CT's air with its noise). Else 0; of an
-    image with values below 0, where 0 may be anything, the lowest.
+    image with values below 0, where 0 may be anything, the lowest. Values less than such a bin below 0 are noise
+    about it.
     """
     rim = _rim(array)
     values, counts = np.unique(rim, return_counts=True)  # NaN are one value
@@ -33,6 +34,8 @@ def outside(array: np.ndarray) -> float:
     low, high = float(np.nanmin(array)), float(np.nanmax(array))
     rim = rim[~np.isnan(rim)]
     counts, edges = np.histogram(rim, BINS, (low, high))
+    if low < 0 <= edges[1]:
+        return 0.0
     at = BINS - 1 if low >= 0 else 0
     if counts[at] >= BROAD * rim.size:
         return float(np.median(rim[(rim >= edges[at]) & (rim <= edges[at + 1])]))

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from helpers.commandline import regpipe
 from helpers.folders import save
+from regpipe.io import background
 from regpipe.transforms.apply import apply
 
 RNG = np.random.default_rng(3)
@@ -114,3 +115,13 @@ def test_what_is_no_data_does_not_lead_a_registration(tmp_path: Path, monkeypatc
     assert np.linalg.norm(d[seen], axis=-1).mean() < 0.4  # mm, of voxels of 2; 1.0 where the gaps are dark
     warped = np.asanyarray(nib.load(case / "warped.nii.gz").dataobj)  # type: ignore[attr-defined]
     assert 0 < np.isnan(warped).mean() < 0.2
+
+
+def test_noise_about_zero_is_no_reason_to_fill_with_its_lowest_value() -> None:
+    rng = np.random.default_rng(0)
+    inside = 100 + 50 * rng.random((12, 12, 12))  # a head that the field of view cuts on all sides
+    inside[4:6, 4:6, 4:6] = rng.normal(0, 0.5, (2, 2, 2))
+    assert inside.min() < 0 and background.outside(inside) == 0
+    dark = np.where(rng.random(inside.shape) < 0.3, inside, rng.normal(0, 3, inside.shape))  # and where it shows air
+    assert dark.min() < -5 and background.outside(dark) == 0
+    assert background.outside(inside - 120) == (inside - 120).min()  # z-scores, or a CT: 0 may be anything
