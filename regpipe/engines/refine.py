@@ -25,7 +25,7 @@ from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import TERMS, Target, overlaps, with_noise
 from regpipe.networks.encoders import VELOCITY_STRIDE
-from regpipe.networks.extractor import DEFAULT, Extractor, described, extractor
+from regpipe.networks.extractor import DEFAULT, described, extractor, extractors
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 
@@ -127,14 +127,17 @@ class Refiner:
             anatomy: what a network made of both images, see ``regpipe.SymmetricNet``.
             truth: labels and landmarks of both, as ``data.load`` names them, that guide.
         """
-        if fixed.ndim - 2 not in self.losses:
-            raise InputError(f"--features: takes no {fixed.ndim - 2}D images; give an extractor of these")
+        dim = fixed.ndim - 2
+        if dim not in self.losses:
+            raise InputError(f"--features: takes no {dim}D images; give an extractor of these")
+        # in which contrast images compare best: what knows more than images show does not ask
+        any_contrast = "auto" in self.losses[dim].weights and self._judge(dim) is not None
         found: list[_One] = []
         for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
             start = None if velocity is None else velocity[i : i + 1].float()
             halves = self._halves(batch)
             one = self._from_start(halves, start, better)
-            if "auto" in self.losses[fixed.ndim - 2].weights and self._judge(fixed.ndim - 2) is not None:
+            if any_contrast:
                 aligned = start if start is not None and one.start == "network" else torch.zeros_like(one.velocity)
                 mapped, how = self._in_one_contrast(batch, aligned)
                 one = one._replace(contrast=how)
@@ -323,9 +326,11 @@ class Refinement(NamedTuple):
         """The refiner; None for 0 steps."""
         if not self.steps:
             return None
-        if self.by_features and self.spatial_dims is None:
-            raise InputError("similarity features: give Refinement the spatial_dims of the images")
-        looks = extractor(self.features or DEFAULT, self.spatial_dims or 0) if self.by_features else None
+        looks = None
+        if self.by_features:
+            if self.spatial_dims is None:
+                raise InputError("similarity features: give Refinement the spatial_dims of the images")
+            looks = extractor(self.features or DEFAULT, self.spatial_dims)
         loss = RegistrationLoss(self.weights, window=self.window, layers=self.layers, encoder=looks)
         return Refiner(loss, steps=self.steps, finest=self.finest, guided=self.guided)
 
@@ -337,19 +342,6 @@ class Refinement(NamedTuple):
         """The ids of a configuration that ask for it."""
         asked = {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
         return asked | (described(self.features or DEFAULT) if self.by_features else {})
-
-
-def _extractors(features: str) -> dict[int, Extractor]:
-    """Of each dimension that it has; a TorchScript file has one. Raises ``InputError`` where it has none."""
-    found, problems = {}, []
-    for dim in WINDOW:
-        try:
-            found[dim] = extractor(features, dim)
-        except InputError as problem:
-            problems.append(str(problem))
-    if not found:
-        raise InputError("; ".join(dict.fromkeys(problems)))
-    return found
 
 
 def make_refiner(steps: int, weights: Mapping[str, float], **more: Any) -> Refiner | None:
@@ -372,6 +364,6 @@ def zero_refiner(
     """
     told: dict[str, Any] = {"smoothness": smoothness, "guide": guide}
     chosen = {dim: refinement_loss(similarity, spatial_dims=dim, **told) for dim in WINDOW}
-    looks = _extractors(features) if similarity == "features" else dict.fromkeys(chosen)
+    looks = extractors(features) if similarity == "features" else dict.fromkeys(chosen)
     losses = {dim: RegistrationLoss(chosen[dim], window=WINDOW[dim], encoder=encoder) for dim, encoder in looks.items()}
     return Refiner(losses, steps=steps, finest=finest, guided=bool(guide))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from regpipe.networks.encoders import TRANSFERRED, Encoder
+from regpipe.networks.encoders import CONV, TRANSFERRED, Encoder
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import sha256
 
@@ -62,6 +62,23 @@ def extractor(source: str, spatial_dims: int) -> Extractor:
     if weights and len(weights) != count:
         raise InputError(f"--features {source}: {len(weights)} weights, and it gives {count} features")
     return made
+
+
+def extractors(source: str) -> dict[int, Extractor]:
+    """``extractor`` of each dimension that it has; a TorchScript file has one.
+
+    Raises:
+        InputError: it has none.
+    """
+    found, problems = {}, []
+    for dim in CONV:
+        try:
+            found[dim] = extractor(source, dim)
+        except InputError as problem:
+            problems.append(str(problem))
+    if not found:
+        raise InputError("; ".join(dict.fromkeys(problems)))
+    return found
 
 
 def described(source: str) -> dict[str, str]:

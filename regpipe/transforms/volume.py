@@ -140,11 +140,12 @@ def _regions(path: Path, found: np.ndarray, grid: Space) -> list[dict[str, float
 
 def regions(labels: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Each label but 0, ascending, and the values at its voxels, float64."""
-    ids, which = np.unique(labels, return_inverse=True)
-    order = np.argsort(which.ravel(), kind="stable")
-    ends = np.searchsorted(which.ravel()[order], range(1, len(ids)))
-    parts = np.split(values.ravel()[order].astype(np.float64), ends)
-    return ((int(i), part) for i, part in zip(ids, parts, strict=True) if i != 0)
+    shown = labels != 0  # most of an image is not
+    ids, which = np.unique(labels[shown], return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    ends = np.searchsorted(which[order], range(1, len(ids)))
+    parts = np.split(values[shown][order].astype(np.float64), ends)
+    return ((int(i), part) for i, part in zip(ids, parts, strict=False))  # without labels: no id, one empty part
 
 
 def ratios(inside: np.ndarray) -> dict[str, float]:
