@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from regpipe.utils import settings
+
 
 def names(module: str, registry: str, *, giving: str = "") -> tuple[str, ...]:
     """The keys of a dict, the items of a tuple, or a word, as ``regpipe.<module>`` assigns it.
@@ -29,9 +31,7 @@ BACKBONES = names("networks.encoders", "BACKBONES")
 SHIPPED = (*names("networks.encoders", "TRANSFERRED"), "none")
 NETWORKS = ("symnet",)
 PHANTOMS = names("phantoms.scenes", "KINDS") + names("phantoms.cohort", "SYNTHETIC")
-STAGES = (*names("transforms.affine", "STAGES"), "projective")
-SOURCES = names("data.placement", "SOURCES")
-METRICS = names("transforms.affine", "METRICS")
+STAGES = tuple(stage for stage in settings.STAGES if stage != "auto")
 SIMILARITIES = names("losses.terms", "TERMS", giving="weight")
 FORMATS = names("inference.case_files", "DENSE") + names("transforms.export", "FORMATS")
 PAIRINGS = ("all", "first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,18 @@ import typer
 from regpipe.cli import completion
 from regpipe.cli.apply import Fill
 from regpipe.utils.errors import InputError
+from regpipe.utils.settings import AffineOptions, RefinementOptions
 
-Finest = Annotated[
-    int | None,
-    typer.Option(min=1, help="Of refinement: 1 compares at full resolution, 2 at half, faster; default: by size."),
-]
+
+def option(kind: type, name: str, complete: Sequence[str] = (), *, several: bool = False, **more: Any) -> Any:
+    """typer's option for one of ``utils.settings``, spelt as a bundle and messages spell it, too."""
+    about = kind.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    known = complete or about["among"]
+    completed = completion.some_of(known) if several else completion.one_of(known)
+    spelt = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+    return typer.Option(*spelt, help=about["help"].format(", ".join(known)), autocompletion=completed, **more)
+
+
 Formats = Annotated[
     str | None,
     typer.Option(
@@ -23,25 +31,10 @@ Formats = Annotated[
         autocompletion=completion.some_of(completion.FORMATS),
     ),
 ]
-Metric = Annotated[
-    str | None,
-    typer.Option(
-        "--affine-metric",
-        "--affine_metric",  # as a bundle spells it, and messages
-        help="What images are aligned by: mi (default), or ncc within a modality.",
-        autocompletion=completion.one_of(completion.METRICS),
-    ),
-]
-Similarity = Annotated[
-    str | None,
-    typer.Option(
-        help=f"What refinement compares images by: {', '.join(completion.SIMILARITIES)}.",
-        autocompletion=completion.one_of(completion.SIMILARITIES),
-    ),
-]
-Smoothness = Annotated[
-    float | None, typer.Option(help="Of refinement; 1: the default, 0.5 follows the images further.")
-]
+Metric = Annotated[str | None, option(AffineOptions, "affine_metric")]
+Similarity = Annotated[str | None, option(RefinementOptions, "similarity", completion.SIMILARITIES)]
+Smoothness = Annotated[float | None, option(RefinementOptions, "smoothness")]
+Finest = Annotated[int | None, option(RefinementOptions, "finest", min=1)]
 Inputs = Annotated[
     list[Path],
     typer.Argument(metavar="FOLDER | FIXED MOVING", help="A folder (or datalist) of pairs, or two image files."),
@@ -54,6 +47,7 @@ Trust = Annotated[
 
 
 def register(
+    context: typer.Context,
     inputs: Inputs,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
     bundle: Annotated[
@@ -72,22 +66,8 @@ def register(
         ),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Of --network symnet: its authors' .pth.")] = None,
-    affine: Annotated[
-        str | None,
-        typer.Option(
-            help="First: none, centre, rigid, similarity, affine, projective (2D). Default: affine; a bundle: its own.",
-            autocompletion=completion.one_of(completion.STAGES),
-        ),
-    ] = None,
-    affine_from: Annotated[
-        str | None,
-        typer.Option(
-            "--affine-from",
-            "--affine_from",  # as a bundle spells it, and messages
-            help="What rigid and more are found by: images (default), landmarks, both.",
-            autocompletion=completion.one_of(completion.SOURCES),
-        ),
-    ] = None,
+    affine: Annotated[str | None, option(AffineOptions, "affine", completion.STAGES)] = None,
+    affine_from: Annotated[str | None, option(AffineOptions, "affine_from")] = None,
     affine_metric: Metric = None,
     initial: Annotated[
         list[str] | None,
@@ -104,21 +84,8 @@ def register(
     similarity: Similarity = None,
     smoothness: Smoothness = None,
     finest: Finest = None,
-    guide: Annotated[
-        str | None,
-        typer.Option(
-            help="Of refinement: what of the pair's own leads it too: labels, landmarks, or both with a comma.",
-            autocompletion=completion.some_of(completion.GUIDES),
-        ),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHAT",
-            help="Of --similarity features: resnet18 (default), vgg16, alexnet, BACKBONE:WEIGHTS, or a TorchScript "
-            "file, FILE.ts or FILE.ts=1,0.5 with weights.",
-        ),
-    ] = None,
+    guide: Annotated[str | None, option(RefinementOptions, "guide", completion.GUIDES, several=True)] = None,
+    features: Annotated[str | None, option(RefinementOptions, "features", metavar="WHAT")] = None,
     formats: Formats = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
@@ -173,29 +140,24 @@ def register(
     """
     if len(inputs) > 2:
         raise InputError(f"{len(inputs)} inputs: give one folder, or FIXED and MOVING")
-    given: dict[str, Any] = {"pairing": pairing, "formats": formats, "memory_gib": memory_gib, "strict": strict or None}
-    given["uncertainty"] = uncertainty or None
-    given |= {"fill": fill}
-    given |= {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
-    given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest}
-    given |= {"guide": guide, "features": features}
-    given |= {"network": network, "weights": None if weights is None else str(weights)}
-    given["jobs"] = jobs if jobs > 1 and len(inputs) == 1 else None
-    chosen = {name: value for name, value in given.items() if value is not None}
-    points = landmarks or (None, None)
-    beside = {"fixed_label": fixed_label, "moving_label": moving_label, "fixed_mask": fixed_mask}
-    beside |= {"fixed_ignore": fixed_ignore, "moving_ignore": moving_ignore, "moving_mask": moving_mask}
-    beside |= {"fixed_landmarks": points[0], "moving_landmarks": points[1]}
-    from regpipe.inference.register import one_pair, register_files
+    from regpipe.inference.register import BESIDE, one_pair, register_files
     from regpipe.transforms.initial import named
 
+    # all other options go on by their names
+    given = {name: value for name, value in context.params.items() if value is not None and value is not False}
+    beside = {name: Path(given.pop(name)) for name in BESIDE if name in given}
+    beside |= zip(("fixed_landmarks", "moving_landmarks"), landmarks or (), strict=False)
+    for name in ("inputs", "out", "landmarks", "initial"):
+        given.pop(name, None)
+    if jobs == 1 or len(inputs) == 2:
+        del given["jobs"]
     with tempfile.TemporaryDirectory() as aside:
         dataset = inputs[0]
         if len(inputs) == 1 and dataset.is_file() and dataset.suffix.lower() != ".json":
             raise InputError(f"{dataset}: is one image; give FIXED and MOVING, or a folder of pairs")
         if len(inputs) == 2:
             images = {"fixed_image": inputs[0], "moving_image": inputs[1]}
-            dataset = one_pair(Path(aside) / "pair.json", images | beside | named(initial or ()))
-        elif initial or any(beside.values()):
+            dataset = one_pair(Path(aside) / "pair.json", {**images, **beside, **named(initial or ())})
+        elif initial or beside:
             raise InputError("labels, masks, --landmarks and --initial go with two files; a datalist holds its own")
-        register_files(dataset, out, bundle=bundle, trust=trust, **chosen)
+        register_files(dataset, out, **given)

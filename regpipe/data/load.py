@@ -24,6 +24,7 @@ from regpipe.io.images import Grid, Image
 from regpipe.io.source import Source
 from regpipe.transforms import displacement, homography, initial, lift
 from regpipe.utils.errors import InputError
+from regpipe.utils.settings import AffineOptions
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,9 @@ class LoadPair:
     in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``data.cache``.
 
     Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
-    ``affine``, ``affine_from``, ``affine_metric`` and ``space``: how the moving image's frame is aligned with the fixed
-    one's, see ``data.placement``; each alignment is found once (by each worker of a data loader,
-    without ``cache_dir``). Without a ``grid`` each pair has its own.
+    ``space`` and the ``AffineOptions``: how the moving image's frame is aligned with the fixed one's, see
+    ``data.placement``; each alignment is found once (by each worker of a data loader, without ``cache_dir``). Without a
+    ``grid`` each pair has its own.
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class LoadPair:
         space: Mapping[str, Any] | None = None,
     ) -> None:
         self.grid = grid
-        self.affine, self.affine_from, self.affine_metric = affine, affine_from, affine_metric
+        self.alignment = AffineOptions(affine, affine_from, affine_metric)
         self.landmark_channels = landmark_channels
         self.mask_rims = mask_rims
         self.store = Store(cache_dir) if cache_dir else None
-        self.frames = Frames(grid, affine, source=affine_from, metric=affine_metric, space=space, store=self.store)
+        self.frames = Frames(grid, self.alignment, space=space, store=self.store)
         self.paired: dict[tuple[str | None, ...], Any] = {}
         self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
 

@@ -26,12 +26,11 @@ from regpipe.io.landmarks import pairing
 from regpipe.io.source import Source
 from regpipe.transforms import affine, homography, initial, projective
 from regpipe.utils.errors import InputError
+from regpipe.utils.settings import AffineOptions
 
 if TYPE_CHECKING:
     from regpipe.data.cache import Store
 
-STAGES = ("auto", *affine.STAGES, "projective")
-SOURCES = ("images", "landmarks", "both")
 FOREGROUND = 0.1  # of an image's range, for where its content is
 
 log = logging.getLogger(__name__)
@@ -73,12 +72,10 @@ class Frames:
 
     Args:
         grid: the working grid; None: of each pair its own, see ``data.pairs.fixed_grid``.
-        stage: ``none``: both images share one space; ``centre``: their centres are laid onto each other; ``rigid``,
-            ``similarity``, ``affine``: see ``transforms.affine``; ``projective``: in 2-D, further to a homography, see
-            ``transforms.projective``; ``auto``: ``none`` for two images on the grid ``space``, else ``affine``.
-        source: what rigid and more are found by: the ``images``, the cases' ``landmarks`` files, or ``both``, the
-            images starting from the landmarks.
-        metric: what images are aligned by: ``mi``, or ``ncc`` for images of one modality.
+        asked: its ``affine`` is the stage: ``none``: both images share one space; ``centre``: their centres are laid
+            onto each other; ``rigid``, ``similarity``, ``affine``: see ``transforms.affine``; ``projective``: in 2-D,
+            further to a homography, see ``transforms.projective``; ``auto``: ``none`` for two images on the grid
+            ``space``, else ``affine``. ``affine_from`` ``both``: the images, starting from the landmarks.
         space: shape and affine of the grid that all images of the training shared.
         store: where what is found is kept for other processes.
 
@@ -86,7 +83,7 @@ class Frames:
     stages go on from it.
 
     Raises:
-        InputError: no such stage or source, landmarks wanted where a case has none, images that do not overlap,
+        InputError: landmarks wanted where a case has none, images that do not overlap,
             ``projective`` in 3-D or without OpenCV, or after an initial transform that is not linear; an initial
             transform that cannot be read.
     """
@@ -94,22 +91,17 @@ class Frames:
     def __init__(
         self,
         grid: Grid | None,
-        stage: str = "centre",
+        asked: AffineOptions,
         *,
-        source: str = "images",
-        metric: str = "mi",
         space: Mapping[str, Any] | None = None,
         store: Store | None = None,
     ) -> None:
-        asked = {"affine": (stage, STAGES), "affine_from": (source, SOURCES), "affine_metric": (metric, affine.METRICS)}
-        for option, (value, known) in asked.items():
-            if value not in known:
-                raise InputError(f"--{option} {value}: choose among {', '.join(known)}")
+        self.stage, self.source, self.metric = asked.affine, asked.affine_from, asked.affine_metric
         if grid is not None:
-            _check_dimension(stage, grid)
-        if stage == "projective" and source != "landmarks":
+            _check_dimension(self.stage, grid)
+        if self.stage == "projective" and self.source != "landmarks":
             projective.opencv()  # told now, and not once a pair
-        self.grid, self.stage, self.source, self.metric, self.space = grid, stage, source, metric, space
+        self.grid, self.space = grid, space
         self.store = store
         self._own: dict[tuple[str, Grid], np.ndarray] = {}
         self._found: dict[tuple[str | None, ...], affine.Alignment] = {}

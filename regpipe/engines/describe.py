@@ -222,7 +222,8 @@ def registrations(network: nn.Module, load: LoadPair, *, refinement: Refinement,
     """The choices of registering a folder: a case is done anew where they differ; as ``evaluation``."""
     return {
         "network": _of_network(network)["backbone"],
-        **{name: getattr(load, name) for name in ("landmark_channels", "affine", "affine_from", "affine_metric")},
+        "landmark_channels": load.landmark_channels,
+        **vars(load.alignment),
         **refinement.asked(),
         "refine_finest": refinement.finest,
         "repair": inferer.repair,
@@ -245,7 +246,7 @@ def _of_loss(loss: nn.Module) -> dict[str, Any]:
 
 
 def _of_load(load: LoadPair) -> dict[str, Any]:
-    return {name: getattr(load, name) for name in ("landmark_channels", "mask_rims", "affine", "affine_from")}
+    return {"landmark_channels": load.landmark_channels, "mask_rims": load.mask_rims, **vars(load.alignment)}
 
 
 def _of_grid(load: LoadPair) -> dict[str, Any]:

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from regpipe.data.pairs import SIDES
+from regpipe.engines.pyramid import FROM_NETWORK, coarser_shape, pyramid_level
 from regpipe.fields.algebra import Layers, Registration, register, resize_image
 from regpipe.losses.lncc import box_sum
 from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import explained, overlaps
 from regpipe.transforms.likeness import information
 
@@ -24,6 +27,18 @@ FAINT = 0.01  # of what can be explained: what rises by less is no evidence, how
 MARGIN = 2.0  # times what the opposite step gains: any interpolation smooths, and raises it
 LEAST = 0.25  # of a neighbourhood that has to lie in a mask for its mean to count in full
 LOOKS = 0.05  # of itself: local correlation that rises by more while mutual information falls follows a contrast
+CLEARER, CONVINCING = 1.01, 1.05  # times the mutual information of the pair as it is, and of no motion
+SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the halves, in standard deviations
+
+
+def halves_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A pair twice, with noise that is independent, and the noise beside it: what is optimised, and what judges."""
+    seen, unseen = dict(batch), dict(batch)
+    for side in SIDES:
+        halves = split_noise(batch[f"{side}_image"])
+        seen |= {f"{side}_image": halves.seen, f"{side}_noise": SEEN * halves.noise}
+        unseen |= {f"{side}_image": halves.unseen, f"{side}_noise": UNSEEN * halves.noise}
+    return seen, unseen
 
 
 class Judge:
@@ -61,6 +76,19 @@ class Judge:
                 unseen, was, kept = witness, self._register(before, witness), self._register(step, witness)
             self.misled |= self._known(kept, unseen) < self._known(was, unseen)
         return torch.zeros_like(share) if self.misled else share
+
+    def paying(self, unseen: Mapping[str, Tensor], velocity: Tensor) -> Tensor:
+        """What pays of a network's velocity, at the resolution where refinement begins."""
+        shape = coarser_shape(unseen["fixed_image"].shape[2:], FROM_NETWORK[0].stride)
+        return velocity * self.share(torch.zeros_like(velocity), velocity, pyramid_level(unseen, shape))
+
+    def tells_more(self, unseen: Mapping[str, Tensor], velocity: Tensor, other: Tensor) -> bool:
+        """Whether the images, as they are, tell clearly more of each other by a velocity than by the other and by none.
+
+        A curve that is not one-to-one makes a rim look like what lies deeper inside: what follows that gains little.
+        """
+        told, as_it_is, none = (self.information(v, unseen) for v in (velocity, other, torch.zeros_like(velocity)))
+        return told > CLEARER * as_it_is and told > CONVINCING * none
 
     def _as_one(self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor]) -> Tensor:
         """All of the step where it is better than none of it, than half of it and than the opposite, else none."""

@@ -12,6 +12,7 @@ from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import resize_image, smooth
 
 SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
+FULL_RESOLUTION = 8_000_000  # voxels
 
 
 class Level(NamedTuple):
@@ -23,6 +24,17 @@ class Level(NamedTuple):
 
 FROM_NETWORK = (Level(2, 0.5), Level(1, 0.5))
 FROM_ZERO = (Level(8, 0.2), Level(4, 0.25), Level(2, 0.3), Level(1, 0.25))
+
+
+def levels_of(shape: Sequence[int], from_network: bool, finest: int | None) -> list[Level]:
+    """The levels for images of this shape, down to the stride ``finest``.
+
+    None: full resolution up to ``FULL_RESOLUTION`` voxels, half beyond.
+    """
+    levels = FROM_NETWORK if from_network else FROM_ZERO
+    finest = finest or (1 if math.prod(shape) <= FULL_RESOLUTION else 2)
+    kept = [v for v in levels if v.stride >= finest and min(shape) >= SMALLEST * v.stride]
+    return kept or [levels[-1]]
 
 
 def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:

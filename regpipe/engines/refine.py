@@ -17,17 +17,17 @@ from torch import Tensor
 
 from regpipe.data.pairs import SIDES
 from regpipe.engines.adam import Adam
-from regpipe.engines.judge import Judge
-from regpipe.engines.pyramid import FROM_NETWORK, FROM_ZERO, SMALLEST, Level, coarser_shape, pyramid_level, shares
+from regpipe.engines.judge import Judge, halves_of
+from regpipe.engines.pyramid import coarser_shape, levels_of, pyramid_level, shares
 from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image
 from regpipe.losses.contrast import AS_IT_IS, in_one
 from regpipe.losses.loss import RegistrationLoss
-from regpipe.losses.noise import SHARE, split_noise
 from regpipe.losses.terms import TERMS, Target, overlaps, with_noise
 from regpipe.networks.encoders import VELOCITY_STRIDE
 from regpipe.networks.extractor import DEFAULT, described, extractor, extractors
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
+from regpipe.utils.settings import RefinementOptions
 
 SQUARINGS = 6  # a sixty-fourth of the velocity at a time: under 0.01 voxel from the 7 of the final integration
 STRUCTURES, BESIDE_STRUCTURES = 10.0, 0.3  # weight of those the network sees; the similarity's, then
@@ -37,8 +37,6 @@ WINDOW = {2: 7, 3: 5}
 REGULAR = {2: 0.7, 3: 1.0}
 ZERO_STEPS = 80
 SHIPPED_STEPS = 25  # after the answer of a network that came with regpipe, where nothing is asked for
-CLEARER, CONVINCING = 1.01, 1.05  # times the mutual information of the pair as it is, and of no motion
-FULL_RESOLUTION = 8_000_000  # voxels
 WITNESS = 4000  # voxels that tell mutual information
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
 GUIDES = {"labels": ("dice", 10.0), "landmarks": ("landmarks", 1.0)}  # a pair's own truth -> its term and weight
@@ -46,8 +44,6 @@ GUIDES = {"labels": ("dice", 10.0), "landmarks": ("landmarks", 1.0)}  # a pair's
 # Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
 # the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
 FLAT = 1e-3
-SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the halves, in standard deviations
-
 
 Loss = RegistrationLoss | Mapping[int, RegistrationLoss]
 NO_TRUTH: Target = MappingProxyType({})
@@ -79,8 +75,8 @@ class Refiner:
             most.
         steps: of Adam, over all levels together.
         rate: Adam's step in voxels of the velocity's grid.
-        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None:
-            full resolution up to ``FULL_RESOLUTION`` voxels, half beyond.
+        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None: see
+            ``engines.pyramid.levels_of``.
         guided: each pair brings the labels or landmarks that terms of the loss need. It is not judged then: they know
             more than the images show.
 
@@ -143,7 +139,7 @@ class Refiner:
                 one = one._replace(contrast=how)
                 if how != AS_IT_IS:
                     other = self._from_start(self._halves(mapped), start, better)._replace(contrast=how)
-                    more = self._tells_more(halves[1], other.velocity, one.velocity)
+                    more = Judge(self.losses[dim], self.layers).tells_more(halves[1], other.velocity, one.velocity)
                     one = other if more else one._replace(contrast=AS_IT_IS)
             found.append(one)
         velocities, starts, contrasts = zip(*found, strict=True)
@@ -153,7 +149,8 @@ class Refiner:
         seen, unseen = halves
         mine, steps = start, self.steps
         if better and start is not None:
-            mine = self._paying(unseen, start)
+            judge = self._judge(start.shape[1])
+            mine = judge.paying(unseen, start) if judge else start
             if not bool(mine.any()):
                 mine, steps = None, max(steps, ZERO_STEPS)
         found = self._refine(seen, unseen, mine, steps)
@@ -170,27 +167,10 @@ class Refiner:
         found = in_one(fixed, moving, result.warped_moving, seen)
         return {**batch, "fixed_image": found.fixed, "moving_image": found.moving}, found.how
 
-    def _tells_more(self, unseen: Target, velocity: Tensor, other: Tensor) -> bool:
-        """Whether the images, as they are, tell clearly more of each other by a velocity than by the other and by none.
-
-        A curve that is not one-to-one makes a rim look like what lies deeper inside: what follows that gains little.
-        """
-        judge = Judge(self.losses[velocity.shape[1]], self.layers)
-        told, as_it_is, none = (judge.information(v, unseen) for v in (velocity, other, torch.zeros_like(velocity)))
-        return told > CLEARER * as_it_is and told > CONVINCING * none
-
     def _halves(self, batch: Target) -> tuple[Target, Target]:
         """What is optimised, and what judges; the pair itself where nothing does."""
         judged = self._judge(batch["fixed_image"].ndim - 2) is not None
-        return _halves(batch) if judged else (batch, batch)
-
-    def _paying(self, unseen: Target, velocity: Tensor) -> Tensor:
-        """What pays of the network's velocity, at half resolution, where refinement begins."""
-        judge = self._judge(velocity.shape[1])
-        if judge is None:
-            return velocity
-        shape = coarser_shape(unseen["fixed_image"].shape[2:], FROM_NETWORK[0].stride)
-        return velocity * judge.share(torch.zeros_like(velocity), velocity, pyramid_level(unseen, shape))
+        return halves_of(batch) if judged else (batch, batch)
 
     def _judge(self, dim: int) -> Judge | None:
         """None where a network sees structures: it knows more than the images show."""
@@ -207,7 +187,7 @@ class Refiner:
     ) -> Tensor:
         fixed = seen["fixed_image"]
         shape, given = fixed.shape[2:], velocity is not None
-        levels = self._levels(shape, given)
+        levels = levels_of(shape, given, self.finest)
         plan = [(coarser_shape(shape, level.stride), n) for level, n in zip(levels, shares(levels, steps), strict=True)]
         voxels = sum(steps * math.prod(images) for images, steps in plan)
         judge = self._judge(len(shape))
@@ -235,12 +215,6 @@ class Refiner:
         assert velocity is not None  # there is at least one level
         return velocity if given else resize(velocity, coarser_shape(shape, VELOCITY_STRIDE))
 
-    def _levels(self, shape: Sequence[int], given: bool) -> list[Level]:
-        levels = FROM_NETWORK if given else FROM_ZERO
-        finest = self.finest or (1 if math.prod(shape) <= FULL_RESOLUTION else 2)
-        kept = [v for v in levels if v.stride >= finest and min(shape) >= SMALLEST * v.stride]
-        return kept or [levels[-1]]
-
     def _descend(self, start: Tensor, target: Target, steps: int, bar: Progress) -> Tensor:
         velocity = start.detach().clone().requires_grad_(True)
         optimizer = Adam(velocity, lr=self.rate, eps=FLAT)
@@ -266,16 +240,6 @@ def _each(
     for i in range(len(fixed)):
         of_pair = {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
         yield of_pair | {key: tensor[i : i + 1] for key, tensor in truth.items()}
-
-
-def _halves(batch: Target) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A pair twice, with noise that is independent, and the noise beside it: what is optimised, and what judges."""
-    seen, unseen = dict(batch), dict(batch)
-    for side in SIDES:
-        halves = split_noise(batch[f"{side}_image"])
-        seen |= {f"{side}_image": halves.seen, f"{side}_noise": SEEN * halves.noise}
-        unseen |= {f"{side}_image": halves.unseen, f"{side}_noise": UNSEEN * halves.noise}
-    return seen, unseen
 
 
 def refinement_loss(
@@ -352,18 +316,15 @@ def make_refiner(steps: int, weights: Mapping[str, float], **more: Any) -> Refin
 def zero_refiner(
     similarity: str = "auto",
     *,
-    smoothness: float = 1.0,
     steps: int = ZERO_STEPS,
-    finest: int | None = None,
-    guide: Sequence[str] = (),
-    features: str = DEFAULT,
+    **given: Any,
 ) -> Refiner:
-    """The refiner for pairs of any dimension without any network, see ``refinement_loss``; ``finest``: ``Refiner``.
+    """The refiner for pairs of any dimension without any network, by ``RefinementOptions``.
 
-    ``features``: see ``networks.extractor``; of a TorchScript file, which has one dimension, only that is refined.
+    Of a TorchScript file of ``features``, which has one dimension, only that is refined.
     """
-    told: dict[str, Any] = {"smoothness": smoothness, "guide": guide}
-    chosen = {dim: refinement_loss(similarity, spatial_dims=dim, **told) for dim in WINDOW}
-    looks = extractors(features) if similarity == "features" else dict.fromkeys(chosen)
+    asked = RefinementOptions(similarity, **given)
+    chosen = {dim: refinement_loss(**asked.loss, spatial_dims=dim) for dim in WINDOW}
+    looks = extractors(asked.features or DEFAULT) if similarity == "features" else dict.fromkeys(chosen)
     losses = {dim: RegistrationLoss(chosen[dim], window=WINDOW[dim], encoder=encoder) for dim, encoder in looks.items()}
-    return Refiner(losses, steps=steps, finest=finest, guided=bool(guide))
+    return Refiner(losses, steps=steps, finest=asked.finest, guided=bool(asked.guide))

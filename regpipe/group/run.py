@@ -13,7 +13,6 @@ from torch import Tensor
 
 from regpipe.bundle.run import own
 from regpipe.data import manifest
-from regpipe.data.placement import STAGES
 from regpipe.engines import inferers, record
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, zero_refiner
 from regpipe.group.means import Mean, Votes
@@ -29,6 +28,7 @@ from regpipe.transforms import displacement
 from regpipe.utils import console, distributed
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
+from regpipe.utils.settings import STAGES
 
 
 def make_template(
@@ -73,10 +73,10 @@ def make_template(
     if rounds < 0:
         raise InputError(f"--rounds {rounds}: give 0, for an affine template, or more")
     subjects, out = list_subjects(dataset), Path(out)
-    loss: dict[str, Any] = {"similarity": similarity, "smoothness": smoothness}
-    velocity, model = _velocity(bundle, dataset, refine=refine, finest=finest, **loss)
+    asked: dict[str, Any] = {"similarity": similarity, "smoothness": smoothness, "finest": finest}
+    velocity, model = _velocity(bundle, dataset, refine=refine, **asked)
     settings = {"affine": affine, "affine_metric": affine_metric, "rounds": rounds, "refine": refine, "finest": finest}
-    settings |= {**loss, "model": model, "formats": sorted(formats)}
+    settings |= {**asked, "model": model, "formats": sorted(formats)}
     try:
         group = Group(subjects, out, settings=settings, velocity=velocity, processes=jobs)
         last, mean = group.run(affine, affine_metric, rounds)
@@ -88,13 +88,13 @@ def make_template(
 
 
 def _velocity(
-    bundle: str | None, dataset: str | Path, *, refine: int | None, finest: int | None, **loss: Any
+    bundle: str | None, dataset: str | Path, *, refine: int | None, **asked: Any
 ) -> tuple[Velocity, list[dict[str, str]]]:
     """How a round finds a subject's velocity, and the files of the network that helps it."""
-    further = zero_refiner(steps=SHIPPED_STEPS, finest=finest, **loss)
+    further = zero_refiner(steps=SHIPPED_STEPS, **asked)
     found = bundle_named(bundle, Path(dataset))
     if found is None:
-        network, first = None, zero_refiner(steps=ZERO_STEPS if refine is None else refine, finest=finest, **loss)
+        network, first = None, zero_refiner(steps=ZERO_STEPS if refine is None else refine, **asked)
         model: list[dict[str, str]] = []
     else:
         known = own(found[0])
@@ -102,7 +102,7 @@ def _velocity(
             raise InputError(f"{found[0]}: a template takes a bundle whose configuration is regpipe's own, or none")
         folder = inferers.model_folder(str(known[0] / "models"), str(dataset))
         network, cascades = load_network(folder, known[1]).eval(), record.read(folder)["cascades"]
-        refiner = zero_refiner(steps=SHIPPED_STEPS if refine is None else refine, finest=finest, **loss)
+        refiner = zero_refiner(steps=SHIPPED_STEPS if refine is None else refine, **asked)
         inferer = inferers.RegistrationInferer(cascades=cascades, refiner=refiner)
         model = manifest.bundle_files(Path(folder))
 

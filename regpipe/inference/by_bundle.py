@@ -7,7 +7,6 @@ no expression is run. ``python -m monai.bundle run`` remains the bundle's own wa
 from __future__ import annotations
 
 import logging.config
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from regpipe.inference.folder import FolderRun
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.networks.weights import read_state_dict
 from regpipe.utils import distributed
+from regpipe.utils.settings import AffineOptions, RefinementOptions, taken
 
 
 def register_by_bundle(
@@ -27,28 +27,24 @@ def register_by_bundle(
     output_dir: str,
     *,
     ckpt_dir: str | None = None,
-    loss: Mapping[str, Any] | None = None,
     refine: int = 0,
-    refine_finest: int | None = None,
     pairing: str | None = None,
-    affine: str | None = None,
-    affine_from: str | None = None,
-    affine_metric: str = "mi",
     uncertainty: bool = False,
     strict: bool = False,
     jobs: int = 1,
-    features: str | None = None,
     **how: Any,
 ) -> None:
-    """Register every pair of a folder by a bundle's network. The options are its ``inference.yaml``'s.
+    """Register every pair of a folder by a bundle's network.
 
     Args:
         bundle: its folder; its ``logging.conf`` must be regpipe's own.
         backbone: its network's.
         ckpt_dir: where its model is; None: see ``engines.inferers.model_folder``.
+        refine: steps of refinement.
+        pairing: see ``regpipe.list_pairs``; None: as in training.
         jobs: processes, see ``inference.jobs``.
-        loss: of the refinement, what ``refinement_loss`` is told; None: ``auto``.
-        features: of its similarity of that name, see ``networks.extractor``.
+        how: the options ``AffineOptions``, by default as in training, and ``RefinementOptions``, and what ``FolderRun``
+            takes.
 
     Raises:
         InputError: no trained model, no pair, an option that does not go, an output folder that cannot be made.
@@ -60,24 +56,15 @@ def register_by_bundle(
     distributed.join(hours=168)
     known, dim = record.read(ckpt_dir), inferers.trained_dimension(ckpt_dir)
     structures, network = inferers.trained_structures(ckpt_dir), load_network(ckpt_dir, backbone)
-    alignment: dict[str, Any] = {
-        "affine": affine or record.stage_for_others(known),
-        "affine_from": affine_from or known["affine_from"],
-    }
+    alignment = {"affine": record.stage_for_others(known), "affine_from": known["affine_from"]}
+    alignment |= taken(AffineOptions, how)
     told = {name: known[name] for name in ("landmark_channels", "mask_rims", "space")}
     grid = None if known["own_grids"] else inferers.trained_grid(ckpt_dir)
     load = LoadPair(grid, cache=False, **alignment, **told)
-    weights = refinement_loss(**{"similarity": "auto", "spatial_dims": dim, **(loss or {})}, structures=structures)
-    guided = bool((loss or {}).get("guide"))
-    refinement = Refinement(
-        refine,
-        weights,
-        window=WINDOW[dim],
-        finest=refine_finest,
-        guided=guided,
-        features=features,
-        spatial_dims=dim,
-    )
+    asked = RefinementOptions(**taken(RefinementOptions, how))
+    weights = refinement_loss(**asked.loss, spatial_dims=dim, structures=structures)
+    more: dict[str, Any] = {"finest": asked.finest, "guided": bool(asked.guide), "features": asked.features}
+    refinement = Refinement(refine, weights, window=WINDOW[dim], spatial_dims=dim, **more)
     inferer = inferers.RegistrationInferer(cascades=known["cascades"], refiner=refinement.refiner(), repair=True)
     folder = FolderRun(
         dataset_dir,

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +35,13 @@ from regpipe.transforms.initial import named
 from regpipe.utils import console
 from regpipe.utils.errors import InputError, cause
 from regpipe.utils.files import replace_file
+from regpipe.utils.settings import LOSS, AffineOptions, RefinementOptions, names, taken
 
 BESIDE = tuple(f"{side}_{kind}" for kind in KINDS if kind != "image" for side in SIDES)
 
-OF_OWN = {
-    "ckpt_dir",
-    "refine",
-    "refine_finest",
-    "pairing",
-    "formats",
-    "memory_gib",
-    "strict",
-    "fill",
-    "uncertainty",
-    "features",
-}  # ids of a bundle's
-OF_OWN |= {"affine", "affine_from", "affine_metric", "jobs"}  # inference that need not MONAI
+# what inference by a bundle does without MONAI
+OF_OWN = {*names(AffineOptions), *names(RefinementOptions), "ckpt_dir", "refine", "pairing", "jobs"}
+OF_OWN |= {"formats", "fill", "memory_gib", "strict", "uncertainty"}
 
 
 def register_files(
@@ -59,11 +50,6 @@ def register_files(
     *,
     bundle: str | None = None,
     refine: int | None = None,
-    similarity: str | None = None,
-    smoothness: float | None = None,
-    finest: int | None = None,
-    guide: str | Sequence[str] = (),
-    features: str | None = None,
     network: str | None = None,
     weights: str | None = None,
     trust: bool = False,
@@ -78,56 +64,51 @@ def register_files(
             ``networks.weights.BEST`` of the images' dimension.
         refine: steps of per-pair optimisation; None: 25 after a model that came with regpipe, 80 from zero, else the
             bundle's own.
-        similarity, smoothness, finest: of the refinement, see ``engines.refine``.
-        guide: ``labels``, ``landmarks``, both (one text with commas too): of the pairs' own, lead the refinement.
-        features: of ``similarity="features"``, see ``networks.extractor``.
         network, weights: ``symnet`` in a bundle's place, and its authors' file, see ``inference.symnet``.
         trust: see ``bundle.own``.
-        chosen: ids of the bundle's ``inference.yaml``, of which ``inference.from_zero`` takes its own.
+        chosen: ``AffineOptions``, ``RefinementOptions``; ids of the bundle's ``inference.yaml``, of which
+            ``inference.from_zero`` takes its own.
 
     Raises:
         InputError: what a user can mend.
         SystemExit: as ``FolderRun.register``.
     """
+    chosen = {name: value for name, value in chosen.items() if value is not None and value != ()}
     if network is not None or weights is not None:
         if network != "symnet" or weights is None:
             raise InputError("--network symnet and --weights FILE, its authors' .pth, go together; else give --bundle")
-        if (refine, similarity, smoothness, finest, features) != (None,) * 5 or guide:
+        if refine is not None or any(name in chosen for name in names(RefinementOptions)):
             raise InputError("--network symnet: its two velocities cannot be refined; leave the refinement out")
         register_by_symnet(str(dataset), str(out), weights=weights, **chosen)
         return
     found = bundle_named(bundle, dataset)
-    loss: dict[str, Any] = {"similarity": similarity or "auto", "smoothness": 1.0 if smoothness is None else smoothness}
-    guide = [name.strip() for name in guide.split(",")] if isinstance(guide, str) else list(guide)
-    loss |= {"guide": guide} if guide else {}
-    refinement_loss(**loss)
-    if features is not None:
-        if similarity != "features":
-            raise InputError(f"--features {features}: goes with --similarity features")
-        chosen["features"] = features
+    given = taken(RefinementOptions, chosen)
+    asked = RefinementOptions(**given)
+    refinement_loss(**asked.loss)
     if found is None:
         steps = ZERO_STEPS if refine is None else refine
-        register_from_zero(str(dataset), str(out), steps=steps, finest=finest, **loss, **chosen)
+        register_from_zero(str(dataset), str(out), steps=steps, **given, **chosen)
         return
     folder, told = found
     steps = told.get("refine", 0) if refine is None else refine
-    chosen_loss = (similarity, smoothness) != (None, None) or bool(guide)
+    chosen_loss = not given.keys().isdisjoint(LOSS)
     if chosen_loss and not steps:
         told_of = "--similarity, --smoothness and --guide"
         raise InputError(f"{told_of}: with a bundle they go with --refine STEPS, 0 by default")
     told |= chosen | ({} if refine is None else {"refine": refine})
-    told |= {} if finest is None else {"refine_finest": finest}
     found_own = own(folder)
     if found_own is not None and told.keys() <= OF_OWN:
         places = (str(path.expanduser().absolute()) for path in (dataset, out))
-        register_by_bundle(*found_own, *places, loss=loss if chosen_loss else None, **told)
+        register_by_bundle(*found_own, *places, **(given | told))
         return
     if "jobs" in told:
         raise InputError(f"{folder}: --jobs goes with regpipe's own configurations; start this one by torchrun")
-    if guide:
+    if asked.guide:
         raise InputError(f"{folder}: --guide goes with regpipe's own configurations")
+    told |= {"refine_finest": asked.finest} if "finest" in given else {}
+    told |= {"features": asked.features} if "features" in given else {}
     if chosen_loss:
-        told["refine_loss"] = _refine_loss(loss)
+        told["refine_loss"] = _refine_loss(asked.loss)
     register_with_bundle(folder, dataset, out, told, trust=trust)
 
 
@@ -224,13 +205,10 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
     Args:
         fixed, moving: each a path, a pair ``(array (*S), RAS affine (D+1, D+1))``, a MONAI ``MetaTensor`` of one
             channel, a nibabel image or an ``itk.Image``.
-        chosen: as the command's: ``bundle``, ``network``, ``weights``, ``refine``, ``similarity``, ``smoothness``,
-            ``finest``, ``guide``, ``affine``, ``affine_from``, ``affine_metric``, ``memory_gib``, ``uncertainty``;
-            as the images:
-            ``fixed_label``, ``moving_label``, ``fixed_mask``, ``moving_mask``, ``fixed_ignore``, ``moving_ignore``;
-            paths: ``fixed_landmarks``, ``moving_landmarks``; ``initial``: a transform file, a list of them
-            (``transforms.initial.named``), or a matrix (D+1, D+1) in
-            RAS mm, fixed point -> moving point.
+        chosen: as the command's options; as the images: ``fixed_label``, ``moving_label``, ``fixed_mask``,
+            ``moving_mask``, ``fixed_ignore``, ``moving_ignore``; paths: ``fixed_landmarks``, ``moving_landmarks``;
+            ``initial``: a transform file, a list of them (``transforms.initial.named``), or a matrix (D+1, D+1) in RAS
+            mm, fixed point -> moving point.
 
     Raises:
         InputError: what is wrong with them, in a line.

@@ -17,6 +17,7 @@ from regpipe.networks.symnet import load_symnet
 from regpipe.utils import distributed
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import require_file, sha256
+from regpipe.utils.settings import AffineOptions, taken
 
 GRID = Grid((160, 224, 192), (1.0, 1.0, 1.0))  # the authors' 160 x 192 x 224, by axes to the right, front and top
 # Where the authors' images lie, axes to the left, bottom and front: aligned with each other already.
@@ -63,7 +64,7 @@ def by_authors(weights: str | None) -> Turned:
 
 def choices(weights: str | None, load: LoadPair) -> dict[str, Any]:
     """What a registration by them depends on: a case is done anew where it differs."""
-    about = {name: getattr(load, name) for name in ("affine", "affine_from", "affine_metric", "landmark_channels")}
+    about = {**vars(load.alignment), "landmark_channels": load.landmark_channels}
     return {"network": "symnet", "weights": sha256([require_file(_given(weights))]), **about}
 
 
@@ -79,17 +80,14 @@ def register_by_symnet(
     *,
     weights: str,
     landmark_channels: int | None = None,
-    affine: str = "auto",
-    affine_from: str = "images",
-    affine_metric: str = "mi",
     strict: bool = False,
     jobs: int = 1,
     **how: Any,
 ) -> None:
     """Register every pair of a folder by SYMNet, both ways, on the authors' grid of 1 mm around the fixed image.
 
-    ``weights``: the authors' .pth; ``affine``: ``auto`` takes two images in the authors' space as they are and aligns
-    others; the rest as ``inference.from_zero``'s.
+    ``weights``: the authors' .pth; ``how``: ``AffineOptions``, by default ``auto``, which takes two images in the
+    authors' space as they are and aligns others; the rest as ``inference.from_zero``'s.
 
     Raises:
         InputError: not SYMNet's weights, no pair, an output folder that cannot be made.
@@ -97,7 +95,7 @@ def register_by_symnet(
     """
     distributed.join(hours=168)
     network = by_authors(weights).to(distributed.device())
-    alignment: dict[str, Any] = {"affine": affine, "affine_from": affine_from, "affine_metric": affine_metric}
+    alignment = {"affine": "auto"} | taken(AffineOptions, how)
     load = LoadAsAuthors(GRID, landmark_channels=landmark_channels, cache=False, space=SPACE, **alignment)
     folder = FolderRun(dataset_dir, load=load, output_dir=output_dir, settings=choices(weights, load), **how)
     folder.register_by(network, RegistrationInferer(), strict=strict, processes=jobs)

@@ -19,12 +19,13 @@ from regpipe.provenance.verify import Sources, manifests, nearest, unlike
 from regpipe.transforms.displacement import read_displacement
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json
+from regpipe.utils.settings import AffineOptions, RefinementOptions, names
 
 NEAR = ("*", "*/*", "*/*/*", "*/*/*/*")  # how deep beside the results inputs are looked for
 FIELDS = ("displacement.nii.gz", "1Warp.nii.gz")  # what is compared in mm; the latter is without the affine part
-BOTH = ("affine", "affine_from", "affine_metric", "formats", "landmark_channels", "refine")
-ZERO = (*BOTH, "finest", "similarity", "smoothness")  # settings that registering from zero is given again
-MORE = ("guide", "uncertainty", "features")  # where they were given
+MORE = ("guide", "uncertainty", "features")  # settings that are given again where they were given
+BOTH = (*names(AffineOptions), "formats", "landmark_channels", "refine")
+ZERO = (*BOTH, *(name for name in names(RefinementOptions) if name not in MORE))  # given to registering from zero
 BUNDLE = (*BOTH, "refine_loss", "refine_window", "refine_finest", "repair")  # and registering with a bundle
 
 

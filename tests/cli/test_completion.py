@@ -41,17 +41,17 @@ def test_the_shell_completes(line: str, offered: list[str], monkeypatch, capfd) 
 
 
 def test_what_is_completed_is_what_the_commands_know() -> None:
-    from regpipe.data import bids, placement
+    from regpipe.data import bids
     from regpipe.inference import case_files
     from regpipe.losses.terms import TERMS
     from regpipe.networks import encoders
     from regpipe.phantoms import cohort, scenes
     from regpipe.transforms import affine, apply, export, resample
+    from regpipe.utils import settings
 
     assert tuple(encoders.BACKBONES) == completion.BACKBONES
     assert (*scenes.KINDS, cohort.SYNTHETIC) == completion.PHANTOMS
-    assert tuple(stage for stage in placement.STAGES if stage != "auto") == completion.STAGES
-    assert completion.SOURCES == placement.SOURCES and tuple(affine.METRICS) == completion.METRICS
+    assert (*affine.STAGES, "projective") == completion.STAGES and tuple(affine.METRICS) == settings.METRICS
     assert tuple(name for name, term in TERMS.items() if term.weight is not None) == completion.SIMILARITIES
     assert (case_files.DENSE, *export.FORMATS) == completion.FORMATS
     assert completion.INTERPOLATIONS == resample.INTERPOLATIONS == apply.INTERPOLATIONS

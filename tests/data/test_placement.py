@@ -19,6 +19,7 @@ from regpipe.io.source import Source
 from regpipe.metrics.measures import tre
 from regpipe.transforms.affine import Alignment
 from regpipe.utils.errors import InputError
+from regpipe.utils.settings import AffineOptions
 
 GRID = Grid((24, 24, 24), (1.0, 1.0, 1.0))
 
@@ -61,16 +62,16 @@ def answer(monkeypatch: pytest.MonkeyPatch, matrix: np.ndarray) -> list[str]:
 
 def test_none_leaves_the_files_in_their_places_and_centre_lays_the_middles_on_each_other(tmp_path: Path) -> None:
     case = pair(tmp_path, np.eye(4), turn(0, (35, -4, 2)))
-    fixed, moving = Frames(GRID, "none")(case, Source())[:2]
+    fixed, moving = Frames(GRID, AffineOptions("none"))(case, Source())[:2]
     np.testing.assert_array_equal(fixed, moving)
-    fixed, moving = Frames(GRID, "centre")(case, Source())[:2]
+    fixed, moving = Frames(GRID, AffineOptions("centre"))(case, Source())[:2]
     np.testing.assert_allclose(moving @ np.linalg.inv(fixed), turn(0, (35, -4, 2)), atol=1e-9)
 
 
 def test_centre_keeps_the_angle_between_oblique_images(tmp_path: Path) -> None:
     """The middles of both agree; what the headers say of the angle is left for the registration to see."""
     case = pair(tmp_path, np.eye(4), turn(30))
-    fixed, moving = Frames(GRID, "centre")(case, Source())[:2]
+    fixed, moving = Frames(GRID, AffineOptions("centre"))(case, Source())[:2]
     np.testing.assert_allclose(moving[:3, :3], fixed[:3, :3], atol=1e-9)
     middle = (np.array(GRID.shape) - 1) / 2
     image_middle = apply_affine(turn(30), (np.array(head().shape) - 1) / 2)
@@ -95,12 +96,12 @@ def test_auto_aligns_what_is_not_in_the_training_s_space(tmp_path: Path, monkeyp
     assert space == {"shape": [22, 20, 24], "affine": np.eye(4).tolist()}
     assert training_stage("auto", [case]) == "none" and training_stage("rigid", [case]) == "rigid"
     asked = answer(monkeypatch, turn(0, (1, 0, 0)))
-    there, here = Frames(GRID, "auto", space=space)(case, Source())[:2]
+    there, here = Frames(GRID, AffineOptions("auto"), space=space)(case, Source())[:2]
     np.testing.assert_array_equal(there, here)
     other = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0)))
-    first, moving = Frames(GRID, "auto", space=space)(other, Source())[:2]
+    first, moving = Frames(GRID, AffineOptions("auto"), space=space)(other, Source())[:2]
     np.testing.assert_allclose(moving, turn(0, (1, 0, 0)) @ first)
-    Frames(GRID, "auto")(case, Source())  # of a training that kept no space
+    Frames(GRID, AffineOptions("auto"))(case, Source())  # of a training that kept no space
     assert asked == ["affine", "affine"]
     assert common_space([other]) is None and training_stage("auto", [other]) == "centre"
 
@@ -153,11 +154,11 @@ def test_a_grid_smaller_than_the_image_lies_around_its_content() -> None:
 
 def test_what_is_asked_for_wrongly_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--affine elastic: choose among auto, none, centre"):
-        Frames(GRID, "elastic")
+        Frames(GRID, AffineOptions("elastic"))
     with pytest.raises(InputError, match="--affine_from points: choose among images, landmarks, both"):
-        Frames(GRID, source="points")
+        Frames(GRID, AffineOptions(affine_from="points"))
     with pytest.raises(InputError, match="--affine_metric corr: choose among mi, ncc"):
-        Frames(GRID, metric="corr")
+        Frames(GRID, AffineOptions(affine_metric="corr"))
     case = pair(tmp_path, np.eye(4), np.eye(4))
     with pytest.raises(InputError, match="moving.nii.gz: --affine_from landmarks needs landmarks of both"):
-        Frames(GRID, "affine", source="landmarks")(case, Source())
+        Frames(GRID, AffineOptions("affine", "landmarks"))(case, Source())

@@ -114,8 +114,9 @@ def test_every_id_of_the_head_is_recorded_as_its_object_has_it(bundle, cohort, t
 
     assert (load.grid.shape, load.grid.spacing) == ((24, 28), (1.5, 1.25)) and told["spatial_dims"] == 2
     assert (told["grid_shape"], told["grid_spacing"]) == ([24, 28], [1.5, 1.25])
+    options = {"landmark_channels": load.landmark_channels, "mask_rims": load.mask_rims} | vars(load.alignment)
     for name in ("landmark_channels", "mask_rims", "affine", "affine_from"):
-        assert told[name] == record[name] == getattr(load, name) == given[name], name
+        assert told[name] == record[name] == options[name] == given[name], name
     for name in ("pairing", "holdout"):
         assert told[name] == record[name] == getattr(of("cohort"), name) == given[name], name
     assert record["own_grids"] and told["max_val_pairs"] == len(of("validate#pairs")) == 1

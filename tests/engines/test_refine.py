@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regpipe import SymmetricNet, SymNet
 from regpipe.engines.inferers import RegistrationInferer, ZeroInferer
-from regpipe.engines.pyramid import coarsen, coarser_shape, shares
+from regpipe.engines.pyramid import coarsen, coarser_shape, levels_of, shares
 from regpipe.engines.refine import Refiner, make_refiner, refinement_loss, zero_refiner
 from regpipe.fields.algebra import identity_grid, jacobian_determinant, register
 from regpipe.losses.loss import RegistrationLoss
@@ -147,9 +147,9 @@ def test_steps_are_dealt_out_to_the_levels() -> None:
 
 
 def test_large_grids_are_compared_at_half_resolution_unless_told() -> None:
-    assert zero_refiner()._levels((64, 64, 64), False)[-1].stride == 1
-    assert zero_refiner()._levels((256, 256, 160), False)[-1].stride == 2
-    assert zero_refiner(finest=1)._levels((256, 256, 160), False)[-1].stride == 1
+    assert levels_of((64, 64, 64), False, None)[-1].stride == 1
+    assert levels_of((256, 256, 160), False, None)[-1].stride == 2
+    assert levels_of((256, 256, 160), False, 1)[-1].stride == 1
     velocity = zero_refiner(steps=4, finest=2)(blobs((0.0, 0.0)), blobs((1.0, 0.0)))
     assert velocity.shape[2:] == coarser_shape((40, 48), 2)  # on the finer grid all the same
 

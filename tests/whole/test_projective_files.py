@@ -31,6 +31,7 @@ from regpipe.metrics.cases import read_rows
 from regpipe.transforms.apply import apply
 from regpipe.transforms.displacement import write_displacement, write_image
 from regpipe.utils.errors import InputError
+from regpipe.utils.settings import AffineOptions
 
 SEEN = np.random.default_rng(4).uniform(-45, 45, (7, 2))  # landmarks, RAS mm of the fixed image
 
@@ -217,7 +218,7 @@ def test_a_homography_that_folds_on_the_grid_leaves_the_affine_map(
     points = {"fixed_landmarks": seen, "moving_landmarks": carry(steep, seen)}
     files = {name: str(write_csv(tmp_path / f"{name}.csv", at * LPS)) for name, at in points.items()}
     with caplog.at_level(logging.WARNING, "regpipe.data.placement"):
-        frames, linear = (Frames(None, stage, source="landmarks") for stage in ("projective", "affine"))
+        frames, linear = (Frames(None, AffineOptions(stage, "landmarks")) for stage in ("projective", "affine"))
         kept = frames(case | files, Source())
     assert "folds on the working grid; the affine map is kept" in caplog.text
     assert np.array_equal(kept.moving, linear(case | files, Source()).moving)
@@ -236,16 +237,16 @@ def test_an_image_laid_on_itself_keeps_its_bend_beside_the_cache(case: dict[str,
 
 def test_without_opencv_landmarks_do_and_images_say_at_once_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    Frames(None, "projective", source="landmarks")
+    Frames(None, AffineOptions("projective", "landmarks"))
     with pytest.raises(InputError, match=r"pip install regpipe\[projective\]"):
-        Frames(None, "projective")
+        Frames(None, AffineOptions("projective"))
 
 
 def test_volumes_are_refused_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="projective is for 2D images; use affine"):
-        Frames(Grid((8, 8, 8), (1.0, 1.0, 1.0)), "projective")
+        Frames(Grid((8, 8, 8), (1.0, 1.0, 1.0)), AffineOptions("projective"))
     files = {f"{side}_image": str(tmp_path / f"{side}.nii.gz") for side in ("fixed", "moving")}
     for path in files.values():
         write_image(path, np.random.default_rng(0).random((8, 8, 8)).astype(np.float32), np.eye(4))
     with pytest.raises(InputError, match="projective is for 2D images; use affine"):
-        Frames(None, "projective")({"case": "a", **files}, Source())
+        Frames(None, AffineOptions("projective"))({"case": "a", **files}, Source())
