@@ -31,6 +31,15 @@ def random_encoder(dim: int) -> Encoder:
     return Encoder("alexnet", dim)
 
 
+def fields_only(u: Tensor, inverse: Tensor | None = None, velocity: Tensor | None = None) -> Registration:
+    image = torch.zeros(len(u), 1, *u.shape[2:])
+    return Registration(u if velocity is None else velocity, u, -u if inverse is None else inverse, image, image)
+
+
+def constant(shape: Sequence[int], *vector: float) -> Tensor:
+    return torch.tensor(vector).view(1, -1, *[1] * len(shape)).expand(1, -1, *shape)
+
+
 def term(name: str, r: Registration, target: dict[str, Tensor], **options: Any) -> Tensor:
     if name == "features":
         options["encoder"] = random_encoder(r.displacement.shape[1])

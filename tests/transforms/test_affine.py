@@ -12,10 +12,8 @@ from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 
 from regpipe.io.images import Image
-from regpipe.io.itk_bridge import from_itk, to_itk
 from regpipe.phantoms.scenes import make_pair
 from regpipe.transforms.affine import STAGES, Alignment, align, from_landmarks
-from regpipe.transforms.likeness import Side, reduced
 from regpipe.utils.errors import InputError
 
 BLOBS = np.random.default_rng(5)
@@ -132,8 +130,6 @@ def test_a_grid_laid_in_space_left_handedly_shows_the_same_move() -> None:
 
 
 def test_the_same_arguments_give_the_same_matrix_on_any_number_of_threads(rigid: Alignment) -> None:
-    import itk
-
     threads = itk.MultiThreaderBase.GetGlobalDefaultNumberOfThreads()
     try:
         itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(4 if threads == 1 else 1)
@@ -269,7 +265,6 @@ def test_exact_landmarks_give_the_exact_matrix(stage: str, dim: int) -> None:
 
 
 def test_noisy_landmarks_give_what_other_tools_find() -> None:
-    import itk
 
     rng = np.random.default_rng(2)
     x = rng.uniform(-50, 50, (9, 3))
@@ -340,17 +335,3 @@ def test_landmarks_begin_what_the_images_alone_would_not_find() -> None:
     assert error(start, far) > 1
     assert error(align(FIXED, moving, "rigid", start=start).matrix, far) < 0.3
     assert error(align(FIXED, moving, "rigid").matrix, far) > 10
-
-
-@pytest.mark.parametrize("shape", [(45, 33), (41, 29, 23)])
-def test_an_image_is_reduced_as_itk_reduces_it_to_the_bit(shape):
-    affine = placed(
-        turned([20, -10, 15][: 2 * len(shape) - 3], len(shape)), [1, 1.3, 2][: len(shape)], shape, [7] * len(shape)
-    )
-    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    small = reduced(Side(array, array > 0, affine), 10)
-    factors = [n // k for n, k in zip(shape, small.array.shape, strict=True)]
-    truth = from_itk(itk.bin_shrink_image_filter(to_itk(array, affine), shrink_factors=factors))
-    assert max(factors) > 1
-    np.testing.assert_array_equal(small.array, truth.array)
-    np.testing.assert_array_equal(small.affine, truth.affine)
