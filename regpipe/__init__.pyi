@@ -14,7 +14,7 @@ from .fields.algebra import register as register
 from .fields.algebra import warp as warp
 from .inference.register import register_images as register_images
 from .losses.loss import RegistrationLoss as RegistrationLoss
-from .metrics.measures import measure as measure
+from .metrics.measured import measure as measure
 from .networks.encoders import BACKBONES as BACKBONES
 from .networks.encoders import Encoder as Encoder
 from .networks.symmetric import SymmetricNet as SymmetricNet

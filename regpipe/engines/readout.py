@@ -1,4 +1,4 @@
-"""A network's metrics on other data while it trains: curves that no epoch is chosen by."""
+"""A network's metrics on other data while it trains, as curves; the best epoch is not chosen by them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import Case, list_pairs
 from regpipe.engines.inferers import prepare_batch
 from regpipe.fields.algebra import Registration
-from regpipe.metrics.measures import mean_of, measure
+from regpipe.metrics.measured import measure
+from regpipe.metrics.measures import mean_of
 
 
 class Readout:
-    """Curves ``readout/<name>/<metric>`` of a network on other data while it trains; no epoch is chosen by them.
+    """Curves ``readout/<name>/<metric>`` of a network on other data while it trains; they do not choose the epoch.
 
     Attach it to the trainer. Each pair is registered on a grid of its own.
 

@@ -17,7 +17,8 @@ from regpipe.io.images import PICTURE, Image, read_image
 from regpipe.io.planes import as_stored
 from regpipe.io.source import Source
 from regpipe.metrics import trust
-from regpipe.metrics.measures import dice, mean_of, measure, shared_labels
+from regpipe.metrics.measured import Measured
+from regpipe.metrics.measures import dice, mean_of, shared_labels
 from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
@@ -26,6 +27,7 @@ from regpipe.utils.files import sweep
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
 BY_DEFAULT = (DENSE, "itk", "ants")
+Arrays = tuple[np.ndarray, np.ndarray]
 WRITTEN: tuple[str, ...] = (
     "metrics.json",
     "manifest.json",
@@ -47,7 +49,7 @@ WRITTEN += (f"{views.FOLDER}/{views.NAME}", f"{views.FOLDER}/*.*")
 
 
 def clear(folder: Path) -> None:
-    """Remove the results of an earlier registration, what says that they are whole first; other files stay."""
+    """Remove the results of an earlier registration, first the file that marks them as finished; other files stay."""
     for pattern in WRITTEN:
         for path in folder.glob(pattern):
             path.unlink()
@@ -75,77 +77,53 @@ def save_case(
         typical: what is known of the model's training.
 
     Returns:
-        Its metrics on the working grid with a list ``warnings``, see ``metrics.trust``; and of each file that was
-        written, by its way in ``folder``, the SHA-256.
+        Its metrics on the working grid with a list ``warnings``, see ``metrics.trust``; and the SHA-256 of each file
+        that was written, by its path within ``folder``.
 
     Raises:
         InputError: a native image cannot be read.
     """
     registration = Registration.of(prediction, slice(1))
-    fixed, moving = lift.alike(case["case"], *(files.image(case[f"{side}_image"]) for side in SIDES))
-    out = _Folder(folder, fixed)
+    out = _Case(case, files, load, folder)
+    fixed, moving = out.sides
     fields, frames, matrix = _placed(batch, registration)
     forward = displacement.native_displacement(fields[0], *frames, fixed)
     if DENSE in formats:
-        backward = displacement.native_displacement(fields[1], *frames[::-1], moving)
-        for name, d, onto, of in (("", forward, fixed, moving), ("inverse_", backward, moving, fixed)):
-            in_space = lift.displacement_in_space(d, onto, of)
-            out.write(f"{name}displacement.nii.gz", displacement.write_displacement, *in_space)
-        del backward, d, in_space  # as large as the image, three times
-    pair = export.pair_transform(*fields, *frames, *((image.array.shape, image.affine) for image in (fixed, moving)))
-    pair = lift.pair_in_space(pair, fixed, moving)
-    named = (export.image_file(case[f"{side}_image"], files) for side in SIDES)
-    sides = [lift.file_in_space(file, image) for file, image in zip(named, (fixed, moving), strict=True)]
-    stage = load.frames.stage_of(case, files)
-    stage = f"initial, {stage}" if initial.keys(case) else stage
-    wanted = [name for name in formats if name != DENSE]
-    bent = None if matrix is None else lift.matrix_in_space(matrix, fixed, moving)
-    out.hashes |= export.write_transforms(
-        folder, pair, *sides, formats=wanted, stage=stage, homography=bent, settings=settings
-    )
-    del pair
+        out.save_displacements(forward, displacement.native_displacement(fields[1], *frames[::-1], moving))
+    out.save_transforms(fields, frames, matrix, [name for name in formats if name != DENSE], settings)
     determinant = displacement.native_jacobian(forward, fixed.affine)  # takes the most memory: first
     out.image("jacobian.nii.gz", determinant)
-    volumes = _volumes(case, files, determinant, load)
+    volumes = out.volumes(determinant)
     alignment = frames[1] @ np.linalg.inv(frames[0])
     determinant /= np.linalg.det(alignment[:-1, :-1])
-    whole = alignment if matrix is None else matrix
     error = None
     if "uncertainty" in prediction:
         error = displacement.native_lengths(_array(prediction["uncertainty"]), *frames, fixed)
         out.image("uncertainty.nii.gz", error)
-    images, labels, native = _save_warped(case, files, forward, whole, out, load, fill)
-    whole_case = views.Shown(fixed.affine, images, labels, forward, determinant, alignment, error)
-    seen = views.write_view(folder / views.FOLDER, whole_case, shown_landmarks(batch, registration))
-    out.hashes |= {f"{views.FOLDER}/{name}": digest for name, digest in seen.items()}
-    _save_pictures(out, pictures.case_pictures(batch, prediction))
-    spacing = load.grid_of(case, files).spacing
-    measured = measure(registration, batch, spacing) | native | load.frames.found(case)
+    images, labels, native = out.save_warped(forward, alignment if matrix is None else matrix, fill)
+    pair = Measured.of(registration, batch, load.grid_of(case, files).spacing)
+    shown = views.Shown(fixed.affine, images, labels, forward, determinant, alignment, error)
+    view = views.write_view(folder / views.FOLDER, shown, shown_landmarks(pair, frames[0]))
+    out.hashes |= {f"{views.FOLDER}/{name}": digest for name, digest in view.items()}
+    out.save_pictures(pictures.case_pictures(batch, prediction, pair.determinant))
+    measured = pair.row | native | load.frames.found(case)
     if "repaired" in prediction:  # voxels that removing folds moved the fields by, at most
         measured["repaired"] = float(prediction["repaired"][0])
     if error is not None:
-        shown = error[images["fixed"] > views.FOREGROUND]
-        measured["uncertainty"] = float(shown.mean()) if shown.size else math.nan
-    looks = numbers(batch, registration, spacing, measured)
-    distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, looks, measured)
+        inside = error[images["fixed"] > views.FOREGROUND]
+        measured["uncertainty"] = float(inside.mean()) if inside.size else math.nan
+    distrust = trust.warnings({"fixed": fixed, "moving": moving}, typical or {}, numbers(batch, pair), measured)
     row = {k: v if math.isfinite(v) else None for k, v in measured.items()}
     return {"case": case["case"], **row, **volumes, "warnings": distrust}, out.hashes
 
 
-def _volumes(case: Case, files: Source, determinant: np.ndarray, load: LoadPair) -> dict[str, Any]:
-    """How much larger each structure of the fixed image is in the moving one, see ``transforms.volume``."""
-    if "fixed_label" not in case:
-        return {}
-    label, _ = files.label(case["fixed_label"], load.landmark_channels, image=case["fixed_image"])
-    return {"volumes": {str(i): volume.ratios(inside) for i, inside in volume.regions(label.array, determinant)}}
+class _Case:
+    """A case's folder and what is written into it from its files, each file hashed on its way."""
 
-
-class _Folder:
-    """What is written into a case's folder, each file hashed on its way."""
-
-    def __init__(self, path: Path, fixed: Image) -> None:
+    def __init__(self, case: Case, files: Source, load: LoadPair, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self.path, self.fixed = path, fixed
+        self.case, self.files, self.load, self.path = case, files, load, path
+        self.sides = lift.alike(case["case"], *(files.image(case[f"{side}_image"]) for side in SIDES))
         self.hashes: dict[str, str] = {}
 
     def write(self, name: str, writer: Callable[..., str], *what: Any) -> None:
@@ -153,12 +131,74 @@ class _Folder:
 
     def image(self, name: str, array: np.ndarray) -> None:
         """On the fixed image's grid; of one slice stored in 3-D as that is stored."""
-        self.write(name, displacement.write_image, *as_stored(array, self.fixed.affine, self.fixed.plane))
+        self.write(name, displacement.write_image, *as_stored(array, self.sides[0].affine, self.sides[0].plane))
+
+    def save_displacements(self, forward: np.ndarray, backward: np.ndarray) -> None:
+        for name, d, onto, of in (("", forward, *self.sides), ("inverse_", backward, *self.sides[::-1])):
+            in_space = lift.displacement_in_space(d, onto, of)
+            self.write(f"{name}displacement.nii.gz", displacement.write_displacement, *in_space)
+
+    def save_transforms(
+        self, fields: Arrays, frames: Arrays, matrix: np.ndarray | None, formats: Sequence[str], settings: Any
+    ) -> None:
+        spaces = ((image.array.shape, image.affine) for image in self.sides)
+        pair = lift.pair_in_space(export.pair_transform(*fields, *frames, *spaces), *self.sides)
+        named = (export.image_file(self.case[f"{side}_image"], self.files) for side in SIDES)
+        sides = (lift.file_in_space(file, image) for file, image in zip(named, self.sides, strict=True))
+        stage = self.load.frames.stage_of(self.case, self.files)
+        stage = f"initial, {stage}" if initial.keys(self.case) else stage
+        bent = None if matrix is None else lift.matrix_in_space(matrix, *self.sides)
+        told: dict[str, Any] = {"formats": formats, "stage": stage, "homography": bent, "settings": settings}
+        self.hashes |= export.write_transforms(self.path, pair, *sides, **told)
+
+    def volumes(self, determinant: np.ndarray) -> dict[str, Any]:
+        """How much larger each structure of the fixed image is in the moving one, see ``transforms.volume``."""
+        if "fixed_label" not in self.case:
+            return {}
+        regions = volume.regions(self._label("fixed").array, determinant)
+        return {"volumes": {str(i): volume.ratios(inside) for i, inside in regions}}
+
+    def save_pictures(self, shown: Mapping[str, np.ndarray]) -> None:
+        for name in ("checkerboard", "overlay"):
+            self.write(f"{name}.png", pictures.save_png, shown[name])
+        sheet = pictures.contact_sheet(shown.values(), [pictures.PICTURES[name].title for name in shown])
+        self.write("sheet.png", pictures.save_png, sheet)
+
+    def save_warped(
+        self, forward: np.ndarray, matrix: np.ndarray, fill: float | None
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, float]]:
+        """The warped image and labels; returns what there is to see of both (``report.shown``), and their Dice.
+
+        Dice is on the fixed image's own grid, where both images have labels. ``matrix``: the whole alignment.
+        """
+        case, (fixed, moving) = self.case, (self.files.image(self.case[f"{side}_image"]) for side in SIDES)
+        read = self.files.read(case["moving_image"], read_image)  # with its gaps
+        fill = background.outside(read.array) if fill is None else fill
+        warped = displacement.resample_through(read, forward, fixed.affine, order=1, fill=fill)
+        self.image("warped.nii.gz", warped.astype(np.float32))
+        warped = np.where(np.isnan(warped), moving.array.min(), warped)
+        # what a picture's whole numbers can show
+        fits = warped.ndim == 2 and warped.min() >= 0 and 1 < warped.max() <= 65535
+        if fits and case["fixed_image"].lower().endswith(PICTURE):
+            self.image("warped.png", warped)
+        images = shown_images(fixed, moving, warped, matrix)
+        if "moving_label" not in case:
+            return images, {}, {}
+        label = self._label("moving")
+        labels = displacement.resample_through(label, forward, fixed.affine, order=0)
+        self.image("warped_label.nii.gz", labels)
+        if "fixed_label" not in case:
+            return images, {}, {}
+        truth = self._label("fixed")
+        overlap = mean_of(dice(truth.array, labels, shared_labels(truth.array, label.array)).values())
+        return images, shown_labels(truth, label, labels, matrix), {"dice_native": overlap}
+
+    def _label(self, side: str) -> Image:
+        image = self.case[f"{side}_image"]
+        return self.files.label(self.case[f"{side}_label"], self.load.landmark_channels, image=image)[0]
 
 
-def _placed(
-    batch: Mapping[str, Any], registration: Registration
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], np.ndarray | None]:
+def _placed(batch: Mapping[str, Any], registration: Registration) -> tuple[Arrays, Arrays, np.ndarray | None]:
     """Both displacements, both frames, and the homography (RAS mm) where that is what lies between the frames."""
     fields = _array(registration.displacement), _array(registration.inverse)
     frames = _array(batch["fixed_affine"]), _array(batch["moving_affine"])
@@ -172,47 +212,3 @@ def _placed(
 
 def _array(tensor: Any) -> np.ndarray:
     return tensor[0].cpu().numpy()
-
-
-def _save_pictures(out: _Folder, shown: Mapping[str, np.ndarray]) -> None:
-    for name in ("checkerboard", "overlay"):
-        out.write(f"{name}.png", pictures.save_png, shown[name])
-    sheet = pictures.contact_sheet(shown.values(), [pictures.PICTURES[name].title for name in shown])
-    out.write("sheet.png", pictures.save_png, sheet)
-
-
-def _save_warped(
-    case: Case,
-    files: Source,
-    forward: np.ndarray,
-    matrix: np.ndarray,
-    out: _Folder,
-    load: LoadPair,
-    fill: float | None,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, float]]:
-    """The warped image and labels; returns what there is to see of both (``report.shown``), and their Dice.
-
-    Dice is on the fixed image's own grid, where both images have labels. ``matrix``: the whole alignment.
-    """
-    fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
-    read = files.read(case["moving_image"], read_image)  # with its gaps
-    fill = background.outside(read.array) if fill is None else fill
-    warped = displacement.resample_through(read, forward, fixed.affine, order=1, fill=fill)
-    out.image("warped.nii.gz", warped.astype(np.float32))
-    warped = np.where(np.isnan(warped), moving.array.min(), warped)
-    fits = (
-        warped.ndim == 2 and warped.min() >= 0 and 1 < warped.max() <= 65535
-    )  # what a picture's whole numbers can show
-    if fits and case["fixed_image"].lower().endswith(PICTURE):
-        out.image("warped.png", warped)
-    images = shown_images(fixed, moving, warped, matrix)
-    if "moving_label" not in case:
-        return images, {}, {}
-    label, _ = files.label(case["moving_label"], load.landmark_channels, image=case["moving_image"])
-    labels = displacement.resample_through(label, forward, fixed.affine, order=0)
-    out.image("warped_label.nii.gz", labels)
-    if "fixed_label" not in case:
-        return images, {}, {}
-    truth, _ = files.label(case["fixed_label"], load.landmark_channels, image=case["fixed_image"])
-    overlap = mean_of(dice(truth.array, labels, shared_labels(truth.array, label.array)).values())
-    return images, shown_labels(truth, label, labels, matrix), {"dice_native": overlap}

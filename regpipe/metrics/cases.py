@@ -13,8 +13,9 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import MetricUsage
 
-from regpipe.fields.algebra import LAYERS, Layers, Registration
-from regpipe.metrics.measures import mean_of, measure
+from regpipe.fields.algebra import LAYERS, Layers
+from regpipe.metrics.measured import measured
+from regpipe.metrics.measures import mean_of
 from regpipe.metrics.metric import columns, key_metric
 from regpipe.metrics.table import read_rows as read_rows  # for those who know them by this module
 from regpipe.metrics.table import write_csv as write_csv
@@ -36,7 +37,7 @@ class CaseMetrics(Metric):
         spacing: mm per voxel of the working grid.
         key: a name of ``metrics.metric.columns``, or ``auto``: Dice if any case has labels, else TRE if
             any has landmarks, else NCC.
-        layers: see ``measure``.
+        layers: see ``metrics.measured.measure``.
         output_transform: from ``engine.state.output`` to what ``update`` takes.
 
     Raises:
@@ -63,11 +64,8 @@ class CaseMetrics(Metric):
     @torch.no_grad()
     def update(self, output: Mapping[str, Any]) -> None:
         pred, batch = output["pred"], output["batch"]
-        for i, case in enumerate(batch["case"]):
-            one = slice(i, i + 1)
-            registration = Registration.of(pred, one)
-            item = {name: value[one] for name, value in batch.items()}
-            self._rows.append({"case": case, **measure(registration, item, self.spacing, layers=self.layers)})
+        pairs = measured(pred, batch, self.spacing, layers=self.layers)
+        self._rows += [{"case": case, **pair.row} for case, pair in zip(batch["case"], pairs, strict=True)]
 
     def compute(self) -> dict[str, float]:
         """Mean of each metric over the cases of all processes that have it.
@@ -89,8 +87,8 @@ class CaseMetrics(Metric):
     def completed(self, engine: Engine, name: str) -> None:
         rows = _gather(self._rows)
         means = _means(rows)
-        measured = {name for name, mean in means.items() if not math.isnan(mean)}
-        key = key_metric(measured | {"ncc"}) if self.key == "auto" else self.key
+        there = {name for name, mean in means.items() if not math.isnan(mean)}
+        key = key_metric(there | {"ncc"}) if self.key == "auto" else self.key
         if math.isnan(means[key]):
             raise InputError(f"key metric {key}: no case has what it needs (labels or landmarks); choose another")
         engine.state.metrics.update(means)

@@ -1,4 +1,4 @@
-"""Measures of a registration, as functions on one case. ``metrics.cases`` runs them on many.
+"""Measures of a registration, as functions on one case: ``metrics.measured`` runs them, ``metrics.cases`` on many.
 
 They take torch tensors or numpy arrays **without a batch axis** and give Python numbers.
 Displacements are in voxels (convention: ``fields.algebra``); lengths come out in mm by ``spacing``,
@@ -11,27 +11,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.ndimage import find_objects
 from torch import Tensor
 
-from regpipe.fields.algebra import (
-    LAYERS,
-    Layers,
-    Registration,
-    compose,
-    jacobian_determinant,
-    sample_at,
-    warp,
-)
+from regpipe.fields.algebra import LAYERS, Layers, compose, jacobian_determinant, sample_at
 from regpipe.fields.folds import volumes
 from regpipe.io.geometry import carry
-from regpipe.metrics.metric import columns
 from regpipe.transforms.likeness import correlation
-from regpipe.utils.errors import InputError
 
 Array = np.ndarray | Tensor
 
@@ -112,9 +102,7 @@ def tre(
         bend: of points (K, D) in voxels, where the moving image was seen through more than its frame: ``bend_of``.
     """
     u = _batched(displacement)
-    p, q = (torch.as_tensor(x).to(u) for x in (fixed_points, moving_points))
-    known = ~(p.isnan().any(1) | q.isnan().any(1))
-    p, q = p[known], q[known]
+    p, q = in_both(*(torch.as_tensor(x).to(u) for x in (fixed_points, moving_points)))
     if not len(p):
         return np.empty(0)
     mm = torch.as_tensor(spacing).to(u)
@@ -123,6 +111,12 @@ def tre(
         found, q = bend(found), bend(q)
     error = (found - q) @ (mm.diag() if mm.ndim == 1 else mm.T)
     return error.norm(dim=1).double().cpu().numpy()
+
+
+def in_both(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The landmarks (K, D) that are known in both images."""
+    there = ~(p.isnan().any(1) | q.isnan().any(1))
+    return p[there], q[there]
 
 
 def bend_of(item: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
@@ -147,13 +141,19 @@ def ncc(a: Array, b: Array) -> float:
 # --------------------------------------------------------------------------------------- regularity
 
 
-def folds_percent(displacement: Array) -> float:
+def determinant_of(displacement: Array) -> Tensor:
+    """det(I + grad u) by central differences, (*S), of u (D, *S)."""
+    return jacobian_determinant(_batched(displacement))[0]
+
+
+def folds_percent(displacement: Array, determinant: Tensor | None = None) -> float:
     """% of voxels with det(I + grad u) <= 0 by central differences, unclipped. u (D, *spatial).
 
     Central differences skip the voxel itself and miss folds (the checkerboard problem): see
     ``ndv_percent``.
     """
-    safe = jacobian_determinant(_batched(displacement)) > 0  # NaN is not safe
+    det = determinant_of(displacement) if determinant is None else determinant
+    safe = det > 0  # NaN is not safe
     return 100 * (~safe).double().mean().item()
 
 
@@ -174,20 +174,20 @@ def ndv_percent(displacement: Array) -> float:
     return 100 * flipped / (2 * math.factorial(len(u)) * cells)
 
 
-def sdlogj(displacement: Array) -> float:
+def sdlogj(displacement: Array, determinant: Tensor | None = None) -> float:
     """Standard deviation of log det(I + grad u) over all voxels; folds count as log(1e-9)."""
-    det = jacobian_determinant(_batched(displacement)).double()
-    return det.clamp(min=1e-9).log().std(correction=0).item()
+    det = determinant_of(displacement) if determinant is None else determinant
+    return det.double().clamp(min=1e-9).log().std(correction=0).item()
 
 
-def sdlogj_l2r(displacement: Array) -> float:
+def sdlogj_l2r(displacement: Array, determinant: Tensor | None = None) -> float:
     """Learn2Reg's 'SDlogJ': std of log(clip(det + 3, 1e-9, 1e9)) without the 2 outer voxels.
 
     The + 3 makes it far smaller than ``sdlogj``: only this one compares with numbers published by
     the challenge. NaN if no voxel is left. Source: ``evaluation.py`` of the Learn2Reg challenge.
     """
-    det = jacobian_determinant(_batched(displacement))[0].double()
-    inner = det[(slice(2, -2),) * det.ndim]
+    det = determinant_of(displacement) if determinant is None else determinant
+    inner = det.double()[(slice(2, -2),) * det.ndim]
     return (inner + 3).clamp(1e-9, 1e9).log().std(correction=0).item() if inner.numel() else math.nan
 
 
@@ -205,7 +205,7 @@ def _batched(displacement: Array) -> Tensor:
     return torch.as_tensor(displacement).float()[None]
 
 
-# ------------------------------------------------------------------------------ one case, all cases
+# ---------------------------------------------------------------------------------------- many cases
 
 
 def bootstrap_interval(values: Array | Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
@@ -221,72 +221,6 @@ def bootstrap_interval(values: Array | Sequence[float], *, seed: int = 0) -> tup
 
     found = bootstrap((numbers,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
     return mean, float(found.low), float(found.high)
-
-
-class Measured(NamedTuple):
-    """A registered pair as metrics see it, on the working grid."""
-
-    fixed: Tensor  # (1, 1, *S), images in [0, 1]
-    warped: Tensor  # the moving one, onto the fixed one
-    labels: tuple[Tensor, Tensor]  # (1, 1, *S), the fixed one's, and the moving one's, warped by nearest neighbour
-    ids: Sequence[int]  # of the structures that both images hold
-    points: tuple[Tensor, Tensor]  # (K, D) landmarks in voxels, fixed and moving; NaN: not known
-    displacement: Tensor  # (D, *S) voxels
-    inverse: Tensor
-    spacing: Sequence[float]  # mm per voxel
-    moving_mm: Sequence[float] | Tensor  # see ``tre``
-    bend: Callable[[Tensor], Tensor] | None
-    layers: Layers  # what warps and integrates
-
-
-def measure(
-    registration: Registration, item: Mapping[str, Any], spacing: Sequence[float], *, layers: Layers = LAYERS
-) -> dict[str, float]:
-    """Every metric of ``metrics.metric.columns`` for one case: one row of the CSV.
-
-    Args:
-        registration: of batch size 1.
-        item: a batch of size 1 as ``data.pairs.collate_pairs`` gives it, on any device; of one's own: ``fixed_image``
-            and ``moving_image``, and of the rest what there is.
-        spacing: mm per voxel of the working grid.
-        layers: what warps; labels are warped by nearest neighbour, by ``fields.algebra.warp`` always.
-
-    Returns:
-        name -> number; NaN for labels or landmarks that the case does not have. ``before`` is after the affine stage,
-        projective included: what measures the displacement measures what was found beyond it.
-
-    Raises:
-        InputError: the batch has not both images.
-    """
-    u = registration.displacement
-    if not {"fixed_image", "moving_image"} <= item.keys():
-        raise InputError(f"a batch of {', '.join(map(str, item))}: name its images fixed_image and moving_image")
-    fixed, moving = (item[f"{side}_image"].to(u.device) for side in ("fixed", "moving"))
-    none = {"label": torch.zeros_like(fixed), "landmarks": fixed.new_zeros(1, 0, u.shape[1])}
-    labels, points = (
-        tuple(item.get(f"{side}_{kind}", none[kind]) for side in ("fixed", "moving")) for kind in ("label", "landmarks")
-    )
-    labels = tuple(label.to(u.device, torch.int32) for label in labels)
-    after = Measured(
-        fixed,
-        registration.warped_moving,
-        (labels[0], warp(labels[1], u, mode="nearest")),
-        shared_labels(*labels),
-        (points[0][0], points[1][0]),
-        u[0],
-        registration.inverse[0],
-        spacing,
-        item["moving_affine"][0, :-1, :-1] if "moving_affine" in item else spacing,  # where errors are lengths
-        bend_of(item),
-        layers,
-    )
-    still = torch.zeros_like(u[0])
-    before = after._replace(warped=moving, labels=labels, displacement=still, inverse=still)
-    return {
-        name: metric.measure(before if name.endswith("_before") else after)
-        for name, metric in columns().items()
-        if metric.measure is not None
-    }
 
 
 def known(values: Iterable[float]) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from regpipe import metrics as room  # its measures bring torch, which a page of old results does not need
 
 if TYPE_CHECKING:
-    from regpipe.metrics.measures import Measured
+    from regpipe.metrics.measured import Measured
 
 Kind = Literal["accuracy", "similarity", "regularity"]
 # table: evaluation and comparison; page: the QC page, where it may have a threshold; figure: a panel of the comparison;
@@ -76,9 +76,7 @@ METRICS: dict[str, Metric] = {
     "tre": Metric(
         "TRE",
         "mean distance of corresponding landmarks after registration",
-        lambda case: room.measures.mean_of(
-            room.measures.tre(*case.points, case.displacement, case.moving_mm, bend=case.bend)
-        ),
+        lambda case: room.measures.mean_of(case.errors),
         before=True,
         digits=2,
         threshold=Threshold(2, 5, "TG-132: 2 mm on average, 5 mm at most"),
@@ -104,7 +102,7 @@ METRICS: dict[str, Metric] = {
     "folds_percent": Metric(
         "folds",
         "voxels whose Jacobian determinant is 0 or less",
-        lambda case: room.measures.folds_percent(case.displacement),
+        lambda case: room.measures.folds_percent(case.displacement, case.determinant),
         kind="regularity",
         digits=4,
         shown=("table", "page", "chart", "best"),
@@ -126,7 +124,7 @@ METRICS: dict[str, Metric] = {
     "sdlogj": Metric(
         "SDlogJ",
         "spread of the logarithm of the local volume change",
-        lambda case: room.measures.sdlogj(case.displacement),
+        lambda case: room.measures.sdlogj(case.displacement, case.determinant),
         kind="regularity",
         threshold=Threshold(0.5, 1.0, "one standard deviation is a factor of 1.6 in volume, then 2.7: seldom anatomy"),
         sound=True,
@@ -134,7 +132,7 @@ METRICS: dict[str, Metric] = {
     "sdlogj_l2r": Metric(
         "SDlogJ, Learn2Reg's",
         "what the challenge calls SDlogJ",
-        lambda case: room.measures.sdlogj_l2r(case.displacement),
+        lambda case: room.measures.sdlogj_l2r(case.displacement, case.determinant),
         kind="regularity",
         shown=(),
     ),

@@ -38,10 +38,7 @@ Warnings = list[str]
 
 
 def warnings(
-    sides: Mapping[str, Image],
-    typical: Mapping[str, Any],
-    numbers: Mapping[str, float],
-    metrics: Mapping[str, float],
+    sides: Mapping[str, Image], typical: Mapping[str, Any], numbers: Mapping[str, float], metrics: Mapping[str, float]
 ) -> Warnings:
     """Each as ``kind: what is unusual, and what was usual``; none where nothing is.
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from regpipe.data.pairs import SIDES, Case
-from regpipe.fields.algebra import Registration
 from regpipe.io import background, images
 from regpipe.io.geometry import upright
 from regpipe.io.images import Image
-from regpipe.metrics.measures import ncc, sdlogj
+from regpipe.metrics.measured import Measured, measured
+from regpipe.metrics.measures import ncc
 from regpipe.transforms.likeness import DARK, information
 from regpipe.utils import distributed
 from regpipe.utils.console import Progress
@@ -65,33 +65,26 @@ def content(thumbnail: np.ndarray, mean: np.ndarray) -> float:
     return ncc(thumbnail, mean)
 
 
-def numbers(
-    batch: Mapping[str, Any],
-    registration: Registration,
-    spacing: Sequence[float],
-    measured: Mapping[str, float] | None = None,
-) -> dict[str, float]:
+def numbers(batch: Mapping[str, Any], pair: Measured) -> dict[str, float]:
     """What a registered pair looks like on the working grid, where both images are; a batch of one.
 
     ``ncc``; ``mi_before`` and ``mi``, mutual information in nats; ``moved``, the displacement in mm that all but a
     few voxels stay below; ``sdlogj``; ``covered``, the share of the fixed image where the moving one is; ``shared``,
     the mutual information where the fixed image is not dark, as a share of what is to be known of the plainer of both.
-    ``measured``: what ``metrics.measures.measure`` gave of it, so that neither NCC nor SDlogJ is computed again.
     """
-    u = registration.displacement
-    fixed, moving = (batch[f"{side}_image"].to(u.device) for side in SIDES)
+    u, fixed, warped = pair.displacement[None], pair.fixed, pair.warped
     ones = torch.ones_like(fixed)
     inside, other = (batch.get(f"{side}_mask", ones).to(u.device) > 0 for side in SIDES)
-    mm = u.new_tensor(list(spacing)).view(1, -1, *[1] * (u.ndim - 2))
+    mm = u.new_tensor(list(pair.spacing)).view(1, -1, *[1] * (u.ndim - 2))
     lengths = _some((u * mm).norm(dim=1))
     both = inside & other
     return {
-        "ncc": ncc(fixed[0], registration.warped_moving[0]) if measured is None else measured["ncc"],
-        "mi_before": _information(fixed, moving, both),
-        "mi": _information(fixed, registration.warped_moving, both),
+        "ncc": pair.row["ncc"],
+        "mi_before": _information(fixed, pair.moving, both),
+        "mi": _information(fixed, warped, both),
         "moved": float(np.quantile(lengths, FAR)),
-        "sdlogj": sdlogj(u[0]) if measured is None else measured["sdlogj"],
-        "shared": _shared(fixed, registration.warped_moving, both & (fixed > DARK)),
+        "sdlogj": pair.row["sdlogj"],
+        "shared": _shared(fixed, warped, both & (fixed > DARK)),
         "covered": float((both.sum() / inside.sum().clamp(min=1)).item()),
     }
 
@@ -225,11 +218,9 @@ class TypicalPairs:
     def _note(self, engine: Any) -> None:
         output: Any = engine.state.output
         batch, prediction = output["label"], output["pred"]
-        for i, case in enumerate(batch["case"]):
-            one = slice(i, i + 1)
-            item = {name: value[one] for name, value in batch.items()}
-            registration = Registration.of(prediction, one)
-            self._rows[case] = numbers(item, registration, self.spacing)
+        for i, pair in enumerate(measured(prediction, batch, self.spacing)):
+            item = {name: value[i : i + 1] for name, value in batch.items()}
+            self._rows[batch["case"][i]] = numbers(item, pair)
 
     def _keep(self, engine: Any) -> None:
         rows = {case: row for part in distributed.gathered(self._rows) for case, row in part.items()}

@@ -19,13 +19,7 @@ from regpipe.report.tensorboard import training_terms
 from regpipe.report.tensorboard_pages import plain
 
 
-def adapt(
-    handlers: Iterable[Any],
-    settings: Mapping[str, Any],
-    folder: str,
-    *,
-    close: Engine | None = None,
-) -> None:
+def adapt(handlers: Iterable[Any], settings: Mapping[str, Any], folder: str, *, close: Engine | None = None) -> None:
     """Give the MLflow handlers among ``handlers`` one run, with the settings as its parameters.
 
     Args:

@@ -59,6 +59,7 @@ def pictures(
     *,
     axis: int = -1,
     origin: Origin | None = None,
+    determinant: Array | None = None,
 ) -> dict[str, Picture]:
     """The pictures of one registered pair, by the names of ``PICTURES``.
 
@@ -68,6 +69,7 @@ def pictures(
         axis: of a volume, the axis across which a slice is shown, amid what fixed shows; not used in 2-D.
         origin: where voxel (0, 0) lies, ``upper`` or ``lower`` left; default: upper in 2-D, lower
             in 3-D.
+        determinant: of the displacement, (*S), where it is known.
 
     Raises:
         ValueError: if the shapes do not belong together, or for another ``origin``.
@@ -76,22 +78,24 @@ def pictures(
     u = np.asarray(displacement, np.float32)
     _check(images, u, origin)
     at = _content(images[0], axis)
-    seen = _slice(images, u, axis, at, origin or ("upper" if len(u) == 2 else "lower"))
+    if determinant is None:
+        determinant = jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
+    seen = _slice(images, u, determinant, axis, at, origin or ("upper" if len(u) == 2 else "lower"))
     return {name: kind.draw(seen) for name, kind in PICTURES.items()}
 
 
-def case_pictures(batch: Mapping[str, Any], prediction: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """``pictures`` of the first case of a batch."""
+def case_pictures(
+    batch: Mapping[str, Any], prediction: Mapping[str, torch.Tensor], determinant: torch.Tensor | None = None
+) -> dict[str, np.ndarray]:
+    """``pictures`` of the first case of a batch; ``determinant``: its own, (*S), where it is known."""
 
     def array(tensor: torch.Tensor) -> np.ndarray:
-        return tensor[0].detach().cpu().float().numpy()
+        return tensor.detach().cpu().float().numpy()
 
-    return pictures(
-        array(batch["fixed_image"])[0],
-        array(batch["moving_image"])[0],
-        array(prediction["warped_moving"])[0],
-        array(prediction["displacement"]),
-    )
+    fixed, moving, warped = batch["fixed_image"], batch["moving_image"], prediction["warped_moving"]
+    drawn = (*(image[0, 0] for image in (fixed, moving, warped)), prediction["displacement"][0])
+    known = None if determinant is None else array(determinant)
+    return pictures(*map(array, drawn), determinant=known)
 
 
 def _check(images: list[Array], u: Array, origin: str | None) -> None:
@@ -117,11 +121,10 @@ def _plane(volume: Array, axis: int, at: int) -> Array:
     return volume if volume.ndim == 2 else np.take(volume, at, axis)
 
 
-def _slice(images: Sequence[Array], u: Array, axis: int, at: int, origin: Origin) -> Slice:
+def _slice(images: Sequence[Array], u: Array, det: Array, axis: int, at: int, origin: Origin) -> Slice:
     dim = len(u)
     normal = range(dim)[axis] if dim == 3 else None
     plane = np.stack([_plane(u[i], axis, at) for i in range(dim) if i != normal])
-    det = jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
     folds = 100 * np.mean(~(det > 0))  # NaN is a fold
     title = f"det J {np.nanmin(det):.2f} to {np.nanmax(det):.2f}, folds {folds:.2g} %"
     scale = -(-SHORTEST_SIDE // min(plane.shape[1:]))
@@ -207,15 +210,7 @@ def _jacobian(view: Slice) -> Picture:
     axes = figure.add_axes((edge / wide, edge / high, width / wide, height / high))
     colours = colormaps["PRGn"].with_extremes(under=FOLD, bad=FOLD)
     shown: Any = np.where(det <= 0, -1, det).T
-    image = axes.imshow(
-        shown,
-        cmap=colours,
-        vmin=0,
-        vmax=2,
-        origin=view.origin,
-        aspect="auto",
-        interpolation="nearest",
-    )
+    image = axes.imshow(shown, cmap=colours, vmin=0, vmax=2, origin=view.origin, aspect="auto", interpolation="nearest")
     folds = np.argwhere(~(det > 0))
     size = max(view.scale, 4) * 72 / DPI  # at least 4 pixels: one folded voxel must not be overlooked
     axes.plot(*folds.T, "s", color=FOLD, markersize=size, markeredgewidth=0)

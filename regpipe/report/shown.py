@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from nibabel.affines import apply_affine
 
-from regpipe.fields.algebra import Registration, sample_at
+from regpipe.fields.algebra import sample_at
 from regpipe.io.images import Image, normalise, resample
-from regpipe.metrics.measures import bend_of, tre
+from regpipe.metrics.measured import Measured
+from regpipe.metrics.measures import in_both
 from regpipe.report.views import IMAGES, Landmarks
 
 
@@ -32,15 +30,9 @@ def shown_labels(fixed: Image, moving: Image, warped: np.ndarray, matrix: np.nda
     return dict(zip(IMAGES, (fixed.array, before, warped), strict=True))
 
 
-def shown_landmarks(batch: Mapping[str, Any], registration: Registration) -> Landmarks:
-    """The landmarks of a batch of one pair that both images have."""
-    p, q = (batch[f"{side}_landmarks"][0].cpu() for side in ("fixed", "moving"))
-    known = ~(p.isnan().any(1) | q.isnan().any(1))
-    p, q = p[known], q[known]
-    u, inverse = registration.displacement[0].cpu(), registration.inverse[:1].cpu()
-    mm = batch["moving_affine"][0, :-1, :-1].cpu()
-    errors = [tre(p, q, field, mm, bend=bend_of(batch)) for field in (u.new_zeros(u.shape), u)]
-    frame = batch["fixed_affine"][0].cpu().numpy()
-    back = q + sample_at(inverse, q[None])[0] if len(q) else q
+def shown_landmarks(pair: Measured, frame: np.ndarray) -> Landmarks:
+    """The landmarks that both images have; ``frame``: working voxel -> RAS mm of the fixed image."""
+    p, q = in_both(*(points.cpu() for points in pair.points))
+    back = q + sample_at(pair.inverse[None].cpu(), q[None])[0] if len(q) else q
     at_p, at_q, at_back = (apply_affine(frame, points.double().numpy()) for points in (p, q, back))
-    return Landmarks(at_p, at_q, at_back, np.stack(errors, axis=-1))
+    return Landmarks(at_p, at_q, at_back, np.stack([pair.before.errors, pair.errors], axis=-1))

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.tensorboard import SummaryWriter
 
-from regpipe.fields.algebra import jacobian_determinant
+from regpipe.metrics.measured import KEPT
+from regpipe.metrics.measures import determinant_of
 from regpipe.report.pictures import case_pictures
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file
@@ -113,21 +114,25 @@ class PictureLog:
         if case > self.cases:
             return
         output: Any = engine.state.output
-        for name, picture in case_pictures(output["label"], output["pred"]).items():
+        u, known = output["pred"]["displacement"], output["pred"].get(KEPT)
+        determinant = known[0].determinant if known else determinant_of(u[0].detach())
+        for name, picture in case_pictures(output["label"], output["pred"], determinant).items():
             self.writer.add_image(f"case_{case}/{name}", picture, epoch, dataformats="HWC")
         if self.spacing is not None:
-            for name, values in case_values(output["pred"]["displacement"], self.spacing).items():
+            for name, values in case_values(u, self.spacing, determinant).items():
                 self.writer.add_histogram(f"case_{case}/{name}", values, epoch)
 
 
-def case_values(displacement: Tensor, spacing: Sequence[float]) -> dict[str, np.ndarray]:
+def case_values(
+    displacement: Tensor, spacing: Sequence[float], determinant: Tensor | None = None
+) -> dict[str, np.ndarray]:
     """Length of the displacement in mm and log det J at voxels of the first case of (B, D, *S), for histograms.
 
     Folded voxels have no logarithm; their share is the curve ``validation/folds_percent``.
     """
     u = displacement[:1].detach().cpu().float()
     mm = torch.tensor([float(s) for s in spacing]).view(1, -1, *[1] * (u.ndim - 2))
-    det = jacobian_determinant(u)
+    det = determinant_of(u[0]) if determinant is None else determinant.detach().cpu()
     values = {"displacement_mm": (u * mm).norm(dim=1), "log_jacobian": det[det > 0].log()}
     flat = ((name, value.flatten()) for name, value in values.items() if value.numel())
     return {name: value[:: -(-len(value) // MOST_VALUES)].numpy() for name, value in flat}

@@ -25,7 +25,8 @@ from regpipe.engines.refine import REGULARITY_WEIGHTS, WINDOW, Refiner
 from regpipe.fields.algebra import Registration
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.terms import TERMS
-from regpipe.metrics.measures import mean_of, measure
+from regpipe.metrics.measured import measure
+from regpipe.metrics.measures import mean_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)

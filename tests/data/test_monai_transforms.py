@@ -14,7 +14,7 @@ from regpipe.data.augment import MonaiTransforms
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, list_pairs
 from regpipe.fields.algebra import Registration, identity_grid
-from regpipe.metrics.measures import measure
+from regpipe.metrics.measured import measure
 from regpipe.utils.errors import InputError
 
 KEYS = [f"{side}_{kind}" for kind in ("image", "label", "mask") for side in SIDES]

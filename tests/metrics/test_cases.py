@@ -13,7 +13,7 @@ from ignite.exceptions import NotComputableError
 
 from regpipe.fields.algebra import Registration, integrate_both, warp
 from regpipe.metrics.cases import CaseMetrics, write_csv
-from regpipe.metrics.measures import measure
+from regpipe.metrics.measured import measure
 from regpipe.metrics.metric import columns
 
 SPACING = (2.0, 1.0)

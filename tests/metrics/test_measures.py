@@ -9,6 +9,7 @@ from scipy import ndimage, stats
 
 from regpipe.fields.algebra import Registration, integrate_both, warp
 from regpipe.metrics import measures
+from regpipe.metrics.measured import measure
 from regpipe.metrics.metric import columns
 
 
@@ -258,7 +259,7 @@ def translated_case(shift: int) -> tuple[Registration, dict]:
 
 
 def test_measure_knows_a_translation_before_and_after():
-    row = measures.measure(*translated_case(3), (2.0, 1.0))
+    row = measure(*translated_case(3), (2.0, 1.0))
     assert list(row) == list(columns())
     expected = {"dice_before": 0.7, "dice": 1, "hd95_before": 6, "hd95": 0, "tre_before": 6}
     expected |= {"tre": 0, "ncc": 1, "folds_percent": 0, "ndv_percent": 0, "sdlogj": 0}
@@ -271,6 +272,6 @@ def test_measure_gives_nan_for_what_a_case_does_not_have():
     registration, item = translated_case(3)
     item["fixed_label"] = torch.zeros_like(item["fixed_label"])
     item["fixed_landmarks"] = item["moving_landmarks"] = torch.zeros(1, 0, 2)
-    row = measures.measure(registration, item, (1.0, 1.0))
+    row = measure(registration, item, (1.0, 1.0))
     missing = {name for name, value in row.items() if math.isnan(value)}
     assert missing == {"dice_before", "dice", "hd95_before", "hd95", "tre_before", "tre"}

@@ -16,6 +16,7 @@ from helpers.alike import SHAPE, pairs, smooth
 from regpipe.fields.algebra import Registration, register
 from regpipe.io.images import Image
 from regpipe.metrics import typical
+from regpipe.metrics.measured import Measured
 from regpipe.metrics.typical import TypicalPairs, look, numbers
 from regpipe.utils.errors import InputError
 
@@ -71,11 +72,15 @@ def moved(item: dict[str, Any], by: tuple[float, float]) -> Registration:
     return register(item["fixed_image"], item["moving_image"], velocity)
 
 
+def seen(item: dict[str, Any], registration: Registration, spacing: tuple[float, float]) -> dict[str, float]:
+    return numbers(item, Measured.of(registration, item, spacing))
+
+
 def test_without_motion_nothing_changes_and_a_translation_has_its_length_in_mm() -> None:
     item = batch()
-    still = numbers(item, moved(item, (0, 0)), (1.0, 2.0))
+    still = seen(item, moved(item, (0, 0)), (1.0, 2.0))
     assert still["mi"] == pytest.approx(still["mi_before"]) and still["moved"] == 0 and still["sdlogj"] == 0
-    assert numbers(item, moved(item, (3, 2)), (1.0, 2.0))["moved"] == pytest.approx(5, rel=1e-4)  # 3 mm and 4 mm
+    assert seen(item, moved(item, (3, 2)), (1.0, 2.0))["moved"] == pytest.approx(5, rel=1e-4)  # 3 mm and 4 mm
 
 
 def test_mutual_information_of_an_image_with_itself_is_its_entropy_and_with_its_negative_too() -> None:
@@ -84,8 +89,8 @@ def test_mutual_information_of_an_image_with_itself_is_its_entropy_and_with_its_
     item["moving_image"] = 1 - item["fixed_image"]
     counts = np.bincount(np.minimum((item["fixed_image"].numpy() * 32).astype(int), 31).ravel()) / 1600
     entropy = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
-    assert numbers(item, moved(item, (0, 0)), (1, 1))["mi"] == pytest.approx(entropy, rel=0.02)
-    assert numbers(item, moved(item, (0, 0)), (1, 1))["ncc"] == pytest.approx(-1)
+    assert seen(item, moved(item, (0, 0)), (1, 1))["mi"] == pytest.approx(entropy, rel=0.02)
+    assert seen(item, moved(item, (0, 0)), (1, 1))["ncc"] == pytest.approx(-1)
 
 
 def test_an_image_and_its_negative_share_all_there_is_to_know_and_noise_shares_nothing() -> None:
@@ -98,7 +103,7 @@ def test_an_image_and_its_negative_share_all_there_is_to_know_and_noise_shares_n
         ("noise", torch.rand(1, 1, 40, 40)),
     ):
         item["moving_image"] = other
-        shared[name] = numbers(item, moved(item, (0, 0)), (1, 1))["shared"]
+        shared[name] = seen(item, moved(item, (0, 0)), (1, 1))["shared"]
     assert shared["itself"] == pytest.approx(1) and shared["negative"] > 0.9 and shared["noise"] < 0.2
 
 
@@ -107,12 +112,12 @@ def test_what_lies_outside_the_moving_image_is_not_covered_and_does_not_count() 
     mask[:, :, :10] = 1
     item = batch(mask)
     item["moving_image"] = torch.where(mask > 0, item["fixed_image"], torch.rand(1, 1, 40, 40))
-    found = numbers(item, moved(item, (0, 0)), (1, 1))
+    found = seen(item, moved(item, (0, 0)), (1, 1))
     assert found["covered"] == pytest.approx(0.25)
     inside = {**item, "fixed_image": item["fixed_image"][:, :, :10], "moving_image": item["fixed_image"][:, :, :10]}
     del inside["fixed_mask"], inside["moving_mask"]
     registration = Registration(*(part[:, :, :10] for part in moved(item, (0, 0)).tensors().values()))
-    assert found["mi_before"] == pytest.approx(numbers(inside, registration, (1, 1))["mi_before"])
+    assert found["mi_before"] == pytest.approx(seen(inside, registration, (1, 1))["mi_before"])
 
 
 SIZES = {"spacing": 2, "extent": 2, "brightness": 5, "texture": 1, "content": 1}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regpipe.metrics.measures import determinant_of
 from regpipe.report import pictures
 
 SIZE, SCALE = 64, 4  # 64 voxels on 256 pixels
@@ -176,7 +177,8 @@ def test_the_title_tells_the_range_and_the_folds_of_the_whole_volume():
     u[2, :, :, :4] = np.array([0, -2, -4, -6])  # folded far from the middle slice
     # det = 1 - 2 on z = 0, 1, 2; (0 + 4) / 2 + 1 = 3 at z = 3; (0 + 6) / 2 + 1 = 4 at z = 4.
     # Folded are 3 of 16 slices.
-    assert pictures._slice([np.zeros((16, 16, 16))] * 3, u, -1, 8, "lower").title == "det J -1.00 to 4.00, folds 19 %"
+    seen = pictures._slice([np.zeros((16, 16, 16))] * 3, u, determinant_of(u).numpy(), -1, 8, "lower")
+    assert seen.title == "det J -1.00 to 4.00, folds 19 %"
 
 
 def test_values_outside_0_to_1_and_nan_are_drawn_and_not_wrapped():

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from regpipe.fields.algebra import Registration
 from regpipe.io.images import Image
+from regpipe.metrics.measured import Measured
 from regpipe.report import views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
 from regpipe.report.views import Landmarks, Shown
@@ -169,9 +170,10 @@ def test_landmarks_come_to_lie_where_the_inverse_takes_them() -> None:
     u[:, 0] = 2.0
     p = torch.tensor([[[4.0, 5], [8, 8], [3, 3]]])
     q = torch.tensor([[[6.0, 5], [10, 9], [float("nan"), 1]]])
-    batch = {"fixed_landmarks": p, "moving_landmarks": q, "fixed_affine": frame[None], "moving_affine": frame[None]}
     image = torch.zeros(1, 1, 16, 16)
-    found = shown_landmarks(batch, Registration(u, u, -u, image, image))
+    batch = {"fixed_image": image, "moving_image": image, "fixed_landmarks": p, "moving_landmarks": q}
+    pair = Measured.of(Registration(u, u, -u, image, image), batch | {"moving_affine": frame[None]}, (1.5, 1.5))
+    found = shown_landmarks(pair, frame.numpy())
     assert found.fixed.tolist() == [[6, 7.5], [12, 12]]
     assert found.before.tolist() == [[9, 7.5], [15, 13.5]]
     assert found.warped.tolist() == [[6, 7.5], [12, 13.5]]

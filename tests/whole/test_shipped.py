@@ -19,7 +19,7 @@ from regpipe.engines.inferers import RegistrationInferer, dimensions_of, model_f
 from regpipe.fields.algebra import Registration
 from regpipe.io.images import Grid
 from regpipe.metrics.cases import read_rows
-from regpipe.metrics.measures import measure
+from regpipe.metrics.measured import measure
 from regpipe.networks import weights
 from regpipe.networks.encoders import TRANSFERRED
 from regpipe.networks.symmetric import SymmetricNet
