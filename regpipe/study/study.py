@@ -31,6 +31,7 @@ from regpipe.io import images
 from regpipe.io.images import Grid
 from regpipe.networks.encoders import BACKBONES, CUT, MAX_STRIDE, TRANSFERRED
 from regpipe.networks.weights import shipped
+from regpipe.report.figures import TRANSFERS
 from regpipe.study import effects, page
 from regpipe.study.runs import Task, run_all
 from regpipe.study.slices import write_slices as write_slices
@@ -46,17 +47,13 @@ class Transfer(NamedTuple):
     frozen: bool = False  # the encoder keeps them
     whole: bool = False  # the decoder takes its own, too
 
+    @classmethod
+    def named(cls, kind: str) -> Transfer:
+        """Of a kind of ``figures.TRANSFERS``."""
+        source, _, way = kind.rpartition("-")
+        return cls("none" if way == "scratch" else source or "phantoms", way == "frozen", way == "network")
 
-TRANSFERS = {  # in the order of ``figures.TRANSFERS``
-    "scratch": Transfer("none"),
-    "frozen": Transfer("phantoms", frozen=True),
-    "finetuned": Transfer("phantoms"),
-    "imagenet-frozen": Transfer("imagenet", frozen=True),
-    "imagenet-finetuned": Transfer("imagenet"),
-    "shipped-frozen": Transfer("shipped", frozen=True),
-    "shipped-finetuned": Transfer("shipped"),
-    "shipped-network": Transfer("shipped", whole=True),
-}
+
 SIZES = ("5", "20", "100", "all")
 SEEDS = ("0", "1", "2")
 # What is run where nothing is said, and what may be said.
@@ -244,7 +241,7 @@ def _write_datalist(path: Path, training: Sequence[Case], held_out: Sequence[Cas
 
 def _source(backbone: str, transfer: str, dims: int, imagenet: str | Path | None) -> str | None:
     """``pretrained`` of such runs, empty for weights that are trained here; None where there are none to be had."""
-    source, _, whole = TRANSFERS[transfer]
+    source, _, whole = Transfer.named(transfer)
     cut, backbone = backbone in CUT, CUT.get(backbone, (backbone,))[0]
     if (backbone == "pooled" and source != "none") or (cut and whole):  # no weights; another decoder
         return None
@@ -267,7 +264,7 @@ def _task(
     mine: dict[str, Any] = {"backbone": backbone, "max_stride": most, "seed": cell.seed}
     mine["dataset_dir"] = str(_datalist(folder, cell.subjects, cell.seed))
     mine["pretrained"] = source or str(folder / "pretrained" / f"{backbone}.pt")
-    transfer = TRANSFERS[cell.transfer]
+    transfer = Transfer.named(cell.transfer)
     mine["transfer"] = "network" if transfer.whole else "encoder"
     if transfer.frozen:
         mine["freeze"] = sum(stride <= most for stride in BACKBONES[backbone].strides)
@@ -279,7 +276,7 @@ def _pretrainings(
     cells: Sequence[Cell], configs: Sequence[str], overlay: str | Path | None, folder: Path
 ) -> list[Task]:
     """The trainings on phantoms that the cells need, with seed 0, in the folder that all backbones share."""
-    taught = [cell.backbone for cell in cells if TRANSFERS[cell.transfer].source == "phantoms"]
+    taught = [cell.backbone for cell in cells if Transfer.named(cell.transfer).source == "phantoms"]
     backbones = list(dict.fromkeys(CUT.get(name, (name,))[0] for name in taught))
     if not backbones:
         return []
