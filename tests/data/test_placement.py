@@ -151,6 +151,15 @@ def test_a_grid_smaller_than_the_image_lies_around_its_content() -> None:
     np.testing.assert_allclose(whole, placed, atol=1e-9)
 
 
+def test_content_is_what_is_a_tenth_as_bright_as_the_brightest() -> None:
+    array = np.zeros((64, 40), np.float32)
+    array[8:20] = 0.05  # a haze
+    array[40:56, 10:30] = 0.25
+    array[40:44, 10:30] = 1
+    frame = placement.frame_of(Image(array, np.eye(3)), Grid((24, 40), (1.0, 1.0)))
+    np.testing.assert_allclose(apply_affine(np.linalg.inv(frame), [47.5, 19.5]), [11.5, 19.5], atol=0.5)
+
+
 def test_what_is_asked_for_wrongly_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--affine elastic: choose among auto, none, centre"):
         Frames(GRID, "elastic")

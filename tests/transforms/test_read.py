@@ -141,6 +141,14 @@ def test_a_truncated_composite_is_refused_without_noise(
     assert capfd.readouterr().err == ""
 
 
+def test_several_transforms_in_a_file_are_refused_because_their_order_is_not_told(tmp_path: Path) -> None:
+    one = "Transform: AffineTransform_double_2_2\nParameters: 1 0 0 1 {} 0\nFixedParameters: 0 0\n"
+    path = tmp_path / "two.tfm"
+    path.write_text("#Insight Transform File V1.0\n#Transform 0\n" + one.format(3) + "#Transform 1\n" + one.format(5))
+    with pytest.raises(InputError, match="two.tfm: holds 2 transforms"):
+        read_transform(path)
+
+
 @pytest.mark.parametrize("to", ["fixed", "moving"])
 def test_a_registered_case_as_regpipe_writes_it_is_found(tmp_path: Path, pair: Pair, to: str) -> None:
     d, e = (field.astype(np.float32) for field in (pair.d, inverted(pair.d, pair.frame)))
