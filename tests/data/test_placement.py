@@ -117,6 +117,16 @@ def test_each_alignment_is_found_once_and_only_fixed_images_are_kept(
     assert load.cache is not None and len(load.cache) == 1
 
 
+def test_pairs_that_differ_in_what_is_to_be_ignored_are_aligned_each_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, frames = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0))), Frames(GRID, "affine")
+    for i, more in enumerate(({}, {"fixed_ignore": "a.nii.gz"}, {"fixed_mask": "a.nii.gz"})):
+        answer(monkeypatch, turn(0, (i, 0, 0)))
+        fixed, moving = frames({**case, **more}, Source())[:2]
+        np.testing.assert_allclose(moving @ np.linalg.inv(fixed), turn(0, (i, 0, 0)), atol=1e-9)
+
+
 def test_with_oblique_images_the_cache_grows_with_images_and_not_with_pairs(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{i}.nii.gz", head(), turn(2.0 * i)) for i in range(4)]
     cases = [{"case": "", "fixed_image": a, "moving_image": b} for a, b in itertools.permutations(files, 2)]
@@ -144,11 +154,11 @@ def test_landmarks_alone_align_exactly_and_errors_are_mm_of_the_moving_image(tmp
 
 def test_a_grid_smaller_than_the_image_lies_around_its_content() -> None:
     array = np.zeros((64, 40), np.float32)
-    array[40:56, 10:30] = 1
+    array[40:56, 4:16] = 1
     placed = np.diag([-1.0, -1.0, 1.0])
     frame = placement.frame_of(Image(array, placed), Grid((24, 40), (1.0, 1.0)))
-    at = apply_affine(np.linalg.inv(frame) @ placed, [40, 10])
-    np.testing.assert_allclose(at, [4, 10], atol=1)  # 16 of 24 voxels, in the middle; the other axis as it was
+    at = apply_affine(np.linalg.inv(frame) @ placed, [40, 4])
+    np.testing.assert_allclose(at, [4, 4], atol=1)  # 16 of 24 voxels, in the middle; the other axis as it was
     whole = placement.frame_of(Image(array, placed), Grid((64, 40), (1.0, 1.0)))
     np.testing.assert_allclose(whole, placed, atol=1e-9)
 
