@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cohort: Path, monai_bundle
 @pytest.fixture(scope="module", params=[2, 3])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A registered pair on disk, 2-D and 3-D: ``helpers.registered.Pair``."""
-    from helpers.registered import make_pair  # brings ITK, which most tests do without
+    from helpers.registered import make_pair  # brings SimpleITK, which most tests do without
 
     return make_pair(tmp_path_factory.mktemp(f"pair{request.param}d"), request.param)
 

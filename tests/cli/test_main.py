@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from helpers.bundles import deforming_bundle
 from helpers.commandline import regpipe
+from helpers.places import ROOT
 from regpipe.cli import main as cli
 from regpipe.io.images import Grid
 from regpipe.metrics.cases import read_rows
@@ -56,9 +57,12 @@ def test_help_says_what_a_newcomer_needs(command: str) -> None:
         assert words in text, words
 
 
-def test_the_overview_lists_every_command() -> None:
-    text = CliRunner().invoke(cli.app, ["--help"]).output
-    assert all(command in text for command in HELP)
+def test_the_overview_lists_every_command_of_the_documentation() -> None:
+    page = (ROOT / "docs" / "commandline.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    documented = {name for row in re.findall(r"^\| (`.+?) \|", page, re.M) for name in re.findall(r"`(\w+)`", row)}
+    shown = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).output
+    listed = re.findall(r"^│ (\w+) ", shown.partition(" Commands ")[2], re.M)
+    assert len(listed) == len(documented) > len(HELP) and {*listed} == documented > HELP.keys()
 
 
 def test_a_folder_is_registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cohort: Path, bundle: Path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 
 from helpers.folders import frames, save, two_folders, volume
+from helpers.opens import opens
 from regpipe.data.checks import check_pairs
 from regpipe.data.pairs import list_pairs
-from regpipe.io.images import Image, read_image
 
 
 def test_check_pairs_names_the_file_of_each_planted_problem(tmp_path: Path) -> None:
@@ -44,16 +42,11 @@ def test_check_pairs_names_the_file_of_each_planted_problem(tmp_path: Path) -> N
         assert "\n" not in message
 
 
-def test_check_pairs_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def counted(path: str, file: Any = None) -> Image:
-        seen.append(path)
-        return read_image(path, file)
-
-    monkeypatch.setattr("regpipe.io.images.read_image", counted)
-    assert check_pairs(list_pairs(frames(tmp_path, 5))) == {}
-    assert len(seen) == len(set(seen)) == 5
+def test_check_pairs_opens_each_file_once_whatever_pairs_it_is_in(tmp_path: Path) -> None:
+    cases = list_pairs(frames(tmp_path, 5))
+    with opens(tmp_path) as opened:
+        assert check_pairs(cases) == {}
+    assert len(opened) == 5 and {*opened.values()} == {1}
 
 
 def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:

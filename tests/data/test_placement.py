@@ -109,11 +109,23 @@ def test_auto_aligns_what_is_not_in_the_training_s_space(tmp_path: Path, monkeyp
 def test_each_alignment_is_found_once_and_only_fixed_images_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, asked = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0))), answer(monkeypatch, turn(5, (2, 0, 0)))
+    case = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0)))
+    answer(monkeypatch, turn(5, (2, 0, 0)))
     load = LoadPair(GRID, affine="affine")
-    for _ in range(2):
-        load(case)
-    assert len(asked) == 1 and load.cache is not None and len(load.cache) == 1
+    first = load(case)
+    answer(monkeypatch, turn(25))
+    assert np.array_equal(load(case)["moving_affine"], first["moving_affine"])  # what was found is not looked for again
+    assert load.cache is not None and len(load.cache) == 1
+
+
+def test_pairs_that_differ_in_what_is_to_be_ignored_are_aligned_each_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, frames = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0))), Frames(GRID, "affine")
+    for i, more in enumerate(({}, {"fixed_ignore": "a.nii.gz"}, {"fixed_mask": "a.nii.gz"})):
+        answer(monkeypatch, turn(0, (i, 0, 0)))
+        fixed, moving = frames({**case, **more}, Source())[:2]
+        np.testing.assert_allclose(moving @ np.linalg.inv(fixed), turn(0, (i, 0, 0)), atol=1e-9)
 
 
 def test_with_oblique_images_the_cache_grows_with_images_and_not_with_pairs(tmp_path: Path) -> None:
@@ -143,13 +155,22 @@ def test_landmarks_alone_align_exactly_and_errors_are_mm_of_the_moving_image(tmp
 
 def test_a_grid_smaller_than_the_image_lies_around_its_content() -> None:
     array = np.zeros((64, 40), np.float32)
-    array[40:56, 10:30] = 1
+    array[40:56, 4:16] = 1
     placed = np.diag([-1.0, -1.0, 1.0])
     frame = placement.frame_of(Image(array, placed), Grid((24, 40), (1.0, 1.0)))
-    at = apply_affine(np.linalg.inv(frame) @ placed, [40, 10])
-    np.testing.assert_allclose(at, [4, 10], atol=1)  # 16 of 24 voxels, in the middle; the other axis as it was
+    at = apply_affine(np.linalg.inv(frame) @ placed, [40, 4])
+    np.testing.assert_allclose(at, [4, 4], atol=1)  # 16 of 24 voxels, in the middle; the other axis as it was
     whole = placement.frame_of(Image(array, placed), Grid((64, 40), (1.0, 1.0)))
     np.testing.assert_allclose(whole, placed, atol=1e-9)
+
+
+def test_content_is_what_is_a_tenth_as_bright_as_the_brightest() -> None:
+    array = np.zeros((64, 40), np.float32)
+    array[8:20] = 0.05  # a haze
+    array[40:56, 10:30] = 0.25
+    array[40:44, 10:30] = 1
+    frame = placement.frame_of(Image(array, np.eye(3)), Grid((24, 40), (1.0, 1.0)))
+    np.testing.assert_allclose(apply_affine(np.linalg.inv(frame), [47.5, 19.5]), [11.5, 19.5], atol=0.5)
 
 
 def test_what_is_asked_for_wrongly_is_named(tmp_path: Path) -> None:

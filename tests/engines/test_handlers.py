@@ -307,7 +307,7 @@ def test_weights_are_averaged_over_the_last_steps_and_the_beginning_is_forgotten
     trainer.run(range(400), max_epochs=1, epoch_length=400)
     kept: Any = average.network
     # e' = e + (w - e) / 20 of w = 1, 2, 3 ... lags 19 steps behind, once the beginning is forgotten
-    assert float(kept.module.weight) == pytest.approx(400 - 19, abs=1e-2)
+    assert float(kept.module.weight.detach()) == pytest.approx(400 - 19, abs=1e-2)
     again = WeightAverage(nn.Linear(1, 1, bias=False), 20)
     again.load_state_dict(average.state_dict())
     x = torch.ones(1, 1)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from regpipe import SymmetricNet
 from regpipe.engines.inferers import RegistrationInferer
+from regpipe.engines.judge import Judge
 from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
-from regpipe.fields.algebra import identity_grid, register, smooth, warp
+from regpipe.fields.algebra import LAYERS, identity_grid, register, smooth, warp
 from regpipe.losses.contrast import AS_IT_IS
+from regpipe.losses.loss import RegistrationLoss
 
 SHAPES = [(72, 80), (36, 40, 32)]
 
@@ -53,6 +55,20 @@ def test_no_other_similarity_moves_it_by_a_tenth_of_a_voxel(similarity: str) -> 
     fixed, moving = noisy(head(SHAPES[0]), 1), noisy(head(SHAPES[0]), 2)
     found = register(fixed, moving, zero_refiner(similarity, steps=40)(fixed, moving)).displacement
     assert float(found.norm(dim=1)[fixed[:, 0] > 0.1].mean()) < 0.1
+
+
+@pytest.mark.parametrize(("times", "counts"), [(1.0, 1.0), (0.5, 1.0), (1.8, 0.0), (-1.0, 0.0)])
+def test_a_step_counts_as_one_where_it_does_not_go_too_far(times: float, counts: float) -> None:
+    """A blob 4 voxels further on; half of a step of 1.8 times that is nearer to it than the whole."""
+    shift = torch.tensor((4.0, 0.0)).view(1, 2, 1, 1)
+    centre = torch.tensor((20.0, 20.0)).view(1, 2, 1, 1)
+    fixed, moving = (
+        torch.exp(-(identity_grid((44, 40)) - at).square().sum(1, keepdim=True) / 50) for at in (centre, centre + shift)
+    )
+    images, still = {"fixed_image": fixed, "moving_image": moving}, torch.zeros(1, 2, 22, 20)
+    step = still + times * shift / 2  # voxels of half resolution
+    judged = Judge(RegistrationLoss({"mse": 1.0}), LAYERS).share(still, step, images)
+    assert (judged == counts).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

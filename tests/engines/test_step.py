@@ -266,18 +266,12 @@ def test_float16_is_for_gpus_without_bfloat16_and_alone_is_scaled(monkeypatch) -
 
 @pytest.mark.parametrize("structures", [0, 2])
 @pytest.mark.parametrize(("backbone", "dims"), [("resnet18", 2), ("vgg16", 2), ("alexnet", 3)])
-def test_checkpointing_computes_the_network_again_and_changes_no_gradient(backbone, dims, structures) -> None:
+def test_checkpointing_changes_no_gradient(backbone, dims, structures) -> None:
     items = batch("a", (33,) * 2 if dims == 2 else (17,) * 3)
     net = network(backbone, dims, structures=structures)
     plain = gradient(net, items)
-    looks: list[int] = []
-    net.levels[0].register_forward_pre_hook(lambda *_: looks.append(1))
     found = gradient(checkpointed(net, True), items)
-    assert len(looks) == 2  # for the loss, and once more for its gradient
     assert found.keys() == plain.keys() and all(torch.equal(found[name], value) for name, value in plain.items())
-    with torch.no_grad():
-        net(prepare_batch(items)[0])
-    assert len(looks) == 3
 
 
 def test_checkpointing_lets_go_of_most_activations() -> None:

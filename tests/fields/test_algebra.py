@@ -108,6 +108,14 @@ def test_labels_warped_by_nearest_neighbour_keep_their_type_and_values() -> None
     assert warped.dtype == torch.int16 and (warped[0, 0].numpy() == expected).mean() > 0.99  # ties round either way
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_labels_that_float32_cannot_hold_are_warped_like_small_ones(dtype: torch.dtype) -> None:
+    ids = torch.tensor([0, 3, 2**24 + 1, 2**31 - 1, 2**24 + 2], dtype=dtype)
+    places, u = torch.randint(0, 5, (1, 1, 20, 14), generator=generator()), smooth((20, 14), 2, 3.0)
+    warped = warp(ids[places], u, mode="nearest")
+    assert warped.dtype == dtype and torch.equal(warped, ids[warp(places, u, mode="nearest")])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_constant_velocity_is_its_own_exponential_up_to_the_rim(shape: tuple[int, ...]) -> None:
     v = torch.tensor([2.5, -1.25, 0.75][: len(shape)]).view(1, -1, *[1] * len(shape)).expand(1, -1, *shape)

@@ -102,6 +102,15 @@ def test_a_thin_simplex_is_no_fold() -> None:
 
 
 @every_shape
+def test_cells_that_are_squeezed_flat_are_folded(shape: tuple[int, ...]) -> None:
+    u = torch.zeros(1, len(shape), *shape)
+    u[:, 0, 6:] = -1  # planes 5 and 6 fall onto each other
+    folded = folded_cells(u[0])
+    assert folded[5].all() and folded.sum() == folded[5].numel()
+    assert_unfolded(repair(u).displacement)
+
+
+@every_shape
 def test_voxels_far_from_a_fold_do_not_move_at_all(shape: tuple[int, ...]) -> None:
     shape = tuple(2 * n for n in shape)
     u = integrate(noise(shape, smooth=4, rms=1.0))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
+from helpers.commandline import regpipe
 from helpers.registered import lps_place, simpleitk, voxels
-from regpipe.group import template as module
 from regpipe.group.run import make_template
 from regpipe.io.images import normalise, read_image
 from regpipe.io.labels import read_label
@@ -108,24 +106,22 @@ def test_other_names_and_another_order_give_the_same_bytes(made: tuple[Path, dic
 
 
 def test_a_stopped_template_goes_on_and_a_finished_one_stays(
-    made: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(made[0], tmp_path / "out")
-    done = {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")}
+
+    def times(pattern: str) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in out.rglob(pattern)}
+
+    done = times("*.h5")
     make_template(data, out, **QUICK)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")} == done
+    assert times("*.h5") == done
     for path in ("mean velocity 2.npz", "round 2/b.npz", "mean of round 2.npz", "written/a.npz", "written/c.npz"):
         (out / "rounds" / path).unlink()
-    found: list[int] = []
-    refined = module.Group._refined
-
-    def counted(group: module.Group, last: module.Stage, i: int) -> module.Stage:
-        found.append(i)
-        return refined(group, last, i)
-
-    monkeypatch.setattr(module.Group, "_refined", counted)
+    kept = times("*.npz")
     make_template(data, out, **QUICK)
-    assert found == [1, 2]
+    found = times("*.npz")
+    assert kept == {path: found[path] for path in kept} and len(found) == len(kept) + 5
     assert (out / "template.nii.gz").read_bytes() == (made[0] / "template.nii.gz").read_bytes()
     assert verify(out).problems == {}
 
@@ -138,13 +134,25 @@ def test_the_manifest_holds_every_file(made: tuple[Path, dict[str, Any]], data: 
     assert sorted(item["role"] for item in told["inputs"]) == ["image"] * N + ["label"] * N
 
 
-def test_two_processes_write_what_one_does(made: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_write_what_one_does(
+    made: tuple[Path, dict[str, Any]],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """From the second round on: each phase starts a process beside this one."""
+    out = shutil.copytree(made[0], tmp_path / "out")
+    for path in ("mean velocity 2.npz", "mean of round 2.npz"):
+        (out / "rounds" / path).unlink()
+    for path in ("round 2", "written"):
+        shutil.rmtree(out / "rounds" / path)
+    (out / "template.nii.gz").unlink()
     chosen = ["--bundle", "none", "--affine", "centre", "--refine", "24", "--rounds", "2", "--jobs", "2"]
-    command = [sys.executable, "-c", "from regpipe.cli.main import main; main()", "template", str(data), *chosen]
-    done = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert np.allclose(voxels(tmp_path / "out" / "template.nii.gz"), voxels(made[0] / "template.nii.gz"), atol=1e-3)
-    assert "4 subjects" in done.stdout
+    assert regpipe(monkeypatch, "template", data, *chosen, "-o", out) == 0
+    assert np.allclose(voxels(out / "template.nii.gz"), voxels(made[0] / "template.nii.gz"), atol=1e-3)
+    assert "4 subjects" in capfd.readouterr().out
 
 
 def test_an_affine_template_finds_turned_subjects(tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import itk
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.transforms.displacement import map_points
 
@@ -75,12 +73,44 @@ def inverted(d: np.ndarray, frame: np.ndarray) -> np.ndarray:
     return e.T.reshape(d.shape)
 
 
-def write_case(folder: Path, ways: dict[str, object], spaces: dict[str, nib.Nifti1Image]) -> Path:
+def sitk_affine(matrix: np.ndarray) -> sitk.Transform:
+    """RAS mm -> as a transform of LPS mm."""
+    made, placed = sitk.AffineTransform(len(matrix) - 1), lps_map(matrix)
+    made.SetMatrix(placed[:-1, :-1].ravel().tolist())
+    made.SetTranslation(placed[:-1, -1].tolist())
+    return made
+
+
+def write_affine(path: Path, matrix: np.ndarray) -> Path:
+    sitk.WriteTransform(sitk_affine(matrix), str(path))
+    return path
+
+
+def sitk_field(d: np.ndarray, frame: np.ndarray) -> sitk.Transform:
+    """``d`` (D, *grid) LPS mm on ``frame``, grid voxel -> RAS mm."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(d.T.astype(np.float64)), isVector=True)
+    spacing = np.linalg.norm(frame[:-1, :-1], axis=0)
+    flip = np.array([-1, -1, 1][: len(d)])
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((flip[:, None] * frame[:-1, :-1] / spacing).ravel().tolist())
+    image.SetOrigin((flip * frame[:-1, -1]).tolist())
+    return sitk.DisplacementFieldTransform(image)
+
+
+def chain(first: sitk.Transform, then: sitk.Transform) -> sitk.Transform:
+    """What takes points through ``first``, then through ``then``."""
+    both = sitk.CompositeTransform(first.GetDimension())
+    both.AddTransform(then)  # the last one added is applied first
+    both.AddTransform(first)
+    return both
+
+
+def write_case(folder: Path, ways: dict[str, sitk.Transform], spaces: dict[str, nib.Nifti1Image]) -> Path:
     folder.mkdir()
     about: dict[str, object] = {"format": "regpipe transform 1"}
     for name, transform in ways.items():
         file = folder / f"{name}.h5"
-        itk.transformwrite([transform], str(file))
+        sitk.WriteTransform(transform, str(file))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         about[name] = {"itk": file.name, "sha256": {file.name: digest}}
     for side, image in spaces.items():
@@ -113,10 +143,8 @@ def make_pair(folder: Path, dim: int) -> Pair:
         images[side] = nib.Nifti1Image(values, placed)
         nib.save(images[side], folder / f"{side}.nii.gz")
     ways = {
-        "moving_to_fixed": itk_bridge.composite(itk_bridge.itk_field(d, frame), itk_bridge.itk_affine(matrix)),
-        "fixed_to_moving": itk_bridge.composite(
-            itk_bridge.itk_affine(np.linalg.inv(matrix)), itk_bridge.itk_field(inverted(d, frame), frame)
-        ),
+        "moving_to_fixed": chain(sitk_field(d, frame), sitk_affine(matrix)),
+        "fixed_to_moving": chain(sitk_affine(np.linalg.inv(matrix)), sitk_field(inverted(d, frame), frame)),
     }
     case = write_case(folder / "case", ways, images)
     return Pair(case, folder / "fixed.nii.gz", folder / "moving.nii.gz", d, frame, matrix)

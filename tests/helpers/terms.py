@@ -25,6 +25,19 @@ def smooth(batch: int, channels: int, shape: Sequence[int], seed: int = 0) -> Te
     return resize_image(noise(batch, channels, *[n // 4 + 2 for n in shape], seed=seed), shape)
 
 
+def two(shape: Sequence[int], batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Images that correlate, but not everywhere alike."""
+    a = noise(batch, 1, *shape)
+    return a, 0.5 * a + 0.5 * noise(batch, 1, *shape, seed=1)
+
+
+def box(shape: Sequence[int], *sizes: int) -> Tensor:
+    """A mask (1, 1, *shape): 1 in the corner of these sizes."""
+    mask = torch.zeros(1, 1, *shape)
+    mask[(slice(None), slice(None), *[slice(n) for n in sizes])] = 1
+    return mask
+
+
 @functools.cache
 def random_encoder(dim: int) -> Encoder:
     torch.manual_seed(0)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from helpers.commandline import regpipe
 from regpipe.inference.jobs import Taken
 from regpipe.phantoms.cohort import write_cohort
 
 
-def register(folder: Path, out: Path, *words: str) -> tuple[int, dict, str]:
-    command = [sys.executable, "-c", "from regpipe.cli.main import main; main()", "--json", "register", str(folder)]
-    command += ["-o", str(out), "--bundle", "none", "--refine", "2", "--affine", "none", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.returncode, json.loads(done.stdout)["result"], done.stderr
+@pytest.fixture
+def register(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, dict[str, Any], str]]:
+    """The command; whatever it starts beside this process is a process."""
+
+    def command(folder: Path, out: Path, *words: str) -> tuple[int, dict[str, Any], str]:
+        options = ["--bundle", "none", "--refine", "2", "--affine", "none", *words]
+        status = regpipe(monkeypatch, "--json", "register", folder, "-o", out, *options)
+        told = capfd.readouterr()
+        return status, json.loads(told.out)["result"], told.err
+
+    return command
 
 
 def test_a_case_is_taken_once(tmp_path: Path) -> None:
@@ -26,7 +37,10 @@ def test_a_case_is_taken_once(tmp_path: Path) -> None:
     assert Taken().free("a/b") and Taken().take("a/b")
 
 
-def test_two_processes_write_what_one_writes_and_go_on_from_what_is_finished(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_write_what_one_writes_and_go_on_from_what_is_finished(
+    tmp_path: Path, register: Callable[..., tuple[int, dict[str, Any], str]]
+) -> None:
     folder = write_cohort(tmp_path / "data", kind="ultrasound", shape=[32, 28], n_pairs=5, seed=1)
     for kept in ("labels", "landmarks"):
         for side in ("fixed", "moving"):

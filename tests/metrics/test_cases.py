@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
 
@@ -101,24 +99,6 @@ def test_unknown_keys_clashing_names_and_no_cases_are_errors():
         CaseMetrics(SPACING).attach(Engine(lambda _, batch: batch), "tre")
     with pytest.raises(NotComputableError):
         CaseMetrics(SPACING).compute()
-
-
-def _one_process(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    metric = CaseMetrics(SPACING)
-    # The sampler's padding: the second process gets case a again.
-    for name in [["a", "b"], ["c", "a"]][rank]:
-        metric.update(output([name]))
-    rows = [row for name in "abc" for row in direct(output([name]))]
-    means = metric.compute()
-    for name in columns():
-        assert means[name] == pytest.approx(sum(row[name] for row in rows) / 3), name
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_mean_over_all_cases_each_counted_once(tmp_path):
-    mp.spawn(_one_process, args=(f"file://{tmp_path / 'rendezvous'}",), nprocs=2)
 
 
 def test_the_csv_comes_back_as_it_went_out(tmp_path):

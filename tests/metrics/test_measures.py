@@ -44,6 +44,14 @@ def test_dice_of_shifted_boxes_is_their_overlap():
     assert measures.dice(*boxes(10), [3]) == {3: 0.0}
 
 
+def test_dice_of_a_half_that_lies_within_the_whole_is_two_thirds():
+    # 2 * 50 of 100 + 50 pixels, whichever of them is the fixed one.
+    whole, _ = boxes(0)
+    half = whole.copy()
+    half[0, 13:] = 0
+    assert measures.dice(whole, half, [3]) == measures.dice(half, whole, [3]) == {3: pytest.approx(2 / 3)}
+
+
 def test_dice_of_a_label_that_neither_holds_is_nan_and_of_a_vanished_one_zero():
     fixed, _ = boxes(0)
     assert math.isnan(measures.dice(fixed, fixed, [4])[4])
@@ -55,6 +63,25 @@ def test_hd95_of_boxes_shifted_along_an_axis_is_the_shift_in_mm_of_that_axis(spa
     # The far face (10 of 36 rim pixels, more than 5 %) is exactly the shift away, unless the other
     # axis offers a shorter way, and it does not: beside the box there is no surface.
     assert measures.hd95(*boxes(2), [3], spacing)[3] == pytest.approx(2 * spacing[0])
+
+
+def hd95_by_its_definition(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...]) -> float:
+    """The larger of both directed 95th percentiles of distances between rims, by scipy's distance transform."""
+    rims = [mask & ~ndimage.binary_erosion(mask) for mask in (a, b)]
+    to_a, to_b = (ndimage.distance_transform_edt(~rim, sampling=spacing) for rim in rims)
+    return float(max(np.percentile(to_b[rims[0]], 95), np.percentile(to_a[rims[1]], 95)))
+
+
+def test_hd95_is_its_definition_and_not_the_largest_distance():
+    blob = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal((48, 40)), 3) > 0.02
+    moved = ndimage.gaussian_filter(np.random.default_rng(2).standard_normal((48, 40)), 3) > 0.02
+    found = measures.hd95(blob[None].astype(int), moved[None].astype(int), [1], (1.5, 0.7))[1]
+    assert found == pytest.approx(hd95_by_its_definition(blob, moved, (1.5, 0.7)), rel=1e-5)
+    # One stray pixel among 37 of a rim is less than 5 % of it.
+    whole, _ = boxes(0)
+    stray = whole.copy()
+    stray[0, 30, 30] = 3
+    assert measures.hd95(whole, stray, [3], (1.0, 1.0)) == {3: 0}
 
 
 def test_hd95_in_3d_takes_the_spacing_of_its_own_axis():
@@ -78,6 +105,14 @@ def test_tre_is_zero_where_the_translation_is_known_and_its_length_in_mm_where_i
     # sqrt(1^2 + 4^2 + 1^2)
     expected = [math.sqrt(18)] * 2
     np.testing.assert_allclose(measures.tre(p, p + shift, 0 * u, spacing), expected, rtol=1e-6)
+
+
+def test_tre_of_a_turned_moving_image_is_the_length_that_its_matrix_makes():
+    # A voxel along axis 0 is 2 mm along y, one along axis 1 is 3 mm along -x.
+    mm = np.array([[0.0, -3.0], [2.0, 0.0]])
+    p = np.array([[4.0, 5.0], [4.0, 5.0], [4.0, 5.0]])
+    q = p + np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    np.testing.assert_allclose(measures.tre(p, q, np.zeros((2, 9, 9)), mm), [2, 3, math.hypot(2, 3)], rtol=1e-6)
 
 
 def test_tre_drops_landmarks_that_either_image_lacks():
@@ -105,6 +140,21 @@ def test_u_of_minus_2x_folds_everywhere_in_3d():
     u = linear((-np.eye(3)).tolist(), (5, 6, 7))
     assert measures.folds_percent(u) == 100
     assert measures.ndv_percent(u) == pytest.approx(100)
+
+
+def test_tre_reads_the_displacement_at_the_fixed_point():
+    matrix = [[1.2, 0.1], [-0.3, 0.8]]
+    p = np.random.default_rng(6).uniform(1, 8, (5, 2))
+    q = p @ np.array(matrix).T
+    np.testing.assert_allclose(measures.tre(p, q, linear(matrix, (10, 10)), (1.0, 1.0)), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (4, 5, 6)])
+def test_a_grid_that_is_squeezed_flat_is_folded_everywhere_and_covers_nothing(shape):
+    matrix = np.eye(len(shape))
+    matrix[0, 0] = 0
+    assert measures.folds_percent(linear(matrix.tolist(), shape)) == 100
+    assert measures.ndv_percent(linear(matrix.tolist(), shape)) == 0
 
 
 def test_in_2d_u_of_minus_2x_is_half_a_turn_and_folds_nowhere():
@@ -192,6 +242,13 @@ def test_sdlogj_of_an_exponential_stretch_is_that_of_a_ramp():
     u = np.zeros((2, n, 4))
     u[0] = (np.exp(k * x) / k - x)[:, None]
     assert measures.sdlogj(u) == pytest.approx(k * math.sqrt((n**2 - 1) / 12), rel=1e-2)
+
+
+def test_sdlogj_is_the_spread_of_the_voxels_there_are():
+    # Of a field on 5 x 4 voxels, by numpy: divided by their number, as none of them is a sample.
+    u = 0.3 * np.random.default_rng(4).random((2, 5, 4))
+    jacobian = np.eye(2) + np.moveaxis(np.array([np.gradient(part) for part in u]), (0, 1), (-2, -1))
+    assert measures.sdlogj(u) == pytest.approx(np.log(np.linalg.det(jacobian)).std(), rel=1e-4)
 
 
 def l2r_by_its_definition(u: np.ndarray) -> float:

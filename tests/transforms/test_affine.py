@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import itk
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 
@@ -265,19 +266,14 @@ def test_exact_landmarks_give_the_exact_matrix(stage: str, dim: int) -> None:
 
 
 def test_noisy_landmarks_give_what_other_tools_find() -> None:
-
     rng = np.random.default_rng(2)
     x = rng.uniform(-50, 50, (9, 3))
     y = apply_affine(MOVES["affine"], x) + rng.normal(0, 3, x.shape)
     rotation, _ = Rotation.align_vectors(y - y.mean(0), x - x.mean(0))
     assert np.allclose(from_landmarks(lps(x), lps(y), "rigid")[:3, :3], rotation.as_matrix(), atol=1e-9)
-    tool = itk.LandmarkBasedTransformInitializer[itk.Transform[itk.D, 3, 3]].New()
-    transform = itk.AffineTransform[itk.D, 3].New()
-    tool.SetTransform(transform)
-    tool.SetFixedLandmarks([itk.Point[itk.D, 3](p.tolist()) for p in x])
-    tool.SetMovingLandmarks([itk.Point[itk.D, 3](p.tolist()) for p in y])
-    tool.InitializeTransform()
-    places = np.array([list(transform.TransformPoint(p.tolist())) for p in x])
+    landmarks = (points.ravel().tolist() for points in (x, y))
+    transform = sitk.LandmarkBasedTransformInitializer(sitk.AffineTransform(3), *landmarks)
+    places = np.array([transform.TransformPoint(p.tolist()) for p in x])
     assert np.allclose(apply_affine(from_landmarks(lps(x), lps(y), "affine"), x), places, atol=1e-6)
 
 

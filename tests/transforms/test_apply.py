@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import itk
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -20,11 +19,11 @@ from helpers.registered import (
     nifti,
     simpleitk,
     voxels,
+    write_affine,
     write_csv,
 )
 from regpipe.cli import main as cli
 from regpipe.inference.register import register_images
-from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.io.points import read_points
 from regpipe.transforms.apply import apply, compose
@@ -198,7 +197,7 @@ def test_commands_do_what_the_functions_do(tmp_path: Path, flat: Pair) -> None:
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(tmp_path: Path, flat: Pair, arguments: list[str], told: str) -> None:
-    itk.transformwrite([itk_bridge.itk_affine(np.eye(4))], str(tmp_path / "solid.mat"))
+    write_affine(tmp_path / "solid.mat", np.eye(4))
     points = write_csv(tmp_path / "p.csv", np.zeros((1, 2)))
     names = {"case": flat.case, "h5": flat.case / "moving_to_fixed.h5", "moving": flat.moving, "fixed": flat.fixed}
     names |= {"out": tmp_path / "out", "solid": tmp_path / "solid.mat", "points": points}

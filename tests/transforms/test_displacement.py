@@ -165,6 +165,15 @@ def test_the_inverse_with_exchanged_images_leads_back(dim):
     assert np.abs(again - fixed).max() < 1e-3
 
 
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_jacobian_of_a_linear_map_is_its_determinant_on_an_oblique_flipped_grid(dim):
+    image = oblique_pair(dim).fixed
+    linear = np.eye(dim) + 0.1 * np.random.default_rng(6).standard_normal((dim, dim))  # of LPS mm
+    points = lps(place(image.affine, np.indices(image.array.shape).reshape(dim, -1).T))
+    d = (points @ (linear - np.eye(dim)).T).T.reshape(dim, *image.array.shape)
+    np.testing.assert_allclose(displacement.native_jacobian(d, image.affine), np.linalg.det(linear), rtol=1e-3)
+
+
 def test_no_displacement_on_one_grid_is_zero_and_returns_the_image_to_its_rim():
     image = oblique_pair(3).fixed
     affine = to_grid(image, Grid((16, 16, 16), (1.5, 1.5, 1.5)))

@@ -6,7 +6,6 @@ import json
 import time
 from pathlib import Path
 
-import itk
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -20,8 +19,8 @@ from helpers.registered import (
     lps_place,
     turned,
     voxels,
+    write_affine,
 )
-from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.io.source import Source
 from regpipe.transforms import export
@@ -38,7 +37,7 @@ def rigid(tmp_path: Path, pair: Pair) -> tuple[Path, np.ndarray]:
     matrix = np.eye(dim + 1)
     matrix[:dim, :dim] = turned(dim, (5, 0, 0))
     matrix[:dim, dim] = [0.5, 1.0, -0.5][:dim]
-    itk.transformwrite([itk_bridge.itk_affine(matrix)], str(tmp_path / "second.mat"))
+    write_affine(tmp_path / "second.mat", matrix)
     return tmp_path / "second.mat", lps_map(matrix)
 
 
@@ -141,6 +140,14 @@ def test_a_truncated_composite_is_refused_without_noise(
     assert capfd.readouterr().err == ""
 
 
+def test_several_transforms_in_a_file_are_refused_because_their_order_is_not_told(tmp_path: Path) -> None:
+    one = "Transform: AffineTransform_double_2_2\nParameters: 1 0 0 1 {} 0\nFixedParameters: 0 0\n"
+    path = tmp_path / "two.tfm"
+    path.write_text("#Insight Transform File V1.0\n#Transform 0\n" + one.format(3) + "#Transform 1\n" + one.format(5))
+    with pytest.raises(InputError, match="two.tfm: holds 2 transforms"):
+        read_transform(path)
+
+
 @pytest.mark.parametrize("to", ["fixed", "moving"])
 def test_a_registered_case_as_regpipe_writes_it_is_found(tmp_path: Path, pair: Pair, to: str) -> None:
     d, e = (field.astype(np.float32) for field in (pair.d, inverted(pair.d, pair.frame)))
@@ -150,11 +157,13 @@ def test_a_registered_case_as_regpipe_writes_it_is_found(tmp_path: Path, pair: P
     ours, theirs = find(tmp_path, to), find(pair.case, to)
     for files in ((ours.images, theirs.images), (ours.points, theirs.points)):
         maps = [read_transform(file) for file in files]
-        found, expected = [[list(m.TransformPoint(p)) for p in points.tolist()] for m in maps]
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-    for mine, other in ((ours.source, theirs.source), (ours.target, theirs.target)):
-        assert mine is not None and other is not None and mine.shape == other.shape
-        np.testing.assert_allclose(mine.affine, other.affine, atol=1e-4)
+        moved, expected = [[list(m.TransformPoint(p)) for p in points.tolist()] for m in maps]
+        np.testing.assert_allclose(moved, expected, atol=1e-4)
+    onto, of = (pair.fixed, pair.moving) if to == "fixed" else (pair.moving, pair.fixed)
+    for found, image in ((ours.target, onto), (ours.source, of), (theirs.target, onto), (theirs.source, of)):
+        array, affine, *_ = read_image(image)
+        assert found is not None and found.shape == array.shape
+        np.testing.assert_allclose(found.affine, affine, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["a.h5", "a.mat", "a.tfm", "a.txt", "a.nii.gz", "a.doc"])

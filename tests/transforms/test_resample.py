@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import itk
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -18,8 +17,8 @@ from helpers.registered import (
     nifti,
     simpleitk,
     voxels,
+    write_affine,
 )
-from regpipe.io import itk_bridge
 from regpipe.io.images import read_image
 from regpipe.transforms.apply import apply
 
@@ -103,8 +102,7 @@ def test_itks_formats_come_back_as_they_went_in(tmp_path: Path, pair: Pair, suff
 def test_a_picture_stays_one_on_a_picture_grid_and_becomes_nifti_elsewhere(tmp_path: Path, flat: Pair) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
     Picture.fromarray(pixels).save(tmp_path / "us.png")
-    shift = itk_bridge.itk_affine(np.array([[1.0, 0, -3], [0, 1, -2], [0, 0, 1]]))  # LPS: +3, +2 pixels
-    itk.transformwrite([shift], str(tmp_path / "shift.tfm"))
+    write_affine(tmp_path / "shift.tfm", np.array([[1.0, 0, -3], [0, 1, -2], [0, 0, 1]]))  # LPS: +3, +2 pixels
     (out,) = apply(tmp_path / "shift.tfm", [tmp_path / "us.png"], tmp_path / "o", reference=tmp_path / "us.png")
     moved = np.array(Picture.open(out))
     assert out.name == "us.png" and moved.dtype == np.uint8
