@@ -109,7 +109,7 @@ class Frames:
     def __call__(self, case: Case, files: Source) -> Placed:
         grid, stage = self.grid_of(case, files), self.stage_of(case, files)
         _check_dimension(stage, grid)
-        start, begin = self.around(case["fixed_image"], grid, files), initial.read(case, len(grid.shape))
+        start, begin = self.around(case["fixed_image"], grid, files), initial.read(case, len(grid.shape), files)
         searched = stage not in ("none", "centre")
         if begin is not None and begin.matrix is None:
             linear = self._matrix(case, files, stage) if searched else np.eye(len(start))
@@ -171,7 +171,7 @@ class Frames:
         return self.store.arrays(files, about, make)
 
     def _find(self, case: Case, files: Source, stage: str) -> affine.Alignment:
-        begin = initial.read(case, len(self.grid_of(case, files).shape))
+        begin = initial.read(case, len(self.grid_of(case, files).shape), files)
         if stage == "projective" and begin is not None and begin.matrix is None:
             raise InputError(f"{case['moving_image']}: --affine projective goes after a linear --initial; take affine")
         linear = self._align(case, files, "affine" if stage == "projective" else stage)
@@ -199,7 +199,7 @@ class Frames:
             return affine.Alignment(start, math.nan, math.nan, math.nan)
         fixed_mask, moving_mask = (counted(case, side, files) for side in SIDES)
         fixed, moving = (files.image(case[f"{side}_image"]) for side in SIDES)
-        begin = initial.read(case, fixed.array.ndim)
+        begin = initial.read(case, fixed.array.ndim, files)
         if begin is not None and begin.matrix is None:
             seen = np.ones(moving.array.shape) if moving_mask is None else moving_mask
             mask = initial.warped(moving._replace(array=seen.astype(np.uint8)), begin, fixed, method="nearest")

@@ -43,6 +43,9 @@ SUFFIXES = NIFTI + ITK + DICOM + PICTURE
 
 
 REASONS = {  # of a library's refusal, where the file may be sound
+    r"w2 should be positive": "the quaternion of its qform is longer than 1; mend its header",
+    r"invalid intercept": "its scl_inter is no number; mend its header",
+    r"doesn't match dimension of space": "a slice in a space of more axes; save it with 3 axes, one of 1 voxel",
     r"cannot identify image file|cannot work out file type|not a gzip file|empty file": "is not what its name says, or "
     "truncated at its beginning; look what it is, or export it again",
     r"decompress(ed|or) data too large|text chunk": "its notes are longer than Pillow reads; save it without them",
@@ -174,7 +177,10 @@ def load_nifti(path: PathLike, file: BinaryIO) -> Any:
         head = b""
     for kind in (nib.Nifti1Image, nib.Nifti2Image) if name.endswith((".nii", ".nii.gz")) else ():
         if kind.header_class.may_contain_header(head):
-            return kind.from_file_map({"image": FileHolder(str(path), stream)})
+            image = kind.from_file_map({"image": FileHolder(str(path), stream)})
+            if image.dataobj.offset < image.header.sizeof_hdr:
+                raise InputError(f"{path}: its voxels begin within its header, by its vox_offset; mend that")
+            return image
     return nib.load(path)
 
 
@@ -182,8 +188,14 @@ def nifti_array(image: Any, part: Any = ...) -> np.ndarray:
     """The array of a NIfTI from ``load_nifti``, or a part of it; a ``.gz`` is unpacked to its end.
 
     Only there stands its checksum: nibabel stops at the last voxel, and damaged ones would pass for sound.
+    As ITK has it, ``scl_inter`` is added where ``scl_slope`` is 0 or none, too.
     """
+    header = _raw_header(image)
+    slope, inter = (float(header[f"scl_{name}"]) if nifti_place.is_nifti(header) else 0 for name in ("slope", "inter"))
     array = np.asanyarray(image.dataobj[part])
+    if inter and math.isfinite(inter) and (slope == 0 or not math.isfinite(slope)):
+        warn_once(f"{image.get_filename()}: scl_inter, {inter:g}, is added, as ITK does; its scl_slope is none")
+        array = array + inter
     stream = image.file_map["image"].fileobj
     if isinstance(stream, gzip.GzipFile):
         while stream.read(2**20):
@@ -200,17 +212,25 @@ def _require_bytes(path: Path, image: Any) -> None:
         raise InputError(f"{path}: truncated: its header says {image.shape}, the file holds less; export it again")
 
 
+def _raw_header(image: Any) -> Any:
+    """As it stands in the file: nibabel takes the scale out, and checking exchanges voxel sizes below 0."""
+    with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
+        return type(image.header).from_fileobj(file, check=False)
+
+
 def nifti_affine(path: PathLike, image: Any) -> np.ndarray:
     """RAS affine (4, 4) by ITK's rules; what other programs might see otherwise is said once.
 
     Raises:
         InputError: voxel sizes that are none: nibabel and ITK take 0 for 1 mm and say nothing.
     """
-    with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
-        header = type(image.header).from_fileobj(file, check=False)  # checking exchanges voxel sizes below 0
+    header = _raw_header(image)
     require_voxel_size(path, np.abs(header["pixdim"][1 : 1 + min(len(squeezed(image.shape)), 3)]))
     by_nibabel = np.asarray(image.affine, np.float64)
-    affine = nifti_place.itk_place(header, by_nibabel)
+    affine = nifti_place.itk_place(header, by_nibabel, min(len(image.shape), 3))
+    if affine is None:
+        warn_once(f"{path}: ITK refuses where its header puts it (sheared, or 2-D and not axial); placed by nibabel")
+        return by_nibabel
     told = nifti_place.told(header, affine, by_nibabel, image.shape)
     if told:
         warn_once(f"{path}: {told}")
@@ -277,12 +297,12 @@ def itk_geometry(io: Any, path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and RAS affine (at most 4, 4) of an ``itk.ImageIOBase`` that has read its header.
 
     Raises:
-        InputError: a voxel size that is not positive, which ITK would refuse with the voxels or mirror.
+        InputError: a voxel size of 0, which ITK would refuse with the voxels; below 0 it mirrors.
     """
     shape = tuple(int(io.GetDimensions(i)) for i in range(io.GetNumberOfDimensions()))
     dim = min(len(shape), 3)
     spacing = [io.GetSpacing(i) for i in range(dim)]
-    require_voxel_size(path, spacing)
+    require_voxel_size(path, np.abs(spacing))
     affine = np.eye(dim + 1)
     for i in range(dim):
         affine[:dim, i] = np.array(io.GetDirection(i)[:dim]) * spacing[i]

@@ -162,10 +162,12 @@ def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool) -> S
         raise InputError(f"{path}: {source.dtype} voxels; save one real value per voxel")
     if frame is not None:
         source = _one_frame(source, file, frame)
+    if min(source.shape) < 1:
+        raise InputError(f"{path}: its shape is {source.shape}; mend its header")
     if len(source.shape) == 4 and not film and not (label and not file.name.lower().endswith(PICTURE)):
         last = source.shape[3] - 1
         raise InputError(f"{path}: holds {last + 1} frames; ask for one frame: write #0 to #{last} after its name")
-    if not 2 <= len(source.shape) <= 3 + (label or film) or min(source.shape) < 1:
+    if not 2 <= len(source.shape) <= 3 + (label or film):
         raise InputError(f"{path}: its shape is {source.shape}; an image is 2-D or 3-D, or a film of such")
     if min(squeezed(source.shape[:3])) < 2:
         raise InputError(f"{path}: is one voxel thick (its shape is {source.shape}); leave it out")

@@ -36,6 +36,8 @@ LOOKED_AT = 4_000_000  # voxels, at most about so many
 FLAT, UNEVEN = 0.5, 0.3  # share of equal neighbours: measured 0.69 and more of label maps, 0.08 and less of images
 # how unlike neighbours are, to voxels anywhere: measured 1.4 and more of label maps, 0.4 and less of images
 ALIKE = 0.75
+# of numbered cells: the share of numbers that occur, and how far a number's voxels spread, of the squares of all
+COUNTED, TOGETHER = 0.5, 0.3
 SUGGEST = "--interpolation"
 
 
@@ -47,6 +49,7 @@ class Look(NamedTuple):
     image: bool
     graded: bool  # where neighbours differ, they differ by little: an image of few grey values, or layers
     noise: bool  # neighbours differ nearly everywhere, and not around single points
+    blocks: bool  # graded, and flat: an image whose voxels were repeated
 
 
 def read_label(
@@ -141,7 +144,7 @@ def whole_numbers(array: np.ndarray) -> np.ndarray | None:
     # float32 has steps of its own
     if not (off <= WHOLE + np.finfo(np.float32).eps * np.abs(near)).all() or np.abs(near).max() > LARGEST:
         return None
-    if off.any() and len(np.unique(known)) > FEW + 8 * len(np.unique(near)):
+    if off.any() and len(np.unique(near)) <= 2 and len(np.unique(known)) > FEW:
         return None
     if off.any() and near.min() == near.max() and known.min() != known.max():
         return None
@@ -181,7 +184,7 @@ def _of_whole(path: PathLike, look: Look) -> bool:
         return not look.image
     few = look.values <= FEW
     label = (look.label or few) and not ((look.graded or look.noise) and look.values > LAYERS)
-    sure = look.label and few if label else not (look.label or few)
+    sure = look.label and few if label else not (look.label or few or look.blocks)
     if not sure:
         kinds = ("a label map", "linear") if label else ("an image", "nearest")
         warn_once(f"{path}: is taken for {kinds[0]}, by its {look.values} values; else give {SUGGEST} {kinds[1]}")
@@ -224,10 +227,25 @@ def look_of(array: np.ndarray) -> Look:
     alike = np.abs(one - other).mean() / anywhere if anywhere else 1.0
     levels = np.abs(np.searchsorted(ids, one) - np.searchsorted(ids, other)).mean() if len(one) else 0.0
     # where regions are flat, a shade of grey borders on the next one, a label on any: also cells numbered row by row
-    graded = len(ids) > 2 and alike < ALIKE and (flat < FLAT or levels < NEXT)
+    blocks = flat >= FLAT and len(ids) > FEW and alike < ALIKE and not _is_numbered(slices, ids, background)
+    graded = len(ids) > 2 and alike < ALIKE and (flat < FLAT or levels < NEXT or blocks)
     label = flat >= FLAT and (len(ids) <= FEW or not graded)
     noise = flat < UNEVEN and counts.max() < SPARSE * slices.size
-    return Look(len(ids), bool(label), bool(graded and flat < UNEVEN), bool(graded), bool(noise))
+    return Look(len(ids), bool(label), bool(graded and flat < UNEVEN), bool(graded), bool(noise), bool(blocks))
+
+
+def _is_numbered(slices: np.ndarray, ids: np.ndarray, background: np.generic) -> bool:
+    """Whether ids number cells one after another: few are left out, and each lies together.
+
+    A shade of an image whose voxels were doubled lies anywhere.
+    """
+    if len(ids) < COUNTED * (float(ids[-1]) - float(ids[0]) + 1):
+        return False
+    kept = slices != background
+    at, value = np.argwhere(kept), np.searchsorted(ids, slices[kept])
+    counts = np.bincount(value, minlength=len(ids)).clip(min=1)
+    means = np.stack([np.bincount(value, weights=axis, minlength=len(ids)) / counts for axis in at.T], 1)
+    return bool(np.square(at - means[value]).sum() < TOGETHER * np.square(at - at.mean(axis=0)).sum())
 
 
 def _pairs(slices: np.ndarray, background: np.generic) -> tuple[np.ndarray, np.ndarray]:

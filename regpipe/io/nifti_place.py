@@ -34,27 +34,31 @@ def placed_image(array: np.ndarray, affine: np.ndarray) -> Any:
     return image
 
 
-def itk_place(header: Any, by_nibabel: np.ndarray) -> np.ndarray:
-    """RAS affine (4, 4) of a header as it stands in the file; nibabel's where ITK refuses: sheared, without a qform."""
-    if _plain(header):
+def itk_place(header: Any, by_nibabel: np.ndarray, dim: int = 3) -> np.ndarray | None:
+    """RAS affine (4, 4) of a header as it stands in the file; None where ITK refuses it.
+
+    That is a sheared sform without a qform; of a picture, ``dim`` 2, which ITK lays onto the plane of the first two
+    axes, a place where nothing is left of it there.
+    """
+    if _plain(header) and (dim > 2 or np.allclose(by_nibabel[2, :2], 0, atol=1e-6)):
         return by_nibabel
     import itk  # takes a second; few headers need it
 
     with tempfile.TemporaryDirectory() as aside:
         file = Path(aside) / "header.nii"
-        file.write_bytes(_alone(header))
+        file.write_bytes(_alone(header, dim))
         io = itk.NiftiImageIO.New()
         io.SetFileName(str(file))
         try:
             io.ReadImageInformation()
         except RuntimeError:
-            return by_nibabel
+            return None
     affine = np.eye(4)
-    for i in range(3):
-        affine[:3, i] = np.array(io.GetDirection(i)) * io.GetSpacing(i)
+    for i in range(dim):
+        affine[:dim, i] = np.array(io.GetDirection(i)) * io.GetSpacing(i)
         affine[i, 3] = io.GetOrigin(i)
     affine[:2] *= -1  # LPS -> RAS
-    return affine
+    return affine if np.linalg.det(affine) or dim > 2 else None
 
 
 def told(header: Any, affine: np.ndarray, by_nibabel: np.ndarray, shape: tuple[int, ...]) -> str:
@@ -88,6 +92,9 @@ def _plain(header: Any) -> bool:
     size = header["pixdim"][1:4]
     if not is_nifti(header) or int(header["xyzt_units"]) & 7 in UNITS or not (size > 0).all():
         return False
+    known = all(header[f"{name}_code"] in range(6) for name in ("sform", "qform"))
+    if not known or header["pixdim"][0] not in (-1, 0, 1):  # of which nibabel makes what is
+        return False
     if header["sform_code"] <= 0:
         return bool(header["qform_code"] > 0)
     sform = header.get_sform()
@@ -111,12 +118,12 @@ def _apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
     return float(np.linalg.norm((one - other)[:3] @ corners, axis=0).max())
 
 
-def _alone(header: Any) -> bytes:
+def _alone(header: Any, dim: int) -> bytes:
     """A NIfTI-1 file of one voxel in the same place: ITK reads no NIfTI-2, and needs no voxels for the place."""
     alone = nib.Nifti1Header()
     for field in PLACED if is_nifti(header) else PLACED[:1]:
         alone[field] = header[field]
-    alone["dim"] = [3, 1, 1, 1, 1, 1, 1, 1]
+    alone["dim"] = [dim, 1, 1, 1, 1, 1, 1, 1]
     alone["magic"], alone["vox_offset"] = b"n+1", 352
     alone.set_data_dtype(np.uint8)
     return bytes(alone.binaryblock) + bytes(8)

@@ -68,13 +68,14 @@ class Source:
     def landmarks(self, path: PathLike, image: PathLike) -> Landmarks:
         """``io.landmarks.named_landmarks`` of an image, in LPS mm."""
         found: Landmarks = self.read(path, named_landmarks)
-        plane = self._plane(image) if found.points.shape[1] == 3 else None
+        plane = self.plane(image) if found.points.shape[1] == 3 else None
         if not (found.voxels or found.flat or plane is not None):
             return found
         affine = self.read(image, stored_affine) if found.voxels else None
         return placed(found, len(self.header(image)[0]), affine, plane)
 
-    def _plane(self, path: PathLike) -> Plane | None:
+    def plane(self, path: PathLike) -> Plane | None:
+        """``io.images.plane_of``."""
         image = self._kept.get(path, {}).get((images.read_image,))
         found: Plane | None = image.plane if image else self.read(path, images.plane_of)
         return found

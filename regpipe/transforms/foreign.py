@@ -45,18 +45,19 @@ def read(path: Path) -> Foreign | None:
         head = file.read(HEAD)
     if head.startswith(b"\x89HDF"):
         return _x5(path)
-    if head.startswith(b"MATLAB 5.0"):
-        raise InputError(f"{path}: a MATLAB 5 file (SPM's?), not ITK's; convert it to an ITK transform first")
-    if b"\0" in head or head.startswith(b"#Insight"):
+    if head.startswith(b"MATLAB "):
+        raise InputError(f"{path}: a MATLAB 5 or 7 file (SPM's?), not ITK's; convert it to an ITK transform first")
+    _require_unnamed(path, head)
+    if b"\0" in head or b"#Insight" in head[:16]:
         return None
-    text = head.decode("utf-8", "replace")
+    text = head.decode("utf-8-sig", "replace")
     for pattern, reader in READERS.items():
         if re.search(pattern, text, re.MULTILINE):
             limits.require_room(path, [path.stat().st_size])
             if path.stat().st_size > LARGEST_TEXT:
                 raise InputError(f"{path}: is longer than {LARGEST_TEXT >> 20} MiB of text; {ELASTIX}")
             try:
-                return reader(path, path.read_text("utf-8", "replace"))
+                return reader(path, path.read_text("utf-8-sig", "replace"))
             except (ValueError, IndexError, KeyError, np.linalg.LinAlgError) as cause:
                 if isinstance(cause, InputError):
                     raise
@@ -64,6 +65,15 @@ def read(path: Path) -> Foreign | None:
                     f"{path}: cut off or changed ({cause or type(cause).__name__}); write it again"
                 ) from cause
     return None
+
+
+def _require_unnamed(path: Path, head: bytes) -> None:
+    """Raises ``InputError`` of what only its suffix tells."""
+    told = next((told for suffix, told in NAMED.items() if path.name.lower().endswith(suffix)), "")
+    if told:
+        raise InputError(f"{path}: {told.format(path.name)}")
+    if head.startswith(formats.GZIP) and not path.name.lower().endswith(".nii.gz"):
+        raise InputError(f"{path}: packed by gzip; unpack it, gunzip {path.name}")
 
 
 def _affine(matrix: np.ndarray, *, of_moving: bool = False) -> Foreign:
@@ -136,13 +146,6 @@ def _xfm(path: Path, text: str) -> Foreign:
     return _affine(matrix, of_moving=True)
 
 
-def _register_dat(path: Path, _text: str) -> Foreign:
-    raise InputError(
-        f"{path}: FreeSurfer's register.dat needs its images; tkregister2 --reg {path.name} --mov MOVING --targ FIXED "
-        "--noedit --ltaout affine.lta"
-    )
-
-
 def _matrix(path: Path, text: str) -> Foreign:
     """Plain numbers: 4 x 4 of FLIRT (refused), NiftyReg or MRtrix, 3 x 4 of AFNI."""
     lines = [re.split(r"[\s,]+", line.strip(" \t,")) for line in re.sub(r"[#/%].*", "", text).splitlines()]
@@ -157,7 +160,10 @@ def _matrix(path: Path, text: str) -> Foreign:
             f"{path}: FLIRT's matrix, in FSL's mm of two images that it does not name; {FLIRT.format(path.name)}"
         )
     if sizes not in ({4}, {12}) or len(rows) not in (3, 4):
-        raise ValueError("its numbers are no matrix of 3 or 4 rows and 4 columns")
+        told = f"{len(rows)} rows of {' or '.join(map(str, sorted(sizes)))}"
+        raise InputError(
+            f"{path}: its numbers are {told}, no matrix of 3 or 4 rows and 4 columns; write it as ITK's .tfm"
+        )
     if len(rows) == 3:  # DICOM's mm, which are LPS
         return _affine(lps_matrix(np.vstack([rows, [0, 0, 0, 1]])))
     formats.warn_once(
@@ -231,11 +237,22 @@ def _elastix_part(path: Path, said: Mapping[str, list[str]]) -> Any:
     return transform
 
 
+def _elastix_toml(path: Path, _text: str) -> Foreign:
+    raise InputError(f"{path}: elastix's parameters as TOML; give those as .txt, or {ELASTIX}")
+
+
+NAMED = {
+    ".m3z": "FreeSurfer's warp; mri_warp_convert --inm3z {} --outitk warp.nii.gz",
+    ".mgz": "FreeSurfer's; a warp is converted by mri_warp_convert --inmgzwarp {} --outitk warp.nii.gz",
+    ".dat": "FreeSurfer's register.dat needs its images; tkregister2 --reg {} --mov MOVING --targ FIXED --noedit "
+    "--ltaout affine.lta",
+    ".trm": "BrainVISA's, in mm of two images that it does not name; write the matrix as ITK's .tfm",
+}
 READERS: dict[str, Callable[[Path, str], Foreign]] = {
     r'^\s*\(Transform\s+"': _elastix,
     r"^\s*nxforms\s*=": _lta,
     r"^\s*MNI Transform File": _xfm,
-    r"^\s*round\s*$|^\s*tkregister\s*$": _register_dat,
+    r'^\s*Transform\s*=\s*\[?\s*"': _elastix_toml,
     # the first line that is no comment begins with four numbers
     rf"\A(?:\s*(?:[#/%].*)?\n)*\s*(?:{NUMBER}[\s,]+){{3}}{NUMBER}": _matrix,
 }

@@ -23,7 +23,8 @@ from nibabel.affines import apply_affine
 from regpipe.io import itk_bridge
 from regpipe.io.geometry import flipped, lps_matrix
 from regpipe.io.images import Image
-from regpipe.transforms import homography
+from regpipe.io.source import Source
+from regpipe.transforms import homography, lift
 from regpipe.transforms.affine import matrix_of
 from regpipe.transforms.displacement import interpolate
 from regpipe.transforms.read import CASE, Space, as_its_class, find, read_transform
@@ -31,6 +32,7 @@ from regpipe.transforms.resample import resample
 from regpipe.utils.errors import InputError
 
 INVERSE = ",inverse"  # after a file's name
+IMAGES = ("fixed_image", "moving_image")  # of a case
 KEY = re.compile(r"initial_([1-9])(_inverse)?")  # of a case: its files in the order in which they move an image
 MOST = 9
 LATTICE = 33  # places an axis that the affine part is fitted at
@@ -70,25 +72,36 @@ def keys(case: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in case if KEY.fullmatch(key))
 
 
-def read(case: Mapping[str, str], dim: int) -> Initial | None:
+def read(case: Mapping[str, str], dim: int, files: Source | None = None) -> Initial | None:
     """The initial transform of a case; None where it has none.
+
+    Of two slices that are stored in 3-D, which ``files`` know, those of space are taken to the slices' planes.
 
     Raises:
         InputError: see ``read_transform``; another dimension; a file without an inverse is to be inverted.
     """
-    parts = [_part(Path(case[key]), inverse=key.endswith("_inverse"), dim=dim) for key in keys(case)]
+    parts = [_part(Path(case[key]), inverse=key.endswith("_inverse")) for key in keys(case)]
     if not parts:
         return None
+    of = [part.GetInputSpaceDimension() for part in parts]
+    planes = [] if files is None or {dim, *of} != {2, 3} or 2 in of else [files.plane(case[key]) for key in IMAGES]
+    lies = [plane for plane in planes if plane is not None]
+    for key, own in zip(keys(case), of, strict=True):
+        if own != dim and len(lies) < 2:
+            raise InputError(f"{case[key]}: is {own}-D, the images are {dim}-D")
     chain = itk_bridge.composite(*reversed(parts))  # the last one's fixed point goes first
+    if len(lies) == 2 and files is not None:
+        try:
+            chain = itk_bridge.composite(lift.in_planes(chain, *files.header(case[IMAGES[0]]), lies[0], lies[1]))
+        except InputError as problem:
+            raise InputError(f"{case[keys(case)[0]]}: {problem}") from problem
     chain.FlattenTransformQueue()
     return Initial(chain, matrix_of(chain, dim) if chain.IsLinear() else None)
 
 
-def _part(path: Path, *, inverse: bool, dim: int) -> Any:
+def _part(path: Path, *, inverse: bool) -> Any:
     case = path.suffix.lower() == ".json"
     transform = read_transform(find(path, "moving" if inverse and case else "fixed").images)
-    if transform.GetInputSpaceDimension() != dim:
-        raise InputError(f"{path}: is {transform.GetInputSpaceDimension()}-D, the images are {dim}-D")
     return _inverse(transform, path) if inverse and not case else transform
 
 

@@ -8,16 +8,23 @@ two images, and return of 2-D ones and of volumes what they are given.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from nibabel.affines import apply_affine
 
+from regpipe.io import itk_bridge
 from regpipe.io.geometry import flipped
 from regpipe.io.images import Image
 from regpipe.io.planes import Plane, as_stored, laid_flat, placed, raised, with_axis
+from regpipe.transforms.affine import matrix_of
 from regpipe.transforms.export import ImageFile, PairTransform
+from regpipe.utils.errors import InputError
 
 LAYERS = np.array([0.0, 1.0, 1.0, 1.0, 0.0])  # shares of the field at -2 to 2 slices from the plane
+BESIDE = 0.5  # slices that a transform may take the fixed slice off the moving one's plane
+AROUND = 4  # a grid's side by what it is wider at each end, for the places around it
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +79,50 @@ def displacement_in_planes(d: np.ndarray, affine: np.ndarray, of: Image) -> tupl
     there = _in_space(here, plane) + flipped(np.moveaxis(d, 0, -1))
     moved = apply_affine(np.linalg.inv(of.plane.lift), there)[..., :2] - here
     return np.moveaxis(flipped(moved), -1, 0), in_plane
+
+
+def in_planes(transform: Any, shape: Sequence[int], affine: np.ndarray, fixed: Plane, moving: Plane) -> Any:
+    """A map of space, ``itk.Transform`` in 3-D, as one from the fixed slice's plane to the moving one's, in 2-D.
+
+    A linear one stays that. Any other is sampled on the fixed slice and around it.
+
+    Args:
+        shape: (2,), of the fixed slice.
+        affine: (3, 3), of it in its plane.
+
+    Raises:
+        InputError: it takes the slice off the moving one's plane.
+    """
+    back = np.linalg.inv(moving.lift)
+    if transform.IsLinear():
+        whole = back @ matrix_of(transform, 3) @ fixed.lift
+        ends = np.array(np.meshgrid(*([0, n - 1] for n in shape))).reshape(2, -1).T
+        corners = apply_affine(affine, ends)
+        _require_near(np.c_[corners, np.zeros(4)] @ whole[2, :3] + whole[2, 3], moving)
+        return itk_bridge.itk_affine(whole[np.ix_([0, 1, 3], [0, 1, 3])])
+    more = np.array(shape) // AROUND
+    wide, around = np.array(shape) + 2 * more, affine.copy()
+    around[:2, 2] = apply_affine(affine, -more)
+    d = itk_bridge.sampled(transform, with_axis(wide, fixed), placed(around, fixed)).squeeze(1 + fixed.axis)
+    here = apply_affine(around, np.moveaxis(np.indices(wide), 0, -1))
+    there = apply_affine(back, _in_space(here, fixed) + flipped(np.moveaxis(d.astype(np.float64), 0, -1)))
+    inner = tuple(slice(m, m + n) for m, n in zip(more, shape, strict=True))
+    _require_near(there[inner][..., 2], moving)
+    known = np.c_[here[inner].reshape(-1, 2), np.ones(np.prod(shape))]
+    linear = np.vstack([np.linalg.lstsq(known, there[inner][..., :2].reshape(-1, 2), rcond=None)[0].T, [0, 0, 1]])
+    left = apply_affine(np.linalg.inv(linear), there[..., :2]) - here
+    return itk_bridge.composite(
+        itk_bridge.itk_field(np.moveaxis(flipped(left), -1, 0), around), itk_bridge.itk_affine(linear)
+    )
+
+
+def _require_near(across: np.ndarray, moving: Plane) -> None:
+    """Slices off the plane, of any shape."""
+    if np.abs(across).max() > BESIDE:
+        mm = np.abs(across).max() * np.linalg.norm(moving.lift[:3, 2])
+        raise InputError(
+            f"takes the fixed slice up to {mm:.3g} mm off the plane of the moving one; give one that keeps it"
+        )
 
 
 def file_in_space(file: ImageFile, image: Image) -> ImageFile:

@@ -6,6 +6,7 @@ takes a point of the fixed image to its moving point, and by that pulls the movi
 
 from __future__ import annotations
 
+import codecs
 import functools
 import io
 import re
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe.io import itk_bridge
+from regpipe.io import formats, itk_bridge
 from regpipe.io.images import header, place
+from regpipe.io.series import read_series
 from regpipe.transforms import claims, foreign
 from regpipe.transforms.displacement import WRITABLE, read_displacement
 from regpipe.utils import limits
@@ -135,7 +137,8 @@ def _checked(folder: Path, way: dict[str, Any]) -> Path:
 def read_transform(path: str | Path, *, points: bool = False) -> Any:
     """A transform file as ``itk.Transform``, LPS mm, that pulls images onto the target's grid.
 
-    Read are ITK's .h5 .tfm .txt .mat, a NIfTI displacement (intent 1007), and what ``transforms.foreign`` knows.
+    Read are ITK's .h5 .tfm .txt .mat, a displacement (NIfTI of intent 1007; vectors of a MetaImage or NRRD), and what
+    ``transforms.foreign`` knows.
     ``points``: the map of points that the file says; of FreeSurfer's and MINC's affines that is the other way.
 
     Raises:
@@ -152,8 +155,11 @@ def read_transform(path: str | Path, *, points: bool = False) -> Any:
         other = foreign.read(path)
         if other is not None:
             return other.points if points else other.images
+        if name.endswith(formats.ITK):
+            return _field_of(path)
         if not name.endswith(ITK):
-            raise InputError(f"{path}: no transform file; use one of {' '.join((*ITK, *WRITABLE, *foreign.SUFFIXES))}")
+            known = dict.fromkeys((*ITK, *WRITABLE, *formats.ITK, *foreign.SUFFIXES))
+            raise InputError(f"{path}: no transform file; use one of {' '.join(known)}")
         claims.check(path)  # opens HDF5, too: of a broken one ITK prints a page before it raises
         transforms = _as_itk(path)
     except InputError:
@@ -166,11 +172,24 @@ def read_transform(path: str | Path, *, points: bool = False) -> Any:
     return transforms[0]
 
 
+def _field_of(path: Path) -> Any:
+    """A displacement as elastix and others write it: as many values at each place as there are axes, LPS mm."""
+    found = read_series(path)
+    if found is None or found.array.shape[-1] != len(found.affine) - 1 or found.plane is not None:
+        raise InputError(f"{path}: no displacement, which has a vector at each place; give a transform file")
+    return itk_bridge.itk_field(np.moveaxis(found.array, -1, 0), found.affine)
+
+
 def _as_itk(path: Path) -> Any:
     """What ITK reads; a transform by the name of its base class, which it cannot make, as the affine that it is."""
     data = path.read_bytes()
-    if claims.BASE.encode() not in data:
+    text = path.suffix.lower() in (".txt", ".tfm")
+    if text and not re.search(rb"^Transform:", data.removeprefix(codecs.BOM_UTF8), re.MULTILINE):
+        first = next(iter(data[:60].decode("utf-8", "replace").split("\n")), "").strip()
+        raise InputError(f"{path}: neither ITK's nor a matrix that is known, it begins {first!r}; write ITK's .tfm")
+    if claims.BASE.encode() not in data and not data.startswith(codecs.BOM_UTF8):
         return _read(path)
+    data = data.removeprefix(codecs.BOM_UTF8)
     with tempfile.TemporaryDirectory() as aside:
         named = Path(aside) / path.name
         if path.suffix.lower() in HDF5:

@@ -18,6 +18,7 @@ from helpers.commandline import regpipe
 from helpers.folders import save
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import working_grid
+from regpipe.engines.refine import Refiner
 from regpipe.io.images import read_image
 from regpipe.transforms.apply import apply
 from regpipe.transforms.displacement import read_displacement
@@ -205,3 +206,59 @@ def test_frames_and_vectors_of_a_slice_lie_in_space(slices: Slices, tmp_path: Pa
         np.testing.assert_allclose(read_nifti(path).affine, fixed.affine, atol=1e-4)
     lengths = np.linalg.norm(voxels(turned)[..., 0, :], axis=-1)[inner]
     np.testing.assert_allclose(lengths, np.sqrt(14), atol=1e-3)
+
+
+def start(path: Path, slices: Slices, tilt: float = 0.0, off: float = 0.0) -> Path:
+    """A turn of 8 degrees within the fixed plane and the way to the moving one's, as SimpleITK writes it."""
+    affine = nib.load(slices.fixed).affine * np.r_[LPS, 1][:, None]  # type: ignore[attr-defined]
+    axis = nib.load(slices.fixed).shape.index(1)  # type: ignore[attr-defined]
+    normal, other = (affine[:3, i] / np.linalg.norm(affine[:3, i]) for i in (axis, (axis + 1) % 3))
+    turn = Rotation.from_rotvec(np.deg2rad(8) * normal) * Rotation.from_rotvec(np.deg2rad(tilt) * other)
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(turn.as_matrix().ravel().tolist())
+    transform.SetCenter(points_of(slices.fixed).mean(axis=0).tolist())
+    transform.SetTranslation((slices.across + off * normal).tolist())
+    sitk.WriteTransform(transform, str(path))
+    return path
+
+
+def registered(slices: Slices, out: Path, patch: pytest.MonkeyPatch, *told: object) -> int:
+    settings = ["-o", out, "--bundle", "none", "--affine", "none", "--refine", 1]
+    return regpipe(patch, "register", slices.fixed, slices.moving, *settings, *told)
+
+
+def test_a_start_in_space_is_taken_to_the_planes(
+    slices: Slices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refiner, "_descend", lambda _self, start, *_: start)
+    assert registered(slices, tmp_path, monkeypatch, "--initial", start(tmp_path / "t.tfm", slices)) == 0
+    points, (case,) = points_of(slices.fixed), (path.parent for path in tmp_path.glob("*/metrics.json"))
+    truth = through(sitk.ReadTransform(str(tmp_path / "t.tfm")), points)
+    moved = through(sitk.ReadTransform(str(case / "moving_to_fixed.h5")), points)
+    assert np.linalg.norm(moved - truth, axis=1).max() < 1e-3
+    back = through(sitk.ReadTransform(str(case / "fixed_to_moving.h5")), truth)
+    assert np.linalg.norm(back - points, axis=1).max() < 1e-3
+
+
+def test_a_registered_case_of_slices_is_a_start(
+    slices: Slices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refiner, "_descend", lambda _self, start, *_: start)
+    assert registered(slices, tmp_path, monkeypatch, "--initial", slices.case) == 0
+    points, (case,) = points_of(slices.fixed), (path.parent for path in tmp_path.glob("*/metrics.json"))
+    truth, moved = (
+        through(sitk.ReadTransform(str(folder / "moving_to_fixed.h5")), points) for folder in (slices.case, case)
+    )
+    assert np.linalg.norm(moved - truth, axis=1).max() < 0.05
+
+
+@pytest.mark.parametrize("told", [{"tilt": 10.0}, {"off": 5.0}], ids=str)
+def test_a_start_that_leaves_the_plane_is_refused_for_that(
+    slices: Slices,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told: dict[str, float],
+) -> None:
+    assert registered(slices, tmp_path, monkeypatch, "--initial", start(tmp_path / "t.tfm", slices, **told)) == 1
+    assert "off the plane of the moving one; give one that keeps it" in capsys.readouterr().err

@@ -45,6 +45,10 @@ def headers() -> dict[str, dict[str, Any]]:
         found[f"both {sc} {qc}"] = {"s": OTHER, "sc": sc, "q": ONE, "qc": qc}
         found[f"equal {sc} {qc}"] = {"s": ONE, "sc": sc, "q": ONE, "qc": qc}
     found |= {"left": {"s": LEFT, "sc": 1}, "left q": {"q": LEFT, "qc": 1}}
+    for sc, qc in ((-1, 1), (9, 1), (0, 7), (9, 0), (2, -1)):  # codes that are none
+        found[f"code {sc} {qc}"] = {"s": OTHER, "sc": sc, "q": ONE, "qc": qc}
+    for qfac in (-0.3, 2, 0):
+        found[f"qfac {qfac}"] = {"q": LEFT, "qc": 1, "size": (qfac, *SIZE)}
     return found | {"sheared with a qform": {"s": SHEARED, "sc": 1, "q": ONE, "qc": 1}}
 
 
@@ -53,7 +57,7 @@ def write(path: Path, about: dict[str, Any], array: np.ndarray = ARRAY, kind: An
     image = kind(array, None)
     for form in "sq":
         if form in about:
-            getattr(image.header, f"set_{form}form")(about[form], code=about[f"{form}c"])
+            getattr(image.header, f"set_{form}form")(about[form], code=1)
     whole, n = image.to_bytes(), image.header.sizeof_hdr
     fields = np.frombuffer(whole[:n], image.header.template_dtype).copy()
     pixdim = about.get("size", (1, *SIZE))
@@ -107,16 +111,72 @@ def test_analyze_and_pairs_follow_itk(tmp_path: Path, size: tuple[float, ...], o
     assert apart(read_image(tmp_path / "b.img").affine, by_itk(tmp_path / "b.img")) < 1e-3
 
 
-@pytest.mark.parametrize("about", [{}, {"q": OTHER, "qc": 1}, {"s": OTHER, "sc": 2, "unit": 3}], ids=str)
+@pytest.mark.parametrize(
+    "about",
+    [
+        *[{}, {"q": OTHER, "qc": 1}, {"s": OTHER, "sc": 2, "unit": 3}, {"s": OTHER, "sc": 1, "unit": 1}],
+        *[{form: place, f"{form}c": 1} for form in "sq" for place in (ONE, turned(90, 0, 0), turned(0, 90, 0))],
+        {"q": turned(180, 0, 20), "qc": 1, "size": (0, -2, 1.5, 0)},
+    ],
+    ids=lambda about: " ".join(about),
+)
 def test_a_picture_in_a_nifti_lies_where_itk_has_it(tmp_path: Path, about: dict[str, Any]) -> None:
     path = write(tmp_path / "a.nii", about, ARRAY[:, :, 0])
-    assert apart(read_image(path).affine, by_itk(path), SHAPE[:2]) < 1e-3
+    image = read_image(path)
+    found = image.affine if image.stored is None else image.stored  # oblique: its shadow, sheared
+    assert apart(found, by_itk(path), SHAPE[:2]) < 1e-3 * (1e3 if about.get("unit") == 1 else 1)
 
 
 def test_voxels_without_a_size_are_refused_whatever_the_form_says(tmp_path: Path) -> None:
     for about in ({}, {"s": ONE, "sc": 1}, {"q": ONE, "qc": 1}):
         with pytest.raises(InputError, match="voxel size 0 x 1.5 x 3 mm; mend its header"):
             read_image(write(tmp_path / "a.nii", {**about, "size": (1, 0, 1.5, 3)}))
+
+
+def test_a_quaternion_longer_than_1_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.nii", {"q": ONE, "qc": 1})
+    data = bytearray(path.read_bytes())
+    data[256:268] = np.array([0.9, 0.8, 0.1], "<f4").tobytes()
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="the quaternion of its qform is longer than 1.*mend its header"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("scale", [(0, 5), (np.nan, 5), (np.inf, 0), (-2, 1), (1, -1024)], ids=str)
+def test_values_are_scaled_as_itk_scales_them(tmp_path: Path, scale: tuple[float, float]) -> None:
+    path = write(tmp_path / "a.nii", {"s": ONE, "sc": 1}, (ARRAY * 1000).astype(np.int16))
+    data = bytearray(path.read_bytes())
+    data[112:120] = np.array(scale, "<f4").tobytes()
+    path.write_bytes(data)
+    assert np.array_equal(read_image(path).array, sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        (116, np.float32(np.nan), "its scl_inter is no number; mend its header"),
+        (108, np.float32(0), "its voxels begin within its header, by its vox_offset; mend that"),
+        (40, np.array([4, 7, 6, 5, 0], np.int16), r"its shape is \(7, 6, 5, 0\); mend its header"),
+    ],
+)
+def test_a_header_that_cannot_be_followed_is_refused_with_what_to_mend(
+    tmp_path: Path, at: int, value: np.generic, words: str
+) -> None:
+    path = write(tmp_path / "a.nii", {"s": ONE, "sc": 1})
+    data = bytearray(path.read_bytes())
+    data[112:116] = np.float32(2).tobytes()
+    data[at : at + value.nbytes] = value.tobytes()
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        read_image(path)
+
+
+def test_what_itk_refuses_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.nii", {"s": SHEARED, "sc": 1})
+    with pytest.raises(RuntimeError):
+        by_itk(path)
+    read_image(path)
+    assert "ITK refuses where its header puts it" in caplog.text
 
 
 def test_what_itk_and_nibabel_see_otherwise_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -179,3 +239,23 @@ def test_a_nrrd_lies_where_itk_has_it(tmp_path: Path, space: str, matrix: np.nda
     inside = by_itk(path) @ [3, 3, 2, 1]  # resampled: a voxel's value is found where ITK has the voxel
     at = np.linalg.inv(image.affine) @ inside
     assert ((at[:3] > 0) & (at[:3] < image.array.shape)).all()
+
+
+def test_a_nrrd_of_two_axes_in_space_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    text = NRRD.format(space="space: RAS", directions="(2,0,0) (0,0,1)").replace("dimension: 3", "dimension: 2")
+    path = tmp_path / "a.nrrd"
+    path.write_bytes(text.replace("7 6 5", "7 6").encode() + ARRAY[:, :, 0].tobytes("F"))
+    with pytest.raises(InputError, match="save it with 3 axes, one of 1 voxel"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_a_voxel_size_below_0_mirrors_as_in_itk(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    head = "NRRD0005\ntype: float\ndimension: 3\nsizes: 7 6 5\nspacings: -2 1 3\nendian: little\nencoding: raw\n\n"
+    if suffix == ".mha":
+        head = "ObjectType = Image\nNDims = 3\nElementSpacing = -2 1 3\nOffset = 1 2 3\nDimSize = 7 6 5\n"
+        head += "ElementType = MET_FLOAT\nElementDataFile = LOCAL\n"
+    path.write_bytes(head.encode() + ARRAY.tobytes("F"))
+    assert apart(read_image(path).affine, by_itk(path)) < 1e-6
+    assert np.array_equal(read_image(path).array, sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T)

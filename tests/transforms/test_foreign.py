@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import h5py
@@ -230,7 +231,16 @@ def test_an_initial_transform_of_elastix_comes_first(tmp_path: Path) -> None:
             "SplineKernelTransform.*ITKTransform",
         ),
         ("register.dat", "bert\n1\n1\n0.15\n1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\nround\n", "register.dat needs.*ltaout"),
-        ("t.mat", "MATLAB 5.0 MAT-file, Platform", "MATLAB 5 file"),
+        ("old.dat", "bert\n1\n1\n0.15\n1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "register.dat needs.*ltaout"),
+        ("t.mat", "MATLAB 5.0 MAT-file, Platform", "a MATLAB 5 or 7 file"),
+        ("t.mat", "MATLAB 7.3 MAT-file, Platform", "a MATLAB 5 or 7 file"),
+        ("t.m3z", "\x1f", "mri_warp_convert --inm3z t.m3z"),
+        ("t.trm", "3 4 5\n1 0 0\n0 1 0\n0 0 1\n", "BrainVISA's"),
+        ("t.toml", 'NumberOfParameters = 12\nTransform = "AffineTransform"\n', "elastix's parameters as TOML"),
+        ("t.txt", "0.1 0.2 0.3 1 2 3\n", "its numbers are 1 rows of 6, no matrix.*ITK's .tfm"),
+        ("t.txt", "1 0 3\n0 1 4\n0 0 1\n", "its numbers are 3 rows of 3, no matrix.*ITK's .tfm"),
+        ("t.txt", "1 0 0 nan\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "neither ITK's nor a matrix.*begins '1 0 0 nan'"),
+        ("t.txt", "", "neither ITK's nor a matrix"),
         ("t.txt", "1 0 0 0\n0 1 0 0\n", "no matrix of 3 or 4 rows"),
         ("t.txt", "1 0 0 0\n1 0 0 0\n0 0 1 0\n0 0 0 1\n", "no inverse"),
         ("t.lta", "type = 1\nnxforms = 1\n1 4 4\n1 0 0", "cut off"),
@@ -240,3 +250,38 @@ def test_what_is_not_read_is_called_by_its_name(tmp_path: Path, name: str, conte
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=told):
         read_transform(tmp_path / name)
+
+
+def test_a_mark_of_unicode_before_the_text_does_not_matter(tmp_path: Path) -> None:
+    transform = sitk.AffineTransform(3)
+    transform.Rotate(0, 1, 0.2)
+    transform.SetTranslation((3, -4, 5))
+    sitk.WriteTransform(transform, str(tmp_path / "a.tfm"))
+    (tmp_path / "b.tfm").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.tfm").read_bytes())
+    np.testing.assert_allclose(moved(tmp_path / "b.tfm"), moved(tmp_path / "a.tfm"))
+    (tmp_path / "c.txt").write_text(rows(np.eye(4)), "utf-8-sig")
+    np.testing.assert_allclose(moved(tmp_path / "c.txt"), POINTS)
+
+
+def test_a_packed_transform_is_said_to_be_packed(tmp_path: Path) -> None:
+    (tmp_path / "a.tfm.gz").write_bytes(gzip.compress(b"#Insight Transform File V1.0"))
+    with pytest.raises(InputError, match="packed by gzip; unpack it, gunzip a.tfm.gz"):
+        read_transform(tmp_path / "a.tfm.gz")
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd"])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_displacement_of_a_metaimage_or_nrrd_moves_points_as_in_simpleitk(
+    tmp_path: Path, suffix: str, dim: int
+) -> None:
+    vectors = np.random.default_rng(0).normal(size=(9, 8, 7)[:dim] + (dim,))
+    field = sitk.GetImageFromArray(vectors, isVector=True)
+    field.SetSpacing([20.0] * dim)
+    field.SetOrigin([-60.0] * dim)
+    sitk.WriteImage(field, str(tmp_path / f"d{suffix}"))
+    truth = sitk.DisplacementFieldTransform(field)
+    expected = [truth.TransformPoint(point) for point in POINTS[:, :dim].tolist()]
+    np.testing.assert_allclose(moved(tmp_path / f"d{suffix}"), expected, atol=1e-9)
+    sitk.WriteImage(sitk.VectorMagnitude(field), str(tmp_path / f"i{suffix}"))
+    with pytest.raises(InputError, match="no displacement"):
+        read_transform(tmp_path / f"i{suffix}")

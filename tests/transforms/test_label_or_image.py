@@ -138,6 +138,8 @@ def test_a_file_that_says_what_it_is_is_that(
             "linear",
             "taken for an image",
         ),  # counts
+        ("r", np.kron(grey()[::2, ::2], np.ones((3, 3, 1))), "linear", "is taken for an image"),  # voxels repeated
+        ("r", np.kron(grey(4000)[::2, ::2], np.ones((3, 3, 1))), "linear", "is taken for an image"),
         ("q", np.where(np.random.default_rng(0).random((24, 24, 24)) > 0.999, 9, 0), "nearest", None),  # points
         ("m_seg", np.where(blocks(MANY) > 0, blocks(MANY), np.nan), "nearest", None),  # as SPM writes no label
     ],
@@ -171,6 +173,9 @@ def test_nearly_whole_numbers_are_labels_everywhere(tmp_path: Path, capsys: pyte
         scaled(tmp_path / "thirds.nii", (labels * 3).astype(np.int16), 1 / 3): np.int16,
         save(tmp_path / "below.nii", (labels * np.float32(0.9999999)), AFFINE): np.float32,
         save(tmp_path / "above.nii", labels + np.float64(4e-4), AFFINE): np.float64,
+        save(
+            tmp_path / "around.nii", labels + np.random.default_rng(0).normal(0, 1e-5, labels.shape), AFFINE
+        ): np.float64,
     }
     for path, dtype in files.items():
         np.testing.assert_array_equal(read_label(path)[0].array, labels)
