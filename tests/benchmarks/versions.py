@@ -3,7 +3,7 @@
     python tests/benchmarks/versions.py -o docs/results/versions.csv [--only 3.10-lowest] [-- tests/fields]
 
 ``lowest``: every dependency of regpipe, not of its tests, as old as ``pyproject.toml`` allows; ``newest``: as new as
-there is. The tests are those of the last commit, all that are not slow, one folder of them after the other, each
+they go together. The tests are those of the last commit, all that are not slow, one folder after the other, each
 at most ``--minutes``; or what stands after ``--``. uv and the interpreters are found on the PATH. Environments are
 several GB each, and are removed, unless ``--keep FOLDER`` says where they stay, to be taken again.
 """
@@ -37,12 +37,15 @@ def environment(folder: Path, kind: str, source: Path) -> Path:
     """The interpreter of an environment with regpipe of ``source`` and its tests' tools; made where there is none."""
     version, _, age = kind.partition("-")
     python, held = folder / "bin" / "python", folder / "constraints.txt"
-    if not held.is_file():
-        call("uv", "venv", "--clear", "--python", version, str(folder))
-        words = ["--resolution", "lowest-direct"] if age == "lowest" else []
-        lines = call("uv", "pip", "compile", *words, "--python-version", version, str(source / "pyproject.toml"))
-        held.write_text(lines)
-    call("uv", "pip", "install", "--python", str(python), "-c", str(held), "-e", f"{source}[test]")
+    words = ["--no-deps", "-e", str(source)]
+    if not python.is_file():
+        call("uv", "venv", "--python", version, str(folder))
+        words = ["-e", f"{source}[test]"]
+        if age == "lowest":
+            asked = ["--resolution", "lowest-direct", "--python-version", version, str(source / "pyproject.toml")]
+            held.write_text(call("uv", "pip", "compile", *asked))
+            words += ["-c", str(held)]
+    call("uv", "pip", "install", "--python", str(python), *words)
     return python
 
 
