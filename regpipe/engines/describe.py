@@ -14,6 +14,7 @@ from regpipe.data.pairs import Case, Split
 from regpipe.data.placement import common_space
 from regpipe.engines.record import digest, named
 from regpipe.engines.refine import Refinement
+from regpipe.fields.algebra import LAYERS, Layers
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.modules import in_words
 from regpipe.networks.symmetric import SymmetricNet
@@ -117,6 +118,7 @@ class Training:
             "structures_first": structures.share if structures else 0.0,
             "key_metric": self.score.key,
             **_of_load(self.load),
+            **_of_layers(self.trainer.inferer),
             "seed": self.split.seed,
         }
         return about | self._of_pairs | _of_grid(self.load)
@@ -215,6 +217,7 @@ def evaluation(
         **_of_load(load),
         **refinement.asked(),
         "repair": getattr(inferer, "repair", False),
+        **_of_layers(inferer),
     }
 
 
@@ -227,6 +230,7 @@ def registrations(network: nn.Module, load: LoadPair, *, refinement: Refinement,
         **refinement.asked(),
         "refine_finest": refinement.finest,
         "repair": inferer.repair,
+        **_of_layers(inferer),
     }
 
 
@@ -243,6 +247,27 @@ def _of_loss(loss: nn.Module) -> dict[str, Any]:
     weights = " ".join(f"{name}={weight:g}" for name, weight in loss.weights.items())
     own = {f"loss_{name}": in_words(loss.terms[name]) for name in loss.weights if loss.terms[name].module}
     return {"loss": weights, "lncc_window": loss.window, "label_ids": _words(loss.label_ids), **own}
+
+
+def _of_layers(inferer: Any) -> dict[str, str]:
+    """What warps and integrates, where that is not regpipe's own as it is by default."""
+    layers: Layers = getattr(inferer, "layers", LAYERS)
+    if layers is LAYERS:
+        return {}
+    from regpipe.fields.layers import DVF2DDF, Warp  # bring MONAI
+
+    told, usual = (
+        {name: _layer(layer) for name, layer in of._asdict().items()} for of in (layers, Layers(Warp(), DVF2DDF()))
+    )
+    return {} if told == usual else told
+
+
+def _layer(layer: Any) -> str:
+    """Its class and what MONAI's layers keep of their arguments."""
+    kept = {**vars(getattr(layer, "warp_layer", layer)), **vars(layer)}
+    names = ("num_steps", "_interp_mode", "_padding_mode", "jitter")
+    told = ", ".join(f"{name.strip('_')}={kept[name]}" for name in names if name in kept)
+    return f"{type(layer).__module__}.{type(layer).__name__}({told})"
 
 
 def _of_load(load: LoadPair) -> dict[str, Any]:

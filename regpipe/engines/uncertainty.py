@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regpipe.engines.inferers import Inferer
-from regpipe.fields.algebra import compose, integrate, resize_image, warp
+from regpipe.fields.algebra import LAYERS, compose, resize_image
 from regpipe.losses.lncc import box_sum
 
 MEMBERS = 6  # registrations more
@@ -40,14 +40,14 @@ class Ensemble(Inferer):
     ) -> dict[str, Any]:
         found: dict[str, Any] = self.inferer(inputs, network, *args, masks=masks, **told)
         shape, u = inputs.shape[2:], found["displacement"]
-        generator = torch.Generator().manual_seed(0)
+        generator, layers = torch.Generator().manual_seed(0), getattr(self.inferer, "layers", LAYERS)
         squares, (fixed, moving) = torch.zeros_like(u), inputs.float().chunk(2, dim=1)
         for _ in range(MEMBERS):
-            start = integrate(random_velocity(shape, generator).to(u)).expand_as(u)
-            pair = torch.cat([fixed, warp(moving, start)], 1)
-            seen = [masks[0], (warp(masks[1].float(), start) > 0.5).float()] if masks else ()
+            start = layers.dvf2ddf(random_velocity(shape, generator).to(u)).expand_as(u)
+            pair = torch.cat([fixed, layers.warp(moving, start)], 1)
+            seen = [masks[0], (layers.warp(masks[1].float(), start) > 0.5).float()] if masks else ()
             other = self.inferer(pair, network, *args, masks=seen, **told)["displacement"]
-            squares += (compose(start, other) - u).square() / MEMBERS
+            squares += (compose(start, other, layers=layers) - u).square() / MEMBERS
             del start, pair, other
         spread = box_sum(squares, REACH) / box_sum(torch.ones_like(squares), REACH)
         return {**found, "uncertainty": (FLOOR**2 / len(shape) + FACTOR**2 * spread).sqrt()}

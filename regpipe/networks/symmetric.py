@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from regpipe.fields.algebra import Integration, Layers, integrate_both, resize, resize_image, warp, window
+from regpipe.fields.algebra import LAYERS, Layers, integrate_both, resize, resize_image, window
 from regpipe.networks.encoders import CONV, VELOCITY_STRIDE, Encoder
 from regpipe.networks.weights import holds_decoder, lay_in_decoder
 from regpipe.utils.errors import InputError
@@ -26,6 +26,7 @@ from regpipe.utils.errors import InputError
 # Points of an image, and of a level, up to which both images, and both directions, are one batch: on the CPU torch
 # convolves a single small volume 3 to 14 times slower. Of larger ones that is not so, and one takes half the memory.
 SMALL_IMAGE, SMALL_LEVEL = 2**20, 2**17
+STEPS = 4  # squarings of a level's velocity: coarse grids, small motions
 
 
 class Prediction(NamedTuple):
@@ -72,6 +73,7 @@ class SymmetricNet(nn.Module):
         correlation: radius in voxels of the local correlation that each level sees; 0 for none.
         structures: how many labelled structures the network shall tell apart, where labels supervise. It then returns
             a ``Prediction``; and the levels see the logits as features.
+        layers: what warps the features and integrates, in ``STEPS`` squarings at most.
 
     With ``net.checkpointing = True`` what each part computes is let go of and computed again for the gradient, the same
     to the bit (Chen et al. 2016): less memory, more time.
@@ -91,6 +93,7 @@ class SymmetricNet(nn.Module):
         width: int = 32,
         correlation: int = 1,
         structures: int = 0,
+        layers: Layers = LAYERS,
     ) -> None:
         super().__init__()
         if transfer not in (None, "encoder", "network"):
@@ -109,7 +112,9 @@ class SymmetricNet(nn.Module):
         self.pyramid = _Pyramid(spatial_dims, seen, widths)
         self.anatomy = _Anatomy(spatial_dims, width // 2, structures + 1) if structures else None
         extra = structures + 1 if structures else 0
-        self.levels = nn.ModuleList(_Level(spatial_dims, count + extra, count, correlation) for count in widths)
+        self.levels = nn.ModuleList(
+            _Level(spatial_dims, count + extra, count, correlation, layers.in_steps(STEPS)) for count in widths
+        )
         if transfer == "network":
             lay_in_decoder(self, pretrained, backbone)
 
@@ -270,7 +275,7 @@ class _OfParts(nn.Sequential):
 class _Level(nn.Module):
     """One resolution: a map of both images and the velocity so far -> the velocity here."""
 
-    def __init__(self, spatial_dims: int, channels: int, width: int, correlation: int) -> None:
+    def __init__(self, spatial_dims: int, channels: int, width: int, correlation: int, layers: Layers) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
         reach = range(-correlation, correlation + 1) if correlation else range(0)
@@ -282,7 +287,7 @@ class _Level(nn.Module):
             conv(width, width, 3, padding=1),
             nn.LeakyReLU(0.2, inplace=True),
         )
-        self.layers = Layers(warp, Integration(4))
+        self.layers = layers
         self.flow = conv(width, spatial_dims, 3, padding=1, bias=False)
         nn.init.normal_(self.flow.weight, std=1e-3)  # begin near the identity
 

@@ -1,10 +1,11 @@
 """Which versions the tests pass on: an environment of its own for each, made by uv; a line of a CSV for each.
 
-    python tests/benchmarks/versions.py -o docs/results/versions.csv [--only 3.10-lowest] [-- tests/fields -n 2]
+    python tests/benchmarks/versions.py -o docs/results/versions.csv [--only 3.10-lowest] [-- tests/fields]
 
 ``lowest``: every dependency of regpipe, not of its tests, as old as ``pyproject.toml`` allows; ``newest``: as new as
-there is. What stands after ``--`` is told to pytest; else all tests that are not slow run. uv and the interpreters are
-found on the PATH. Environments are several GB each, and are removed.
+they go together. The tests are those of the last commit, all that are not slow, one folder after the other, each
+at most ``--minutes``; or what stands after ``--``. uv and the interpreters are found on the PATH. Environments are
+several GB each, and are removed, unless ``--keep FOLDER`` says where they stay, to be taken again.
 """
 
 from __future__ import annotations
@@ -25,21 +26,26 @@ from tables import kept_rows, write_rows
 ROOT = Path(__file__).parents[2]
 KINDS = ("3.10-lowest", "3.11-newest", "3.12-newest", "3.13-newest")
 PACKAGES = ("torch", "torchvision", "monai", "pytorch-ignite", "itk", "nibabel", "numpy", "scipy", "tensorboard")
-COLUMNS = ("kind", *PACKAGES, "passed", "failed", "skipped", "seconds", "commit", "date", "failures")
+COLUMNS = ("kind", *PACKAGES, "tests", "passed", "failed", "skipped", "seconds", "commit", "date", "failures")
 
 
 def call(*words: str, **more: object) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True, **more).stdout  # type: ignore[call-overload]
 
 
-def environment(folder: Path, kind: str) -> Path:
-    """A new environment with regpipe and its tests' tools; its interpreter."""
+def environment(folder: Path, kind: str, source: Path) -> Path:
+    """The interpreter of an environment with regpipe of ``source`` and its tests' tools; made where there is none."""
     version, _, age = kind.partition("-")
-    call("uv", "venv", "--python", version, str(folder))
     python, held = folder / "bin" / "python", folder / "constraints.txt"
-    words = ["--resolution", "lowest-direct"] if age == "lowest" else []
-    call("uv", "pip", "compile", *words, "--python-version", version, str(ROOT / "pyproject.toml"), "-o", str(held))
-    call("uv", "pip", "install", "--python", str(python), "-c", str(held), "-e", f"{ROOT}[test]")
+    words = ["--no-deps", "-e", str(source)]
+    if not python.is_file():
+        call("uv", "venv", "--python", version, str(folder))
+        words = ["-e", f"{source}[test]"]
+        if age == "lowest":
+            asked = ["--resolution", "lowest-direct", "--python-version", version, str(source / "pyproject.toml")]
+            held.write_text(call("uv", "pip", "compile", *asked))
+            words += ["-c", str(held)]
+    call("uv", "pip", "install", "--python", str(python), *words)
     return python
 
 
@@ -49,23 +55,22 @@ def versions(python: Path) -> dict[str, str]:
     return {name: known[name] for name in PACKAGES}
 
 
-def tested(python: Path, told: Sequence[str], aside: Path) -> dict[str, str]:
-    """What the tests say; those that failed by name."""
-    report, began = aside / "report.xml", time.monotonic()
-    words = [str(python), "-m", "pytest", "-q", "-m", "not slow", f"--junitxml={report}", "-p", "no:cacheprovider"]
-    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        [*words, *told], cwd=ROOT, check=False, env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
-    if not report.is_file():
-        raise SystemExit(f"{python}: no test ran: {(done.stdout + done.stderr)[-3000:]}")
-    suite = ET.parse(report).getroot()[0]  # our own file
-    count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
-    bad = [
-        c.attrib["name"] for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None
-    ]
+def tested(python: Path, told: Sequence[str], source: Path, minutes: float) -> dict[str, str]:
+    """What the tests say, all folders together; those that failed by name, and folders that were not finished."""
+    began, bad = time.monotonic(), list[str]()
+    count = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    rooms = sorted({str(file.parent.relative_to(source)) for file in source.glob("tests/*/test_*.py")})
+    for words in [list(told)] if told else [[room] for room in rooms]:
+        suite = _suite(python, words, source, minutes)
+        if suite is None:
+            bad.append(" ".join(words) + " not finished")
+            count = {**count, "tests": count["tests"] + 1, "errors": count["errors"] + 1}
+            continue
+        count = {name: so_far + int(suite.attrib[name]) for name, so_far in count.items()}
+        bad += [f"{c.attrib['classname']}::{c.attrib['name']}" for c in suite.iter("testcase") if _failed(c)]
     failed = count["failures"] + count["errors"]
     return {
+        "tests": " ".join(told) or "all that are not slow",
         "passed": str(count["tests"] - failed - count["skipped"]),
         "failed": str(failed),
         "skipped": str(count["skipped"]),
@@ -74,17 +79,38 @@ def tested(python: Path, told: Sequence[str], aside: Path) -> dict[str, str]:
     }
 
 
+def _suite(python: Path, words: Sequence[str], source: Path, minutes: float) -> ET.Element | None:
+    """One run of pytest; None where it crashed or took too long."""
+    report = source / "report.xml"
+    report.unlink(missing_ok=True)
+    asked = [str(python), "-m", "pytest", "-m", "not slow", f"--junitxml={report}", "-p", "no:cacheprovider", *words]
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    try:
+        subprocess.run(asked, cwd=source, check=False, env={**os.environ, "PATH": path}, timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        return None
+    return ET.parse(report).getroot()[0] if report.is_file() else None  # our own file
+
+
+def _failed(case: ET.Element) -> bool:
+    return case.find("failure") is not None or case.find("error") is not None
+
+
 def main() -> None:
     own, _, told = " ".join(sys.argv[1:]).partition(" -- ")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("-o", "--out", type=Path, default=Path("versions.csv"))
     o = parser.parse_args(own.split())
     commit = call("git", "rev-parse", "--short", "HEAD", cwd=ROOT).strip()
     for kind in o.only:
         with tempfile.TemporaryDirectory() as aside:
-            python = environment(Path(aside) / "venv", kind)
-            row = {"kind": kind, **versions(python), **tested(python, told.split(), Path(aside))}
+            source = Path(aside) / "source"
+            call("git", "clone", "--quiet", str(ROOT), str(source))
+            python = environment((o.keep or Path(aside)).absolute() / kind, kind, source)
+            row = {"kind": kind, **versions(python), **tested(python, told.split(), source, o.minutes)}
         row |= {"commit": commit, "date": datetime.date.today().isoformat()}
         print(row, flush=True)
         write_rows(o.out, COLUMNS, [*(r for r in kept_rows(o.out) if r["kind"] != kind), row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,17 @@ def test_inference_with_monais_own_layers_gives_the_same_displacement(
         assert np.abs(ours).max() > 0.5 and np.abs(ours - theirs).max() < 1e-4  # voxels of 1 mm
 
 
-def test_a_bundle_trains_and_evaluates_with_monais_own_layers_as_with_ours(
-    cohort: Path, tmp_path: Path, monai_bundle: Command
+@pytest.mark.parametrize("shape", [(32, 32), (20, 18, 22)])
+def test_a_bundle_trains_and_evaluates_with_monais_own_layers_as_with_ours_and_says_so(
+    shape: tuple[int, ...], tmp_path: Path, monai_bundle: Command
 ) -> None:
-    found = []
+    cohort, found = write_cohort(tmp_path / "data", kind="synthetic", shape=shape, n_pairs=4), []
     for name, layers in (("ours", ()), ("monai", MONAI)):
         bundle = write_bundle("plain", tmp_path / name)
         told = ("--max_epochs", "1", "--holdout", "2", "--loss_weights", "{'lncc': 1, 'midway': 1, 'diffusion': 1}")
         train(monai_bundle, bundle, cohort, *told, *layers)
+        recorded = json.loads((bundle / "models" / "manifest.json").read_text())["settings"]
+        assert ("padding_mode=border" in recorded.get("dvf2ddf", "")) == bool(layers)
         evaluate(monai_bundle, bundle, cohort, "--refine", "4", *layers)
         found.append(read_rows(bundle / "eval" / "metrics.csv"))
     for ours, theirs in zip(*found, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -43,9 +44,14 @@ def test_the_layers_give_monais_values_for_every_padding(shape: tuple[int, ...],
     assert torch.allclose(ours, theirs, atol=1e-4)  # voxels
 
 
-def test_nearest_neighbour_keeps_labels_and_jitter_is_monais() -> None:
+def test_nearest_neighbour_keeps_labels() -> None:
     labels, u = waves((20, 14), 1, 3.0).round(), waves((20, 14), 2, 3.0, seed=1)
     assert torch.equal(Warp("nearest")(labels, u), warp(labels, u, mode="nearest"))
+
+
+@pytest.mark.skipif(version("monai") < "1.6", reason="MONAI 1.5 adds its jitter to integers, which torch refuses")
+def test_jitter_is_monais() -> None:
+    labels, u = waves((20, 14), 1, 3.0).round(), waves((20, 14), 2, 3.0, seed=1)
     assert torch.equal(Warp(jitter=True)(labels, u), blocks.Warp(jitter=True)(labels, u))
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from monai.networks import blocks
 from torch import Tensor
 
 from helpers.places import DATA
 from regpipe.fields import algebra
-from regpipe.fields.algebra import register, register_midway, resize_image
+from regpipe.fields.algebra import Layers, register, register_midway, resize_image
 from regpipe.networks import symmetric
 from regpipe.networks.encoders import BACKBONES
 from regpipe.networks.symmetric import Prediction, SymmetricNet, fold, joined, local_correlations, parted, unfold
@@ -63,6 +64,18 @@ def test_swapping_the_images_flips_the_velocity_to_the_bit(backbone: str, dims: 
         assert torch.equal(there.displacement, back.inverse) and torch.equal(there.inverse, back.displacement)
         assert torch.equal(there.warped_moving, back.warped_fixed)
         assert torch.equal(there.warped_fixed, back.warped_moving)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_levels_warp_and_integrate_by_the_layers_that_are_given(dims: int) -> None:
+    net, both = built("plain", dims), pair(SIZES[dims][0])
+    velocities = []
+    for dvf2ddf in (blocks.DVF2DDF(7, padding_mode="border"), torch.zeros_like):
+        other = SymmetricNet(dims, "plain", width=16, layers=Layers(blocks.Warp(), dvf2ddf)).eval()
+        other.load_state_dict(net.state_dict())
+        with torch.no_grad():
+            velocities.append(other(both) - net(both))
+    assert velocities[0].abs().max() < 1e-4 < 0.01 < velocities[1].abs().max()
 
 
 @EVERY
