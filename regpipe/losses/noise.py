@@ -10,10 +10,15 @@ import zlib
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from regpipe.fields.algebra import smooth
 
 SAMPLES = 200_000  # places that are looked at: a median of them is within 1 %
 MAD = 1.4826  # a Gaussian's standard deviation over its median absolute deviation
+CLASSES, LEAST = 12, 50  # of grey values, equally many places each, whose noise is measured apart; places in each
+RISES, STEEP = 0.9, 10.0  # correlation of the noise with the grey value; its variance, brightest over darkest
+FAINTEST = 0.05  # of the median variance, added to each: a class of almost none must not count for all
 SHARE = 0.5  # of the noise's standard deviation, added to one copy and taken from the other divided by this
 
 
@@ -25,16 +30,65 @@ def noise_variance(image: Tensor) -> Tensor:
     mean). Places where they are exactly 0 hold no noise, a background that was set, and are left out. Noise that was
     smoothed is underestimated. 0 for an image of less than 2 voxels along an axis.
     """
-    dim = image.ndim - 2
-    difference = image.detach().float()
-    for axis in range(2, image.ndim):
-        difference = difference.diff(dim=axis)
-    values = difference.flatten(1).abs()
+    values = _differences(image)[0]
     if not values.shape[1]:
         return image.new_zeros(len(image), dtype=torch.float32)
-    values = values[:, :: max(1, values.shape[1] // SAMPLES)]
-    middle = values.masked_fill(values == 0, torch.nan).nanmedian(1).values.nan_to_num()
-    return (MAD * middle).square() / 2**dim
+    return _spread(values).square() / 2 ** (image.ndim - 2)
+
+
+def noise_level(image: Tensor) -> Tensor:
+    """The noise's standard deviation, of an image (1, 1, *spatial): one number, or one at each voxel of speckle.
+
+    Speckle's rises with the grey value: its variance is ``a + b m^2`` at a local mean m. The two are fitted to the
+    noise of ``CLASSES`` of grey values, and count where it rises in a line, ``RISES`` to 1, and by much, ``STEEP`` to
+    1: texture, of which the classes hold some too, and Rician noise do not.
+    """
+    values, means = (x.flatten() for x in _differences(image))
+    values, means = values[values > 0], means[values > 0]
+    if len(values) > CLASSES * LEAST:
+        classes = means.argsort().chunk(CLASSES)
+        level = torch.cat([_spread(values[None, part]) for part in classes]) / 2 ** ((image.ndim - 2) / 2)
+        mean = torch.stack([means[part].mean() for part in classes])
+        a, b = _fitted(level.square(), mean.square())
+        lowest, highest = a + b * float(mean[0]) ** 2, a + b * float(mean[-1]) ** 2
+        if highest > STEEP * lowest and float(torch.corrcoef(torch.stack([level, mean]))[0, 1]) > RISES:
+            smoothed = image.float()
+            for axis in range(2, image.ndim):
+                smoothed = smooth(smoothed, axis, 1.0)
+            return (a + b * smoothed.square()).sqrt()
+    return noise_variance(image).sqrt()
+
+
+def _fitted(variance: Tensor, square: Tensor) -> tuple[float, float]:
+    """a and b >= 0 of ``variance = a + b square``, by least squares of the relative error."""
+    weight = 1 / (variance + FAINTEST * variance.median())
+    x, y = torch.stack([weight, weight * square], 1), weight * variance
+    a, b = torch.linalg.lstsq(x, y[:, None]).solution.flatten().tolist()
+    if min(a, b) >= 0:
+        return a, b
+    alone = [float((column * y).sum() / column.square().sum()) for column in x.T]
+    return (alone[0], 0.0) if b < 0 else (0.0, alone[1])
+
+
+def _differences(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences along all axes at once, and means of the same voxels, each (B, places), of not too many places."""
+    difference = mean = image.detach().float()
+    for axis in range(2, image.ndim):
+        difference = difference.diff(dim=axis)
+        mean = (mean.narrow(axis, 1, mean.shape[axis] - 1) + mean.narrow(axis, 0, mean.shape[axis] - 1)) / 2
+    step = max(1, difference[0].numel() // SAMPLES)
+    return difference.flatten(1)[:, ::step].abs(), mean.flatten(1)[:, ::step]
+
+
+def _all_around(where: Tensor) -> Tensor:
+    """Where a voxel and all its neighbours are True, (1, 1, *spatial)."""
+    pool = nn.functional.max_pool2d if where.ndim == 4 else nn.functional.max_pool3d
+    return pool((~where).float(), 3, stride=1, padding=1) == 0
+
+
+def _spread(values: Tensor) -> Tensor:
+    """(B,) standard deviations of differences (B, places) of 0 mean, but of what is exactly 0."""
+    return MAD * values.masked_fill(values == 0, torch.nan).nanmedian(1).values.nan_to_num()
 
 
 class Halves(NamedTuple):
@@ -54,6 +108,9 @@ def split_noise(image: Tensor) -> Halves:
     """
     generator = torch.Generator().manual_seed(zlib.crc32(image.float().cpu().numpy().tobytes()))
     white = torch.randn(image.shape, generator=generator).to(image.device)
+    level = noise_level(image)
     clipped = (image <= 0) | (image >= 1)  # a background that was set, a saturated edge: no noise is left there
-    noise = white.masked_fill_(clipped, 0) * noise_variance(image).sqrt().view(-1, *[1] * (image.ndim - 1))
+    if level.numel() > 1:  # speckle saturates voxel by voxel: which of them is its noise too
+        clipped = _all_around(clipped)
+    noise = white.masked_fill_(clipped, 0) * level.view(-1, *level.shape[1:] or [1] * (image.ndim - 1))
     return Halves(image + SHARE * noise, image - noise / SHARE, noise)

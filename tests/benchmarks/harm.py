@@ -36,7 +36,7 @@ from regpipe.metrics.measures import bootstrap_interval, folds_percent, sdlogj
 Reader = Callable[[Path], list[Tensor]]
 Noise = Callable[[Tensor, float, torch.Generator], Tensor]
 COLUMNS = ("kind", "image", "motion", "contrast", "noise", "answer", "mean", "p95", "sdlogj", "folds_percent")
-IMAGES = 2  # of each kind
+IMAGES = 4  # of each kind, where there are so many
 
 
 def _gaussian(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
@@ -50,7 +50,8 @@ def _speckle(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
 
 def _spread(data: Path, pattern: str) -> list[Tensor]:
     files = sorted(data.glob(pattern))
-    return [ultrasound.tensor(files[i]) for i in np.linspace(0, len(files) - 1, IMAGES).round().astype(int)]
+    places = np.linspace(0, len(files) - 1, min(IMAGES, len(files))).round().astype(int)
+    return [ultrasound.tensor(files[i]) for i in places]
 
 
 def _coarse(images: Sequence[Tensor], factor: int) -> list[Tensor]:
@@ -59,12 +60,20 @@ def _coarse(images: Sequence[Tensor], factor: int) -> list[Tensor]:
 
 def _echo(data: Path) -> list[Tensor]:
     film = data / "ultrasound_3d" / "tee_4d.nii.gz"
-    return [ultrasound.tensor(film.with_name(f"{film.name}#{i}")) for i in (0, 3)]
+    return [ultrasound.tensor(film.with_name(f"{film.name}#{i}")) for i in (0, 2, 4, 6)]
+
+
+def _sector(image: Tensor) -> Tensor:
+    """A frame without the grey screen around its sector, whose marks and lines are no tissue."""
+    flat = (image[0, 0] - image[0, 0, -1, -1]).abs() < 0.08
+    parts, _ = ndimage.label(ndimage.binary_opening(flat.numpy(), iterations=3))
+    screen = ndimage.binary_dilation(np.isin(parts, [parts[i, j] for i in (5, -6) for j in (5, -6)]), iterations=6)
+    return image * torch.from_numpy(~screen)
 
 
 KINDS: dict[str, tuple[Reader, Noise]] = {
     "slice": (lambda data: _spread(data, "brain_mr_2d/images/*"), rician),
-    "liver": (lambda data: _spread(data, "ultrasound_2d/liver/*.png"), _speckle),
+    "liver": (lambda data: [_sector(x) for x in _spread(data, "ultrasound_2d/liver/*.png")], _speckle),
     "hippocampus": (lambda data: _spread(data, "hippocampus_mr/images/*"), rician),
     "head_4mm": (lambda data: _coarse(_spread(data, "brain_mr_3d/images/*"), 4), rician),
     "lung": (lambda data: _coarse(_spread(data, "lung_ct/*line.nii.gz"), 2), _gaussian),
@@ -116,7 +125,9 @@ def _moved(image: Tensor, noisy: Callable[[Tensor], Tensor]) -> tuple[Tensor, Te
     middle, shift = (np.array(image.shape[2:]) - 1) / 2, np.array([1.3, -0.7, 0.4])[:dim]
 
     def turned(x: Tensor, turn: np.ndarray, offset: np.ndarray, order: int) -> Tensor:
-        return torch.from_numpy(ndimage.affine_transform(x[0, 0].numpy(), turn, offset, order=order))[None, None]
+        mode = "nearest" if order > 1 else "constant"  # a spline that falls to 0 at the rim rings within
+        found = ndimage.affine_transform(x[0, 0].numpy(), turn, offset, order=order, mode=mode)
+        return torch.from_numpy(found)[None, None]
 
     away, home = (matrix, middle + shift - matrix @ middle), (matrix.T, middle - matrix.T @ (middle + shift))
     seen = turned(turned(torch.ones_like(image), *away, 1), *home, 1)

@@ -121,7 +121,7 @@ def test_each_alignment_is_found_once_and_only_fixed_images_are_kept(
 def test_pairs_that_differ_in_what_is_to_be_ignored_are_aligned_each_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, frames = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0))), Frames(GRID, "affine")
+    case, frames = pair(tmp_path, np.eye(4), turn(0, (2, 0, 0))), Frames(GRID, AffineOptions("affine"))
     for i, more in enumerate(({}, {"fixed_ignore": "a.nii.gz"}, {"fixed_mask": "a.nii.gz"})):
         answer(monkeypatch, turn(0, (i, 0, 0)))
         fixed, moving = frames({**case, **more}, Source())[:2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regpipe.losses.noise import SHARE, noise_variance, split_noise
+from regpipe.losses.noise import SHARE, noise_level, noise_variance, split_noise
 
 SIGMA = 0.03
 
@@ -33,6 +33,21 @@ def test_each_image_of_a_batch_has_its_own_noise_and_a_clean_or_tiny_one_has_non
     clean, noisy = scene((60, 60)), scene((60, 60)) + draw((60, 60))
     assert noise_variance(torch.cat([clean, noisy])).tolist() == pytest.approx([0, SIGMA**2], rel=0.1, abs=1e-10)
     assert noise_variance(torch.rand(1, 1, 1, 9)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("shape", [(200, 160), (50, 60, 40)])
+def test_speckle_is_measured_at_each_grey_value_and_white_noise_by_one_number(shape: tuple[int, ...]) -> None:
+    clean = torch.linspace(0.05, 0.9, shape[0]).view(1, 1, -1, *[1] * (len(shape) - 1)).expand(1, 1, *shape)
+    white = draw(shape)
+    speckled = clean * (1 + 5 * white)
+    level = noise_level(speckled)
+    assert float((level / (5 * SIGMA * clean) - 1).abs().mean()) < 0.05
+    assert noise_level(clean + white).tolist() == noise_variance(clean + white).sqrt().tolist()
+    rician = ((clean + white).square() + draw(shape, 1).square()).sqrt()
+    assert noise_level(rician).numel() == 1
+    noise, part = split_noise(speckled).noise[0, 0], shape[0] // 4
+    ratio = clean[0, 0, -part:].square().mean().sqrt() / clean[0, 0, :part].square().mean().sqrt()
+    assert float(noise[-part:].std() / noise[:part].std()) == pytest.approx(float(ratio), rel=0.05)
 
 
 def test_the_halves_hold_independent_noise_of_known_variance_and_the_same_bytes_each_time() -> None:
