@@ -212,6 +212,8 @@ class Encoder(nn.Module):
 def _kept(backbone: str, max_stride: int | None, state: dict[str, Tensor]) -> range:
     """Which stages: as far as ``max_stride``, or as ``state`` has them, if it is of a network trained here."""
     strides = BACKBONES[backbone].strides
+    if max_stride is not None and not isinstance(max_stride, int):
+        raise InputError(f"--max_stride {max_stride}: give a whole number, {strides[0]} to {MAX_STRIDE}, or null")
     asked = sum(stride <= (MAX_STRIDE if max_stride is None else max_stride) for stride in strides)
     if not asked:
         raise InputError(f"--max_stride {max_stride}: {backbone}'s finest stage has stride {strides[0]}; give no less")

@@ -248,6 +248,8 @@ def test_wrong_choices_are_refused_with_the_right_ones() -> None:
         Encoder("alexnet", 2, freeze=4)
     with pytest.raises(ValueError, match="max_stride 2: alexnet's finest stage has stride 4"):
         Encoder("alexnet", 2, max_stride=2)
+    with pytest.raises(InputError, match="max_stride eight: give a whole number, 4 to 16"):
+        Encoder("alexnet", 2, max_stride="eight")  # type: ignore[arg-type]  # as a command line may give it
 
 
 @pytest.mark.parametrize("backbone", TRANSFERRED)
