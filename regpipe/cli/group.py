@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from regpipe.cli import completion
-from regpipe.cli.register import Finest, Formats, Metric, Similarity, Smoothness
+from regpipe.cli.register import Finest, Formats, Metric, Similarity, Smoothness, asked
 from regpipe.utils import console
 
 
 def template(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="A folder (or datalist) of subjects, with labels/ and masks/ or not.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
     bundle: Annotated[
@@ -45,10 +46,9 @@ def template(
     """
     from regpipe.group.run import make_template
 
-    given: dict[str, Any] = {"bundle": bundle, "rounds": rounds, "affine": affine, "affine_metric": affine_metric}
-    given |= {"refine": refine, "similarity": similarity, "smoothness": smoothness, "finest": finest, "jobs": jobs}
+    given = asked(context, "folder", "out", "formats")
     given |= {} if formats is None else {"formats": [name.strip() for name in formats.split(",")]}
-    about = make_template(folder, out, **{name: value for name, value in given.items() if value is not None})
+    about = make_template(folder, out, **given)
     console.tell(folder=out, **about)
     sharper = " -> ".join(f"{told['sharpness']:.4f}" for told in about["stages"])
     print(f"{len(about['subjects'])} subjects; sharpness {sharper}; template in {out / 'template.nii.gz'}")

@@ -66,8 +66,7 @@ def compare(
     out: Out,
     data: Annotated[Path | None, typer.Argument(help="Folder or datalist; default: phantoms.")] = None,
     backbones: Annotated[
-        str,
-        typer.Option(help="Which, separated by commas.", autocompletion=completion.some_of(completion.BACKBONES)),
+        str, typer.Option(help="Which, separated by commas.", autocompletion=completion.some_of(completion.BACKBONES))
     ] = "resnet18,vgg16,alexnet",
     overlay: Annotated[list[Path] | None, typer.Option(help="Over train.yaml: a file, or a name of configs/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="An id of train.yaml: ID=VALUE.")] = None,
@@ -161,8 +160,7 @@ def doctor(
         str | None, typer.Option(help="With --shape: cpu or cuda; default: cuda where there is one.")
     ] = None,
     backbone: Annotated[
-        str,
-        typer.Option(help="With --shape: of the network.", autocompletion=completion.one_of(completion.BACKBONES)),
+        str, typer.Option(help="With --shape: of the network.", autocompletion=completion.one_of(completion.BACKBONES))
     ] = "resnet18",
     structures: Annotated[int, typer.Option(min=0, help="With --shape: how many it tells apart.")] = 0,
 ) -> None:

@@ -41,9 +41,14 @@ Inputs = Annotated[
 ]
 
 Trust = Annotated[
-    bool,
-    typer.Option("--trust", help="Run a bundle whose configuration is not regpipe's own: it can run any code."),
+    bool, typer.Option("--trust", help="Run a bundle whose configuration is not regpipe's own: it can run any code.")
 ]
+
+
+def asked(context: typer.Context, *own: str) -> dict[str, Any]:
+    """The options that were given, by their names, without the command's ``own``."""
+    given = {name: value for name, value in context.params.items() if name not in own}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def register(
@@ -78,8 +83,7 @@ def register(
         ),
     ] = None,
     refine: Annotated[
-        int | None,
-        typer.Option(help="Steps of per-pair optimisation after the network's answer, or from zero."),
+        int | None, typer.Option(help="Steps of per-pair optimisation after the network's answer, or from zero.")
     ] = None,
     similarity: Similarity = None,
     smoothness: Smoothness = None,
@@ -143,12 +147,9 @@ def register(
     from regpipe.inference.register import BESIDE, one_pair, register_files
     from regpipe.transforms.initial import named
 
-    # all other options go on by their names
-    given = {name: value for name, value in context.params.items() if value is not None and value is not False}
+    given = asked(context, "inputs", "out", "landmarks", "initial")
     beside = {name: Path(given.pop(name)) for name in BESIDE if name in given}
     beside |= zip(("fixed_landmarks", "moving_landmarks"), landmarks or (), strict=False)
-    for name in ("inputs", "out", "landmarks", "initial"):
-        given.pop(name, None)
     if jobs == 1 or len(inputs) == 2:
         del given["jobs"]
     with tempfile.TemporaryDirectory() as aside:

@@ -1,4 +1,4 @@
-"""Random motion and looks of each image of a pair, in training: more poses and scanners than a small cohort has."""
+"""Random motion, contrast and noise of training images: more poses and scanners than a small cohort has."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class MonaiTransforms:
     """Loads a case and gives it to dictionary transforms of MONAI's, after which affines and landmarks are right.
 
     Images, labels and masks go in as ``MetaTensor`` with their affine, working voxel -> RAS mm. What this says when
-    they come out is their frame, and landmarks keep their place in it. They leave as plain tensors, on whatever grid
+    they come out is their new frame, and landmarks are moved into it. They leave as plain tensors, on whatever grid
     the transforms made, the same for both images; a true displacement is left out where they moved. MONAI's
     transforms have random states of their own, which a resumed run begins anew.
 

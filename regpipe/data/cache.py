@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Store:
-    """A folder with a file for each thing that is made of other files; changed files, another thing.
+    """A folder of results, each found by the files that it was made of; where these change, it is made anew.
 
     Tensors are read by mapping their file: all processes of a machine share one copy in memory.
     """
@@ -37,7 +37,7 @@ class Store:
         """What ``make`` gives or gave.
 
         Args:
-            files: what it is made of; None for those that there are not.
+            files: what it is made of; None for a file that a case does not have.
             about: what else it depends on, in types that JSON knows.
             make: called where nothing is kept, or nothing that can be read.
         """

@@ -1,4 +1,4 @@
-"""What can be wrong with pairs, found before anything runs: every file is read once."""
+"""Checks pairs before anything runs; every file is read once."""
 
 from __future__ import annotations
 
@@ -30,11 +30,7 @@ class _Facts(NamedTuple):
 
 
 def check_pairs(
-    cases: Sequence[Case],
-    *,
-    landmark_channels: int | None = None,
-    progress: bool = False,
-    files: Source | None = None,
+    cases: Sequence[Case], *, landmark_channels: int | None = None, progress: bool = False, files: Source | None = None
 ) -> dict[str, str]:
     """case -> what is wrong with it, in one line that names the file; empty if all is well.
 
@@ -106,7 +102,7 @@ def _problem(case: Case, facts: Mapping[tuple[str, str, str], _Facts | InputErro
 
 
 def _pairing(case: Case, known: Mapping[str, _Facts]) -> int | None:
-    """How many landmarks of the files pair by their names; None where they do by their rows, or there are none."""
+    """How many landmarks of the files pair by their names; None where they pair by rows, or there are none."""
     if not all(f"{side}_landmarks" in known for side in SIDES):
         return None
     fixed, moving = (known[f"{side}_landmarks"].lps for side in SIDES)

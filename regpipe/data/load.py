@@ -154,12 +154,7 @@ class LoadPair:
         return tensors
 
     def _make(
-        self,
-        paths: Sequence[Any],
-        side: str,
-        view: _View,
-        shape: tuple[int, ...],
-        files: Source,
+        self, paths: Sequence[Any], side: str, view: _View, shape: tuple[int, ...], files: Source
     ) -> dict[str, Tensor]:
         image = paths[0]
         seen = _covered(files.image(image), view.frame, shape)
@@ -202,11 +197,7 @@ class LoadPair:
         image, dim, affine = files.image(path), len(shape), view.affine
         grey = image._replace(array=self.scale(image.array))
         array = images.resample(grey, affine, shape, order=1, field=view.field)
-        labels, points, back = (
-            np.zeros(shape, np.int32),
-            [np.zeros((0, dim))],
-            np.linalg.inv(affine),
-        )
+        labels, points, back = np.zeros(shape, np.int32), [np.zeros((0, dim))], np.linalg.inv(affine)
         if label:
             found, channels = files.label(label, self.landmark_channels, image=path)
             labels = images.resample(found, affine, shape, order=0, field=view.field)

@@ -1,7 +1,7 @@
-"""What a result was made of, with what, when and on what: ``manifest.json``, beside what was made.
+"""``manifest.json`` beside a result: what it was made of, with which settings, when and on which machine.
 
-That is a registered case, a model, an evaluation, a comparison or a study; of what ``regpipe apply`` and ``compose``
-write, a file that one asks for.
+Registered cases, models, evaluations, comparisons and studies have one; ``regpipe apply`` and ``compose`` write one
+where they are asked to.
 
     inputs    role, file's name and SHA-256 of each image, label map, mask, landmark file (a series: of all files)
     model     the same of the model's files; empty without a network
@@ -74,7 +74,7 @@ def write(
 
 
 def check_beside(path: Path, out: Path) -> None:
-    """Raises ``InputError`` unless a manifest can be written to the file ``path`` of what comes to lie at ``out``."""
+    """Raises ``InputError`` unless the file ``path`` can be the manifest of results at ``out``."""
     if path.suffix.lower() != ".json" or path.is_dir():
         raise InputError(f"{path}: no name for a manifest; give one that ends in .json")
     if not absolute(out).is_relative_to(absolute(path.parent)):
@@ -101,12 +101,12 @@ def of_files(
 
 
 def forget(folder: Path) -> None:
-    """Remove a manifest, before what it tells of is written anew."""
+    """Remove a manifest, before the files that it describes are written anew."""
     (folder / NAME).unlink(missing_ok=True)
 
 
 def renew(folder: Path, patterns: Iterable[str]) -> None:
-    """Take in anew the hashes of files that were made again from others of the same result; no manifest: nothing."""
+    """Update the hashes of files that were made again from the same result; without a manifest do nothing."""
     if (folder / NAME).is_file():
         content = read(folder / NAME)
         replace_file(folder / NAME, _text({**content, "files": content["files"] | hashes(folder, patterns)}))
@@ -179,7 +179,7 @@ def model_files(folder: str | Path) -> list[dict[str, str]]:
 
 
 def bundle_files(models: Path) -> list[dict[str, str]]:
-    """The same, and of the configuration that registers with them: who trusts a foreign one gets what it says."""
+    """The same, and of the configuration that registers with them, which may be a foreign one that is trusted."""
     places = (bundle / "configs" / CONFIG for bundle in models.parents[:2])  # of ``models``, or of ``models/2d``
     config = next((path for path in places if path.is_file()), None)
     return model_files(models) + ([{"file": CONFIG, "sha256": sha256([config])}] if config else [])
@@ -192,7 +192,7 @@ def hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
 
 
 def machine(device: Any) -> dict[str, Any]:
-    """What rounding depends on: a GPU's name; or the processor's kind, its instructions and the threads."""
+    """What rounding depends on: the GPU's name; or the processor's kind, its instructions and the threads."""
     import torch
 
     if device.type == "cuda":

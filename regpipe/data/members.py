@@ -1,4 +1,4 @@
-"""What lies in a data set's folders: images, and the labels, landmarks and masks that belong to each by their names."""
+"""The files of a data set's folders: images, and the labels, landmarks and masks that belong to each by name."""
 
 from __future__ import annotations
 

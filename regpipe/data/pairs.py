@@ -268,10 +268,7 @@ def fixed_grid(case: Case, files: Source | None = None) -> Grid:
 
 
 def working_grid(
-    cases: Sequence[Case],
-    *,
-    shape: Sequence[int] | None = None,
-    spacing: Sequence[float] | None = None,
+    cases: Sequence[Case], *, shape: Sequence[int] | None = None, spacing: Sequence[float] | None = None
 ) -> Grid:
     """The grid for a cohort: median spacing (mm), the largest extent, a multiple of 4 voxels.
 

@@ -3,9 +3,9 @@
 A *frame* is an affine (D+1, D+1), working voxel -> RAS mm of an image. The fixed image's frame is the grid laid around
 its centre, along its own axes. The moving image's is the same grid carried over by the alignment ``T`` (fixed point ->
 moving point): ``moving_frame = T @ fixed_frame``, so that what is left for the network is what no affine map can do.
-``T`` is never applied to an image by itself: every file is resampled once, through everything. Of a homography (2-D)
-``T`` is the affine part, and the *bend* the rest, see ``transforms.homography``. Of a start of one's own that is not
-linear the bend is a field, see ``transforms.initial``.
+``T`` is never applied to an image by itself: every file is resampled once, through everything. A homography (2-D) has
+``T`` as its affine part, and the *bend* as the rest, see ``transforms.homography``. An initial transform that is not
+linear has a field as its bend, see ``transforms.initial``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def paired_landmarks(case: Case, files: Source) -> Paired | None:
 
 
 class Placed(NamedTuple):
-    """The frames of a case, and what they leave, in working voxels, of a homography or of an initial transform."""
+    """The frames of a case, and the bend of a homography or of an initial transform, in working voxels."""
 
     fixed: np.ndarray
     moving: np.ndarray
@@ -128,7 +128,7 @@ class Frames:
         return self.grid or fixed_grid(case, files)
 
     def found(self, case: Case) -> dict[str, float]:
-        """Of a case that was aligned by its images: how far they overlap, how alike they were before and after."""
+        """The overlap and the similarity before and after of a case that was aligned by its images."""
         known = self._found.get(_files(case))
         if known is None or math.isnan(known.overlap):
             return {}
@@ -136,7 +136,7 @@ class Frames:
         return {"affine_overlap": known.overlap, "affine_similarity_before": before, "affine_similarity": after}
 
     def stage_of(self, case: Case, files: Source) -> str:
-        """What is done to a case."""
+        """The stage of a case."""
         if self.stage != "auto":
             return self.stage
         known = self.space is not None and all(
@@ -145,7 +145,7 @@ class Frames:
         return "none" if known else "affine"
 
     def around(self, path: str, grid: Grid, files: Source) -> np.ndarray:
-        """The frame of a grid around one image, whatever it is paired with."""
+        """The frame of a grid around one image, which does not depend on the other image."""
         key = (path, grid)
         if key not in self._own:
             self._own[key] = self._kept([path], {"frame": grid}, lambda: [_own_frame(path, grid, files)])[0]

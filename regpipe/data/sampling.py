@@ -1,4 +1,4 @@
-"""Which pairs an epoch sees: where labels or landmarks come with some only, those get a share of their own."""
+"""Which pairs an epoch sees; where only some have labels or landmarks, these get a share of their own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def draw(known: Tensor, size: int, share: float | None, generator: torch.Generat
     """(size,) indices into ``known`` (N,) bool, in random order, of which a ``share`` are known.
 
     With few labelled subjects hardly a pair has both labels (20 of 160: one in 65): drawn as they come, supervision
-    would be rare. Each kind is gone through whole, in random order, before one is drawn again. Where all or none are
+    would be rare. All pairs of a kind are drawn once, in random order, before one is drawn again. Where all or none are
     known, or without a share, all are one kind.
     """
     kinds = [torch.arange(len(known))]

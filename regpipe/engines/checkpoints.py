@@ -1,6 +1,6 @@
 """The saved states of a training, ``checkpoint_<epoch>.pt``: written whole, checked by their checksums, two kept.
 
-``RandomState`` is what of them holds the random numbers.
+``RandomState`` is their part that holds the random generators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def save(folder: str | Path, epoch: int, state: Mapping[str, Any]) -> None:
 
 
 def prune(sound: Path) -> None:
-    """Of a state that is known to be sound and all before it keep the newest ``KEPT``."""
+    """Keep the newest ``KEPT`` of the sound state ``sound`` and all before it."""
     states = saved_states(sound.parent)
     for old in states[: max(states.index(sound) + 1 - KEPT, 0)]:
         old.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
                 why = str(error).partition("\n")[0] or type(error).__name__
         problems.append(f"{path}: damaged ({why})")
     if problems:
-        raise InputError(f"{'; '.join(problems)}: there is no state to go on from; {ANEW}")
+        raise InputError(f"{'; '.join(problems)}: there is no state to resume from; {ANEW}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a training or an evaluation was, read off the objects that it is made of: whatever was given, and wherever."""
+"""The settings of a training or an evaluation, read from its objects, however and wherever they were given."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def evaluation(
 
 
 def registrations(network: nn.Module, load: LoadPair, *, refinement: Refinement, inferer: Any) -> dict[str, Any]:
-    """The choices of registering a folder: a case is done anew where they differ; as ``evaluation``."""
+    """The choices of registering a folder: a case whose settings differ is registered again; as ``evaluation``."""
     return {
         "network": _of_network(network)["backbone"],
         "landmark_channels": load.landmark_channels,
@@ -286,11 +286,11 @@ def _words(values: Iterable[object]) -> str:
 
 
 def same(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Where the settings of two runs differ, in words; what only one of them knows is another version's."""
+    """Where the settings of two runs differ, in words; what only one of them has is another version's."""
     old, new = ({**about, "loss": _weighty(about.get("loss"))} for about in (old, new))
     return [f"{key}: {old[key]} -> {new[key]}" for key in new if key in old and old[key] != new[key]]
 
 
 def _weighty(loss: Any) -> Any:
-    """Terms of no weight were told once."""
+    """Without terms of no weight, which earlier versions told."""
     return " ".join(term for term in loss.split() if not term.endswith("=0")) if isinstance(loss, str) else loss

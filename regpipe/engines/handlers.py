@@ -1,4 +1,4 @@
-"""What happens around an iteration: what is learnt, guard, clip, average, show progress, keep the best weights."""
+"""Handlers around an iteration: what is learnt, stop at NaN, clip, average, show progress, keep the best weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
-from monai.handlers import ValidationHandler
+from monai.handlers import CheckpointLoader, ValidationHandler
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from regpipe.engines.inferers import require_model
 from regpipe.networks.weights import read_state_dict, weights_now
 from regpipe.utils import console
 from regpipe.utils.distributed import of_first
@@ -27,11 +28,11 @@ from regpipe.utils.files import save_tensors
 
 
 class TrainingDiverged(InputError):
-    """A loss term stopped being a number."""
+    """A loss term is NaN or infinite."""
 
 
 class NanGuard:
-    """Stops training before a loss that is no number reaches the weights; says which term and which case."""
+    """Stops training before a NaN or infinite loss reaches the weights; names the term and the case."""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
@@ -59,10 +60,10 @@ def _cases(engine: Engine) -> str:
 
 
 class GradientClip:
-    """Scales gradients down to a total norm: one odd pair shall not undo an epoch.
+    """Scales gradients down to a total norm, so that one odd pair does not undo an epoch.
 
-    A gradient that is no number ends the training; with a ``scaler`` (``engines.step``) only when it still is none at
-    a scale below 1, for overflowing is how float16 finds its scale, and such a step is left out.
+    A gradient that is not finite ends the training. With a ``scaler`` (``engines.step``) it does so only at a scale
+    below 1: float16 finds its scale by overflowing, and such steps are skipped.
     """
 
     def __init__(
@@ -84,9 +85,9 @@ class GradientClip:
 
 
 class Budget:
-    """Ends training after the epoch in which its wall-clock seconds are spent; without a number, never.
+    """Ends training after the epoch in which its wall-clock seconds are used up; without a number, never.
 
-    Validating counts. Saved with the run, so that what was spent before a stop counts too.
+    Validation counts. The seconds are saved with the run, so that those before a stop count too.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -96,9 +97,9 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Share of the seconds that is spent; 0 without a limit. What the learning rate's schedule goes by.
+        """Share of the seconds used so far; 0 without a limit. The learning rate's schedule follows it.
 
-        By the clock of rank 0, so that all processes stop together: ask on all of them.
+        It is measured by the clock of rank 0, so that all processes stop together: call it on all of them.
         """
         return of_first(self._used()) / self.seconds if self.seconds else 0.0
 
@@ -125,18 +126,18 @@ class Budget:
 
 
 class StructuresFirst:
-    """In a first share of the training the network learns to see structures, nothing else: ``regpipe.SymmetricNet``.
+    """In the first share of the training the network learns structures only, see ``regpipe.SymmetricNet``.
 
-    ``now`` says whether that is so; the training's step, its validation and the mean of the weights ask.
+    ``now`` is True during that share; the training step, the validation and the weight average look at it.
 
     Args:
         network: without DDP's wrapper.
         share: of the epochs, and of the seconds of a ``budget``: whichever end first. It ends once: a run that goes on
             with more of them does not return to it.
-        budget: what is asked how much is spent.
+        budget: the time limit.
 
     Raises:
-        InputError: not a share, or the whole; or the network sees no structures.
+        InputError: the share is not in [0, 1), or the network sees no structures.
     """
 
     def __init__(self, network: nn.Module, share: float, budget: Budget) -> None:
@@ -165,13 +166,14 @@ class StructuresFirst:
 class WeightAverage:
     """The mean of the network's weights over about the last ``batches``: what is validated and kept as the model.
 
-    It forgets exponentially (Polyak & Juditsky 1992; torch's ``AveragedModel``); while these are more than a tenth of
-    all so far, over that tenth. It begins where the epochs of ``StructuresFirst`` end. Learning is not touched.
+    An exponential moving average (Polyak & Juditsky 1992; torch's ``AveragedModel``). Early in the training, while
+    ``batches`` exceeds a tenth of those so far, it runs over that tenth. It begins after the epochs of
+    ``StructuresFirst``. The training itself is not changed.
 
     Args:
         network: without DDP's wrapper.
         batches: 0 for none: ``network`` here is the one given.
-        structures: while it says so, weights are not counted: or the mean would be of what did not learn yet.
+        structures: weights of its epochs are left out.
 
     Raises:
         InputError: not a number of batches.
@@ -204,8 +206,19 @@ class WeightAverage:
             self.network.load_state_dict(state)
 
 
+class TrainedModel(CheckpointLoader):
+    """MONAI's, of the model in ``ckpt_dir``, which is not looked for where the handler is disabled.
+
+    Raises:
+        InputError: as ``engines.inferers.require_model``.
+    """
+
+    def __init__(self, ckpt_dir: str, network: nn.Module, *, map_location: Any = None) -> None:
+        super().__init__(require_model(ckpt_dir, network), {"model": network}, map_location=map_location)
+
+
 class Validation(ValidationHandler):
-    """MONAI's, but for epochs of ``StructuresFirst``: nothing is registered in them."""
+    """MONAI's, except in the epochs of ``StructuresFirst``, in which nothing is registered."""
 
     def __init__(self, interval: int, validator: Evaluator, *, structures: StructuresFirst | None = None) -> None:
         super().__init__(interval, validator)
@@ -219,8 +232,8 @@ class Validation(ValidationHandler):
 class EpochSeed:
     """Seeds torch at the start of each epoch from the run's seed, the epoch and the rank.
 
-    So that no two processes draw the same random motion, and one that goes on draws what it would have drawn, though
-    a checkpoint holds the random state of rank 0 only. Alone, it changes the draws too.
+    No two processes then draw the same random motion, and a resumed process draws what it would have drawn, although a
+    checkpoint holds the random state of rank 0 only. A single process also draws other numbers than without it.
     """
 
     def __init__(self, seed: int) -> None:

@@ -46,10 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare_batch(
-    batch: Mapping[str, Any],
-    device: str | torch.device | None = None,
-    non_blocking: bool = False,
-    **to_kwargs: Any,
+    batch: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **to_kwargs: Any
 ) -> tuple[Tensor, dict[str, Any], tuple[()], dict[str, Any]]:
     """A collated batch -> (pair (B, 2, *spatial), the whole batch on the device, (), what the inferer is told).
 
@@ -66,8 +63,8 @@ def prepare_batch(
 class RegistrationInferer(Inferer):
     """Network -> velocity -> both displacements and both warped images, as a dict of ``Registration``'s fields.
 
-    Whatever the autocast, only the network computes in half precision; what it gives is float32 from there on. The
-    structures that it sees are the dict's ``anatomy``. Of two velocities, SYMNet's, both fields are composed; see
+    Under autocast only the network computes in half precision; its output is cast to float32. The dict's ``anatomy``
+    are the structures that it sees. SYMNet's two velocities are composed to both fields, see
     ``networks.symmetric.Prediction``.
 
     Args:
@@ -81,12 +78,7 @@ class RegistrationInferer(Inferer):
     """
 
     def __init__(
-        self,
-        *,
-        layers: Layers = LAYERS,
-        cascades: int = 1,
-        refiner: Refiner | None = None,
-        repair: bool = False,
+        self, *, layers: Layers = LAYERS, cascades: int = 1, refiner: Refiner | None = None, repair: bool = False
     ) -> None:
         self.layers = layers
         self.cascades = cascades
@@ -144,7 +136,7 @@ def without_folds(fixed: Tensor, moving: Tensor, result: Registration, layers: L
 
 
 class ZeroInferer(Inferer):
-    """Registration without a network: each pair's velocity optimised from zero; the network given is not asked.
+    """Registration without a network: each pair's velocity optimised from zero; the network is not called.
 
     ``repair``: as ``RegistrationInferer``'s.
     """
@@ -170,7 +162,7 @@ class ZeroInferer(Inferer):
 
 
 def metric_input(output: Mapping[str, Any]) -> dict[str, Any]:
-    """A MONAI evaluator's ``engine.state.output`` -> what ``metrics.measures.CaseMetrics`` is updated with."""
+    """A MONAI evaluator's ``engine.state.output`` -> what ``metrics.cases.CaseMetrics`` is updated with."""
     return {"pred": output["pred"], "batch": output["label"]}
 
 
@@ -190,10 +182,10 @@ def parameter_groups(network: nn.Module, learning_rate: float, *, encoder_factor
 
 
 def model_folder(folder: str, dataset_dir: str) -> str:
-    """Where in a bundle's ``models`` the model is that registers these data.
+    """The folder in a bundle's ``models`` whose model registers these data.
 
-    ``folder`` itself holds the bundle's own training; ``2d`` and ``3d`` in it what the bundle came with, for data of
-    either dimension: taken where there is no training, or one of the other dimension.
+    ``folder`` itself holds a model that was trained in the bundle; ``2d`` and ``3d`` in it hold the models that the
+    bundle came with, which are taken where none was trained, or one for the other dimension.
     """
     own = Path(folder)
     if not any((own / name / "model.pt").is_file() for name in ("2d", "3d")):
@@ -209,7 +201,7 @@ def model_folder(folder: str, dataset_dir: str) -> str:
 
 
 def dimensions_of(dataset_dir: str, *, most: int | None = None) -> set[int]:
-    """2, 3 or both: of the images of a data set that can be read, of the first ``most``; 2 where none can."""
+    """The dimensions, 2, 3 or both, of a data set's images, of the first ``most``; 2 where none can be read."""
     found: set[int] = set()
     cases = list_pairs(dataset_dir, pairing="first", problems={})
     known = dict.fromkeys(case[f"{side}_image"] for case in cases for side in SIDES)
@@ -257,9 +249,9 @@ def trained_network(backbone: str, ckpt_dir: str) -> SymmetricNet:
 
 
 def loaded_folder(bundle_root: str) -> str:
-    """Where the model is that ``monai.bundle.load`` is about to read; ``models`` of a bundle where nothing does.
+    """The folder of the model that ``monai.bundle.load`` is about to read; else ``models`` of the bundle.
 
-    It names its file to no configuration, and lays nothing of another network's weights in without a word.
+    MONAI does not tell the configuration which file it reads, and silently skips weights of another network.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -269,16 +261,12 @@ def loaded_folder(bundle_root: str) -> str:
     return f"{bundle_root}/models"
 
 
-def require_model(ckpt_dir: str, network: nn.Module | None = None, *, unless: object = False) -> str:
-    """The path of the trained model, whose tensors are those of ``network`` where one is given.
-
-    ``unless``: where it says true, nothing is looked at: a handler that is disabled.
+def require_model(ckpt_dir: str, network: nn.Module | None = None) -> str:
+    """The path of the trained model; where a ``network`` is given, the model's tensors are checked against it.
 
     Raises:
         InputError: there is none, it is damaged, or it is another network's.
     """
-    if str(unless).strip().lower() == "true":  # as MONAI reads it
-        return ""
     path = _model(ckpt_dir)
     if network is None:
         check_sound(path)

@@ -1,7 +1,7 @@
-"""Which part of a registration the images bear out: judged on noise that the optimisation has not seen.
+"""Which part of a registration the images support, judged on noise that the optimisation has not seen.
 
-A similarity follows noise where there is nothing else to follow, and rises by it. So an optimisation sees one half of
-``losses.noise.split_noise``, and what it found is kept only where it makes the other half more alike too.
+Where there is nothing else to follow, a similarity follows noise, and rises. So the optimisation sees one half of
+``losses.noise.split_noise``, and what it finds is kept only where it makes the other half more alike, too.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def halves_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 class Judge:
     """``judge.share(before, after, unseen)``: how much of a step of the velocity counts, at each place.
 
-    Local correlation is judged in neighbourhoods of ``REACH`` voxels; where what is kept of a step lowers mutual
-    information, the images' contrasts are not what it takes them for, and the pair is ``misled``. Any other similarity
-    is judged as one number.
+    Local correlation is judged in neighbourhoods of ``REACH`` voxels. Where it rises while mutual information falls, it
+    misreads the images' contrasts: the pair is ``misled``, and no step counts any more. Any other similarity is judged
+    by one number for the whole image.
     """
 
     def __init__(self, loss: RegistrationLoss, layers: Layers) -> None:

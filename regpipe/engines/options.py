@@ -1,4 +1,4 @@
-"""What is given on a bundle's command line: MONAI takes a misspelt option for a new id and says nothing."""
+"""Checks the command line of a bundle: MONAI silently takes a misspelt option for a new id."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MONAI = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_f
 
 
 def begin_command() -> None:
-    """Where this process is ``python -m monai.bundle run``: errors end it in a line, misspelt options and packages that
-    are too old are refused.
+    """Prepare a process of ``python -m monai.bundle run``: errors end it with one line, misspelt options and packages
+    that are too old are refused.
 
-    In any other program nothing: what it does with errors is its own.
+    In any other program it does nothing. MONAI keeps no record of what was given, so ``sys.argv`` is read.
 
     Raises:
         InputError: as ``refuse_unknown`` and ``utils.versions.refuse_old``.
@@ -52,7 +52,7 @@ def refuse_unknown(words: Sequence[str]) -> None:
 
 
 def refuse_unknown_run(words: Sequence[str]) -> None:
-    """Check which id shall be run: ``run`` where none is named; MONAI looks for it when all is prepared.
+    """Check the id that is to be run, by default ``run``; MONAI looks it up only after everything is prepared.
 
     Raises:
         InputError: as ``refuse_unknown``.
@@ -69,7 +69,7 @@ def refuse_unknown_ids(
 ) -> None:
     """Check names of settings, ``id`` or ``id#part``, against the ids of configuration files.
 
-    A new part is let through where a dictionary, or the parameters of its ``_target_``, may have it.
+    A new part is accepted where a dictionary, or the parameters of its ``_target_``, may have it.
 
     Raises:
         InputError: a name that no file knows; the nearest one is named.

@@ -1,7 +1,7 @@
-"""What a model was trained on, kept beside it: evaluating and inference need not be told again, nor be told wrong.
+"""Keeps beside a model what it was trained on, so that evaluation and inference need not be told it.
 
-Models are handed on, and folders are named after people: paths are kept as fingerprints, by which those who know a
-path can tell that it was the one.
+Models are passed on, and folders may be named after patients. So paths are kept as fingerprints: whoever knows a path
+can check it against them, and nobody can read it from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME = "training.json"
 
 
 class Data(NamedTuple):
-    """The choices that are kept; what older records, and bundles of before, do not say has a default."""
+    """The choices that are kept; those that older records lack have a default."""
 
     dataset_dir: str | None
     holdout: float | int
@@ -56,12 +56,12 @@ def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
 
 
 def state_format(bundle_root: str, ckpt_dir: str, network: Any, shape: Sequence[int], *, own_grids: bool) -> None:
-    """Say in a bundle's metadata what the network takes that is about to be trained in it: ``bundle.zoo``.
+    """State in a bundle's metadata what the network takes that is about to be trained in it: ``bundle.zoo``.
 
     Args:
         bundle_root: its folder.
-        ckpt_dir: where the model will be; of one that is kept elsewhere nothing is said.
-        network: of one that is not ``SymmetricNet`` nothing is said either.
+        ckpt_dir: where the model will be; if that is not in the bundle, its metadata stay.
+        network: if it is not a ``SymmetricNet``, they stay too.
         shape: of the working grid.
         own_grids: whether it registers pairs on grids of their own.
     """
@@ -116,7 +116,7 @@ def conclude_evaluation(
 
 
 def fingerprint(path: str | Path) -> str:
-    """16 digits that tell a path from others and not what it is."""
+    """16 digits that identify a path without revealing it."""
     return hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -127,7 +127,7 @@ def named(source: str) -> str:
 
 
 def _way(root: Path, folder: Path) -> str | None:
-    """The way from ``folder`` to the data, where it tells no more than their own name; None where it tells more.
+    """The relative path from ``folder`` to the data, if it reveals no more than their own name; else None.
 
     Data in the folder that holds ``folder``, as a bundle its built-in phantoms, are handed on with it: the whole way.
     """

@@ -1,8 +1,8 @@
 """Per-pair optimisation of the velocity: from the network's answer, or from zero without any network.
 
-The same loss as in training (``losses.loss``), minimised for one pair by Adam over the velocity itself, coarse to
-fine. The network is not touched, and nothing is kept from one pair to the next. Each level sees one half of the noise,
-and what it finds counts where the other half bears it out (``engines.judge``): nothing, where nothing is to be found.
+Adam minimises the loss of the training (``losses.loss``) over the velocity of one pair, coarse to fine. The network is
+not touched, and nothing is kept from one pair to the next. Each level sees one half of the noise, and what it finds
+counts where the other half supports it (``engines.judge``), so that nothing is found where there is nothing to find.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Refiner:
             most.
         steps: of Adam, over all levels together.
         rate: Adam's step in voxels of the velocity's grid.
-        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost. None: see
-            ``engines.pyramid.levels_of``.
-        guided: each pair brings the labels or landmarks that terms of the loss need. It is not judged then: they know
-            more than the images show.
+        finest: stride of the finest level's images; 2 where full resolution is not worth its eight-fold cost; None:
+            see ``engines.pyramid.levels_of``.
+        guided: each pair brings the labels or landmarks that terms of the loss need. Its result is not judged then:
+            they know more than the images show.
 
     Raises:
-        InputError: no step, or a loss that needs supervision where nothing guides, or of another kind.
+        InputError: no step, or a loss whose terms need labels or landmarks that guide nothing.
     """
 
     def __init__(
@@ -157,9 +157,10 @@ class Refiner:
         return _One(found if start is None else resize(found, start.shape[2:]), "zero" if mine is None else "network")
 
     def _in_one_contrast(self, batch: Target, velocity: Tensor) -> tuple[Target, str]:
-        """The pair with one image in the other's contrast, where that explains more, and which it is.
+        """The pair with one image mapped to the other's contrast, where that explains more; and which one it is.
 
-        ``velocity``: as far as they are aligned before; what takes a line for the relation would bring one about.
+        ``velocity`` aligns the images before they are compared. It must not come from a similarity that assumes a
+        linear relation of grey values: the relation found would be linear, too.
         """
         fixed, moving = (batch[f"{side}_image"] for side in SIDES)
         result = register(fixed, moving, velocity, layers=self.layers)
@@ -168,7 +169,7 @@ class Refiner:
         return {**batch, "fixed_image": found.fixed, "moving_image": found.moving}, found.how
 
     def _halves(self, batch: Target) -> tuple[Target, Target]:
-        """What is optimised, and what judges; the pair itself where nothing does."""
+        """The half that is optimised and the half that judges; the pair itself twice where nothing judges."""
         judged = self._judge(batch["fixed_image"].ndim - 2) is not None
         return halves_of(batch) if judged else (batch, batch)
 
@@ -178,13 +179,7 @@ class Refiner:
         return Judge(loss, self.layers) if self.judged and "predicted_dice" not in loss.weights else None
 
     @torch.enable_grad()
-    def _refine(
-        self,
-        seen: Target,
-        unseen: Target,
-        velocity: Tensor | None,
-        steps: int,
-    ) -> Tensor:
+    def _refine(self, seen: Target, unseen: Target, velocity: Tensor | None, steps: int) -> Tensor:
         fixed = seen["fixed_image"]
         shape, given = fixed.shape[2:], velocity is not None
         levels = levels_of(shape, given, self.finest)
@@ -234,7 +229,7 @@ class Refiner:
 def _each(
     fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None, truth: Target
 ) -> Iterator[dict[str, Tensor]]:
-    """One pair at a time: in a joint batch one pair's convergence would tell on another's."""
+    """One pair at a time: in a joint batch one pair's convergence would affect another's."""
     given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
     given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
     for i in range(len(fixed)):
@@ -243,12 +238,7 @@ def _each(
 
 
 def refinement_loss(
-    similarity: str,
-    *,
-    structures: int = 0,
-    smoothness: float = 1.0,
-    spatial_dims: int = 3,
-    guide: Sequence[str] = (),
+    similarity: str, *, structures: int = 0, smoothness: float = 1.0, spatial_dims: int = 3, guide: Sequence[str] = ()
 ) -> dict[str, float]:
     """Loss weights for refinement by one similarity, of which the regularity suits the size.
 
@@ -275,7 +265,7 @@ def refinement_loss(
 
 
 class Refinement(NamedTuple):
-    """What a configuration asks for; kept where it asks for none, too. ``finest``, ``guided``: as ``Refiner``'s."""
+    """The refinement that a configuration asks for, 0 steps for none. ``finest``, ``guided``: as ``Refiner``'s."""
 
     steps: int
     weights: Mapping[str, float]
@@ -309,16 +299,11 @@ class Refinement(NamedTuple):
 
 
 def make_refiner(steps: int, weights: Mapping[str, float], **more: Any) -> Refiner | None:
-    """``Refinement``'s."""
+    """The refiner of a ``Refinement``; None for 0 steps."""
     return Refinement(steps, weights, **more).refiner()
 
 
-def zero_refiner(
-    similarity: str = "auto",
-    *,
-    steps: int = ZERO_STEPS,
-    **given: Any,
-) -> Refiner:
+def zero_refiner(similarity: str = "auto", *, steps: int = ZERO_STEPS, **given: Any) -> Refiner:
     """The refiner for pairs of any dimension without any network, by ``RefinementOptions``.
 
     Of a TorchScript file of ``features``, which has one dimension, only that is refined.

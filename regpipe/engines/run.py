@@ -107,10 +107,10 @@ class Standing:
 
 
 class Run:
-    """A trainer with its evaluator, whose whole state is saved after each epoch and can be gone on from.
+    """A trainer with its evaluator, whose whole state is saved after each epoch and can be resumed.
 
-    See ``engines.checkpoints``. Make it after the trainer has its other handlers: what those draw from the random
-    state in an epoch belongs to that epoch.
+    See ``engines.checkpoints``. Make it after the trainer's other handlers are attached: the random numbers that they
+    draw in an epoch belong to that epoch.
 
     Args:
         trainer: MONAI's trainer.
@@ -246,22 +246,23 @@ class Run:
 
 
 def _fault(error: Exception, epoch: int) -> str | None:
-    """What befell a training, of what no program can help; None for anything else."""
+    """What ended a training from outside: memory, a killed process, the disk; None for any other error."""
     if out_of_memory(error):
         return f"out of memory in epoch {epoch}: {LESS_MEMORY}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return f"a process that loads data was ended in epoch {epoch}, by lack of memory perhaps: fewer --num_workers"
+        why = f"a process that loads data was ended in epoch {epoch}, perhaps for lack of memory"
+        return f"{why}; give fewer --num_workers"
     told = explain(error) if isinstance(error, OSError) else None
     return told and f"epoch {epoch} was broken off: {told}"
 
 
 def _unfit(file: Path, error: Exception) -> InputError:
     why = str(error).partition("\n")[0] or type(error).__name__
-    return InputError(f"{file}: cannot be gone on from ({why}); {checkpoints.ANEW}")
+    return InputError(f"{file}: cannot be resumed ({why}); {checkpoints.ANEW}")
 
 
 def _follow(scheduler: LambdaLR) -> None:
-    """Set the learning rates as the schedule has them now: one over more epochs differs from the one saved."""
+    """Set the learning rates by the present schedule: over more epochs it differs from the saved one."""
     for group, rate, rule in zip(
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
@@ -269,7 +270,7 @@ def _follow(scheduler: LambdaLR) -> None:
 
 
 def check_training(training: describe.Training, loss: nn.Module) -> None:
-    """See to it that there is a gradient, and that some training pair has what each loss term needs.
+    """Check that there is a gradient, and that some training pair has what each loss term needs.
 
     ``loss``: the bundle's.
 
@@ -331,7 +332,7 @@ def keep_beside_model(
 
 @idist.one_rank_only(with_barrier=True)
 def forget(ckpt_dir: str, log_dir: str, *, resume: bool) -> None:
-    """Delete a run's states, model and curves, unless it is to ``resume``: one begun anew is not mixed with it."""
+    """Delete a run's states, model and curves, unless it is to ``resume``: a new run must not mix with an old one."""
     if resume:
         return
     beside = (Path(ckpt_dir) / name for name in ("model.pt", "curves.txt", typical.NAME))

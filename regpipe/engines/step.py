@@ -1,4 +1,4 @@
-"""One step of training: half precision, gradients summed over batches, networks that are looked through twice.
+"""One step of training: half precision, gradients accumulated over batches, activations computed again.
 
 MONAI's ``SupervisedTrainer`` has switches of its own for the first two, which are not used: ``amp`` knows CUDA only and
 hands scaled gradients to what clips them, and ``accumulation_steps`` divides an epoch's last, shorter group by the size
@@ -18,30 +18,31 @@ from torch import nn
 
 from regpipe.engines.handlers import Budget, StructuresFirst
 from regpipe.losses.loss import weigh
+from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
 def half_precision(device: torch.device) -> torch.dtype:
-    """What autocast takes on a device: bfloat16, which needs no scaling; float16 on a GPU without units for that."""
+    """The half precision of a device: bfloat16, which needs no scaling; float16 on a GPU without units for that."""
     bare_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if bare_gpu else torch.bfloat16
 
 
 def half_pays(device: torch.device | str) -> bool:
-    """Whether half precision is faster there: not on a CPU without bfloat16 units, many times slower by it."""
+    """Whether half precision is faster on a device: on a CPU without bfloat16 units it is many times slower."""
     return torch.device(device).type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_amp(amp: bool, device: torch.device, shape: Sequence[int]) -> None:
-    """Raises ``InputError`` where half precision would go wrong without a word.
+    """Raises ``InputError`` where half precision would silently go wrong.
 
     On the CPU, torch 2.15's gradient of a bfloat16 3D convolution is garbage where its first axis is shorter than the
     kernel (oneDNN, with AVX512-BF16): the networks' coarsest grids are, of images of up to 17 voxels.
     """
     if amp and not half_pays(device):
-        log.warning("--amp True: this processor has no bfloat16 units, and is many times slower by it; leave it out")
+        log.warning("--amp True: this processor has no bfloat16 units, and is many times slower with it; leave it out")
     if amp and device.type == "cpu" and len(shape) == 3 and min(shape) < 18:
         raise InputError(
             f"--amp True: on the CPU it needs 18 voxels an axis in 3D, and the grid has {tuple(shape)}; leave it out"
@@ -49,7 +50,7 @@ def check_amp(amp: bool, device: torch.device, shape: Sequence[int]) -> None:
 
 
 def gradient_scaler(device: torch.device, *, amp: bool) -> torch.amp.GradScaler:
-    """Keeps float16 gradients from vanishing (Micikevicius et al., ICLR 2018); does nothing where there are none."""
+    """Keeps float16 gradients from vanishing (Micikevicius et al., ICLR 2018); does nothing without float16."""
     return torch.amp.GradScaler(device.type, enabled=amp and half_precision(device) == torch.float16)
 
 
@@ -66,7 +67,7 @@ class TrainingStep:
         scaler: see ``gradient_scaler``.
         amp: the network alone computes in half precision; a ``RegistrationInferer`` and the loss leave the autocast.
         accumulate: batches to a step of the optimiser.
-        structures: while it says so, the network is asked for structures only.
+        structures: in its epochs the network computes structures only.
         dtype: what half precision is; None: see ``half_precision``.
     """
 
@@ -139,7 +140,7 @@ def checkpointed(network: nn.Module, wanted: bool) -> nn.Module:
         InputError: it cannot.
     """
     if wanted:
-        if not hasattr(network, "checkpointing"):
+        if not isinstance(network, SymmetricNet):
             raise InputError(f"--checkpointing True: {type(network).__name__} keeps all it computes; leave it out")
-        network.checkpointing = True  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
+        network.checkpoint()
     return network

@@ -1,7 +1,7 @@
-"""How sure a registration is, at each place: by how far it comes elsewhere from other starts.
+"""How certain a registration is at each place, by how much its result depends on the start.
 
 The moving image is moved by a small random diffeomorphism, registered again, and both motions composed: what the images
-determine comes out as before, what they leave open comes out elsewhere.
+determine comes out the same, what they leave open comes out differently.
 """
 
 from __future__ import annotations

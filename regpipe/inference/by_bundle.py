@@ -1,7 +1,7 @@
-"""Register a folder by a bundle whose configuration is regpipe's own: what ``inference.yaml`` says, as a function.
+"""Register a folder with a bundle whose configuration is regpipe's own: its ``inference.yaml`` as a function.
 
-The same objects from the same parts, so the same files; but nothing of MONAI is imported, which takes seconds, and
-no expression is run. ``python -m monai.bundle run`` remains the bundle's own way.
+It makes the same objects and writes the same files, but imports nothing of MONAI, which takes seconds, and evaluates no
+expression. ``python -m monai.bundle run`` does the same from the bundle itself.
 """
 
 from __future__ import annotations

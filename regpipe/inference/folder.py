@@ -1,4 +1,4 @@
-"""Register a folder: each case to its own folder of results, finished ones skipped, bad ones reported."""
+"""Register a folder: each case gets a folder of results, finished cases are skipped, failures are reported."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ log = logging.getLogger(__name__)
 
 
 class FolderRun:
-    """The pairs of a folder, what becomes of each, and the handler that writes their results.
+    """The pairs of a folder, which of them are left to register, and the handler that writes their results.
 
-    ``metrics.json`` is written last: a case that has one is finished and is not registered again; ``manifest.json``
-    before it, see ``data.manifest``. Iterating gives the batches, one case each, of those that are to be done and can
-    be read; the others are in ``failures``. Of several processes each does its share of what was left when they began.
+    ``metrics.json`` is written last, after ``manifest.json`` (``data.manifest``): a case that has one is finished and
+    is not registered again. Iterating yields a batch of one case for each case that is left and can be read;
+    ``failures`` holds those that cannot. Several processes share the cases that were left when they began.
 
     Args:
         dataset_dir: see ``regpipe.list_pairs``.
         load: how a case becomes tensors.
         output_dir: a folder per case is made in it.
-        model: the weight file; a case finished with another one, or from other files, is done anew.
+        model: the weight file; a case finished with another one, or from other files, is registered again.
         pairing: see ``regpipe.list_pairs``.
         formats: transforms written per case, also one text with commas: ``displacement``, and ``transforms.export``'.
         fill: what lies outside of the warped image; None: as the moving image has it, see ``io.background``.
-        settings: what else the results depend on; a case finished with other ones is done anew.
+        settings: what else the results depend on; a case finished with other ones is registered again.
         memory_gib: see ``inference.ladder``.
 
     Raises:
@@ -150,7 +150,7 @@ class FolderRun:
         require_for_files(case["fixed_image"], *shapes, memory_gib=self.memory_gib, reusable=reusable)
 
     def _load(self, case: Case) -> dict[str, Any]:
-        """The case's tensors; of its files what is written later is kept."""
+        """The case's tensors; of its files only images and labels are kept, as they are written later."""
         item = self.load(case, self._files)
         for role in case:
             if not role.endswith(("image", "label")):
@@ -187,7 +187,7 @@ class FolderRun:
             self._files = Source()
 
     def _write(self, name: str, batch: Mapping[str, Any], prediction: Mapping[str, Any]) -> None:
-        """Everything that a case gives, in place of what an earlier run left."""
+        """Write all results of a case, in place of an earlier run's."""
         case, folder = self.cases[name], self.folder / name
         if (folder / "metrics.json").is_file():
             console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
@@ -211,7 +211,7 @@ class FolderRun:
             console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
 
     def _finish(self, name: str, metrics: bytes, hashes: Mapping[str, str], prediction: Mapping[str, Any]) -> None:
-        """Write the manifest, and last what says that the case is finished."""
+        """Write the manifest, and last the file that marks the case as finished."""
         folder = self.folder / name
         manifest.write(
             folder,
@@ -234,7 +234,7 @@ class FolderRun:
         self._fail(name, problem)
 
     def _clean(self, name: str) -> None:
-        """Leave nothing of a case that could not be written whole."""
+        """Remove the files of a case that could not be written completely."""
         with contextlib.suppress(OSError):
             clear(self.folder / name)
             (self.folder / name).rmdir()
@@ -245,12 +245,12 @@ class FolderRun:
             console.complain("error", f"{name}: {problem}")
 
     def register_by(self, network: nn.Module, inferer: Any, *, strict: bool = False, processes: int = 1) -> None:
-        """``register`` without MONAI: ``inferer`` applies ``network``, fitted to memory; by ``jobs.beside``."""
+        """As ``register``, without MONAI: ``inferer`` applies ``network``, within memory, in so many ``processes``."""
         device, _ = distributed.device(), network.eval()
         self._guides = getattr(getattr(inferer, "refiner", None), "guides", [])
         if self._guides and self.uncertainty:
             raise InputError(
-                "--uncertainty: starts elsewhere would leave --guide's labels and landmarks behind; leave one"
+                "--uncertainty: it moves the images, and --guide's labels and landmarks would not follow; leave one out"
             )
         FittingInferer(inferer, memory_gib=self.memory_gib)  # refuses a wrong one, before anything is written
 
@@ -267,11 +267,11 @@ class FolderRun:
         self._register(run, strict=strict, processes=processes)
 
     def register(self, evaluator: Any, *, strict: bool = False) -> None:
-        """``_register`` by MONAI's evaluator, whose data and handler this is."""
+        """As ``_register``, with MONAI's evaluator, whose data loader and handler this object is."""
         self._register(evaluator.run, strict=strict)
 
     def _register(self, run: Callable[[], object], *, strict: bool, processes: int = 1) -> None:
-        """Register what is to be done, write ``metrics.csv`` over all finished cases, say what became of them.
+        """Register the cases that are left, write ``metrics.csv`` over all finished ones and print a summary.
 
         Raises:
             InputError: the output folder cannot be made; the disk is full, and finished cases are kept.
@@ -309,7 +309,7 @@ class FolderRun:
             raise SystemExit(1)
 
     def _run(self, run: Callable[[], object]) -> None:
-        """All that is left, or up to a case that the network cannot take: out of memory, say."""
+        """Register all that is left, up to the first case that fails in the network: out of memory, say."""
         self._current = ""
         try:
             run()
@@ -323,10 +323,10 @@ class FolderRun:
 
 
 def truth_of(batch: Mapping[str, Any], guides: Sequence[str]) -> dict[str, Any]:
-    """What a refiner is told of a batch of one pair that its own ``GUIDES``.
+    """The labels or landmarks of a pair (a batch of one) that guide its refinement: ``guides`` are of ``GUIDES``.
 
     Raises:
-        InputError: a guide that not both images have.
+        InputError: not both images have them.
     """
     truth: dict[str, Any] = {}
     for guide in guides:
@@ -340,10 +340,10 @@ def truth_of(batch: Mapping[str, Any], guides: Sequence[str]) -> dict[str, Any]:
 def _told(done: str, error: BaseException) -> InputError:
     if out_of_memory(error):
         return InputError(f"cannot be {done} (out of memory: {REMEDIES})")
-    return InputError(f"cannot be {done} ({root(error)}); leave it out, or report it with what regpipe doctor says")
+    return InputError(f"cannot be {done} ({root(error)}); leave it out, or report it with the output of regpipe doctor")
 
 
 def _stamps(path: str) -> str:
-    """A hash of the name, size and time of each file that a case's entry stands for; names can tell of a patient."""
+    """A hash of the name, size and time of each file of a case's entry; a name may identify a patient."""
     stamps = [[file.name, *about] for file, *about in images.stamps(path)]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Several processes of one command that register a folder together, each case by the one that takes it first.
+"""Several processes of one command register a folder together; a case belongs to the process that takes it first.
 
-``regpipe register --jobs N`` starts its own command N - 1 times more. Each process, of one thread, takes the next case
-that nobody took; the first one waits for the others, does again what failed or was left behind by one that ended, and
-says and writes what one process alone would.
+``regpipe register --jobs N`` starts its own command N - 1 more times. Each process has one thread and takes the next
+free case. The first process waits for the others, repeats cases that failed or that a killed process left, and prints
+and writes what a single process would.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ BESIDE = "LOCAL_WORLD_SIZE"  # as torchrun says it: see ``utils.machine``
 
 
 class Taken:
-    """Which cases are taken: by a file each in a folder; without a folder none is, and each can be taken."""
+    """Which cases are taken: each has a file in a shared folder. Without a folder every case is free."""
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
 
     def free(self, case: str) -> bool:
-        """Whether nobody has it."""
+        """Whether no process has taken the case."""
         return self.folder is None or not self._file(case).exists()
 
     def take(self, case: str) -> bool:
-        """Take it; False where another process was faster."""
+        """Take the case; False where another process was faster."""
         if self.folder is None:
             return True
         with contextlib.suppress(FileExistsError):
@@ -53,13 +53,13 @@ def started() -> bool:
 
 
 def of_this_process() -> Taken:
-    """What the first process says is taken; in the first one nothing is."""
+    """The cases taken in the folder that the first process named; in the first process itself none."""
     return Taken(os.environ.get(TAKEN))
 
 
 @contextlib.contextmanager
 def beside(jobs: int) -> Iterator[Taken]:
-    """Within it ``jobs`` processes work, this one among them; it ends when all have ended."""
+    """A context in which ``jobs`` processes work, this one included; it ends when all have ended."""
     if jobs < 2 or started():
         yield of_this_process()
         return
@@ -74,7 +74,7 @@ def beside(jobs: int) -> Iterator[Taken]:
         os.environ[BESIDE] = str(jobs)
         try:
             yield Taken(folder)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no process is left behind
             for process in others:
                 process.terminate()
             raise

@@ -1,8 +1,8 @@
-"""What is done where memory would not do: the least that costs least comes first, and each step is said.
+"""What is given up where memory is short: what costs least comes first, and each step is reported.
 
     as asked -> bfloat16 -> refinement at coarser images -> the network on overlapping tiles -> an error that says so
 
-A rung takes an inferer and a network to ones that need less. Whether they fit is predicted, see ``inference.memory``.
+A rung replaces an inferer and a network by ones that need less memory; ``inference.memory`` predicts whether they fit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Rung = Callable[[Any, Any], tuple[Any, Any]]  # (inferer, network) -> the same, 
 
 
 class Step(NamedTuple):
-    """A rung: how it is told, what it does, and which others it takes the place of."""
+    """A rung: its description, what it does, and its kind: of one kind the last rung taken counts."""
 
     told: str
     take: Rung
@@ -50,12 +50,12 @@ class Step(NamedTuple):
 
 
 class FittingInferer(Inferer):
-    """An inferer of ``engines.inferers`` that goes down the ladder, for each pair anew, until the prediction fits.
+    """An inferer that goes down the ladder, for each pair anew, until the pair is predicted to fit into memory.
 
-    What it gives says as ``to_fit_memory`` which steps were taken, in words; none where all is as asked for.
+    ``to_fit_memory`` of its output lists the steps that were taken, in words.
 
     Args:
-        inferer: what is asked for.
+        inferer: of ``engines.inferers``.
         memory_gib: what the whole process may take; None: its share of what the machine has free now, a container's
             limit included, or less where there is less later.
         uncertainty: whether each answer says how far off it may be, see ``engines.uncertainty``.
@@ -87,7 +87,7 @@ class FittingInferer(Inferer):
         return min(self._share, machine.free(device) + left)
 
     def _steps(self, shape: tuple[int, ...], network: Any, device: torch.device) -> list[Step]:
-        """The rungs to take on a grid; none where what they need cannot be told."""
+        """The rungs to take on a grid; none where the memory that they need cannot be predicted."""
         room = self._room(device)
         if room > memory.LIBRARIES + PLENTY * math.prod(shape):
             return []
@@ -95,12 +95,12 @@ class FittingInferer(Inferer):
             return self._fitting(shape, network, device, room)
         except memory.Unpredictable as error:
             if shape not in self._said:
-                log.warning("what grid %s needs is not known (%s): done as asked", _grid(shape), error)
+                log.warning("what grid %s needs cannot be predicted (%s): nothing is given up", _grid(shape), error)
                 self._said[shape] = []
             return []
 
     def _fitting(self, shape: tuple[int, ...], network: Any, device: torch.device, room: int) -> list[Step]:
-        """From the first rung on until it fits, without those that then are not needed.
+        """Take rungs from the first one on until the pair fits, then drop those that were not needed.
 
         Raises:
             InputError: not even all of them fit.
@@ -147,11 +147,11 @@ def require_memory(
     memory_gib: float | None = None,
     amp: bool = False,
 ) -> list[str]:
-    """See to it that training on this grid fits: by the network's ``checkpointing``, then by no cache in memory.
+    """Make training on this grid fit into memory: by the network's ``checkpointing``, then without a cache in memory.
 
-    Neither changes a number. Returns which of them it took. ``load`` and ``cases``: how and what pairs are trained on
-    and validated; without them no cache is counted, and one structure only for a loss that takes those it finds.
-    ``memory_gib``: see ``FittingInferer``.
+    Neither changes a result. Returns the steps that were taken. ``load`` and ``cases``: how pairs are loaded, and the
+    pairs of training and validation; without them no cache is counted, and a single structure for a loss that takes all
+    structures it finds. ``memory_gib``: see ``FittingInferer``.
 
     Raises:
         InputError: it does not fit; see ``inference.memory`` for what is predicted.
@@ -169,9 +169,9 @@ def require_memory(
         try:
             needed = need()
         except memory.Unpredictable as error:  # of a loss of one's own that asks for numbers: no reason to refuse a run
-            log.warning("what training on grid %s needs is not known (%s)", _grid(shape), error)
-    if needed > room and not getattr(network, "checkpointing", True):
-        network.checkpointing = True  # type: ignore[assignment]  # an attribute, torch's stubs say a parameter
+            log.warning("the memory that training on grid %s needs cannot be predicted (%s)", _grid(shape), error)
+    if needed > room and isinstance(network, SymmetricNet) and not network.checkpointing:
+        network.checkpoint()
         before, needed = needed, need()
         told = "grid %s: training needs %.2f GiB, more than is free: --checkpointing true, %.2f GiB"
         log.warning(told, _grid(shape), before / GIB, needed / GIB)
@@ -191,13 +191,13 @@ def require_memory(
 
 
 def _training_bound(inferer: Any, network: nn.Module, shape: Sequence[int], batch_size: int) -> int:
-    """More than any training takes: what leaves that much need not be predicted."""
+    """More bytes than any training takes: where so many are free, nothing has to be predicted."""
     weights = sum(p.numel() for p in network.parameters())
     return memory.LIBRARIES + 16 * weights + PLENTY * math.prod(shape) * batch_size * getattr(inferer, "cascades", 1)
 
 
 def _cache_bytes(load: LoadPair | None, cases: Sequence[Case], shape: Sequence[int]) -> int:
-    """What keeping every image of these pairs takes in memory at most; what is kept on disk takes none."""
+    """Bytes that keeping every image of these pairs in memory takes at most; a cache on disk takes none."""
     if load is None or load.cache is None or load.store is not None:
         return 0
     count = len({case[f"{side}_image"] for case in cases for side in SIDES})
@@ -215,7 +215,7 @@ def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, .
 
 
 def require_for_files(fixed: str, *shapes: Sequence[int], memory_gib: float | None = None, reusable: int = 0) -> None:
-    """Raises ``InputError`` where there is no memory for writing what registering two images of these shapes gives.
+    """Raises ``InputError`` unless there is memory to write the results of registering images of these two shapes.
 
     ``reusable``: bytes that this process holds of earlier pairs.
     """
@@ -248,7 +248,7 @@ def _too_large(shape: Sequence[int], needed: int, room: int) -> str:
 
 
 def rungs(inferer: Any, network: Any, shape: Sequence[int], device: torch.device) -> Iterator[Step]:
-    """The rungs that make sense here, in their order."""
+    """The rungs that apply here, in order."""
     symmetric = isinstance(network, SymmetricNet)
     if symmetric and has_bfloat16(device):
         yield Step("the network in bfloat16", lambda inferer, net: (inferer, HalfPrecision(net)), "precision")
@@ -285,7 +285,7 @@ def _tiled(size: int) -> Rung:
 
 
 class HalfPrecision:
-    """A network under bfloat16's autocast; what it gives is float32 as ever."""
+    """A network under bfloat16's autocast; its output is float32."""
 
     def __init__(self, network: SymmetricNet) -> None:
         self.network = network

@@ -1,9 +1,9 @@
-"""How much memory a task will take, known before it is begun.
+"""Predicts how much memory a task takes, before it begins.
 
-The task's own functions are run on tensors without numbers (torch's ``FakeTensorMode``), and the bytes of all tensors
-that live at a time are followed from operation to operation: exact for a network that nobody has seen yet, and there
-is no table to keep. What torch's kernels take beside their results is added by rule, what the allocator keeps by a
-factor; how both were measured is in docs/memory.md.
+The task's own functions run on tensors without values (torch's ``FakeTensorMode``), while the bytes of all living
+tensors are counted, operation by operation. That is exact for any network, and no table has to be kept. What torch's
+kernels take beside their results is added by rule, what the allocator keeps by a factor; how both were measured is in
+docs/memory.md.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ Network = Callable[[Tensor], Tensor | Prediction]
 
 
 class Unpredictable(RuntimeError):
-    """An inferer, network or loss cannot be run without numbers."""
+    """An inferer, network or loss needs the values of tensors."""
 
 
 class Follower(TorchDispatchMode):
-    """Follows the bytes of the storages that live while operations run; ``peak`` is the most at any time."""
+    """Counts the bytes of the living storages while operations run; ``peak`` is the largest count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Follower(TorchDispatchMode):
 
     @property
     def resident(self) -> int:
-        """The peak of resident memory on the CPU: with what the C library does not give back."""
+        """The peak of resident memory on the CPU, with what the C library does not return to the system."""
         return self.peak + int(HEAP_SLACK * self._small_peak)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +96,7 @@ class Follower(TorchDispatchMode):
 
 
 def workspace(func: Any, args: Sequence[Any], out: Any) -> int:
-    """Bytes that torch's convolutions, and choosing by a mask, take on the CPU beside their result.
+    """Bytes that torch's convolutions and indexing by a mask take on the CPU beside their result.
 
     oneDNN reorders what it reads and writes to blocks of 16 channels; small batches go without it, through
     a matrix with a row for each weight of the kernel (the rule is ``use_mkldnn`` in ATen's Convolution.cpp).
@@ -131,10 +131,10 @@ def _mask_of(func: Any, args: Sequence[Any]) -> Tensor | None:
 
 
 def dry_run(work: Callable[[], object]) -> Follower:
-    """Run ``work`` without numbers: tensors that it makes are fake, those that it is given must be.
+    """Run ``work`` without values: the tensors that it makes are fake, and those that it is given must be.
 
     Raises:
-        Unpredictable: it asks for numbers, or for what torch cannot do without them.
+        Unpredictable: it needs values, or an operation that torch does not have without them.
     """
     follower = Follower()
     try:
@@ -186,7 +186,7 @@ def training(
 ) -> int:
     """Bytes that training takes, beyond what the process holds with the network made: gradients, Adam's, one step.
 
-    ``label_ids``: the structures that a pair's labels share, for a loss that is not told which ones it shall see.
+    ``label_ids``: the structures that a pair's labels share, for a loss that is given no ``label_ids`` of its own.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake, criterion, dry = _fake(network), _fake(loss), _fake(inferer)
@@ -220,14 +220,14 @@ def native(shape: Sequence[int], grid: Sequence[int] | None = None) -> int:
 
 
 def _batch(shape: Sequence[int], count: int) -> dict[str, Tensor]:
-    """What ``data.load`` gives of pairs, empty."""
+    """A batch as ``data.load`` gives it, without values."""
     types = {"image": torch.float32, "label": torch.int32, "mask": torch.float32}
     sides = [(f"{side}_{kind}", dtype) for side in ("fixed", "moving") for kind, dtype in types.items()]
     return {key: torch.empty(count, 1, *shape, dtype=dtype) for key, dtype in sides}
 
 
 def _without_numbers(inferer: Any) -> Any:
-    """The inferer with what a dry run needs of it: few steps, no search for folds, no judge."""
+    """The inferer as a dry run needs it: few steps, no search for folds, no judge."""
     dry = _fake(inferer)  # MONAI's Warp keeps a grid
     dry.repair = False
     if getattr(dry, "refiner", None) is not None:
@@ -236,7 +236,7 @@ def _without_numbers(inferer: Any) -> Any:
 
 
 def _fake(module: Any) -> Any:
-    """A copy whose parameters have no numbers, and cost nothing; under a ``FakeTensorMode``."""
+    """A copy whose parameters have no values and take no memory; under a ``FakeTensorMode``."""
     memo: dict[int, Any] = {}
     for part in [module, *getattr(module, "__dict__", {}).values()]:
         part = getattr(part, "network", part)  # of a wrapper within a wrapper

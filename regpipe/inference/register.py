@@ -113,10 +113,10 @@ def register_files(
 
 
 def bundle_named(name: str | None, dataset: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The bundle of that name, a folder or one that came with regpipe, and what it is told; None: from zero.
+    """The bundle of that name, a folder or one that came with regpipe, and ids to give it; None: from zero.
 
-    The names of those that came with regpipe go before folders of the same name. Where none came for the images'
-    dimension, or images are of both, that is said.
+    A bundle that came with regpipe goes before a folder of the same name. A message says where regpipe has none for the
+    images' dimension, or the images are of both dimensions.
     """
     if name == "none":
         return None
@@ -124,7 +124,7 @@ def bundle_named(name: str | None, dataset: Path) -> tuple[Path, dict[str, Any]]
         return Path(name), {}
     dims = dimensions_of(str(dataset))
     if len(dims) > 1:
-        console.say("images of both 2D and 3D, and a network is for either: each pair is optimised from zero")
+        console.say("images of both 2D and 3D, and a network takes one of them: each pair is optimised from zero")
         return None
     (dim,) = dims
     name = name or BEST[dim]
@@ -138,7 +138,7 @@ def bundle_named(name: str | None, dataset: Path) -> tuple[Path, dict[str, Any]]
 
 
 def _refine_loss(loss: Mapping[str, Any]) -> str:
-    """What a bundle's ``refine_loss`` is told."""
+    """The expression for a bundle's ``refine_loss``."""
     words = ", ".join(f"{name}={value!r}" for name, value in loss.items())
     return f"$regpipe.engines.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {words})"
 
@@ -225,7 +225,7 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
 
 @contextlib.contextmanager
 def _in_a_session() -> Iterator[None]:
-    """What ends a command's process is an ``InputError`` here, and the process stays as it was."""
+    """Turns what would end a command into an ``InputError``, and leaves the process as it was."""
     hooks, places = (sys.excepthook, threading.excepthook), list(sys.path)
     try:
         with console.session(quiet=True):
@@ -233,7 +233,7 @@ def _in_a_session() -> Iterator[None]:
     except SystemExit as end:
         failures = console.told().get("failures") or {"": "the registration was stopped"}
         raise InputError(*failures.values()) from end
-    except Exception as error:
+    except Exception as error:  # any: what a user can mend becomes an ``InputError``, all else goes on
         known = cause(error)
         if known is None or known is error:
             raise
@@ -244,7 +244,7 @@ def _in_a_session() -> Iterator[None]:
 
 
 def _file(path: Path, value: Any) -> Path:
-    """A file that holds an image: the given one, or ``path``, written."""
+    """The file of an image: the given one; an image in memory is written to ``path``."""
     if isinstance(value, (str, Path)):
         return Path(value)
     array, affine, *_ = _image(value)
@@ -254,7 +254,7 @@ def _file(path: Path, value: Any) -> Path:
 
 
 def _initial(path: Path, value: Any) -> dict[str, Path]:
-    """The initial transforms of a case; of a matrix ``path``, written."""
+    """The initial transforms of a case; a matrix is written to ``path``."""
     if isinstance(value, np.ndarray):
         replace_file(path, affine_mat(value))
         value = path

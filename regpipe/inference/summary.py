@@ -1,4 +1,4 @@
-"""What became of a folder's cases: ``metrics.csv``, and the last lines that a run says."""
+"""The outcome of a folder: ``metrics.csv`` and the lines at the end of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_METRICS = ("to_fit_memory", "volumes", *(key for key, *_ in SAID))  # entries
 def tell(
     folder: Path, rows: Sequence[Mapping[str, Any]], *, cases: int, failures: Mapping[str, str], finished: int
 ) -> None:
-    """Write ``metrics.csv`` over the finished ``rows``, and say how many of ``cases`` they are and which failed.
+    """Write ``metrics.csv`` over the finished ``rows``, and print how many of ``cases`` they are and which failed.
 
     ``finished``: how many of them were finished before.
     """

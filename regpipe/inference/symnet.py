@@ -58,12 +58,12 @@ def _turned_back(v: Tensor) -> Tensor:
 
 
 def by_authors(weights: str | None) -> Turned:
-    """The authors' network by their weights, on upright images. Raises ``InputError`` as ``load_symnet``."""
+    """The authors' network with their weights, for upright images. Raises ``InputError`` as ``load_symnet``."""
     return Turned(load_symnet(_given(weights)))
 
 
 def choices(weights: str | None, load: LoadPair) -> dict[str, Any]:
-    """What a registration by them depends on: a case is done anew where it differs."""
+    """The settings of a registration with them; a case whose settings differ is registered again."""
     about = {**vars(load.alignment), "landmark_channels": load.landmark_channels}
     return {"network": "symnet", "weights": sha256([require_file(_given(weights))]), **about}
 

@@ -1,4 +1,4 @@
-"""What an image has where there is nothing: the value outside of it, and voxels that are no data (NaN).
+"""The value outside of an image, and voxels without data (NaN).
 
 Outside of an image is not 0 in all of them: air is -1000 HU in a CT, a slide is white, a statistical map is NaN.
 """
@@ -58,7 +58,7 @@ def known(array: np.ndarray) -> np.ndarray | None:
 def filled(image: Image) -> Image:
     """The image, each voxel without data given the value of the nearest one that has some; itself where all have.
 
-    As images continue beyond their rim: no edge is made, and what is compared is told by ``known``.
+    Images continue beyond their rim in the same way: no edge appears. ``known`` says which voxels are compared.
     """
     there = known(image.array)
     if there is None:

@@ -91,7 +91,7 @@ def unreadable(path: PathLike, cause: Exception) -> InputError:
     if isinstance(cause, FileNotFoundError) and cause.filename:
         return InputError(f"{path}: {cause.filename} is missing; put it there")
     if isinstance(cause, OSError) and cause.errno:  # the system's own: no right to it, a disk that fails
-        return InputError(f"{path}: cannot be read: {cause.strerror}; see to its disk and to your right to it")
+        return InputError(f"{path}: cannot be read: {cause.strerror}; check the disk, and whether you may read it")
     told = one_line(cause)
     for pattern, reason in REASONS.items():
         if re.search(pattern, told, re.IGNORECASE):

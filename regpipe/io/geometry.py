@@ -1,4 +1,4 @@
-"""Matrices that take voxels to places: what they do to points and to a grid's corners; and LPS, and upright axes.
+"""Affine matrices on points and on the corners of a grid; between RAS and LPS; upright axes.
 
 Affines are voxel index -> RAS mm. Files and ITK count in LPS mm.
 """
@@ -22,7 +22,7 @@ def carry(matrix: Any, points: Any) -> Any:
 
 
 def is_affine(matrix: np.ndarray) -> bool:
-    """Whether nothing is divided by."""
+    """Whether a matrix has no projective part."""
     return not matrix[-1, :-1].any()
 
 

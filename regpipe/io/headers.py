@@ -1,4 +1,4 @@
-"""Headers that GDCM and ITK would believe to the harm of the process: looked through before those open the file.
+"""Checks headers before GDCM and ITK open a file: they believe them, and false ones do harm.
 
 A DICOM file of a few hundred bytes can claim gigabytes, a NRRD or MetaImage can name any other file as its voxels, and
 what ITK complains of can run over the end of its buffers.

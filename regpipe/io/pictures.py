@@ -1,4 +1,4 @@
-"""PNG, JPEG, WebP, BMP, TIFF, GIF by Pillow: upright as viewers show them, grey; what is not kept is said once.
+"""PNG, JPEG, WebP, BMP, TIFF, GIF by Pillow: upright as viewers show them, grey; a warning says what is not kept.
 
 LPS mm are the pixels of the upright picture, and the resolution tag is not used. A z-stack of ImageJ or OME is a
 volume, whose voxel size those files give.

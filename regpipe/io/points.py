@@ -1,4 +1,4 @@
-"""Files of points in and out, meshes too: the coordinates are replaced, every other byte of meaning stays.
+"""Files of points in and out, meshes too: the coordinates are replaced, all else stays.
 
 Points are (K, D) float64 in **LPS mm**, whatever the file counts in. Meshes are changed in place and not through
 ITK: it has no STL, and of a VTK file it loses the header's ``SPACE=RAS``, the names of arrays, and normals.
@@ -40,15 +40,7 @@ def read_points(path: str | Path, file: BinaryIO | None = None) -> PointFile:
         raise InputError(f"{path}: not text in UTF-8 ({cause.reason} at byte {cause.start}); save it so") from cause
     except OSError as cause:
         raise InputError(f"{path}: {cause.strerror}; give an existing file") from cause
-    except (
-        csv.Error,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-    ) as cause:
+    except (csv.Error, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as cause:
         reason = " ".join(str(cause).split())[-120:] or type(cause).__name__
         raise InputError(f"{path}: not a readable {_kind(path)} ({reason}); export it again") from cause
 

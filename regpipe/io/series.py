@@ -1,7 +1,7 @@
 """Files that hold several values at each place: frames in time, channels, colours, vectors, tensors.
 
-Each value is an image of its own on one grid. What says what the values are (the time between frames, the NIfTI intent,
-the NRRD kind) is kept and written again.
+Each value is an image of its own on one grid. What the file says of the values (the time between frames, the NIfTI
+intent, the NRRD kind) is kept and written again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read_series(path: Path) -> Series | None:
     try:
         found = _read(path, file)
         if found is not None and found.array.dtype.kind == "f" and np.isinf(found.array).any():
-            raise InputError(f"{path}: has infinite values; what they stand for has to be set to a number, or to NaN")
+            raise InputError(f"{path}: has infinite values; set them to a number, or to NaN")
         return found
     except (InputError, MemoryError):
         raise

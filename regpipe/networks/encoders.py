@@ -91,10 +91,7 @@ def two_convolutions(spatial_dims: int, first: int, middle: int, last: int, stri
     """SYMNet's block."""
     conv = CONV[spatial_dims]
     return nn.Sequential(
-        conv(first, middle, 3, stride=stride, padding=1),
-        nn.ReLU(),
-        conv(middle, last, 3, padding=1),
-        nn.ReLU(),
+        conv(first, middle, 3, stride=stride, padding=1), nn.ReLU(), conv(middle, last, 3, padding=1), nn.ReLU()
     )
 
 
@@ -121,13 +118,7 @@ def _pooled_stages(net: Any) -> list[nn.Module]:
 
 BACKBONES: dict[str, Backbone] = {
     "resnet18": Backbone(layouts.ResNet18, _resnet18_stages, (64, 64, 128, 256, 512), (2, 4, 8, 16, 32)),
-    "vgg16": Backbone(
-        layouts.vgg16,
-        _vgg16_stages,
-        (64, 128, 256, 512, 512),
-        (2, 4, 8, 16, 32),
-        halve_first=True,
-    ),
+    "vgg16": Backbone(layouts.vgg16, _vgg16_stages, (64, 128, 256, 512, 512), (2, 4, 8, 16, 32), halve_first=True),
     "alexnet": Backbone(layouts.alexnet, _alexnet_stages, (64, 192, 256), (4, 8, 16)),
     "plain": Backbone(Plain, _plain_stages, (16, 32, 64, 64), (2, 4, 8, 16)),
     "pooled": Backbone(Pooled, _pooled_stages, (1, 1, 1, 1), (2, 4, 8, 16)),

@@ -75,8 +75,6 @@ class SymmetricNet(nn.Module):
             a ``Prediction``; and the levels see the logits as features.
         layers: what warps the features and integrates, in ``STEPS`` squarings at most.
 
-    With ``net.checkpointing = True`` what each part computes is let go of and computed again for the gradient, the same
-    to the bit (Chen et al. 2016): less memory, more time.
     """
 
     checkpointing = False
@@ -147,6 +145,13 @@ class SymmetricNet(nn.Module):
             velocity = self._part(level, maps.pop(0), velocity)  # a map is let go of when its level has warped it
         assert velocity is not None  # every backbone has a level
         return velocity
+
+    def checkpoint(self) -> None:
+        """From now on each part's activations are freed and computed again for the gradient (Chen et al. 2016).
+
+        The gradient is the same to the bit; it takes less memory and more time.
+        """
+        self.checkpointing = True
 
     def _part(self, compute: Callable[..., Any], *given: Tensor | None) -> Any:
         if not (self.checkpointing and torch.is_grad_enabled()):

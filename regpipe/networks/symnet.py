@@ -37,12 +37,7 @@ class SymNet(nn.Module):
         self.bottom = two_convolutions(spatial_dims, 8 * c, 16 * c, 8 * c, stride=2)
         # in, middle and out of the four decoder levels, coarse to fine: the authors' own numbers
         self.up = nn.ModuleList(_transposed(spatial_dims, width) for width in (8 * c, 4 * c, 2 * c, 2 * c))
-        shapes = (
-            (16 * c, 8 * c, 4 * c),
-            (8 * c, 4 * c, 2 * c),
-            (4 * c, 4 * c, 2 * c),
-            (3 * c, 2 * c, 2 * c),
-        )
+        shapes = ((16 * c, 8 * c, 4 * c), (8 * c, 4 * c, 2 * c), (4 * c, 4 * c, 2 * c), (3 * c, 2 * c, 2 * c))
         self.merge = nn.ModuleList(two_convolutions(spatial_dims, *shape) for shape in shapes)
         self.heads = nn.ModuleList(CONV[spatial_dims](2 * c, spatial_dims, 5, padding=2, bias=False) for _ in range(2))
 

@@ -41,12 +41,7 @@ class Again(NamedTuple):
 
 
 def rerun(
-    given: Path,
-    out: Path | None = None,
-    *,
-    data: Path | None = None,
-    bundle: Path | None = None,
-    trust: bool = False,
+    given: Path, out: Path | None = None, *, data: Path | None = None, bundle: Path | None = None, trust: bool = False
 ) -> list[Again]:
     """Register again the cases whose manifests are in ``given``.
 

@@ -123,10 +123,7 @@ class Curve:
         self.points += (
             [(step, spent, found["dice"])]
             if self.points
-            else [
-                (0, 0.0, found["dice_before"]),
-                (step, spent, found["dice"]),
-            ]
+            else [(0, 0.0, found["dice_before"]), (step, spent, found["dice"])]
         )
         self._aside = [a + now - then for a, now, then in zip(self._aside, _clocks(), before, strict=True)]
 

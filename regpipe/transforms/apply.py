@@ -24,14 +24,7 @@ from regpipe.io.points import READERS, is_points, read_points, write_points
 from regpipe.io.series import read_series
 from regpipe.transforms import displacement, volume
 from regpipe.transforms.read import Space, composite_bytes, find, grid_of, read_transform
-from regpipe.transforms.resample import (
-    INTERPOLATIONS,
-    fill_value,
-    read_voxels,
-    resample,
-    result_suffix,
-    write_voxels,
-)
+from regpipe.transforms.resample import INTERPOLATIONS, fill_value, read_voxels, resample, result_suffix, write_voxels
 from regpipe.transforms.several import carry_series
 from regpipe.utils import console
 from regpipe.utils.errors import InputError, out_of_memory

@@ -1,4 +1,4 @@
-"""Checks what a transform file claims before ITK reads it: ITK allocates any grid, or ends the process.
+"""Checks what a transform file claims before ITK reads it: ITK allocates any grid, or crashes.
 
 A displacement grid has its size among the fixed parameters and its vectors among the parameters; a file that claims
 60000 x 60000 x 60000 and holds three numbers is refused. HDF5 may refer to other files; ITK's files never do.

@@ -1,9 +1,8 @@
-"""Affine files of other tools, known by what stands in them and not by their names.
+"""Affine files of other tools, recognised by their content and not by their names.
 
-Each is a matrix in a documented frame: a few lines here, where a library that reads most of them is needed by the
-tests alone (nitransforms, whose readers these are held to). ``.lta`` and ``.xfm`` say where a point of the moving image
-goes, the others where a point of the fixed image comes from. What needs more than the file is refused by its name, with
-the command that converts it.
+Each is a matrix in a documented frame and takes a few lines to read; the tests compare them with nitransforms. ``.lta``
+and ``.xfm`` say where a point of the moving image goes, the others where a point of the fixed image comes from. What
+needs more than the file is refused by its name, with the command that converts it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Foreign(NamedTuple):
 
 
 def read(path: Path) -> Foreign | None:
-    """The transform of a file that another tool wrote; None of what is ITK's, or nobody's.
+    """The transform of a file that another tool wrote; None of ITK's files and of unknown ones.
 
     Raises:
         InputError: known, but not read, or not enough by itself: with the command that converts it; broken.

@@ -1,4 +1,4 @@
-"""Homographies: the maps between two views of one flat thing, as algebra; found they are in ``transforms.projective``.
+"""The algebra of homographies, the maps between two views of one flat thing; ``transforms.projective`` finds them.
 
 A homography is a matrix (D+1, D+1) that takes a point ``p`` to ``(P [p, 1])[:D] / w``, ``w`` its last coordinate; only
 its ratios count. An affine matrix is one whose last row is 0 ... 0 1. After it the pipeline stays affine: over the
@@ -6,7 +6,7 @@ working grid ``P`` is split into an affine frame and a bend ``R`` in working vox
 
     moving_frame R(x) = P(fixed_frame x)
 
-The moving image is sampled at ``R``, and what was found on the grid, ``x -> x + u(x)``, gets ``R`` put behind it.
+The moving image is sampled at ``R``, and what was found on the grid, ``x -> x + u(x)``, is followed by ``R``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def bent(
 def bent_by(
     u: np.ndarray, inverse: np.ndarray, frames: tuple[np.ndarray, np.ndarray], there: Map, back: Map
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Both displacements of a pair with a bend R put behind, and the frames that they lie on.
+    """Both displacements of a pair, followed by a bend R, and the frames that they lie on.
 
         u'(x) = R(x + u(x)) - x        v'(y) = R^-1(y) + v(R^-1(y)) - y
 

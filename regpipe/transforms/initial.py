@@ -1,4 +1,4 @@
-"""A start of one's own: transform files that go before what regpipe finds, as one map fixed point -> moving point.
+"""Initial transforms: files that come before what regpipe finds, as one map fixed point -> moving point.
 
 A linear one is a matrix, as an affine stage finds it, and nothing is approximated. Any other is split over the working
 grid, as a homography is, into the nearest affine frame and a bend ``R(x) = x + b(x)`` in working voxels:
@@ -6,7 +6,7 @@ grid, as a homography is, into the nearest affine frame and a bend ``R(x) = x + 
     moving_frame R(x) = I(A(fixed_frame x))
 
 ``I`` is the files' map, ``A`` what an affine stage finds after it. The moving image is seen at ``R``, and what is found
-on the grid, ``x -> x + u(x)``, gets ``R`` put behind it; the way back needs ``R``'s inverse, found point by point.
+on the grid, ``x -> x + u(x)``, is followed by ``R``; the way back needs ``R``'s inverse, found point by point.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def named(files: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def keys(case: Mapping[str, Any]) -> list[str]:
-    """Those of a case that name its initial transforms, in their order."""
+    """The keys of a case that name its initial transforms, in order."""
     return sorted(key for key in case if KEY.fullmatch(key))
 
 
@@ -125,7 +125,7 @@ def _inverse(transform: Any, path: Path) -> Any:
 
 
 def warped(moving: Image, initial: Initial, fixed: Image, *, method: str = "linear") -> Image:
-    """The moving image as the fixed one's grid sees it: what an affine stage goes on from. 0 outside."""
+    """The moving image on the fixed one's grid, 0 outside: the affine stage goes on from it."""
     return Image(resample(moving, initial.transform, Space(fixed.array.shape, fixed.affine), method), fixed.affine)
 
 
@@ -172,7 +172,7 @@ def back(b: np.ndarray, places: np.ndarray, about: str = "the initial transform"
 def bent(
     u: np.ndarray, inverse: np.ndarray, frames: tuple[np.ndarray, np.ndarray], b: np.ndarray
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Both displacements of a pair with the bend put behind, and the frames that they lie on: ``homography.bent``."""
+    """Both displacements of a pair, followed by the bend, and the frames that they lie on: ``homography.bent``."""
 
     def ahead(points: np.ndarray) -> np.ndarray:
         return points + interpolate(b, points.T).T

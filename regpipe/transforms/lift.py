@@ -1,8 +1,8 @@
-"""The registration of two slices that are stored in 3-D as one of space: what is in their planes, put where those lie.
+"""Brings the registration of two slices that are stored in 3-D from their planes back into space.
 
 In 2-D points have coordinates in the planes, see ``io.planes``. In space, off its plane a point moves as the one below
-it does: by the fields as far as a slice's thickness, then less, and not at all from twice that. The functions take the
-two images, and return of 2-D ones and of volumes what they are given.
+it does: by the fields as far as a slice's thickness, then less, and not at all from twice that. For 2-D images and
+volumes the functions return what they are given.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def displacement_in_space(d: np.ndarray, onto: Image, of: Image) -> tuple[np.nda
 def displacement_in_planes(d: np.ndarray, affine: np.ndarray, of: Image) -> tuple[np.ndarray, np.ndarray]:
     """The reverse: d (3, *S) LPS mm on one slice stored in 3-D, ``affine`` (4, 4) -> (2, *S) in the planes, (3, 3).
 
-    What has no plane stays. How far off its plane a point gets is lost.
+    An image without a plane is left as it is. How far a point gets off its plane is lost.
     """
     flat = laid_flat(d.shape[1:], affine)
     if flat is None or of.plane is None:

@@ -1,8 +1,8 @@
-"""Carries files of several values at each place: each value like an image, vectors and tensors turned with their place.
+"""Resamples files of several values at each place: each value like an image; vectors and tensors turn with their place.
 
-A transform takes places of the grid to places of the image, and by its derivative J directions there; back come
-directions by the inverse of J, of which the rotation is taken, so that lengths and diffusivities stay (finite strain:
-Alexander et al., IEEE TMI 2001).
+A transform takes places of the grid to places of the image, and by its derivative J directions there;
+directions come back by the inverse of J, of which the rotation is taken, so that lengths and diffusivities stay (finite
+strain: Alexander et al., IEEE TMI 2001).
 """
 
 from __future__ import annotations
@@ -30,13 +30,7 @@ UPPER = ([0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2])
 
 
 def carry_series(
-    path: Path,
-    target: Path,
-    series: Series,
-    transform: Any,
-    grid: Space,
-    interpolation: str,
-    fill: float | None,
+    path: Path, target: Path, series: Series, transform: Any, grid: Space, interpolation: str, fill: float | None
 ) -> str:
     """Resample all values of a file; returns how many, how, and what lies outside where it is not 0.
 

@@ -1,7 +1,7 @@
 """How much a transform changes volumes: the determinant of its derivative, voxel by voxel and region by region.
 
-A transform takes places of the grid to places of the image. Where its determinant is 2, what fills a voxel of the grid
-fills twice as much in the image: from the grid's side it was halved.
+A transform takes places of the grid to places of the image. Where its determinant is 2, a voxel of the grid covers
+twice its volume in the image: what lies there was halved on its way to the grid.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def jacobian(
     if out.name.lower().endswith(PICTURE):
         raise InputError(f"{out}: a picture cannot hold such values; name it .nii.gz")
     if absolute(out) in {absolute(path) for path in (transform, reference, labels) if path is not None}:
-        raise InputError(f"{out}: goes in; give the map a file of its own")
+        raise InputError(f"{out}: is an input; give the map a file of its own")
     move = find(transform, to)
     pull = read_transform(move.images)
     grid = grid_of(reference, move.target, pull)

@@ -1,4 +1,4 @@
-"""What a user chooses of a registration, each option once: command, functions, bundles and manifests go by its name."""
+"""The options of a registration, each declared once: commands, functions, bundles and manifests go by its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STAGES = ("auto", "none", "centre", "rigid", "similarity", "affine", "projective
 
 
 def _option(default: Any, told: str, among: Sequence[str] = ()) -> Any:
-    """A field with its help, ``{}`` in it for the names that it takes; these, where they are known here."""
+    """A field with its help, where ``{}`` stands for the names to choose from, and these if they are known here."""
     return field(default=default, metadata={"help": told, "among": among})
 
 
@@ -41,7 +41,7 @@ class AffineOptions:
 
 @dataclass(frozen=True)
 class RefinementOptions:
-    """What leads refinement, or registering from zero, and how far; ``engines.refine.refinement_loss`` checks it.
+    """What drives refinement, or registering from zero, and how far; ``engines.refine.refinement_loss`` checks it.
 
     Raises:
         InputError: features that nothing asks for.

@@ -66,5 +66,5 @@ def test_how_far_off_each_place_may_be_is_written_in_mm_and_shown(tmp_path: Path
 
 def test_what_guides_a_pair_does_not_go_with_starts_elsewhere(tmp_path: Path) -> None:
     data = write_cohort(tmp_path / "data", shape=(32, 32), n_pairs=1)
-    with pytest.raises(InputError, match="--uncertainty: starts elsewhere"):
+    with pytest.raises(InputError, match="--uncertainty: it moves the images, and --guide's"):
         register_from_zero(str(data), str(tmp_path), steps=2, affine="none", uncertainty=True, guide=["labels"])

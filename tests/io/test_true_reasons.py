@@ -57,8 +57,8 @@ def test_a_text_of_another_name_is_called_that(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cause", "told"),
     [
-        (PermissionError(13, "Permission denied", "a.png"), "Permission denied; see to its disk and to your right"),
-        (OSError(5, "Input/output error"), "Input/output error; see to its disk"),
+        (PermissionError(13, "Permission denied", "a.png"), "Permission denied; check the disk, and whether you may"),
+        (OSError(5, "Input/output error"), "Input/output error; check the disk"),
         (OSError("image file is truncated (3 bytes not processed)"), "truncated .*export it again"),
         (OSError("decoder jpeg2k not available"), "of a kind that is not read.*jpeg2k"),
         (ValueError("Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"), "notes are longer"),

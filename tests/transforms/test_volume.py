@@ -146,7 +146,7 @@ def test_labels_keep_no_sum_and_regions_need_the_maps_grid(tmp_path: Path) -> No
         apply(linear(tmp_path / "t.tfm"), [labels], tmp_path / "out", reference=image, modulate=True)
     with pytest.raises(InputError, match="--fill 3"):
         apply(tmp_path / "t.tfm", [image], tmp_path / "out", reference=image, modulate=True, fill=3)
-    with pytest.raises(InputError, match="goes in"):
+    with pytest.raises(InputError, match="is an input"):
         jacobian(tmp_path / "t.tfm", labels, reference=image, labels=labels)
     with pytest.raises(InputError, match="a picture cannot hold"):
         jacobian(tmp_path / "t.tfm", tmp_path / "map.png", reference=image)
