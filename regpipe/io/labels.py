@@ -90,7 +90,7 @@ def ids_of(array: np.ndarray, path: PathLike) -> np.ndarray:
         InputError: they are none, or not below 2^63; it names ``path``.
     """
     if array.dtype.kind != "b":
-        least, largest = np.nanmin(array), np.nanmax(array)
+        least, largest = np.fmin.reduce(array, axis=None), np.fmax.reduce(array, axis=None)  # nanmin warns of NaN alone
         if not (-LARGEST <= least <= largest <= LARGEST or np.isnan(least)):
             raise InputError(f"{path}: label ids reach from {least} to {largest}; number them below 2^63")
     whole = whole_numbers(array)

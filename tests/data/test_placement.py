@@ -128,6 +128,15 @@ def test_pairs_that_differ_in_what_is_to_be_ignored_are_aligned_each_by_itself(
         np.testing.assert_allclose(moving @ np.linalg.inv(fixed), turn(0, (i, 0, 0)), atol=1e-9)
 
 
+def test_an_image_counts_in_its_mask_without_what_is_to_be_ignored_and_where_it_holds_data(tmp_path: Path) -> None:
+    image, mask, ignore = head((8, 7, 6)), np.zeros((8, 7, 6), np.uint8), np.zeros((8, 7, 6), np.uint8)
+    image[0], mask[:6], ignore[4:] = np.nan, 1, 3
+    arrays = {"image": image, "mask": mask, "ignore": ignore}
+    case = {f"fixed_{kind}": write(tmp_path / f"{kind}.nii.gz", a, np.eye(4)) for kind, a in arrays.items()}
+    found = placement.counted({"case": "a", **case}, "fixed", Source())
+    assert found is not None and found[1:4].all() and found.sum() == 3 * 42
+
+
 def test_with_oblique_images_the_cache_grows_with_images_and_not_with_pairs(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{i}.nii.gz", head(), turn(2.0 * i)) for i in range(4)]
     cases = [{"case": "", "fixed_image": a, "moving_image": b} for a, b in itertools.permutations(files, 2)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regpipe import SymmetricNet
+from regpipe.engines import judge
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.judge import Judge
 from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
@@ -55,6 +56,14 @@ def test_no_other_similarity_moves_it_by_a_tenth_of_a_voxel(similarity: str) -> 
     fixed, moving = noisy(head(SHAPES[0]), 1), noisy(head(SHAPES[0]), 2)
     found = register(fixed, moving, zero_refiner(similarity, steps=40)(fixed, moving)).displacement
     assert float(found.norm(dim=1)[fixed[:, 0] > 0.1].mean()) < 0.1
+
+
+def test_a_neighbourhoods_mean_is_over_what_of_it_lies_in_the_mask_a_quarter_of_it_at_least() -> None:
+    """Fifteen rows each: 8 of them in the mask at its edge, 3 of them five rows beyond, which count as a quarter."""
+    mask = (torch.arange(60) < 30).float().view(1, 1, 60, 1).expand(1, 1, 60, 40)
+    found = judge._mean(0.6 * mask, mask)[0, 0, :, 20]
+    assert found[[10, 29, 34, 50]].tolist() == pytest.approx([0.6, 0.6, 0.6 * 3 / 15 / 0.25, 0], abs=1e-5)
+    assert judge._mean(mask)[0, 0, [10, 29], 20].tolist() == pytest.approx([1, 8 / 15])
 
 
 @pytest.mark.parametrize(("times", "counts"), [(1.0, 1.0), (0.5, 1.0), (1.8, 0.0), (-1.0, 0.0)])
