@@ -31,7 +31,22 @@ PathLike = str | Path
 NIFTI = (".nii.gz", ".nii", ".hdr", ".img")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima")
-PICTURE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+PICTURE = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".webp",
+    ".jfif",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+)
+IN_MM = "#mm"  # behind a picture's name: its resolution is used
 LABELS = (1002, 1003)  # NIfTI's intents for indices of labels and of anatomical names
 SEGMENTS = (".seg.nrrd", ".seg.nhdr")  # of 3D Slicer
 # of ITK's types; it has no Python images of some of them
@@ -76,12 +91,20 @@ def warn_once(message: str) -> None:
 
 
 def locate(path: PathLike) -> tuple[Path, int | None]:
-    """``film.nii.gz#4`` -> the file, and the frame counted from 0; of any other path None."""
+    """``film.nii.gz#4`` -> the file, and the frame counted from 0; of any other path None. ``#mm`` is left out."""
     path = Path(path)
+    if in_mm(path):
+        path = path.with_name(path.name.removesuffix(IN_MM))
     name, _, frame = path.name.rpartition("#")
     if name and frame.isdecimal() and not path.exists():
         return path.with_name(name), int(frame)
     return path, None
+
+
+def in_mm(path: PathLike) -> bool:
+    """Whether a picture's resolution is asked for."""
+    path = Path(path)
+    return path.name.endswith(IN_MM) and path.name != IN_MM and not path.exists()
 
 
 def unreadable(path: PathLike, cause: Exception) -> InputError:

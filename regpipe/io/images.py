@@ -1,6 +1,7 @@
 """One file in, one array and one affine out; and the working grid that every image is put onto.
 
-A path is a file, a folder with one DICOM series, or one frame of a film: ``film.nii.gz#4``, counted from 0.
+A path is a file, a folder with one DICOM series, or one frame of a film: ``film.nii.gz#4``, counted from 0;
+``scan.png#mm`` is a picture whose resolution is used.
 Arrays are indexed ``[x, y(, z)]``; affines are ``(D+1, D+1)`` float64, voxel index -> RAS mm, columns at right angles,
 whatever the format. A picture (PNG, ...) is ``(W, H)`` with the affine ``diag(-1, -1, 1)``: its LPS mm are its
 pixel indices.
@@ -153,7 +154,7 @@ def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool) -> S
     """The header, checked; of a film the frame that ``path`` asks for."""
     file, frame = locate(path)
     try:
-        source = _reader(file, stream, label)
+        source = _reader(path, file, stream, label)
     except InputError:
         raise
     except Exception as cause:  # four libraries, each with its own errors for a broken file
@@ -177,14 +178,16 @@ def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool) -> S
     return source
 
 
-def _reader(file: Path, stream: BinaryIO | None, label: bool) -> Source:
+def _reader(path: PathLike, file: Path, stream: BinaryIO | None, label: bool) -> Source:
     name = file.name.lower()
     if stream is None:
         if not is_series(file):
             raise InputError(f"{file}: a folder without DICOM files is no image; give a file")
         return dicom.open_series(file)
     if name.endswith(PICTURE):
-        return pictures.open_picture(file, stream, label=label)
+        return pictures.open_picture(file, stream, label=label, mm=formats.in_mm(path))
+    if formats.in_mm(path):
+        raise InputError(f"{path}: {formats.IN_MM} is for pictures, leave it out")
     if name.endswith(formats.NIFTI):
         return formats.open_nifti(file, stream)
     if name.endswith(formats.ITK):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, ImageOps
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as Picture
 
-from regpipe.io.formats import PathLike, Source, require_voxel_size, squeezed, warn_once
+from regpipe.io.formats import IN_MM, PathLike, Source, require_voxel_size, squeezed, warn_once
 from regpipe.io.geometry import lps_matrix
 from regpipe.utils.errors import InputError
 
@@ -35,22 +35,29 @@ class _Stack(NamedTuple):
     size: tuple[float, float, float]  # mm
 
 
-def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
-    """A picture of one frame, a film (X, Y, 1, T), or a volume (X, Y, Z[, T])."""
+def open_picture(path: Path, file: BinaryIO, *, label: bool, mm: bool = False) -> Source:
+    """A picture of one frame, a film (X, Y, 1, T), or a volume (X, Y, Z[, T]); ``mm``: its resolution is used."""
     with _opened(file) as picture:
-        frames, size, mode = getattr(picture, "n_frames", 1), picture.size, picture.mode
+        frames, size, mode = _count(picture), picture.size, picture.mode
+        _tell(path, picture)
         turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
         if turn in SIDEWAYS and not _turned_already(picture):
             size = size[::-1]
-        _tell(path, picture, turn)
+        if turn != 1:
+            warn_once(f"{path}: turned upright, as its EXIF orientation {turn} says and viewers show it")
         stack = _stack(path, picture, frames) if frames > 1 else None
-    indexed = mode in ("L", "F", "1") or mode.startswith("I") or (label and mode == "P")
+        if stack is None and not mm:
+            _tell_size(path, picture)
+        clear = mode == "L" and "transparency" in picture.info and not label
+    indexed = (mode in ("L", "F", "1") and not clear) or mode.startswith("I") or (label and mode == "P")
     affine, shape = lps_matrix(np.eye(3), places=False), size if frames == 1 else (*size, 1, frames)
     if stack is not None:
         shape = (*size, stack.counts["Z"], stack.counts["T"])
         affine = np.diag([-stack.size[0], -stack.size[1], stack.size[2], 1.0])
         require_voxel_size(path, stack.size)
     shape = squeezed(shape)
+    if mm:
+        affine = _in_mm(affine, path, file)
 
     def voxels(frame: int | None) -> np.ndarray:
         if frames == 1:
@@ -76,7 +83,7 @@ def _wanted(stack: _Stack, frame: int | None) -> list[int]:
 def open_upright(file: BinaryIO) -> Iterator[Any]:
     """A picture of one frame, upright, whatever its colours; None where it has several frames."""
     with _opened(file) as picture:
-        if getattr(picture, "n_frames", 1) > 1:
+        if _count(picture) > 1:
             yield None
         else:
             picture.load()
@@ -87,7 +94,7 @@ def frames_of(path: Path) -> int:
     """How many a picture has; 1 where it cannot be read, which who reads it says."""
     try:
         with path.open("rb") as file, _opened(file) as picture:
-            return int(getattr(picture, "n_frames", 1))
+            return _count(picture)
     except (OSError, ValueError, SyntaxError):
         return 1
 
@@ -112,10 +119,31 @@ def _opened(file: BinaryIO) -> Iterator[Any]:
     """An open picture, of any size: whether it fits into memory is asked by who reads it, not by Pillow's limit."""
     limit, Picture.MAX_IMAGE_PIXELS = Picture.MAX_IMAGE_PIXELS, None
     try:
-        with Picture.open(file) as picture:
+        file.seek(0)
+        head = file.read(12)
+        tiff = head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        if head[4:] in (b"ftypheic", b"ftypmif1", b"ftypheix"):
+            _learn_heic(file)
+        try:
+            picture = Picture.open(file)
+        except UnidentifiedImageError as cause:
+            if tiff:
+                raise OSError("a kind of TIFF not supported by Pillow") from cause
+            raise
+        with picture:
             yield picture
     finally:
         Picture.MAX_IMAGE_PIXELS = limit
+
+
+def _learn_heic(file: BinaryIO) -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as cause:
+        raise InputError(
+            "HEIC, which Pillow alone does not read; pip install pillow-heif, or save it as PNG"
+        ) from cause
+    register_heif_opener()
 
 
 def _turned_already(picture: Any) -> bool:
@@ -123,21 +151,49 @@ def _turned_already(picture: Any) -> bool:
     return picture.format == "TIFF" and (picture.width, picture.height) != (picture.tag_v2[256], picture.tag_v2[257])
 
 
-def _tell(path: Path, picture: Any, turn: int) -> None:
-    """What of a picture is changed or not used."""
-    if turn != 1:
-        warn_once(f"{path}: turned upright, as its EXIF orientation {turn} says and viewers show it")
+def _count(picture: Any) -> int:
+    """Its frames; one of a phone's MPO, whose others are the same scene again."""
+    return 1 if picture.format == "MPO" else int(getattr(picture, "n_frames", 1))
+
+
+def _tell(path: Path, picture: Any) -> None:
+    """What of a picture is changed or not used; asked before anything else, as its EXIF may load it."""
     raw = [str(tile[3]) for tile in picture.tile]
     if picture.mode in ("RGB", "RGBA", "LA", "CMYK") and any(";16" in name for name in raw):
         warn_once(f"{path}: its colours have 16 bits; 8 of them are read")
+    if picture.format == "MPO" and getattr(picture, "n_frames", 1) > 1:
+        warn_once(f"{path}: holds {picture.n_frames} pictures (MPO); the first is read")
     profile = picture.info.get("icc_profile")
     if profile and b"sRGB" not in profile and b"s\0R\0G\0B" not in profile:
         warn_once(f"{path}: its colour profile is not used; its numbers are taken as sRGB")
-    if picture.format == "TIFF" and picture.tag_v2.get(296, 2) != 1:
-        dpi = [float(picture.tag_v2.get(tag, 0) or 0) for tag in (X_RESOLUTION, Y_RESOLUTION)]
-        if max(dpi) > 1 and not set(dpi) <= {72.0, 96.0}:
-            unit = "cm" if picture.tag_v2.get(296) == 3 else "inch"
-            warn_once(f"{path}: its resolution, {dpi[0]:g} x {dpi[1]:g} per {unit}, is not used: a pixel is 1 mm")
+
+
+def _tell_size(path: Path, picture: Any) -> None:
+    size = _pixel_size(picture)
+    if size is not None and not {round(25.4 / mm) for mm in size} <= {72, 96}:
+        told = " x ".join(f"{mm:.4g}" for mm in size)
+        warn_once(f"{path}: its resolution, {told} mm, is not used: a pixel is 1 mm; name it with {IN_MM} to use it")
+
+
+def _pixel_size(picture: Any) -> list[float] | None:
+    """Width and height of a pixel as it is stored, mm, as a picture says; None where it does not."""
+    text = str(picture.tag_v2.get(DESCRIPTION, "")) if picture.format == "TIFF" else ""
+    stack = _of_imagej(text, picture) if text.startswith("ImageJ=") else _of_ome(text) if "OME" in text else None
+    if stack is not None and stack.size[:2] != (1.0, 1.0):
+        return [*stack.size[:2]]
+    dpi = [float(n) for n in picture.info.get("dpi", ())]
+    return [25.4 / n for n in dpi] if len(dpi) == 2 and min(dpi) > 1 else None
+
+
+def _in_mm(affine: np.ndarray, path: Path, file: BinaryIO) -> np.ndarray:
+    with _opened(file) as picture:
+        size = _pixel_size(picture)
+        if size is None or len(affine) != 3:
+            raise InputError(f"{path}: gives its pixels no size; leave out {IN_MM}")
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS:
+            size = size[::-1]
+    require_voxel_size(path, size)
+    return affine @ np.diag([*size, 1.0])
 
 
 def _stack(path: Path, picture: Any, frames: int) -> _Stack | None:
@@ -168,13 +224,12 @@ def _of_ome(text: str) -> _Stack | None:
     found = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", text)
     if found is None:
         return None
-    said = dict(re.findall(r'(\w+)\s*=\s*"([^"]*)"', found[1]))
+    said = {key: one or other for key, one, other in re.findall(r"""(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)')""", found[1])}
     counts = {axis: int(said.get(f"Size{axis}", 1)) for axis in "ZTC"}
     units = [MM.get(said.get(f"PhysicalSize{axis}Unit", "").lower(), 1e-3) for axis in "XYZ"]
-    known = all(f"PhysicalSize{axis}" in said for axis in "XYZ")
-    size = (
-        [float(said[f"PhysicalSize{axis}"]) * mm for axis, mm in zip("XYZ", units, strict=True)] if known else [1.0] * 3
-    )
+    known = all(f"PhysicalSize{axis}" in said for axis in ("XYZ" if counts["Z"] > 1 else "XY"))
+    sizes = [float(said.get(f"PhysicalSize{axis}", 1)) * mm for axis, mm in zip("XYZ", units, strict=True)]
+    size = sizes if known else [1.0] * 3
     order = said.get("DimensionOrder", "XYZCT").removeprefix("XY")
     return _Stack(order, counts, (size[0], size[1], size[2])) if sorted(order) == ["C", "T", "Z"] else None
 

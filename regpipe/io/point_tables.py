@@ -19,17 +19,14 @@ from regpipe.utils.files import csv_bytes
 
 SPACES = {"0": LPS, "RAS": LPS, "1": np.ones(3), "LPS": np.ones(3)}  # Slicer wrote numbers up to 4.10
 DECIMALS = 6  # of mm, in text
-AXES = {
-    "xyz": "LPS",
-    "ras": "RAS",
-    "lps": "LPS",
-    "ijk": "LPS",
-}  # of columns by their letters, in the order of preference
-MM = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3}
-VOXELS = {"vox", "voxel", "voxels", "px", "pixel", "pixels", "index"}
-# of a column: its letter, and behind it what it counts in: x_mm, "X [mm]", x_ras, "y (voxel)"
-COLUMN = re.compile(r"([a-z])((?:[\s_.,/()\[\]-]+[a-zµ]+)*)[\s)\]]*")
+SIGNS = ({"l": 1, "r": -1}, {"p": 1, "a": -1}, {"s": 1, "i": -1})  # of columns by their letters, for LPS
+MM = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "micron": 1e-3, "nm": 1e-6, "inch": 25.4}
+MM |= {"millimeter": 1.0, "millimetre": 1.0}
+VOXELS = {"vox", "voxel", "px", "pixel", "index"}
+# of a column: its letter, and what it counts in: x_mm, "X [mm]", x_ras, "y (voxel)", pos_x, CenterX
+BESIDES = {"coord", "coordinate", "pos", "position", "center", "centre", "world", "lps", "ras", "in"}
 NAMES = ("label", "name", "landmark", "id", "point")  # columns of names, in the order of preference
+UNKNOWN = ("", "na", "n/a", "none", "null", "-")  # cells without a number
 HEADER = "needs the header x,y or x,y,z (LPS mm), r,a,s, l,p,s or i,j,k (voxels), and a row per point"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 TAG = re.compile(
@@ -57,39 +54,72 @@ class _Columns(NamedTuple):
 
 def read_csv(data: bytes) -> PointFile:
     """A table with a header; cells between commas, semicolons or tabs."""
-    text = data.decode("utf-8-sig")
-    first = text.lstrip().partition("\n")[0]
-    between = max(",;\t", key=first.count)
+    text = data.decode("utf-8-sig").lstrip()
+    notes = re.match(r"(?:[ \t]*#.*(?:\r\n?|\n))*", text)
+    above = notes[0] if notes else ""
+    text = text[len(above) :]
+    first, second = (text.lstrip().splitlines() + ["", ""])[:2]
+    between = max(",;\t", key=lambda cut: (min(first.count(cut), second.count(cut)), first.count(cut)))
     header, *rows = _rows(text, between) or [[]]
     columns = _columns(header)
     if columns is None or not rows:
         raise InputError(HEADER)
+    commas = between != "," and any(re.fullmatch(r"\s*[-+]?\d+,\d+\s*", row[i]) for row in rows for i in columns.at[:1])
 
     def render(points: np.ndarray) -> bytes:
-        return csv_bytes([header, *_replaced(rows, columns.at, points / columns.scale)], between)
+        moved = _replaced(rows, columns.at, points / columns.scale, commas=commas)
+        return above.encode() + csv_bytes([header, *moved], between)
 
-    named = [cell.strip().lower() for cell in header]
-    column = next((named.index(name) for name in NAMES if name in named), None)
+    column = _of_names(header)
     names = None if column is None else _names(row[column] if column < len(row) else "" for row in rows)
-    return PointFile(_numbers(rows, columns.at) * columns.scale, render, names, columns.voxels)
+    return PointFile(_numbers(rows, columns.at, commas=commas) * columns.scale, render, names, columns.voxels)
+
+
+def _words_of(cell: str) -> list[str]:
+    """In lower case and the singular: CenterX, "X [mm; RAS]", landmark_ids."""
+    words = [word.lower() for word in re.findall("[A-ZÄÖÜ]?[a-zµμ]+|[A-Z]+", cell)]
+    split = [[word[0], word[1:]] if word[1:] in ("mm", "cm") else [word] for word in words]
+    return [word.removesuffix("s") if len(word) > 3 else word for part in split for word in part]
+
+
+def _of_names(header: Sequence[str]) -> int | None:
+    """The column of names: one called so, else one of several such words, ``landmark_id``."""
+    named = [_words_of(cell) for cell in header]
+    found = (i for name in NAMES for i, words in enumerate(named) if words == [name])
+    other = (i for i, words in enumerate(named) if words and set(words) <= {*NAMES})
+    return next(found, next(other, None))
 
 
 def _columns(header: Sequence[str]) -> _Columns | None:
     """The columns of coordinates; those in mm where there are others, too."""
     groups: dict[frozenset[str], dict[str, int]] = {}
     for i, cell in enumerate(header):
-        found = COLUMN.fullmatch(cell.strip().lower())
-        words = frozenset(re.findall("[a-zµ]+", found[2])) if found else frozenset()
-        if found and words <= MM.keys() | VOXELS | {"lps", "ras"}:
-            groups.setdefault(words, {}).setdefault(found[1], i)
-    fitting = [(words, axes) for axes in AXES for words, at in groups.items() if {*axes[:2]} <= at.keys()]
+        words = _words_of(cell)
+        letters = [word for word in words if len(word) == 1 and word != "m"]
+        about = frozenset(word for word in words if word not in letters)
+        if len(letters) == 1 and about <= MM.keys() | VOXELS | BESIDES:
+            groups.setdefault(about, {}).setdefault(letters[0], i)
+    fitting = [(about, *axes) for about, at in groups.items() for axes in _axes(at)]
     if not fitting:
         return None
-    words, axes = min(fitting, key=lambda one: bool(one[0] & VOXELS) or one[1] == "ijk")
-    at = [groups[words][axis] for axis in axes if axis in groups[words]]
-    space = "RAS" if "ras" in words else "LPS" if "lps" in words else AXES[axes]
-    mm = next((MM[word] for word in words if word in MM), 1.0)
-    return _Columns(at, mm * SPACES[space][: len(at)], bool(words & VOXELS) or axes == "ijk")
+    about, at, signs, voxels = min(fitting, key=lambda one: bool(one[0] & VOXELS) or one[3])
+    if "ras" in about:
+        signs = [-1.0, -1.0, 1.0][: len(at)]
+    mm = next((MM[word] for word in about if word in MM), 1.0)
+    return _Columns(at, mm * np.array(signs), bool(about & VOXELS) or voxels)
+
+
+def _axes(at: dict[str, int]) -> Iterator[tuple[list[int], list[float], bool]]:
+    """Columns, signs for LPS, and whether they count voxels, of what letters there are."""
+    for known in ("xyz", "ijk"):
+        if {*known[:2]} <= at.keys():
+            columns = [at[letter] for letter in known if letter in at]
+            yield columns, [1.0] * len(columns), known == "ijk"
+    at = {letter: i for letter, i in at.items() if letter != "i" or "j" not in at}  # i of i,j,k is not inferior
+    found = [[(at[letter], float(sign)) for letter, sign in axis.items() if letter in at] for axis in SIGNS]
+    if all(len(axis) == 1 for axis in found[:2]) and len(found[2]) < 2:
+        column = [axis[0] for axis in found if axis]
+        yield [i for i, _ in column], [sign for _, sign in column], False
 
 
 def _names(cells: Iterator[str]) -> tuple[str, ...] | None:
@@ -153,22 +183,25 @@ def _rows(text: str, between: str = ",") -> list[list[str]]:
     return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=between) if row]
 
 
-def _numbers(rows: list[list[str]], columns: list[int]) -> np.ndarray:
-    """The coordinates (K, D) in the named columns; an empty cell is NaN."""
+def _numbers(rows: list[list[str]], columns: list[int], *, commas: bool = False) -> np.ndarray:
+    """The coordinates (K, D) in the named columns; an empty cell is NaN. ``commas``: 1,5 is 1.5."""
     if any(len(row) <= max(columns) for row in rows):
         raise InputError("a row has fewer cells than the header; complete it")
     try:
-        cells = [[float(row[column].strip() or "nan") for column in columns] for row in rows]
+        texts = [[row[column].strip().replace(*(",." if commas else "..")) for column in columns] for row in rows]
+        cells = [[float("nan" if text.lower() in UNKNOWN else text) for text in row] for row in texts]
     except ValueError as cause:
         raise InputError(f"{cause}; coordinates are numbers") from cause
     return np.array(cells).reshape(-1, len(columns))
 
 
-def _replaced(rows: list[list[str]], columns: list[int], points: np.ndarray) -> list[list[str]]:
+def _replaced(
+    rows: list[list[str]], columns: list[int], points: np.ndarray, *, commas: bool = False
+) -> list[list[str]]:
     """The rows with other coordinates (K, D); where a point is NaN, its cells as they were."""
     moved = [list(row) for row in rows]
     for row, point in zip(moved, points, strict=True):
         if np.isfinite(point).all():
             for column, value in zip(columns, point, strict=True):
-                row[column] = number(value)
+                row[column] = number(value).replace(*(".," if commas else ".."))
     return moved

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from regpipe.io.point_tables import DECIMALS, SPACES, PointFile, number, read_csv, read_fcsv, read_tag
+from regpipe.io.point_tables import DECIMALS, MM, SPACES, PointFile, number, read_csv, read_fcsv, read_tag
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import parse_json, replace_file, require_file
@@ -66,7 +66,7 @@ def _markups(data: bytes) -> PointFile:
     """Every control point of every markup; an undefined one is NaN and stays. Slicer measures lengths anew."""
     content = parse_json(data)
     placed = [
-        (point, SPACES[str(markup.get("coordinateSystem", "LPS")).upper()])
+        (point, SPACES[str(markup.get("coordinateSystem", "LPS")).upper()] * _unit(markup))
         for markup in content["markups"]
         for point in markup.get("controlPoints", [])
     ]
@@ -80,12 +80,21 @@ def _markups(data: bytes) -> PointFile:
         targets = [point for markup in moved["markups"] for point in markup.get("controlPoints", [])]
         for point, place, (_, flip) in zip(targets, points, placed, strict=True):
             if np.isfinite(place).all():
-                point["position"] = np.round(place * flip, DECIMALS).tolist()
+                point["position"] = np.round(place / flip, DECIMALS).tolist()
         return (json.dumps(moved, indent=4, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
     names = tuple(str(point.get("label", "")) for point, _ in placed)
     told = len(set(names)) > 1 or (len(names) == 1 and names[0])
     return PointFile(np.array(rows).reshape(-1, 3), render, names if told else None)
+
+
+def _unit(markup: dict[str, Any]) -> float:
+    """mm of Slicer's ``coordinateUnits``: a unit, or a list that begins with it."""
+    said = markup.get("coordinateUnits", "mm")
+    unit = str(said[0] if isinstance(said, list) and said else said)
+    if unit not in MM:
+        raise InputError(f"counts in {unit[:20]!r}; save it in mm")
+    return MM[unit]
 
 
 def _defined(point: dict[str, Any]) -> np.ndarray:

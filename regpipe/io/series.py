@@ -77,6 +77,9 @@ def _read(path: Path, file: Path) -> Series | None:
     name = file.name.lower()
     for suffixes, reader in ((PICTURE, _colours), (NIFTI, _nifti), (ITK, _of_itk)):
         found = reader(file) if name.endswith(suffixes) and file.is_file() else None
+        if found is not None and formats.in_mm(path):
+            with opened_image(path) as source:
+                return found._replace(affine=source.affine)
         if found is not None:
             return found
     with opened_image(path, film=True) as source:

@@ -29,6 +29,7 @@ INTERPOLATORS = {"linear": ("Linear", "D"), "nearest": ("NearestNeighbor", "D"),
 # The result's suffix for formats of several files, and for lossy ones.
 WRITTEN = {".hdr": ".nii.gz", ".img": ".nii.gz", ".mhd": ".mha", ".nhdr": ".nrrd"}
 WRITTEN |= {".jpg": ".png", ".jpeg": ".png", ".gif": ".png", ".webp": ".png"} | dict.fromkeys(DICOM, ".nii.gz")
+WRITTEN |= dict.fromkeys((".jfif", ".jp2", ".avif", ".heic", ".heif"), ".png")
 
 
 def read_voxels(path: Path, interpolation: str) -> tuple[Image, np.dtype, str]:

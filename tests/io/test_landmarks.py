@@ -164,3 +164,57 @@ def test_names_that_only_some_have_pair_nothing(tmp_path: Path, caplog: pytest.L
     (tmp_path / "p.csv").write_text("label,x,y,z\nA,1,2,3\n,4,5,6\n,7,8,9\n")
     found = named_landmarks(tmp_path / "p.csv")
     assert found.names is None and len(found.points) == 3 and "not all of its landmarks have a name" in caplog.text
+
+
+PLACES = np.array([[10, 20, 30.0], [-5, 7, 3], [1, 2, -4]])  # LPS mm
+RAS_PLACES = PLACES * [-1, -1, 1]
+HEADERS: list[tuple[str, np.ndarray]] = [
+    *[(f"{before}x,{before}y,{before}z", PLACES) for before in ("pos_", "coord_", "lps_")],
+    *[(f"x{after},y{after},z{after}", PLACES) for after in ("_coord", "mm", " (world)", "_millimeter", ".mm")],
+    ("CenterX,CenterY,CenterZ", PLACES),
+    ("x_inch,y_inch,z_inch", PLACES / 25.4),
+    ("x_nm,y_nm,z_nm", PLACES * 1e6),
+    ("X [mm; RAS],Y [mm; RAS],Z [mm; RAS]", RAS_PLACES),
+    ("ras_x,ras_y,ras_z", RAS_PLACES),
+    ("r,a,i", RAS_PLACES * [1, 1, -1]),  # once read as r,a of a picture
+    ("l,a,s", PLACES * [1, -1, 1]),
+    ("a,r,s", RAS_PLACES[:, [1, 0, 2]]),
+    ("i,j,k,r,a,s", np.c_[np.ones((3, 3)), RAS_PLACES]),
+]
+
+
+@pytest.mark.parametrize(("columns", "table"), HEADERS, ids=[columns for columns, _ in HEADERS])
+def test_columns_say_in_many_ways_what_they_count(tmp_path: Path, columns: str, table: np.ndarray) -> None:
+    rows = "".join(",".join(f"{value:.12g}" for value in row) + "\n" for row in table)
+    (tmp_path / "a.csv").write_text(f"{columns}\n{rows}")
+    found = named_landmarks(tmp_path / "a.csv")
+    assert not found.voxels
+    np.testing.assert_allclose(found.points, PLACES, rtol=1e-9)
+
+
+@pytest.mark.parametrize("column", ["landmark_id", "Landmark Label", "labels", "Point Name", "names"])
+def test_a_column_of_names_may_be_called_by_several_words(tmp_path: Path, column: str) -> None:
+    (tmp_path / "a.csv").write_text(f"# of a phantom\n{column},x,y,z\na,1,2,3\nb,NA,NA,NA\n")
+    found = named_landmarks(tmp_path / "a.csv")
+    assert found.names == ("a", "b")
+    np.testing.assert_array_equal(found.points, [[1, 2, 3], [np.nan] * 3])
+
+
+def test_decimal_commas_and_notes_stay_where_points_are_written(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("# note\nname;x;y\na;1,5;-2,25\n", "utf-8")
+    file = read_points(tmp_path / "a.csv")
+    np.testing.assert_array_equal(file.points, [[1.5, -2.25]])
+    assert file.render(file.points + 1).decode() == "# note\nname;x;y\na;2,500000;-1,250000\n"
+
+
+def test_markups_in_other_units_are_in_mm_here_and_stay_in_theirs(tmp_path: Path) -> None:
+    points = [{"label": name, "position": list(row / 10)} for name, row in zip("abc", PLACES, strict=True)]
+    markup = {"type": "Fiducial", "coordinateSystem": "LPS", "coordinateUnits": "cm", "controlPoints": points}
+    (tmp_path / "a.mrk.json").write_text(json.dumps({"markups": [markup]}))
+    file = read_points(tmp_path / "a.mrk.json")
+    np.testing.assert_allclose(file.points, PLACES)
+    written = json.loads(file.render(file.points + 10))["markups"][0]["controlPoints"]
+    np.testing.assert_allclose([point["position"] for point in written], PLACES / 10 + 1)
+    (tmp_path / "b.mrk.json").write_text(json.dumps({"markups": [markup | {"coordinateUnits": "parsec"}]}))
+    with pytest.raises(InputError, match="counts in 'parsec'; save it in mm"):
+        read_points(tmp_path / "b.mrk.json")
