@@ -14,7 +14,9 @@ from regpipe.utils import console
 
 def template(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A folder (or datalist) of subjects, with labels/ and masks/ or not.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder (or datalist) of subjects, with labels/ and masks/ or not; or a film.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made where needed.")],
     bundle: Annotated[
         str | None,
@@ -24,12 +26,28 @@ def template(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="Of deformation; 0: an affine template.")] = 3,
-    affine: Annotated[
-        str,
+    within: Annotated[
+        str | None,
         typer.Option(
-            help="First: none, centre, rigid, similarity, affine.", autocompletion=completion.one_of(completion.STAGES)
+            metavar="SUBJECT",
+            help="Each subject's own mean first: 'subject' (groups.csv, sub-..., else what is before the last _), "
+            "or a regular expression that finds it in an image's name.",
         ),
-    ] = "affine",
+    ] = None,
+    sequence: Annotated[
+        bool, typer.Option("--sequence", help="FOLDER is a film, or its frames in order: motion is smooth over time.")
+    ] = False,
+    over_time: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of --sequence: motion to and fro within so many frames is noise; 0: none is."),
+    ] = None,
+    affine: Annotated[
+        str | None,
+        typer.Option(
+            help="First: none, centre, rigid, similarity, affine. Default: affine, of a sequence none.",
+            autocompletion=completion.one_of(completion.STAGES),
+        ),
+    ] = None,
     affine_metric: Metric = None,
     refine: Annotated[int | None, typer.Option(min=1, help="Steps of each subject's first round.")] = None,
     similarity: Similarity = None,
@@ -52,3 +70,5 @@ def template(
     console.tell(folder=out, **about)
     sharper = " -> ".join(f"{told['sharpness']:.4f}" for told in about["stages"])
     print(f"{len(about['subjects'])} subjects; sharpness {sharper}; template in {out / 'template.nii.gz'}")
+    for name, number in about.get("film", {}).items():
+        print(f"{name.replace('_', ' ')} {number:.4g}")

@@ -124,7 +124,7 @@ def _case(name: str, fixed: Case, moving: Case) -> Case:
     return case
 
 
-def _groups(root: Path, names: Iterable[str]) -> dict[str, str]:
+def groups_of(root: Path, names: Iterable[str]) -> dict[str, str]:
     """case -> group from groups.csv; without one every case is its own group."""
     file = root / "groups.csv"
     if not file.is_file():
@@ -151,7 +151,7 @@ def _from_two_folders(root: Path, cut: Cut, problems: dict[str, str] | None) -> 
                 file = one[name]["image"]
                 report(problems, name, f"{file}: no partner in {where}_images; add it or remove this")
     paired = [name for name in fixed if name in moving and name not in (problems or {})]
-    kept = cut.draw(paired, _groups(root, paired))
+    kept = cut.draw(paired, groups_of(root, paired))
     true = files_of(root / "displacements", (".nii", ".nii.gz"))
     return [_case(n, fixed[n], moving[n]) | ({"displacement": true[n]} if n in true else {}) for n in kept]
 
@@ -170,7 +170,7 @@ def _from_one_folder(root: Path, cut: Cut, pairing: str, problems: dict[str, str
             frames = cut.keep(frames, set(frames[len(frames) - cut.held(len(frames), 1) :]))
         pairs = [(names[0], n) for n in frames]
     else:
-        pairs = list(itertools.permutations(cut.draw(names, _groups(root, names), 2), 2))
+        pairs = list(itertools.permutations(cut.draw(names, groups_of(root, names), 2), 2))
     cases = [_case(f"{m}_to_{f}", subjects[f], subjects[m]) for f, m in pairs]
     twice = _twice(cases)
     if twice:  # a_to_b onto c, and a onto b_to_c

@@ -13,6 +13,7 @@ from regpipe.utils.errors import InputError
 
 TRIES = 50  # of taking the mean logarithm out
 STILL = 1e-10
+EQUAL = 1e-3  # of a vote: thirds that do not sum to one
 
 
 def without_mean(matrices: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -31,6 +32,11 @@ def without_mean(matrices: Sequence[np.ndarray]) -> list[np.ndarray]:
             break
         left = [matrix @ expm(-mean) for matrix in left]
     return left
+
+
+def along_time(matrices: Sequence[np.ndarray], shares: np.ndarray) -> list[np.ndarray]:
+    """Of each frame the mean of all frames' logarithms, by its row of ``shares`` (N, N)."""
+    return [expm(log) for log in np.tensordot(shares, np.array([_log(matrix) for matrix in matrices]), axes=1)]
 
 
 def log_sum(matrices: Sequence[np.ndarray]) -> float:
@@ -68,20 +74,20 @@ class Votes:
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.counts: dict[int, np.ndarray] = {}
-        self.shape, self.voters = tuple(shape), 0
+        self.shape, self.voters = tuple(shape), 0.0
 
-    def add(self, labels: np.ndarray) -> None:
-        """Count one subject's (*S) map."""
-        self.voters += 1
+    def add(self, labels: np.ndarray, weight: float = 1.0) -> None:
+        """Count a (*S) map; ``weight``: its share of its subject's vote."""
+        self.voters += weight
         for label in np.unique(labels):
-            counted = self.counts.setdefault(int(label), np.zeros(self.shape, np.uint16))
-            counted += labels == label
+            counted = self.counts.setdefault(int(label), np.zeros(self.shape, np.float32))
+            counted[labels == label] += weight
 
     def won(self) -> np.ndarray:
         """(*S) int64, what most voted for; among equals the lowest id."""
-        best, winner = np.zeros(self.shape, np.uint16), np.zeros(self.shape, np.int64)
+        best, winner = np.zeros(self.shape, np.float32), np.zeros(self.shape, np.int64)
         for label, counted in sorted(self.counts.items()):
-            winner[counted > best] = label
+            winner[counted > best + EQUAL] = label
             np.maximum(best, counted, out=best)
         return winner
 

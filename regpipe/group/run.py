@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,22 +15,30 @@ from torch import Tensor
 
 from regpipe.bundle.run import own
 from regpipe.data import manifest
+from regpipe.data.manifest import TRANSFORM
+from regpipe.data.pairs import SIDES
 from regpipe.engines import inferers, record
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, zero_refiner
+from regpipe.group import film
 from regpipe.group.means import Mean, Votes
-from regpipe.group.subjects import Subject, list_subjects
-from regpipe.group.template import LABEL, PROBABILITY, SUBJECTS, WRITTEN, Group, Stage, Velocity
+from regpipe.group.phases import leave
+from regpipe.group.subjects import Subject, by_subject, list_subjects
+from regpipe.group.template import LABEL, PROBABILITY, SUBJECTS, TEMPLATE, WRITTEN, Group, Stage, Velocity
+from regpipe.inference import jobs as processes
 from regpipe.inference.by_bundle import load_network
 from regpipe.inference.case_files import BY_DEFAULT
-from regpipe.inference.register import bundle_named
+from regpipe.inference.register import bundle_named, one_pair
 from regpipe.io.labels import ids_of, read_label
 from regpipe.metrics.measures import dice, mean_of
 from regpipe.report.pictures import contact_sheet, save_png
 from regpipe.transforms import displacement
 from regpipe.utils import console, distributed
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import replace_file
+from regpipe.utils.files import replace_file, sha256
 from regpipe.utils.settings import STAGES
+
+WITHIN = "within"  # a folder of the result: the subjects' own means
+BENDING = ("similarity", "affine")  # what a subject's own images are not aligned by: that is growth
 
 
 def make_template(
@@ -37,7 +47,10 @@ def make_template(
     *,
     bundle: str | None = None,
     rounds: int = 3,
-    affine: str = "affine",
+    within: str | None = None,
+    sequence: bool = False,
+    over_time: float = film.OVER_TIME,
+    affine: str | None = None,
     affine_metric: str = "mi",
     refine: int | None = None,
     similarity: str = "auto",
@@ -55,7 +68,11 @@ def make_template(
             call goes on.
         bundle: as ``register_files``': whose network the first round begins with; ``none``: from zero.
         rounds: of deformation; 0: an affine template.
-        affine, affine_metric: see ``transforms.affine``.
+        within: subjects of several images: each one's own mean comes first, in ``within``; see ``subjects.by_subject``.
+        sequence: ``dataset`` is a film, or its frames in natural order: see ``group.film``.
+        over_time: of a film, see ``group.film.shares``.
+        affine, affine_metric: see ``transforms.affine``; by default ``affine``, of a film ``none``. A subject's own
+            images are not aligned further than ``rigid``.
         refine: steps of each subject's first round; None: as of ``regpipe register``. Later rounds go on with
             ``SHIPPED_STEPS``.
         similarity, smoothness, finest: see ``engines.refine``.
@@ -67,40 +84,93 @@ def make_template(
     Raises:
         InputError: what a user can mend; what was finished is kept, and the same call goes on.
     """
+    affine = affine or ("none" if sequence else "affine")
+    _check(affine, rounds, within, sequence=sequence, over_time=over_time)
+    subjects, out = list_subjects(dataset, film=sequence), Path(out)
+    loss: dict[str, Any] = {"similarity": similarity, "smoothness": smoothness}
+    velocity, model = _velocity(bundle, subjects, refine=refine, finest=finest, **loss)
+    settings = {"affine": affine, "affine_metric": affine_metric, "rounds": rounds, "refine": refine, "finest": finest}
+    settings |= {**loss, "model": model, "formats": sorted(formats)}
+    shares = film.shares(len(subjects), over_time) if sequence else None
+    settings |= {"over_time": over_time} if sequence else {}
+    build = _Build(velocity, settings, jobs)
+    try:
+        if within is not None:
+            groups = by_subject(subjects, within, dataset)
+            subjects = [build.own_mean(name, scans, out / WITHIN / name) for name, scans in groups.items()]
+            subjects.sort(key=lambda one: (one.sha256, one.name))
+        about, _ = build.template(subjects, out, over_time=shares)
+        leave()
+        return about
+    except KeyboardInterrupt:
+        console.say("\nstopped: the same command goes on with what is left")
+        raise SystemExit(130) from None
+
+
+def _check(affine: str, rounds: int, within: str | None, *, sequence: bool, over_time: float) -> None:
     stages = [stage for stage in STAGES if stage not in ("auto", "projective")]
     if affine not in stages:
         raise InputError(f"--affine {affine}: of a template choose among {', '.join(stages)}")
     if rounds < 0:
         raise InputError(f"--rounds {rounds}: give 0, for an affine template, or more")
-    subjects, out = list_subjects(dataset), Path(out)
-    asked: dict[str, Any] = {"similarity": similarity, "smoothness": smoothness, "finest": finest}
-    velocity, model = _velocity(bundle, dataset, refine=refine, **asked)
-    settings = {"affine": affine, "affine_metric": affine_metric, "rounds": rounds, "refine": refine, "finest": finest}
-    settings |= {**asked, "model": model, "formats": sorted(formats)}
-    try:
-        group = Group(subjects, out, settings=settings, velocity=velocity, processes=jobs)
-        last, mean = group.run(affine, affine_metric, rounds)
-        group.write(last, mean, formats)
-    except KeyboardInterrupt:
-        console.say("\nstopped: the same command goes on with what is left")
-        raise SystemExit(130) from None
-    return _finish(group, last, mean, settings)
+    if sequence and within is not None:
+        raise InputError("--within and --sequence: a film is of one subject; make each one's mean by itself")
+    if not 0 <= over_time < math.inf:
+        raise InputError(f"--over-time {over_time:g}: give a number of frames; 0: each frame by itself")
+
+
+class _Build(NamedTuple):
+    """How templates are made."""
+
+    velocity: Velocity
+    settings: dict[str, Any]
+    jobs: int
+
+    def template(
+        self, subjects: Sequence[Subject], out: Path, *, over_time: np.ndarray | None = None
+    ) -> tuple[dict[str, Any], Path]:
+        """What ``template.json`` holds, and the file of where the template counts."""
+        told: dict[str, Any] = {"settings": self.settings, "velocity": self.velocity, "processes": self.jobs}
+        group = Group(subjects, out, over_time=over_time, **told)
+        last, mean = group.run(self.settings["affine"], self.settings["affine_metric"], self.settings["rounds"])
+        group.write(last, mean, self.settings["formats"])
+        inside = group.file(last, "inside")
+        if processes.started():  # it came for another subject's mean
+            return {}, inside
+        return _finish(group, last, mean, self.settings), inside
+
+    def own_mean(self, name: str, scans: Sequence[Subject], out: Path) -> Subject:
+        """A subject by its images: their mean, which is a template of its own in a folder."""
+        if len(scans) == 1:
+            return scans[0]._replace(name=name, scans=(scans[0],))
+        affine, formats = self.settings["affine"], {*self.settings["formats"], "itk"}
+        own = {"affine": "rigid" if affine in BENDING else affine, "formats": sorted(formats)}
+        console.say(f"{name}: the mean of {len(scans)} images")
+        _, inside = self._replace(settings=self.settings | own).template(scans, out)
+        beside = {"label": str(out / LABEL)} if (out / LABEL).is_file() else {}
+        ways = [str(out / SUBJECTS / scan.name / TRANSFORM) for scan in scans]
+        found = tuple(scan._replace(to_mean=way) for scan, way in zip(scans, ways, strict=True))
+        template = out / TEMPLATE
+        return Subject(name, str(template), sha256([template]), {**beside, "mask": str(inside)}, scans=found)
 
 
 def _velocity(
-    bundle: str | None, dataset: str | Path, *, refine: int | None, **asked: Any
+    bundle: str | None, subjects: Sequence[Subject], *, refine: int | None, **asked: Any
 ) -> tuple[Velocity, list[dict[str, str]]]:
     """How a round finds a subject's velocity, and the files of the network that helps it."""
     further = zero_refiner(steps=SHIPPED_STEPS, **asked)
-    found = bundle_named(bundle, Path(dataset))
+    with tempfile.TemporaryDirectory() as aside:  # two of the images tell what there is to register
+        sides = {f"{side}_image": Path(one.image) for side, one in zip(SIDES, subjects, strict=False)}
+        dataset = one_pair(Path(aside) / "pair.json", sides)
+        found = bundle_named(bundle, dataset)
+        known = None if found is None else own(found[0])
+        folder = "" if known is None else inferers.model_folder(str(known[0] / "models"), str(dataset))
     if found is None:
         network, first = None, zero_refiner(steps=ZERO_STEPS if refine is None else refine, **asked)
         model: list[dict[str, str]] = []
     else:
-        known = own(found[0])
         if known is None:
             raise InputError(f"{found[0]}: a template takes a bundle whose configuration is regpipe's own, or none")
-        folder = inferers.model_folder(str(known[0] / "models"), str(dataset))
         network, cascades = load_network(folder, known[1]).eval(), record.read(folder)["cascades"]
         refiner = zero_refiner(steps=SHIPPED_STEPS if refine is None else refine, **asked)
         inferer = inferers.RegistrationInferer(cascades=cascades, refiner=refiner)
@@ -132,10 +202,12 @@ def _finish(group: Group, last: Stage, mean: Mean, settings: Mapping[str, Any]) 
         "log_sums": group.log_sums(last),
         "labels": _vote(out, subjects, last.space.affine),
     }
+    about |= {} if group.over_time is None else {"film": film.write_film(out, subjects)}
     replace_file(out / "template.json", f"{json.dumps(about, indent=1)}\n".encode())
     shown = [(str(told["stage"]), group.image_of(str(told["stage"]))) for told in group.told]
     save_png(out / "template.png", contact_sheet([_picture(image) for _, image in shown], [tag for tag, _ in shown]))
-    inputs = [item for one in subjects for role, path in one.files().items() for item in manifest.sources(role, [path])]
+    images = [scan for one in subjects for scan in one.images()]
+    inputs = [item for one in images for role, path in one.files().items() for item in manifest.sources(role, [path])]
     files = manifest.hashes(out, [*WRITTEN, f"{SUBJECTS}/*/**/*"])
     device = manifest.machine(distributed.device())
     manifest.write(
@@ -146,23 +218,24 @@ def _finish(group: Group, last: Stage, mean: Mean, settings: Mapping[str, Any]) 
 
 def _vote(out: Path, subjects: Sequence[Subject], affine: np.ndarray) -> dict[str, float]:
     """The label map that the subjects vote for; label -> mean Dice of it and each subject's own."""
-    voters = [one for one in subjects if one.label is not None]
+    labelled = [[scan for scan in one.images() if scan.label is not None] for one in subjects]
+    voters = [(scan, 1 / len(scans)) for scans in labelled for scan in scans]
     if not voters:
         return {}
 
-    def maps() -> Iterator[np.ndarray]:
-        for one in voters:
-            yield read_label(out / SUBJECTS / one.name / "warped_label.nii.gz")[0].array
+    def maps() -> Iterator[tuple[np.ndarray, float]]:
+        for one, share in voters:
+            yield read_label(out / SUBJECTS / one.name / "warped_label.nii.gz")[0].array, share
 
-    votes = Votes(next(maps()).shape)
-    for labels in maps():
-        votes.add(labels)
+    votes = Votes(next(maps())[0].shape)
+    for labels, share in maps():
+        votes.add(labels, share)
     won = ids_of(votes.won(), LABEL)
     displacement.write_image(out / LABEL, won, affine)
     known = [label for label in sorted(votes.counts) if label]
     for label in known:
         displacement.write_image(out / PROBABILITY.format(label), votes.probability(label), affine)
-    alike = [dice(won, labels, known) for labels in maps()]
+    alike = [dice(won, labels, known) for labels, _ in maps()]
     return {str(label): mean_of(one[label] for one in alike) for label in known}
 
 

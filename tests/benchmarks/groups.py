@@ -40,8 +40,8 @@ def through(template: Path, pair: Pair) -> float:
     return mean_of(dice(fixed.array, carried, shared_labels(fixed.array, moving.array)).values())
 
 
-def registered(pairs: Sequence[Pair], out: Path, finest: int | None) -> list[float]:
-    """The same of pairs registered by themselves, from zero."""
+def registered(pairs: Sequence[Pair], out: Path, finest: int | None, bundle: str | None) -> list[float]:
+    """The same of pairs registered by themselves."""
     keys = ("image", "label")
     entries = [
         {f"{side}_{key}": one.files()[key] for side, one in zip(("fixed", "moving"), pair, strict=True) for key in keys}
@@ -50,7 +50,7 @@ def registered(pairs: Sequence[Pair], out: Path, finest: int | None) -> list[flo
     out.mkdir(parents=True, exist_ok=True)
     listed = out / "pairs.json"
     listed.write_text(json.dumps({"test": entries}))
-    register_files(listed, out / "cases", bundle="none", finest=finest)
+    register_files(listed, out / "cases", bundle=bundle, finest=finest)
     found = {row["case"]: float(row["dice_native"]) for row in read_rows(out / "cases" / "metrics.csv")}
     return [found[f"{moving.name}_to_{fixed.name}"] for fixed, moving in pairs]
 
@@ -67,13 +67,14 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--finest", type=int)
+    parser.add_argument("--bundle", help="of the pairs; none: from zero; default: that of regpipe register")
     chosen = parser.parse_args()
     pairs = list(itertools.permutations(list_subjects(chosen.data), 2))
     by_template = [through(chosen.template, pair) for pair in pairs]
     some = sorted(np.random.default_rng(0).permutation(len(pairs))[: chosen.pairs].tolist())
     print(f"all {len(pairs)} pairs through the template: {interval(by_template)}")
     print(f"{len(some)} of them through the template: {interval([by_template[i] for i in some])}", flush=True)
-    alone = registered([pairs[i] for i in some], chosen.out, chosen.finest)
+    alone = registered([pairs[i] for i in some], chosen.out, chosen.finest, chosen.bundle)
     print(f"the same {len(some)} registered by themselves: {interval(alone)}")
     print(f"difference: {interval([by_template[i] - one for i, one in zip(some, alone, strict=True)])}")
 
