@@ -195,9 +195,9 @@ class _Case:
 
     def _save_image(self, name: str, key: str, forward: np.ndarray, fill: float | None) -> np.ndarray:
         """A moving image, resampled once, with its gaps."""
-        read = self.files.read(self.case[key], read_image)
+        read, onto = self.files.read(self.case[key], read_image), self.files.image(self.case["fixed_image"]).affine
         fill = background.outside(read.array) if fill is None else fill
-        warped = displacement.resample_through(read, forward, self.fixed.affine, order=1, fill=fill)
+        warped = displacement.resample_through(read, forward, onto, order=1, fill=fill)
         self.image(name, warped.astype(np.float32))
         return warped
 
