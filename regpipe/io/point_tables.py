@@ -27,6 +27,7 @@ VOXELS = {"vox", "voxel", "px", "pixel", "index"}
 BESIDES = {"coord", "coordinate", "pos", "position", "center", "centre", "world", "lps", "ras", "in"}
 NAMES = ("label", "name", "landmark", "id", "point")  # columns of names, in the order of preference
 UNKNOWN = ("", "na", "n/a", "none", "null", "-")  # cells without a number
+WEIGHT = "weight"
 HEADER = "needs the header x,y or x,y,z (LPS mm), r,a,s, l,p,s or i,j,k (voxels), and a row per point"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 TAG = re.compile(
@@ -42,6 +43,7 @@ class PointFile(NamedTuple):
     render: Callable[[np.ndarray], bytes]
     names: tuple[str, ...] | None = None  # of the points, where the file has any
     voxels: bool = False  # whether the points are voxels of their image, counted from 0
+    weights: np.ndarray | None = None  # (K,), where the file has any
 
 
 class _Columns(NamedTuple):
@@ -72,7 +74,10 @@ def read_csv(data: bytes) -> PointFile:
 
     column = _of_names(header)
     names = None if column is None else _names(row[column] if column < len(row) else "" for row in rows)
-    return PointFile(_numbers(rows, columns.at, commas=commas) * columns.scale, render, names, columns.voxels)
+    weights = None
+    if WEIGHT in (named := [cell.strip().lower() for cell in header]):
+        weights = _numbers(rows, [named.index(WEIGHT)], commas=commas)[:, 0]
+    return PointFile(_numbers(rows, columns.at, commas=commas) * columns.scale, render, names, columns.voxels, weights)
 
 
 def _words_of(cell: str) -> list[str]:
