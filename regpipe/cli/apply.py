@@ -128,6 +128,9 @@ def jacobian(
     ] = "fixed",
     reference: Reference = None,
     log: Annotated[bool, typer.Option("--log", help="The logarithm: 0 where the volume stays.")] = False,
+    strain: Annotated[
+        bool, typer.Option("--strain", help="Green-Lagrange's strain tensor instead, LPS: 0 where it moves rigidly.")
+    ] = False,
     labels: Annotated[
         Path | None, typer.Option(help="Label map on that grid: the change of each region too, in OUT_labels.csv.")
     ] = None,
@@ -135,13 +138,18 @@ def jacobian(
     """How much larger each voxel's place is in the other image: the determinant of the Jacobian.
 
     2 on the fixed image's grid: there the moving image is twice as large. Of labels the mean is that of the region as
-    a whole; p5 and p95 are of its voxels.
+    a whole; p5 and p95 are of its voxels. With --strain it is the mean of the largest and smallest principal strain.
     """
     from regpipe.transforms.volume import jacobian as run
 
-    rows = run(transform, out, to=to, reference=reference, log=log, labels=labels)
+    rows = run(transform, out, to=to, reference=reference, log=log, strained=strain, labels=labels)
     console.tell(file=out, regions=rows)
     for row in rows:
-        label, _, mean, low, high = row.values()
-        print(f"label {label}: times {mean:.3f} (5 to 95 % of its voxels: {low:.3f} to {high:.3f})")
+        label, _, *told = row.values()
+        what = ("stretched by", "at least") if strain else ("times",)
+        of = (
+            f"{word} {mean:.3f} (5 to 95 % of its voxels: {low:.3f} to {high:.3f})"
+            for word, mean, low, high in zip(what, told[::3], told[1::3], told[2::3], strict=True)
+        )
+        print(f"label {label}: {', '.join(of)}")
     print(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,7 @@ from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 
 from helpers.folders import save
+from regpipe.io.series import read_series
 from regpipe.transforms import volume
 from regpipe.transforms.apply import apply
 from regpipe.transforms.displacement import write_displacement
@@ -155,3 +157,58 @@ def test_labels_keep_no_sum_and_regions_need_the_maps_grid(tmp_path: Path) -> No
     with pytest.raises(InputError, match="small_seg.*another grid"):
         jacobian(tmp_path / "t.tfm", tmp_path / "map.nii.gz", reference=image, labels=labels)
     assert not (tmp_path / "map.nii.gz").exists()
+
+
+def test_strain_is_green_lagranges(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.nii.gz", blob(), AFFINE)
+    labels = save(tmp_path / "all_seg.nii.gz", np.ones(SHAPE, np.uint8), AFFINE)
+    (row,) = jacobian(linear(tmp_path / "t.tfm"), tmp_path / "e.nrrd", reference=image, strained=True, labels=labels)
+    expected = (MATRIX.T @ MATRIX - np.eye(3)) / 2  # of a linear map, in the axes of its matrix: LPS
+    series = read_series(tmp_path / "e.nrrd")  # by ITK
+    assert series is not None and series.kind == "tensor"
+    found = series.array
+    np.testing.assert_allclose(found, np.broadcast_to(expected[np.triu_indices(3)], found.shape), atol=1e-4)
+    jacobian(tmp_path / "t.tfm", tmp_path / "e.nii.gz", reference=image, strained=True)
+    lower = read(tmp_path / "e.nii.gz")[:, :, :, 0]
+    np.testing.assert_allclose(lower, np.broadcast_to(expected[np.tril_indices(3)], lower.shape), atol=1e-4)
+    assert nib.Nifti1Image.from_filename(tmp_path / "e.nii.gz").header.get_intent()[0] == "symmetric matrix"
+    ends = np.linalg.eigvalsh(expected)[[-1, 0]]
+    assert [row["strain_max"], row["strain_min"]] == pytest.approx([*ends], abs=1e-4)
+    head = (tmp_path / "e_labels.csv").read_text().splitlines()[0]
+    assert head == "label,volume_ml,strain_max,strain_max_p5,strain_max_p95,strain_min,strain_min_p5,strain_min_p95"
+
+
+def test_a_rotation_strains_nothing_and_a_swelling_as_its_closed_form(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.nii.gz", blob(), AFFINE)
+    turn = Rotation.from_euler("zyx", [20, -10, 5], degrees=True).as_matrix()
+    jacobian(linear(tmp_path / "r.tfm", turn), tmp_path / "r.nii.gz", reference=image, strained=True)
+    assert np.abs(read(tmp_path / "r.nii.gz")).max() < 1e-4
+    jacobian(swelling(tmp_path / "d.nii.gz"), tmp_path / "s.nii.gz", reference=image, strained=True)
+    r2 = (places() ** 2).sum(-1)
+    bump = 0.3 * np.exp(-r2 / 12**2)
+    stretches = 1 + bump - 2 * r2 / 12**2 * bump, 1 + bump  # of p f(r): along the radius, and twice across it
+    trace = (stretches[0] ** 2 + 2 * stretches[1] ** 2 - 3) / 2
+    lower, inner = read(tmp_path / "s.nii.gz")[:, :, :, 0], (slice(2, -2),) * 3
+    np.testing.assert_allclose((lower[..., [0, 2, 5]].sum(-1))[inner], trace[inner], atol=0.03)
+
+
+def test_strain_of_a_picture_and_of_one_slice_in_space_is_that_of_the_plane(tmp_path: Path) -> None:
+    flat, slices = np.diag([1.0, 1.0, 1.0, 1.0]), blob()[:, :, 16:17]
+    sitk.WriteTransform(sitk.AffineTransform([1.2, 0.0, 0.1, 1.5], (1.0, 2.0)), str(tmp_path / "t.tfm"))
+    image = save(tmp_path / "flat.nii.gz", slices[..., 0], flat)
+    jacobian(tmp_path / "t.tfm", tmp_path / "e.nii.gz", reference=image, strained=True)
+    expected = (np.array([[1.2, 0.1], [0.0, 1.5]]) @ np.array([[1.2, 0.0], [0.1, 1.5]]) - np.eye(2)) / 2
+    found = read(tmp_path / "e.nii.gz").reshape(-1, 3)
+    np.testing.assert_allclose(found, np.broadcast_to(expected[np.triu_indices(2)], found.shape), atol=1e-4)
+    turn = Rotation.from_euler("x", 30, degrees=True).as_matrix() @ np.diag([2.0, 1, 1])
+    tilted = save(tmp_path / "slice.nii.gz", slices, AFFINE)
+    labels = save(tmp_path / "slice_seg.nii.gz", np.ones(slices.shape, np.uint8), AFFINE)
+    told: dict[str, Any] = {"reference": tilted, "strained": True, "labels": labels}
+    (row,) = jacobian(linear(tmp_path / "x.tfm", turn), tmp_path / "x.nii.gz", **told)
+    assert [row["strain_max"], row["strain_min"]] == pytest.approx([1.5, 0], abs=1e-3)
+
+
+def test_strain_has_no_logarithm(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.nii.gz", blob(), AFFINE)
+    with pytest.raises(InputError, match="--log is of volumes"):
+        jacobian(linear(tmp_path / "t.tfm"), tmp_path / "e.nii.gz", reference=image, strained=True, log=True)
