@@ -223,6 +223,24 @@ def bootstrap_interval(values: Array | Sequence[float], *, seed: int = 0) -> tup
     return mean, float(found.low), float(found.high)
 
 
+def mean_ratios(cases: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, float, float, float]]:
+    """Of ``volumes`` of rows of ``metrics.json``: label -> number of cases, mean ratio, and its 95 % interval.
+
+    The mean is that of the logarithms, so that twice and half are 1; ``bootstrap_interval`` over the cases. A region
+    that folds as a whole has no logarithm.
+    """
+    found: dict[str, list[float]] = {}
+    for case in cases:
+        for label, told in case.get("volumes", {}).items():
+            ratio = float(told["ratio"])
+            found.setdefault(label, []).append(math.log(ratio) if ratio > 0 else math.nan)
+    means = {}
+    for label in sorted(found, key=int):
+        mean, low, high = map(math.exp, bootstrap_interval(found[label]))
+        means[label] = len(known(found[label])), mean, low, high
+    return means
+
+
 def known(values: Iterable[float]) -> np.ndarray:
     """The values that are not NaN."""
     array = np.asarray(list(values), dtype=float)

@@ -40,6 +40,7 @@ class Registered(NamedTuple):
     verdict: Verdict
     view: dict[str, Any] | None  # see ``report.views``
     warnings: list[str]  # see ``metrics.trust``
+    volumes: dict[str, Any]  # of its labels, see ``transforms.volume``
     origin: str  # its weights and settings, as JSON
 
 
@@ -69,6 +70,7 @@ def write_report(
         counts={status: sum(case.verdict.status == status for case in cases) for status in ("fail", "warn", "pass")},
         columns=[name for name in shown_in("page") if any(_has(case, name) for case in cases)],
         limits=limits,
+        volumes=_volumes(cases),
         made=_made([case.folder for case in cases]),
     )
     try:
@@ -118,7 +120,17 @@ def _read(path: Path, limits: Mapping[str, Threshold]) -> Registered:
     made = content.get("made_from")
     made = made if isinstance(made, dict) else {}  # of another tool's row, or an older version's: unknown
     origin = json.dumps([made.get("weights"), made.get("settings")], sort_keys=True)
-    return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings, origin)
+    volumes = {str(int(label)): {"ratio": float(told["ratio"])} for label, told in content.get("volumes", {}).items()}
+    return Registered(str(content["case"]), path, row, verdict, _view(path / views.FOLDER), warnings, volumes, origin)
+
+
+def _volumes(cases: Sequence[Registered]) -> dict[str, tuple[int, float, float, float]]:
+    told = [{"volumes": case.volumes} for case in cases if case.volumes]
+    if not told:
+        return {}
+    from regpipe.metrics.measures import mean_ratios  # brings torch, which a page without labels does not need
+
+    return mean_ratios(told)
 
 
 def _made_otherwise(cases: Sequence[Registered]) -> list[str]:

@@ -238,3 +238,17 @@ def test_the_command_says_where_and_how_many(folder: Path, tmp_path: Path) -> No
     assert run.exit_code == 0
     assert run.stdout.startswith(f"{folder / 'report.html'}: 3 cases (0 fail, 1 warn, 2 pass)")
     assert run.stdout.count("\n") == 1
+
+
+def test_mean_changes_of_volume_have_their_place_and_their_interval(tmp_path: Path) -> None:
+    for name, ratio in (("a", 2.0), ("b", 0.5), ("c", 1.0)):
+        write_case(tmp_path / name, name, {"dice": 0.9})
+        path = tmp_path / name / "metrics.json"
+        row = json.loads(path.read_text())
+        row["volumes"] = {"7": {"ratio": ratio, "p5": 0.1, "p95": 3.0}, "12": {"ratio": 1.5, "p5": 1.0, "p95": 2.0}}
+        path.write_text(json.dumps(row))
+    text = write_report(tmp_path, thresholds())[0].read_text()
+    rows = [re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr><th scope=.row.>.*?</tr>", text)]
+    assert rows[0][:3] == ["7", "3", "1.000"] and rows[1] == ["12", "3", "1.500", "1.500 to 1.500"]
+    low, high = map(float, rows[0][3].split(" to "))
+    assert 0.5 <= low < 1 < high <= 2 and low * high == pytest.approx(1, rel=0.2)  # twice and half, in logarithms
