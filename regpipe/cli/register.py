@@ -89,7 +89,29 @@ def register(
     smoothness: Smoothness = None,
     finest: Finest = None,
     guide: Annotated[str | None, option(RefinementOptions, "guide", completion.GUIDES, several=True)] = None,
+    guide_labels: Annotated[
+        str | None, typer.Option("--guide-labels", metavar="L,L", help="Of --guide labels: these alone lead.")
+    ] = None,
+    rigid: Annotated[
+        str | None,
+        typer.Option(metavar="all|L,L", help="Labels of the fixed image that stay rigid, each by a motion of its own."),
+    ] = None,
     features: Annotated[str | None, option(RefinementOptions, "features", metavar="WHAT")] = None,
+    channel_weights: Annotated[str | None, option(RefinementOptions, "channel_weights", metavar="W,W")] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|I,I",
+            help="Images of several values at each place (4D, colours) are such channels: all, or which, from 0.",
+        ),
+    ] = None,
+    fixed_channel: Annotated[
+        list[Path] | None,
+        typer.Option("--fixed-channel", help="With two files: one more of FIXED, on its grid; may be given again."),
+    ] = None,
+    moving_channel: Annotated[
+        list[Path] | None, typer.Option("--moving-channel", help="With two files: the same of MOVING, in that order.")
+    ] = None,
     formats: Formats = None,
     fixed_label: Annotated[Path | None, typer.Option(help="With two files: label map of FIXED.")] = None,
     moving_label: Annotated[Path | None, typer.Option(help="With two files: label map of MOVING.")] = None,
@@ -147,9 +169,10 @@ def register(
     from regpipe.inference.register import BESIDE, one_pair, register_files
     from regpipe.transforms.initial import named
 
-    given = asked(context, "inputs", "out", "landmarks", "initial")
+    given = asked(context, "inputs", "out", "landmarks", "initial", "fixed_channel", "moving_channel")
     beside = {name: Path(given.pop(name)) for name in BESIDE if name in given}
     beside |= zip(("fixed_landmarks", "moving_landmarks"), landmarks or (), strict=False)
+    more = fixed_channel or [], moving_channel or []
     if jobs == 1 or len(inputs) == 2:
         del given["jobs"]
     with tempfile.TemporaryDirectory() as aside:
@@ -157,8 +180,9 @@ def register(
         if len(inputs) == 1 and dataset.is_file() and dataset.suffix.lower() != ".json":
             raise InputError(f"{dataset}: is one image; give FIXED and MOVING, or a folder of pairs")
         if len(inputs) == 2:
-            images = {"fixed_image": inputs[0], "moving_image": inputs[1]}
+            images: dict[str, Any] = {"fixed_image": [inputs[0], *more[0]], "moving_image": [inputs[1], *more[1]]}
             dataset = one_pair(Path(aside) / "pair.json", {**images, **beside, **named(initial or ())})
-        elif initial or beside:
-            raise InputError("labels, masks, --landmarks and --initial go with two files; a datalist holds its own")
+        elif initial or beside or any(more):
+            told = "labels, masks, channels, --landmarks and --initial"
+            raise InputError(f"{told} go with two files; a datalist holds its own")
         register_files(dataset, out, **given)

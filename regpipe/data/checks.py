@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from nibabel.affines import apply_affine
 
+from regpipe.data import channels
 from regpipe.data.members import KINDS
 from regpipe.data.pairs import SIDES, Case
 from regpipe.io.geometry import flipped
@@ -42,6 +43,9 @@ def check_pairs(
     keys = [(side, kind) for kind, side in itertools.product(KINDS, SIDES)]
     wanted = dict.fromkeys(
         (kind, c[f"{side}_{kind}"], c[f"{side}_image"]) for c in cases for side, kind in keys if f"{side}_{kind}" in c
+    )
+    wanted |= dict.fromkeys(
+        ("image", c[key], c[key]) for c in cases for side in SIDES for key in channels.keys(c, side)
     )
     facts: dict[tuple[str, str, str], _Facts | InputError] = {}
     for kind, path, image in Progress(wanted, what="checking", unit="files") if progress else wanted:
@@ -84,9 +88,15 @@ def _problem(case: Case, facts: Mapping[tuple[str, str, str], _Facts | InputErro
     for side in SIDES:
         image, label, points, mask, ignore = (known.get(f"{side}_{kind}") for kind in KINDS)
         assert image is not None
-        for kind, drawn in (("label", label), ("mask", mask), ("ignore", ignore)):
+        beside = {f"{side}_label": label, f"{side}_mask": mask, f"{side}_ignore": ignore}
+        for key in channels.keys(case, side):
+            fact = facts["image", case[key], case[key]]
+            if isinstance(fact, InputError):
+                return str(fact)
+            beside[key] = fact
+        for key, drawn in beside.items():
             if drawn and not _same_grid(image, drawn):
-                return f"{case[f'{side}_{kind}']}: not on its image's grid; resample it onto the image"
+                return f"{case[key]}: not on its image's grid; resample it onto the image"
         if points and len(points.shape) != len(image.shape):
             return f"{case[f'{side}_landmarks']}: points and image differ in dimension; mend it"
         if points and points.lps is not None and _outside(points.lps.points, image):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regpipe.data import channels
 from regpipe.data.cache import Store
 from regpipe.data.checks import unlike_landmarks
 from regpipe.data.members import KINDS
@@ -55,12 +56,14 @@ class LoadPair:
 
     Gives ``case`` and, for ``fixed_`` and ``moving_``: ``image`` (1, *S) float32 in [0, 1];
     ``label`` (1, *S) int32, or int64 where ids need that, zeros where there is none; ``landmarks`` (K, D) float32 in
-    working voxels, K is 0 where either image has none; ``mask`` (1, *S) float32, 1 where the grid lies inside the
-    image's field of view and, where there is a mask file, inside its nonzero voxels, else 0; ``affine`` (D+1, D+1)
-    float64, working voxel -> RAS mm. ``moving_bend`` (3, 3) float64 where the stage is ``projective``: the moving image
-    is seen at ``bend(x)``, see ``transforms.homography``; ``moving_field`` (D, *S) float64 after an initial transform
-    that is not linear: it is seen at ``x + field(x)``, see ``transforms.initial``. ``displacement`` (D, *S) where there
-    is a true one, working voxels.
+    working voxels, K is 0 where either image has none, ``landmark_weights`` (K,) of a file that has some; ``mask``
+    (1, *S) float32, 1 where the grid lies inside the image's field of view and, where there is a mask file, inside its
+    nonzero voxels, else 0; ``affine`` (D+1, D+1) float64, working voxel -> RAS mm; ``channels`` (C - 1, *S), as
+    ``image``, of those beside it, where there are any (``data.channels``): a mask is that of all. ``moving_bend``
+    (3, 3) float64 where the stage is ``projective``: the moving image is seen at ``bend(x)``, see
+    ``transforms.homography``; ``moving_field`` (D, *S) float64 after an initial transform that is not linear: it is
+    seen at ``x + field(x)``, see ``transforms.initial``. ``displacement`` (D, *S) where there is a true one, working
+    voxels.
     With ``cache`` they are kept, per image and field and not per pair, and handed out without a copy: never change them
     in place. In the folder ``cache_dir`` they are kept beyond this process, the alignments too; see ``data.cache``.
 
@@ -108,7 +111,7 @@ class LoadPair:
         if unlike:
             raise InputError(unlike)
         if not all(counts.values()):  # one of them has no partner's: no supervision from this pair
-            item |= {f"{side}_landmarks": item[f"{side}_landmarks"][:0] for side in SIDES}
+            item |= {name: item[name][:0] for name in item if name.endswith(("landmarks", "landmark_weights"))}
         return item
 
     def _paired(self, case: Case, item: Mapping[str, Any], files: Source) -> dict[str, Tensor]:
@@ -122,9 +125,9 @@ class LoadPair:
             return {}
         moved = {}
         for side, count, order in zip(SIDES, *paired, strict=True):
-            points = item[f"{side}_landmarks"]
-            first = len(points) - count
-            moved[f"{side}_landmarks"] = torch.cat([points[:first], points[first:][torch.from_numpy(order)]])
+            for name in {f"{side}_landmarks", f"{side}_landmark_weights"} & item.keys():
+                values, first = item[name], len(item[name]) - count
+                moved[name] = torch.cat([values[:first], values[first:][torch.from_numpy(order)]])
         return moved
 
     def grid_of(self, case: Case, files: Source | None = None) -> Grid:
@@ -132,7 +135,8 @@ class LoadPair:
         return self.frames.grid_of(case, files)
 
     def _side(self, case: Case, side: str, view: _View, grid: Grid, files: Source) -> dict[str, Tensor]:
-        paths, image = tuple(case.get(f"{side}_{kind}") for kind in KINDS), case[f"{side}_image"]
+        beside = [case[key] for key in channels.keys(case, side)]
+        paths, image = (*(case.get(f"{side}_{kind}") for kind in KINDS), *beside), case[f"{side}_image"]
         make = functools.partial(self._make, paths, side, view, grid.shape, files)
         # An image's frame of its own is the same in all pairs; any other, and what is bent, is this pair's alone.
         if view.is_bent or not np.array_equal(view.frame, self.frames.around(image, grid, files)):
@@ -193,25 +197,34 @@ class LoadPair:
         return images.normalise(array)
 
     def _load(self, paths: Sequence[Any], view: _View, shape: tuple[int, ...], files: Source) -> dict[str, Tensor]:
-        path, label, landmarks, mask, ignore = paths
-        image, dim, affine = files.image(path), len(shape), view.affine
-        grey = image._replace(array=self.scale(image.array))
-        array = images.resample(grey, affine, shape, order=1, field=view.field)
+        path, label, landmarks, mask, ignore, *more = paths
+        dim, affine = len(shape), view.affine
+        shown = [self._shown(files.image(one), view, shape) for one in (path, *more)]
         labels, points, back = np.zeros(shape, np.int32), [np.zeros((0, dim))], np.linalg.inv(affine)
+        weights: dict[str, np.ndarray] = {}
         if label:
             found, channels = files.label(label, self.landmark_channels, image=path)
             labels = images.resample(found, affine, shape, order=0, field=view.field)
             if channels is not None:
                 points.append(geometry.carry(back @ found.affine, channels))
         if landmarks:
-            lps = files.landmarks(landmarks, path).points
-            points.append(geometry.carry(back, geometry.flipped(lps)))
+            named = files.landmarks(landmarks, path)
+            points.append(geometry.carry(back, geometry.flipped(named.points)))
+            if named.weights is not None:  # those of channels have none
+                weights = {"landmark_weights": np.r_[np.ones(sum(map(len, points[:-1]))), named.weights]}
+        masks = [_mask(one, (mask, ignore), files, view, shape, rims=self.mask_rims) for one in (path, *more)]
         return {
-            "image": torch.from_numpy(array)[None],
+            "image": torch.from_numpy(shown[0])[None],
             "label": torch.from_numpy(labels)[None],
             "landmarks": torch.from_numpy(view.straight(np.concatenate(points))).float(),
-            "mask": _mask(path, (mask, ignore), files, view, shape, rims=self.mask_rims)[None],
+            "mask": functools.reduce(torch.minimum, masks)[None],
+            **{key: torch.from_numpy(value).float() for key, value in weights.items()},
+            **({"channels": torch.from_numpy(np.stack(shown[1:]))} if more else {}),
         }
+
+    def _shown(self, image: Image, view: _View, shape: tuple[int, ...]) -> np.ndarray:
+        grey = image._replace(array=self.scale(image.array))
+        return images.resample(grey, view.affine, shape, order=1, field=view.field)
 
 
 def _mask(
@@ -261,7 +274,7 @@ def collate_pairs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             )
     batch: dict[str, Any] = {"case": [item["case"] for item in items]}
     for key in set.intersection(*({*item} for item in items)):  # not every case has a true displacement
-        if key.endswith("landmarks"):
+        if key.endswith(("landmarks", "landmark_weights")):
             points = [item[key] for item in items]
             batch[key] = torch.nn.utils.rnn.pad_sequence(points, True, float("nan"))
         elif key != "case":

@@ -2,7 +2,8 @@
 
 A *case* is a plain dict of strings: ``case`` (its name), ``fixed_image``, ``moving_image`` and,
 where there are any, ``fixed_label``, ``fixed_landmarks``, ``fixed_mask``, the same of ``moving``, ``initial_1`` ...
-(``transforms.initial``), ``displacement`` (the true one, of phantoms): absolute paths, as ``io.images`` reads them.
+(``transforms.initial``), ``fixed_image_2`` ... (``data.channels``), ``displacement`` (the true one, of phantoms):
+absolute paths, as ``io.images`` reads them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from regpipe.data import channels
 from regpipe.data.members import KINDS, files_of, natural, report, subjects_of
 from regpipe.io import images
 from regpipe.io.formats import warn_once
@@ -221,7 +223,12 @@ def _entry(entry: Mapping[str, str], file: Path) -> Case:
     if not isinstance(entry, Mapping):
         raise InputError(f"{file}: a case is a dict of paths, not {json.dumps(entry)[:120]}; see the layouts")
     case = {}
+    try:
+        entry = channels.flat(entry)
+    except InputError as problem:
+        raise InputError(f"{file}: {problem}") from None
     keys = [f"{side}_{kind}" for side, kind in itertools.product(SIDES, KINDS)] + initial.keys(entry)
+    keys += [key for side in SIDES for key in channels.keys(entry, side)]
     wrong = [key for key in entry if key.startswith((*SIDES, "initial")) and key not in keys]
     if wrong:
         raise InputError(f"{file}: unknown key '{wrong[0][:40]}'; known are {', '.join(keys)}, initial_1, ...")

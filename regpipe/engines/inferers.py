@@ -56,8 +56,10 @@ def prepare_batch(
         key: value.to(device, non_blocking=non_blocking, **to_kwargs) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
-    masks = tuple(target[key] for key in ("fixed_mask", "moving_mask") if key in target)
-    return torch.cat([target["fixed_image"], target["moving_image"]], 1), target, (), {"masks": masks}
+    told = {"masks": tuple(target[key] for key in ("fixed_mask", "moving_mask") if key in target)}
+    if "fixed_channels" in target:
+        told["channels"] = target["fixed_channels"], target["moving_channels"]
+    return torch.cat([target["fixed_image"], target["moving_image"]], 1), target, (), told
 
 
 class RegistrationInferer(Inferer):
@@ -94,6 +96,7 @@ class RegistrationInferer(Inferer):
         *args: Any,
         masks: Sequence[Tensor] = (),
         truth: Mapping[str, Tensor] = NO_TRUTH,
+        channels: Sequence[Tensor] = (),
         **kwargs: Any,
     ) -> dict[str, Any]:
         found = prediction(network(inputs, *args, **kwargs))
@@ -108,7 +111,7 @@ class RegistrationInferer(Inferer):
         beside: dict[str, Any] = dict(anatomy)
         with torch.autocast(inputs.device.type, enabled=False):
             if self.refiner is not None:
-                told: dict[str, Any] = {"masks": masks, "truth": truth, **anatomy}
+                told: dict[str, Any] = {"masks": masks, "truth": truth, "channels": channels, **anatomy}
                 velocity, beside["start"], beside["contrast"] = self.refiner.refine(
                     fixed, moving, velocity, better=True, **told
                 )
@@ -152,10 +155,11 @@ class ZeroInferer(Inferer):
         *args: Any,
         masks: Sequence[Tensor] = (),
         truth: Mapping[str, Tensor] = NO_TRUTH,
+        channels: Sequence[Tensor] = (),
         **kwargs: Any,
     ) -> dict[str, Any]:
         fixed, moving = inputs.float().chunk(2, dim=1)
-        found = self.refiner.refine(fixed, moving, masks=masks, truth=truth)
+        found = self.refiner.refine(fixed, moving, masks=masks, truth=truth, channels=channels)
         result = register(fixed, moving, found.velocity)
         fields = without_folds(fixed, moving, result) if self.repair else result.tensors()
         return {**fields, "contrast": found.contrasts}
@@ -207,7 +211,7 @@ def dimensions_of(dataset_dir: str, *, most: int | None = None) -> set[int]:
     known = dict.fromkeys(case[f"{side}_image"] for case in cases for side in SIDES)
     for path in itertools.islice(known, most):
         with contextlib.suppress(InputError):  # said when its turn comes
-            found.add(len(images.geometry(path)[0]))
+            found.add(len(images.header(path, film=True)[0]))
     return found or {2}
 
 

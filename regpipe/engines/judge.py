@@ -6,7 +6,7 @@ Where there is nothing else to follow, a similarity follows noise, and rises. So
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from regpipe.fields.algebra import Layers, Registration, register, resize_image
 from regpipe.losses.lncc import box_sum
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.noise import SHARE, split_noise
-from regpipe.losses.terms import explained, overlaps
+from regpipe.losses.terms import Target, explained, overlaps
 from regpipe.transforms.likeness import information
 
 LOCAL = {"auto", "lncc"}  # terms that compare by local correlation
@@ -31,9 +31,11 @@ CLEARER, CONVINCING = 1.01, 1.05  # times the mutual information of the pair as 
 SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the halves, in standard deviations
 
 
-def halves_of(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def halves_of(batch: Target) -> tuple[dict[str, Any], dict[str, Any]]:
     """A pair twice, with noise that is independent, and the noise beside it: what is optimised, and what judges."""
     seen, unseen = dict(batch), dict(batch)
+    if "channels" in batch:
+        seen["channels"], unseen["channels"] = zip(*map(halves_of, batch["channels"]), strict=True)
     for side in SIDES:
         halves = split_noise(batch[f"{side}_image"])
         seen |= {f"{side}_image": halves.seen, f"{side}_noise": SEEN * halves.noise}
@@ -46,22 +48,29 @@ class Judge:
 
     Local correlation is judged in neighbourhoods of ``REACH`` voxels. Where it rises while mutual information falls, it
     misreads the images' contrasts: the pair is ``misled``, and no step counts any more. Any other similarity is judged
-    by one number for the whole image.
+    by one number for the whole image. Of several channels each judges by itself: what one of
+    them bears out counts.
     """
 
     def __init__(self, loss: RegistrationLoss, layers: Layers) -> None:
+        self.others = [Judge(of_channel, layers) for of_channel in loss.channels]
         self.loss, self.layers = loss, layers
         self.local = not LOCAL.isdisjoint(loss.weights)
         self.misled = False
 
     @torch.no_grad()
-    def share(
-        self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor], witness: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def share(self, before: Tensor, after: Tensor, unseen: Target, witness: Target | None = None) -> Tensor:
         """(1, 1, *grid) in [0, 1] for velocities (1, D, *grid) and a target of images (1, 1, *spatial).
 
         ``witness``: the images that tell mutual information, of a finer level where this one has too few voxels.
         """
+        share = self._share(before, after, unseen, witness)
+        for i, judge in enumerate(self.others):
+            other = judge.share(before, after, unseen["channels"][i], witness and witness["channels"][i])
+            share = torch.maximum(share, other)
+        return share
+
+    def _share(self, before: Tensor, after: Tensor, unseen: Target, witness: Target | None) -> Tensor:
         if not self.local:
             return self._as_one(before, after, unseen)
         was, found, opposite = (self._register(v, unseen) for v in (before, after, 2 * before - after))
@@ -77,12 +86,12 @@ class Judge:
             self.misled |= self._known(kept, unseen) < self._known(was, unseen)
         return torch.zeros_like(share) if self.misled else share
 
-    def paying(self, unseen: Mapping[str, Tensor], velocity: Tensor) -> Tensor:
+    def paying(self, unseen: Target, velocity: Tensor) -> Tensor:
         """What pays of a network's velocity, at the resolution where refinement begins."""
         shape = coarser_shape(unseen["fixed_image"].shape[2:], FROM_NETWORK[0].stride)
         return velocity * self.share(torch.zeros_like(velocity), velocity, pyramid_level(unseen, shape))
 
-    def tells_more(self, unseen: Mapping[str, Tensor], velocity: Tensor, other: Tensor) -> bool:
+    def tells_more(self, unseen: Target, velocity: Tensor, other: Tensor) -> bool:
         """Whether the images, as they are, tell clearly more of each other by a velocity than by the other and by none.
 
         A curve that is not one-to-one makes a rim look like what lies deeper inside: what follows that gains little.
@@ -90,31 +99,33 @@ class Judge:
         told, as_it_is, none = (self.information(v, unseen) for v in (velocity, other, torch.zeros_like(velocity)))
         return told > CLEARER * as_it_is and told > CONVINCING * none
 
-    def _as_one(self, before: Tensor, after: Tensor, unseen: Mapping[str, Tensor]) -> Tensor:
+    def _as_one(self, before: Tensor, after: Tensor, unseen: Target) -> Tensor:
         """All of the step where it is better than none of it, than half of it and than the opposite, else none."""
         velocities = (before, after, (before + after) / 2, 2 * before - after)
         was, found, half, opposite = (self._unlike(self._register(v, unseen), unseen) for v in velocities)
         better = found < half and found < was and was - found > MARGIN * (was - opposite)
         return torch.full_like(before[:, :1], float(better))
 
-    def _register(self, velocity: Tensor, unseen: Mapping[str, Tensor]) -> Registration:
+    def _register(self, velocity: Tensor, unseen: Target) -> Registration:
         return register(unseen["fixed_image"], unseen["moving_image"], velocity, layers=self.layers)
 
-    def _explained(self, result: Registration, unseen: Mapping[str, Tensor]) -> Tensor:
+    def _explained(self, result: Registration, unseen: Target) -> Tensor:
         forward, back = (_mean(x, mask) for x, mask in explained(result, unseen, self.loss.options))
         return (forward + back) / 2
 
     @torch.no_grad()
-    def information(self, velocity: Tensor, images: Mapping[str, Tensor]) -> float:
-        """Mutual information in nats, the sum of both ways, where both images are known."""
-        return self._known(self._register(velocity, images), images)
+    def information(self, velocity: Tensor, images: Target) -> float:
+        """Mutual information in nats, the sum of both ways and all channels, where both images are known."""
+        own = self._known(self._register(velocity, images), images)
+        pairs = zip(self.others, images.get("channels", ()), strict=True)
+        return own + sum(judge.information(velocity, view) for judge, view in pairs)
 
-    def _known(self, result: Registration, images: Mapping[str, Tensor]) -> float:
+    def _known(self, result: Registration, images: Target) -> float:
         pairs = ((result.warped_moving, images["fixed_image"]), (result.warped_fixed, images["moving_image"]))
         masks = overlaps(result, images, self.loss.options)
         return sum(_told(*pair, mask) for pair, mask in zip(pairs, masks, strict=True))
 
-    def _unlike(self, result: Registration, unseen: Mapping[str, Tensor]) -> float:
+    def _unlike(self, result: Registration, unseen: Target) -> float:
         terms = {name: self.loss.terms[name] for name in self.loss.weights}
         similar = {name: term for name, term in terms.items() if term.kind == "similarity"}
         options = self.loss.options

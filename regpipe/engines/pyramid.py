@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, linspace
 
 from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import resize_image, smooth
+from regpipe.losses.noise import in_channels
+from regpipe.losses.terms import Target
 
 SMALLEST = 8  # voxels along an axis; coarser levels tell nothing of motion
 FULL_RESOLUTION = 8_000_000  # voxels
@@ -37,12 +39,12 @@ def levels_of(shape: Sequence[int], from_network: bool, finest: int | None) -> l
     return kept or [levels[-1]]
 
 
-def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
+def pyramid_level(batch: Target, shape: Sequence[int]) -> dict[str, Any]:
     """What the loss needs of a batch on a coarser grid: images smoothed first, masks still 0 or 1, labels picked.
 
     What a mask leaves out is not smoothed into the rest. ``fixed_noise`` (B, 1, *spatial) is smoothed noise's variance.
     """
-    level = {}
+    level: dict[str, Any] = in_channels(batch, lambda view: pyramid_level(view, shape))
     for side in SIDES:
         image, mask = batch[f"{side}_image"], batch.get(f"{side}_mask")
         if mask is None or bool(mask.all()):
@@ -58,7 +60,7 @@ def pyramid_level(batch: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str
     for key in (key for key in batch if key.endswith("landmarks")):
         new, old = (batch[key].new_tensor(n) for n in cells)
         level[key] = batch[key] * new / old
-    return level | {key: batch[key] for key in batch if key == "anatomy"}
+    return level | {key: batch[key] for key in ("anatomy", "landmark_weights") if key in batch}
 
 
 def _picked(labels: Tensor, shape: Sequence[int]) -> Tensor:

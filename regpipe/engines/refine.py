@@ -7,8 +7,9 @@ counts where the other half supports it (``engines.judge``), so that nothing is 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from regpipe.data.pairs import SIDES
 from regpipe.engines.adam import Adam
+from regpipe.engines.channels import ALIKE, Channels, each_pair, weight_of
 from regpipe.engines.judge import Judge, halves_of
 from regpipe.engines.pyramid import coarser_shape, levels_of, pyramid_level, shares
 from regpipe.fields.algebra import LAYERS, Layers, register, resize, resize_image
 from regpipe.losses.contrast import AS_IT_IS, in_one
 from regpipe.losses.loss import RegistrationLoss
-from regpipe.losses.terms import TERMS, Target, overlaps, with_noise
+from regpipe.losses.noise import with_noise
+from regpipe.losses.terms import TERMS, Target, overlaps, with_distances
 from regpipe.networks.encoders import VELOCITY_STRIDE
 from regpipe.networks.extractor import DEFAULT, described, extractor, extractors
 from regpipe.utils.console import Progress
@@ -39,7 +42,8 @@ ZERO_STEPS = 80
 SHIPPED_STEPS = 25  # after the answer of a network that came with regpipe, where nothing is asked for
 WITNESS = 4000  # voxels that tell mutual information
 REGULARITY_WEIGHTS = {"diffusion": 0.4, "divergence": 0.1}
-GUIDES = {"labels": ("dice", 10.0), "landmarks": ("landmarks", 1.0)}  # a pair's own truth -> its term and weight
+# a pair's own truth -> its terms and their weights
+GUIDES = {"labels": {"dice": 10.0, "distance": 10.0}, "landmarks": {"landmarks": 1.0}}
 
 # Adam steps at full length however small a gradient is, even where it is rounding noise. Gradients count per point of
 # the velocity, so that this much of the loss per voxel of motion, a hundredth of what an edge gives, is where it slows.
@@ -84,6 +88,8 @@ class Refiner:
         InputError: no step, or a loss whose terms need labels or landmarks that guide nothing.
     """
 
+    channels = ALIKE  # how further images of a side compare, where a pair has some
+
     def __init__(
         self, loss: Loss, *, steps: int = 50, rate: float = 0.15, finest: int | None = 1, guided: bool = False
     ) -> None:
@@ -91,12 +97,12 @@ class Refiner:
             raise InputError(f"refinement takes at least one step, got {steps}; leave it out for none")
         losses = dict(loss) if isinstance(loss, Mapping) else {dim: loss for dim in WINDOW}
         terms = {name for of_dim in losses.values() for name in of_dim.weights}
-        known = {term for term, _ in GUIDES.values()} if guided else set()
+        known = {term for of_guide in GUIDES.values() for term in of_guide} if guided else set()
         supervised = sorted(name for name in terms - known if TERMS[name].needs)
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
-        self.guides = sorted(name for name, (term, _) in GUIDES.items() if guided and term in terms)
+        self.guides = sorted(name for name, of_guide in GUIDES.items() if guided and terms & {*of_guide})
         self.judged = not self.guides  # see ``engines.judge``; a dry run without numbers has nothing to judge
         self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
@@ -114,6 +120,7 @@ class Refiner:
         masks: Sequence[Tensor] = (),
         anatomy: Tensor | None = None,
         truth: Target = NO_TRUTH,
+        channels: Sequence[Tensor] = (),
     ) -> Refined:
         """The velocities of pairs (B, 1, *spatial), each on its own, and how each was found.
 
@@ -122,28 +129,39 @@ class Refiner:
             masks: fixed and moving, where they count.
             anatomy: what a network made of both images, see ``regpipe.SymmetricNet``.
             truth: labels and landmarks of both, as ``data.load`` names them, that guide.
+            channels: further images of the fixed and the moving side, (B, C - 1, *spatial), on the same grid.
         """
         dim = fixed.ndim - 2
         if dim not in self.losses:
             raise InputError(f"--features: takes no {dim}D images; give an extractor of these")
-        # in which contrast images compare best: what knows more than images show does not ask
-        any_contrast = "auto" in self.losses[dim].weights and self._judge(dim) is not None
-        found: list[_One] = []
-        for i, batch in enumerate(_each(fixed, moving, masks, anatomy, truth)):
-            start = None if velocity is None else velocity[i : i + 1].float()
-            halves = self._halves(batch)
-            one = self._from_start(halves, start, better)
-            if any_contrast:
-                aligned = start if start is not None and one.start == "network" else torch.zeros_like(one.velocity)
-                mapped, how = self._in_one_contrast(batch, aligned)
-                one = one._replace(contrast=how)
-                if how != AS_IT_IS:
-                    other = self._from_start(self._halves(mapped), start, better)._replace(contrast=how)
-                    more = Judge(self.losses[dim], self.layers).tells_more(halves[1], other.velocity, one.velocity)
-                    one = other if more else one._replace(contrast=AS_IT_IS)
-            found.append(one)
+        mine, found = self._sharing(dim, 1 + channels[0].shape[1] if channels else 1), list[_One]()
+        for i, pair in enumerate(each_pair(fixed, moving, masks, anatomy, truth, channels)):
+            found.append(mine._one(pair, None if velocity is None else velocity[i : i + 1].float(), better))
         velocities, starts, contrasts = zip(*found, strict=True)
         return Refined(torch.cat(velocities), starts, contrasts)
+
+    def _sharing(self, dim: int, many: int) -> Refiner:
+        """The refiner of pairs of so many channels."""
+        if many == 1 and self.channels == ALIKE:
+            return self
+        shared = copy.copy(self)
+        shared.losses = {dim: self.channels.loss(self.losses[dim], many)}
+        return shared
+
+    def _one(self, batch: Target, start: Tensor | None, better: bool) -> _One:
+        halves, loss = self._halves(batch), self.losses[batch["fixed_image"].ndim - 2]
+        one = self._from_start(halves, start, better)
+        any_contrast = any("auto" in each.weights for each in (loss, *loss.channels))
+        if not any_contrast or self._judge(one.velocity.shape[1]) is None:  # what knows more does not ask
+            return one
+        aligned = start if start is not None and one.start == "network" else torch.zeros_like(one.velocity)
+        mapped, each = self._in_one_contrast(batch, aligned, loss)
+        how = ", ".join(each)
+        one = one._replace(contrast=", ".join([AS_IT_IS] * len(each)))
+        if how == one.contrast:
+            return one
+        other = self._from_start(self._halves(mapped), start, better)._replace(contrast=how)
+        return other if Judge(loss, self.layers).tells_more(halves[1], other.velocity, one.velocity) else one
 
     def _from_start(self, halves: tuple[Target, Target], start: Tensor | None, better: bool) -> _One:
         seen, unseen = halves
@@ -156,17 +174,25 @@ class Refiner:
         found = self._refine(seen, unseen, mine, steps)
         return _One(found if start is None else resize(found, start.shape[2:]), "zero" if mine is None else "network")
 
-    def _in_one_contrast(self, batch: Target, velocity: Tensor) -> tuple[Target, str]:
-        """The pair with one image mapped to the other's contrast, where that explains more; and which one it is.
+    def _in_one_contrast(self, batch: Target, velocity: Tensor, loss: RegistrationLoss) -> tuple[Target, list[str]]:
+        """The pair with one image in the other's contrast, where that explains more, and which it is, of each channel.
 
         ``velocity`` aligns the images before they are compared. It must not come from a similarity that assumes a
         linear relation of grey values: the relation found would be linear, too.
         """
-        fixed, moving = (batch[f"{side}_image"] for side in SIDES)
-        result = register(fixed, moving, velocity, layers=self.layers)
-        seen, _ = overlaps(result, batch, self.losses[fixed.ndim - 2].options)
-        found = in_one(fixed, moving, result.warped_moving, seen)
-        return {**batch, "fixed_image": found.fixed, "moving_image": found.moving}, found.how
+        pairs = zip(batch.get("channels", ()), loss.channels, strict=True)
+        others = [self._in_one_contrast(view, velocity, of_view) for view, of_view in pairs]
+        mapped, how = dict(batch), [AS_IT_IS]
+        if "auto" in loss.weights:
+            fixed, moving = (batch[f"{side}_image"] for side in SIDES)
+            result = register(fixed, moving, velocity, layers=self.layers)
+            seen, _ = overlaps(result, batch, loss.options)
+            found = in_one(fixed, moving, result.warped_moving, seen)
+            mapped |= {"fixed_image": found.fixed, "moving_image": found.moving}
+            how = [found.how]
+        if others:
+            mapped["channels"] = [view for view, _ in others]
+        return mapped, how + [one for _, each in others for one in each]
 
     def _halves(self, batch: Target) -> tuple[Target, Target]:
         """The half that is optimised and the half that judges; the pair itself twice where nothing judges."""
@@ -196,7 +222,10 @@ class Refiner:
                     velocity = fixed.new_zeros(1, len(shape), *grid)
                 elif not given:
                     velocity = resize(velocity, grid)
-                after = self._descend(velocity, with_noise(pyramid_level(seen, images)), steps, bar)
+                level = with_noise(pyramid_level(seen, images))
+                if "distance" in self.losses[len(shape)].weights:
+                    level = with_distances(level, self.losses[len(shape)].options)
+                after = self._descend(velocity, level, steps, bar)
                 if judge:
                     enough = next((s for s, _ in plan if math.prod(s) >= max(WITNESS, math.prod(images))), plan[-1][0])
                     witness = pyramid_level(unseen, enough) if enough != images else None
@@ -226,17 +255,6 @@ class Refiner:
         return velocity.detach()
 
 
-def _each(
-    fixed: Tensor, moving: Tensor, masks: Sequence[Tensor], anatomy: Tensor | None, truth: Target
-) -> Iterator[dict[str, Tensor]]:
-    """One pair at a time: in a joint batch one pair's convergence would affect another's."""
-    given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
-    given |= dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
-    for i in range(len(fixed)):
-        of_pair = {key: tensor[i : i + 1].float() for key, tensor in given.items() if tensor is not None}
-        yield of_pair | {key: tensor[i : i + 1] for key, tensor in truth.items()}
-
-
 def refinement_loss(
     similarity: str, *, structures: int = 0, smoothness: float = 1.0, spatial_dims: int = 3, guide: Sequence[str] = ()
 ) -> dict[str, float]:
@@ -249,19 +267,17 @@ def refinement_loss(
     Raises:
         InputError: no such similarity or guide, or the smoothness is not above 0.
     """
-    offered = {name: term.weight for name, term in TERMS.items() if term.weight is not None}
-    if similarity not in offered:
-        raise InputError(f"--similarity {similarity}: choose among {', '.join(offered)}")
+    similar = weight_of(similarity) * (BESIDE_STRUCTURES if structures else 1.0)
     unknown = next((name for name in guide if name not in GUIDES), None)
     if unknown is not None:
         raise InputError(f"--guide {unknown}: choose among {', '.join(GUIDES)}")
     if not 0 < smoothness < math.inf:
         raise InputError(f"--smoothness {smoothness:g}: give more than 0, a number; 1 is the default")
-    similar = offered[similarity] * (BESIDE_STRUCTURES if structures else 1.0)
     seen = {"predicted_dice": STRUCTURES} if structures else {}
     factor = smoothness * REGULAR[spatial_dims]
     regularity = {name: factor * weight for name, weight in REGULARITY_WEIGHTS.items()}
-    return {similarity: similar, **seen, **dict(GUIDES[name] for name in guide), **regularity}
+    led = {term: weight for name in guide for term, weight in GUIDES[name].items()}
+    return {similarity: similar, **seen, **led, **regularity}
 
 
 class Refinement(NamedTuple):
@@ -273,6 +289,7 @@ class Refinement(NamedTuple):
     finest: int | None = 1
     layers: Layers = LAYERS
     guided: bool = False
+    channels: Channels = ALIKE
     features: str | None = None  # of the ``features`` term: ``networks.extractor``, of ``spatial_dims``
     spatial_dims: int | None = None
 
@@ -286,7 +303,9 @@ class Refinement(NamedTuple):
                 raise InputError("similarity features: give Refinement the spatial_dims of the images")
             looks = extractor(self.features or DEFAULT, self.spatial_dims)
         loss = RegistrationLoss(self.weights, window=self.window, layers=self.layers, encoder=looks)
-        return Refiner(loss, steps=self.steps, finest=self.finest, guided=self.guided)
+        refiner = Refiner(loss, steps=self.steps, finest=self.finest, guided=self.guided)
+        refiner.channels = self.channels
+        return refiner
 
     @property
     def by_features(self) -> bool:
@@ -295,7 +314,7 @@ class Refinement(NamedTuple):
     def asked(self) -> dict[str, Any]:
         """The ids of a configuration that ask for it."""
         asked = {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
-        return asked | (described(self.features or DEFAULT) if self.by_features else {})
+        return asked | self.channels.asked() | (described(self.features or DEFAULT) if self.by_features else {})
 
 
 def make_refiner(steps: int, weights: Mapping[str, float], **more: Any) -> Refiner | None:
@@ -303,13 +322,15 @@ def make_refiner(steps: int, weights: Mapping[str, float], **more: Any) -> Refin
     return Refinement(steps, weights, **more).refiner()
 
 
-def zero_refiner(similarity: str = "auto", *, steps: int = ZERO_STEPS, **given: Any) -> Refiner:
+def zero_refiner(similarity: str | Sequence[str] = "auto", *, steps: int = ZERO_STEPS, **given: Any) -> Refiner:
     """The refiner for pairs of any dimension without any network, by ``RefinementOptions``.
 
     Of a TorchScript file of ``features``, which has one dimension, only that is refined.
     """
     asked = RefinementOptions(similarity, **given)
     chosen = {dim: refinement_loss(**asked.loss, spatial_dims=dim) for dim in WINDOW}
-    looks = extractors(asked.features or DEFAULT) if similarity == "features" else dict.fromkeys(chosen)
+    looks = extractors(asked.features or DEFAULT) if asked.first == "features" else dict.fromkeys(chosen)
     losses = {dim: RegistrationLoss(chosen[dim], window=WINDOW[dim], encoder=encoder) for dim, encoder in looks.items()}
-    return Refiner(losses, steps=steps, finest=asked.finest, guided=bool(asked.guide))
+    refiner = Refiner(losses, steps=steps, finest=asked.finest, guided=bool(asked.guide))
+    refiner.channels = Channels.of(asked)
+    return refiner

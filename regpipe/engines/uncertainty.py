@@ -36,9 +36,15 @@ class Ensemble(Inferer):
         self.inferer = inferer
 
     def __call__(
-        self, inputs: Tensor, network: Callable[..., Any], *args: Any, masks: Sequence[Tensor] = (), **told: Any
+        self,
+        inputs: Tensor,
+        network: Callable[..., Any],
+        *args: Any,
+        masks: Sequence[Tensor] = (),
+        **told: Any,
     ) -> dict[str, Any]:
         found: dict[str, Any] = self.inferer(inputs, network, *args, masks=masks, **told)
+        channels = told.get("channels")
         shape, u = inputs.shape[2:], found["displacement"]
         generator = torch.Generator().manual_seed(0)
         squares, (fixed, moving) = torch.zeros_like(u), inputs.float().chunk(2, dim=1)
@@ -46,6 +52,8 @@ class Ensemble(Inferer):
             start = integrate(random_velocity(shape, generator).to(u)).expand_as(u)
             pair = torch.cat([fixed, warp(moving, start)], 1)
             seen = [masks[0], (warp(masks[1].float(), start) > 0.5).float()] if masks else ()
+            if channels:
+                told["channels"] = channels[0], warp(channels[1].float(), start)
             other = self.inferer(pair, network, *args, masks=seen, **told)["displacement"]
             squares += (compose(start, other) - u).square() / MEMBERS
             del start, pair, other

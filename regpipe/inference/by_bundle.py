@@ -12,6 +12,7 @@ from typing import Any
 
 from regpipe.data.load import LoadPair
 from regpipe.engines import describe, inferers, options, record
+from regpipe.engines.channels import Channels
 from regpipe.engines.refine import WINDOW, Refinement, refinement_loss
 from regpipe.inference.folder import FolderRun
 from regpipe.networks.symmetric import SymmetricNet
@@ -64,6 +65,7 @@ def register_by_bundle(
     asked = RefinementOptions(**taken(RefinementOptions, how))
     weights = refinement_loss(**asked.loss, spatial_dims=dim, structures=structures)
     more: dict[str, Any] = {"finest": asked.finest, "guided": bool(asked.guide), "features": asked.features}
+    more["channels"] = Channels.of(asked)
     refinement = Refinement(refine, weights, window=WINDOW[dim], spatial_dims=dim, **more)
     inferer = inferers.RegistrationInferer(cascades=known["cascades"], refiner=refinement.refiner(), repair=True)
     folder = FolderRun(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from regpipe.data import channels
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import Registration
@@ -172,10 +173,9 @@ class _Case:
         Dice is on the fixed image's own grid, where both images have labels. ``matrix``: the whole alignment.
         """
         case, (fixed, moving) = self.case, (self.files.image(self.case[f"{side}_image"]) for side in SIDES)
-        read = self.files.read(case["moving_image"], read_image)  # with its gaps
-        fill = background.outside(read.array) if fill is None else fill
-        warped = displacement.resample_through(read, forward, fixed.affine, order=1, fill=fill)
-        self.image("warped.nii.gz", warped.astype(np.float32))
+        warped = self._save_image("warped.nii.gz", "moving_image", forward, fill)
+        for key in channels.keys(case, "moving"):
+            self._save_image(f"warped_{key.rpartition('_')[2]}.nii.gz", key, forward, fill)
         warped = np.where(np.isnan(warped), moving.array.min(), warped)
         # what a picture's whole numbers can show
         fits = warped.ndim == 2 and warped.min() >= 0 and 1 < warped.max() <= 65535
@@ -192,6 +192,14 @@ class _Case:
         truth = self._label("fixed")
         overlap = mean_of(dice(truth.array, labels, shared_labels(truth.array, label.array)).values())
         return images, shown_labels(truth, label, labels, matrix), {"dice_native": overlap}
+
+    def _save_image(self, name: str, key: str, forward: np.ndarray, fill: float | None) -> np.ndarray:
+        """A moving image, resampled once, with its gaps."""
+        read, onto = self.files.read(self.case[key], read_image), self.files.image(self.case["fixed_image"]).affine
+        fill = background.outside(read.array) if fill is None else fill
+        warped = displacement.resample_through(read, forward, onto, order=1, fill=fill)
+        self.image(name, warped.astype(np.float32))
+        return warped
 
     def _label(self, side: str) -> Image:
         image = self.case[f"{side}_image"]

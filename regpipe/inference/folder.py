@@ -16,24 +16,22 @@ import torch
 from torch import nn
 
 from regpipe.data import manifest
+from regpipe.data.channels import spread
 from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
 from regpipe.engines.inferers import prepare_batch
-from regpipe.engines.refine import GUIDES
-from regpipe.inference import jobs, summary
+from regpipe.engines.rigid import held, labels_of
+from regpipe.inference import guides, jobs, summary
 from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.inference.ladder import FittingInferer, require_for_files
 from regpipe.io import images
 from regpipe.io.source import Source
-from regpipe.losses.terms import TERMS
 from regpipe.metrics import typical
 from regpipe.transforms import export
 from regpipe.utils import console, distributed, machine
 from regpipe.utils.errors import REMEDIES, InputError, cause, disk_full, explain, out_of_memory, root
 from regpipe.utils.files import parse_json, replace_file, sha256
-
-LED = {"labels": "dice", "landmarks": "tre"}  # what the guides of a registration cannot judge
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +53,9 @@ class FolderRun:
         fill: what lies outside of the warped image; None: as the moving image has it, see ``io.background``.
         settings: what else the results depend on; a case finished with other ones is registered again.
         memory_gib: see ``inference.ladder``.
+        rigid: labels of the fixed images that stay rigid, see ``engines.rigid``.
+        guide_labels: of labels that lead only these.
+        channels: of images of several values at each place, which are channels: ``data.channels.spread``.
 
     Raises:
         InputError: there is no pair in ``dataset_dir`` at all, or no such format.
@@ -73,6 +74,9 @@ class FolderRun:
         settings: Mapping[str, Any] | None = None,
         memory_gib: float | None = None,
         uncertainty: bool = False,
+        rigid: str | Sequence[Any] = (),
+        guide_labels: str | Sequence[Any] = (),
+        channels: str | None = None,
     ) -> None:
         if not str(output_dir):
             raise InputError("the folder for the results has no name; give one, or . for the current folder")
@@ -85,10 +89,16 @@ class FolderRun:
         told: dict[str, Any] = {} if fill is None else {"fill": str(fill)}  # JSON has no NaN
         self._fill = fill
         self.uncertainty = uncertainty
+        self._rigid = labels_of(rigid) if rigid else []
+        self._guide_labels = labels_of(guide_labels, "--guide-labels") if guide_labels else []
+        told |= {"guide_labels": self._guide_labels} if guide_labels else {}
         told |= {"uncertainty": True} if uncertainty else {}
+        told |= {"rigid": self._rigid} if rigid else {}
         self._settings = {**(settings or {}), "formats": sorted(formats), **told}
         self.failures: dict[str, str] = {}
-        self.cases = {c["case"]: c for c in list_pairs(dataset_dir, pairing=pairing, problems=self.failures)}
+        listed = list_pairs(dataset_dir, pairing=pairing, problems=self.failures)
+        listed = listed if channels is None else spread(listed, channels, problems=self.failures)
+        self.cases = {case["case"]: case for case in listed}
         self._model = manifest.bundle_files(Path(model).parent) if Path(model).is_file() else []
         self._weights = sha256([Path(model)]) if self._model else ""
         self._typical = typical.read(Path(model).parent, dim) if self._model else {}
@@ -202,10 +212,9 @@ class FolderRun:
         told = {**self._settings, "weights": self._weights, **spared}
         how: dict[str, Any] = {"formats": self.formats, "fill": self._fill, "settings": told, "typical": self._typical}
         row, hashes = save_case(case, batch, prediction, self.load, folder, self._files, **how)
-        row["warnings"] += [
-            f"{LED[name]}: the {name} led the registration, and do not judge it" for name in self._guides
-        ]
-        row |= {**spared, "made_from": self._made_from(case)}
+        motions = prediction.get("rigid", {})
+        row["warnings"] += guides.warnings(self._guides, motions)
+        row |= {**spared, **guides.told_of(motions), "made_from": self._made_from(case)}
         self._finish(name, json.dumps(row, indent=1).encode(), hashes, prediction)
         if row["warnings"]:
             console.complain("warning", f"{name}: {'; '.join(row['warnings'])}")
@@ -248,6 +257,8 @@ class FolderRun:
         """As ``register``, without MONAI: ``inferer`` applies ``network``, within memory, in so many ``processes``."""
         device, _ = distributed.device(), network.eval()
         self._guides = getattr(getattr(inferer, "refiner", None), "guides", [])
+        if self._guide_labels and "labels" not in self._guides:
+            raise InputError("--guide-labels goes with --guide labels")
         if self._guides and self.uncertainty:
             raise InputError(
                 "--uncertainty: it moves the images, and --guide's labels and landmarks would not follow; leave one out"
@@ -259,8 +270,11 @@ class FolderRun:
             for batch in self:
                 pair, target, _, told = prepare_batch(batch, device)
                 with torch.no_grad():
-                    truth = {"truth": truth_of(target, self._guides)} if self._guides else {}
+                    truth = {"truth": guides.truth_of(target, self._guides, self._guide_labels)} if self._guides else {}
                     prediction = fitting(pair, network, **told, **truth)
+                    if self._rigid:
+                        prediction, motions = held(prediction, target, self._rigid)
+                        prediction["rigid"] = motions
                 self._save(target, prediction)
                 del batch, pair, target, told, truth, prediction  # not kept while the next case is registered
 
@@ -268,6 +282,8 @@ class FolderRun:
 
     def register(self, evaluator: Any, *, strict: bool = False) -> None:
         """As ``_register``, with MONAI's evaluator, whose data loader and handler this object is."""
+        if self._rigid:
+            raise InputError("--rigid goes with regpipe's own configurations")
         self._register(evaluator.run, strict=strict)
 
     def _register(self, run: Callable[[], object], *, strict: bool, processes: int = 1) -> None:
@@ -320,21 +336,6 @@ class FolderRun:
                 raise  # not a case's fault
             log.debug("%s", self._current, exc_info=True)
             self._fail(self._current, _told("registered", error))
-
-
-def truth_of(batch: Mapping[str, Any], guides: Sequence[str]) -> dict[str, Any]:
-    """The labels or landmarks of a pair (a batch of one) that guide its refinement: ``guides`` are of ``GUIDES``.
-
-    Raises:
-        InputError: not both images have them.
-    """
-    truth: dict[str, Any] = {}
-    for guide in guides:
-        mine = {key: batch[key] for key in (f"{side}_{TERMS[GUIDES[guide][0]].needs}" for side in SIDES)}
-        if not all(tensor.numel() and bool(tensor.any()) for tensor in mine.values()):
-            raise InputError(f"--guide {guide}: needs {guide} of both images; add them, or leave it out")
-        truth |= mine
-    return truth
 
 
 def _told(done: str, error: BaseException) -> InputError:

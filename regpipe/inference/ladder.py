@@ -69,11 +69,13 @@ class FittingInferer(Inferer):
         if memory_gib is not None and self._share <= 0:
             own = memory_gib - self._share / GIB
             raise InputError(f"--memory_gib {memory_gib:g}: this process holds {own:.2f} GiB already; give more")
+        self._channels = 1  # of the pair at hand
         self._needs: dict[tuple[Any, ...], int] = {}  # grid and steps -> bytes
         self._said: dict[tuple[int, ...], list[str]] = {}  # grid -> the steps that were told last
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
         shape = tuple(int(n) for n in inputs.shape[2:])
+        self._channels = 1 + (kwargs["channels"][0].shape[1] if kwargs.get("channels") else 0)
         steps = self._steps(shape, network, inputs.device)
         inferer, network = descended(self.inferer, network, steps)
         inferer = Ensemble(inferer) if self.uncertainty else inferer
@@ -89,7 +91,7 @@ class FittingInferer(Inferer):
     def _steps(self, shape: tuple[int, ...], network: Any, device: torch.device) -> list[Step]:
         """The rungs to take on a grid; none where the memory that they need cannot be predicted."""
         room = self._room(device)
-        if room > memory.LIBRARIES + PLENTY * math.prod(shape):
+        if room > memory.LIBRARIES + PLENTY * self._channels * math.prod(shape):
             return []
         try:
             return self._fitting(shape, network, device, room)
@@ -107,10 +109,11 @@ class FittingInferer(Inferer):
         """
 
         def needed(steps: Sequence[Step]) -> int:
-            key = (shape, *(step.told for step in steps))
+            key = (shape, self._channels, *(step.told for step in steps))
             if key not in self._needs:
                 beside = BESIDE * math.prod(shape) if self.uncertainty else 0
-                predicted = memory.inference(*descended(self.inferer, network, steps), shape, device=device)
+                asked = descended(self.inferer, network, steps)
+                predicted = memory.inference(*asked, shape, device=device, channels=self._channels)
                 self._needs[key] = predicted + beside
             return self._needs[key]
 

@@ -145,7 +145,9 @@ def dry_run(work: Callable[[], object]) -> Follower:
     return follower
 
 
-def inference(inferer: Any, network: Network, shape: Sequence[int], *, device: str | torch.device = "cpu") -> int:
+def inference(
+    inferer: Any, network: Network, shape: Sequence[int], *, device: str | torch.device = "cpu", channels: int = 1
+) -> int:
     """Bytes that registering one pair on a grid takes, beyond what the process holds before it.
 
     Args:
@@ -153,6 +155,7 @@ def inference(inferer: Any, network: Network, shape: Sequence[int], *, device: s
         network: a module, or any callable that holds one as an attribute.
         shape: voxels of the working grid.
         device: where it will run.
+        channels: images of each side.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         dry, network = _without_numbers(inferer), _fake(network)
@@ -163,9 +166,10 @@ def inference(inferer: Any, network: Network, shape: Sequence[int], *, device: s
         def work() -> object:
             with torch.no_grad():
                 batch = _batch(shape, 1)
-                held = [torch.empty_like(batch["fixed_image"]) for _ in range(judged)]
+                held = [torch.empty_like(batch["fixed_image"]) for _ in range(judged * channels)]
+                beside = [torch.empty(1, channels - 1, *shape) for _ in range(2)] if channels > 1 else ()
                 pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
-                found = dry(pair, network, masks=(batch["fixed_mask"], batch["moving_mask"]))
+                found = dry(pair, network, masks=(batch["fixed_mask"], batch["moving_mask"]), channels=beside)
                 # the copies that repairing folds makes: it asks for numbers and cannot run here
                 mended = found["displacement"].clone(), found["inverse"].clone()
                 return warp_both(batch["moving_image"], batch["fixed_image"], *mended), found, held

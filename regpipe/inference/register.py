@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from regpipe.bundle.run import own, register_with_bundle
 from regpipe.bundle.write import TRANSFERRED
 from regpipe.data.members import KINDS
 from regpipe.data.pairs import SIDES
+from regpipe.engines.channels import ALIKE, Channels
 from regpipe.engines.inferers import dimensions_of
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, refinement_loss
 from regpipe.inference.by_bundle import register_by_bundle
@@ -41,7 +43,7 @@ BESIDE = tuple(f"{side}_{kind}" for kind in KINDS if kind != "image" for side in
 
 # what inference by a bundle does without MONAI
 OF_OWN = {*names(AffineOptions), *names(RefinementOptions), "ckpt_dir", "refine", "pairing", "jobs"}
-OF_OWN |= {"formats", "fill", "memory_gib", "strict", "uncertainty"}
+OF_OWN |= {"formats", "fill", "memory_gib", "strict", "uncertainty", "rigid", "guide_labels", "channels"}
 
 
 def register_files(
@@ -85,6 +87,7 @@ def register_files(
     given = taken(RefinementOptions, chosen)
     asked = RefinementOptions(**given)
     refinement_loss(**asked.loss)
+    channels = Channels.of(asked)
     if found is None:
         steps = ZERO_STEPS if refine is None else refine
         register_from_zero(str(dataset), str(out), steps=steps, **given, **chosen)
@@ -103,8 +106,8 @@ def register_files(
         return
     if "jobs" in told:
         raise InputError(f"{folder}: --jobs goes with regpipe's own configurations; start this one by torchrun")
-    if asked.guide:
-        raise InputError(f"{folder}: --guide goes with regpipe's own configurations")
+    if asked.guide or channels != ALIKE or {"channels", "rigid"} & told.keys():
+        raise InputError(f"{folder}: --guide, --rigid and several channels go with regpipe's own configurations")
     told |= {"refine_finest": asked.finest} if "finest" in given else {}
     told |= {"features": asked.features} if "features" in given else {}
     if chosen_loss:
@@ -143,10 +146,12 @@ def _refine_loss(loss: Mapping[str, Any]) -> str:
     return f"$regpipe.engines.refine.refinement_loss(structures=@structures, spatial_dims=len(@grid.shape), {words})"
 
 
-def one_pair(path: Path, files: Mapping[str, Path | None]) -> Path:
+def one_pair(path: Path, files: Mapping[str, Path | Sequence[Path] | None]) -> Path:
     """Write a datalist of one case at ``path``. Raises ``InputError`` for a file that is not there."""
-    entry = {key: str(file.absolute()) for key, file in files.items() if file is not None}
-    for name in entry.values():
+    given = {key: [file] if isinstance(file, Path) else file for key, file in files.items() if file}
+    lists = {key: [str(file.absolute()) for file in several] for key, several in given.items()}
+    entry = {key: found[0] if len(found) == 1 else found for key, found in lists.items()}
+    for name in itertools.chain(*lists.values()):
         files_of = images.files(name)
         if not files_of or not all(file.exists() for file in files_of):
             raise InputError(f"{name}: no such file, or a folder without DICOM files")
@@ -204,7 +209,7 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
 
     Args:
         fixed, moving: each a path, a pair ``(array (*S), RAS affine (D+1, D+1))``, a MONAI ``MetaTensor`` of one
-            channel, a nibabel image or an ``itk.Image``.
+            channel, a nibabel image or an ``itk.Image``; or a list of such, of one grid: channels.
         chosen: as the command's options; as the images: ``fixed_label``, ``moving_label``, ``fixed_mask``,
             ``moving_mask``, ``fixed_ignore``, ``moving_ignore``; paths: ``fixed_landmarks``, ``moving_landmarks``;
             ``initial``: a transform file, a list of them (``transforms.initial.named``), or a matrix (D+1, D+1) in RAS
@@ -215,8 +220,11 @@ def register_images(fixed: Any, moving: Any, **chosen: Any) -> Registered:
     """
     aside = tempfile.TemporaryDirectory(prefix="regpipe")
     root = Path(aside.name)
-    given = {"fixed_image": fixed, "moving_image": moving} | {key: chosen.pop(key, None) for key in BESIDE}
-    files = {key: _file(root / f"{key}.nii.gz", value) for key, value in given.items() if value is not None}
+    given = {key: chosen.pop(key, None) for key in BESIDE}
+    files: dict[str, Any] = {k: _file(root / f"{k}.nii.gz", value) for k, value in given.items() if value is not None}
+    for key, value in (("fixed_image", fixed), ("moving_image", moving)):
+        many = value if isinstance(value, list) else [value]
+        files[key] = [_file(root / f"{key}{i or ''}.nii.gz", one) for i, one in enumerate(many)]
     files |= _initial(root / "initial.mat", chosen.pop("initial", None))
     with _in_a_session():
         register_files(one_pair(root / "pair.json", files), root / "out", **chosen)

@@ -133,17 +133,23 @@ def plane(affine: np.ndarray, upright: np.ndarray) -> np.ndarray:
     return upright if across.max() > 1e-3 else affine[np.ix_([0, 1, 3], [0, 1, 3])]
 
 
-def open_nifti(path: Path, file: BinaryIO) -> Source:
-    """NIfTI-1, NIfTI-2 and Analyze, placed as ITK places them, see ``io.nifti_place``."""
+def open_nifti(path: Path, file: BinaryIO, *, values: bool = False) -> Source:
+    """NIfTI-1, NIfTI-2 and Analyze, placed as ITK places them, see ``io.nifti_place``.
+
+    ``values``: those along the fifth axis are frames.
+    """
     image = load_nifti(path, file)
-    shape = squeezed(image.shape)
+    sides = tuple(image.shape)
+    if values and len(sides) == 5 and sides[3] == 1:
+        sides = (*sides[:3], sides[4])
+    shape = squeezed(sides)
     _require_bytes(path, image)
     affine = nifti_affine(path, image)
     lies = None
     if len(image.shape) == 2:
         affine = plane(affine, np.diag([*np.linalg.norm(affine[:3, :2], axis=0), 1.0]))
     else:
-        shape, affine, lies = planes.laid_flat(image.shape, affine) or (shape, affine, None)
+        shape, affine, lies = planes.laid_flat(sides, affine) or (shape, affine, None)
 
     def voxels(frame: int | None) -> np.ndarray:
         if frame is None:
@@ -231,12 +237,13 @@ def itk_header(path: Path, file: BinaryIO) -> Any:
     return io
 
 
-def open_itk(path: Path, file: BinaryIO) -> Source:
-    """MetaImage and NRRD: what ITK reads, turned from LPS."""
+def open_itk(path: Path, file: BinaryIO, *, values: bool = False) -> Source:
+    """MetaImage and NRRD: what ITK reads, turned from LPS; ``values``: several at each place are frames."""
     import itk
 
     io = itk_header(path, file)
-    if io.GetNumberOfComponents() != 1:
+    many = int(io.GetNumberOfComponents())
+    if many != 1 and not values:
         raise InputError(f"{path}: {io.GetNumberOfComponents()} values per voxel; save one")
     dims, affine = itk_geometry(io, path)
     shape, affine, lies = planes.laid_flat(dims, affine) or (squeezed(dims), affine, None)
@@ -245,8 +252,13 @@ def open_itk(path: Path, file: BinaryIO) -> Source:
     # ITK's Python has no int8 or int64 images: the one is read as double, the other as unsigned, of the same bits
     into = itk.ULL if stored.kind in "iu" and stored.itemsize == 8 else itk.D
 
+    if many > 1:
+        shape = (*shape, 1)[:3] + (many,)
+
     def voxels(frame: int | None) -> np.ndarray:
-        array = itk_array(path, type(io), itk.Image[into, len(dims)]).reshape(shape).astype(stored)
+        kind = itk.Image[into, len(dims)] if many == 1 else itk.VectorImage[itk.D, len(dims)]
+        array = itk_array(path, type(io), kind).astype(stored)
+        array = (array if many == 1 else np.moveaxis(array, 0, -1)).reshape(shape)
         return array if frame is None else array[..., frame].reshape(squeezed(shape[:3]))
 
     return Source(shape, affine, stored, voxels, path.name.lower().endswith(SEGMENTS), lies)

@@ -104,8 +104,14 @@ def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
 
 def header(path: PathLike, file: BinaryIO | None = None, *, film: bool = False) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and RAS affine that ``read_image`` gives, from the header alone; ``film``: of any frame."""
-    with opened_image(path, file, film=film) as source:
+    with opened_image(path, file, film=film, values=film) as source:
         return _straight_grid(source.shape[: len(source.affine) - 1], source.affine)
+
+
+def count_of(path: PathLike) -> int:
+    """How many images of one grid a file holds: frames, a picture's colours, values at each place."""
+    with opened_image(path, film=True, values=True) as source:
+        return source.shape[3] if len(source.shape) == 4 else 1
 
 
 def plane_of(path: PathLike, file: BinaryIO | None = None) -> Plane | None:
@@ -141,19 +147,19 @@ def voxel_size(affine: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def opened_image(
-    path: PathLike, file: BinaryIO | None = None, *, label: bool = False, film: bool = False
+    path: PathLike, file: BinaryIO | None = None, *, label: bool = False, film: bool = False, values: bool = False
 ) -> Iterator[Source]:
-    """The header, checked, while the file is open; ``file``: where it is so already; ``film``: frames are welcome."""
+    """The header, checked, while the file is open (``file``). Frames: ``film``, and ``values`` at each place."""
     where, _ = locate(path)
     with contextlib.nullcontext(file) if file or where.is_dir() else opened(where) as stream:
-        yield _open(path, stream, label, film)
+        yield _open(path, stream, label, film, values)
 
 
-def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool) -> Source:
-    """The header, checked; of a film the frame that ``path`` asks for."""
+def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool, values: bool) -> Source:
+    """The header, checked; of a film, or of several values, the one that ``path`` asks for."""
     file, frame = locate(path)
     try:
-        source = _reader(file, stream, label)
+        source = _reader(file, stream, label, values or frame is not None)
     except InputError:
         raise
     except Exception as cause:  # four libraries, each with its own errors for a broken file
@@ -175,18 +181,18 @@ def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool) -> S
     return source
 
 
-def _reader(file: Path, stream: BinaryIO | None, label: bool) -> Source:
+def _reader(file: Path, stream: BinaryIO | None, label: bool, values: bool) -> Source:
     name = file.name.lower()
     if stream is None:
         if not is_series(file):
             raise InputError(f"{file}: a folder without DICOM files is no image; give a file")
         return dicom.open_series(file)
     if name.endswith(PICTURE):
-        return pictures.open_picture(file, stream, label=label)
+        return pictures.open_picture(file, stream, label=label, values=values)
     if name.endswith(formats.NIFTI):
-        return formats.open_nifti(file, stream)
+        return formats.open_nifti(file, stream, values=values)
     if name.endswith(formats.ITK):
-        return formats.open_itk(file, stream)
+        return formats.open_itk(file, stream, values=values)
     if name.endswith(formats.DICOM) or dicom.is_dicom(file):
         return dicom.open_dicom(file)
     raise InputError(f"{file}: unknown format; use one of {' '.join(SUFFIXES)}")

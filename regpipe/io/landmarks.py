@@ -26,6 +26,7 @@ class Landmarks(NamedTuple):
     points: np.ndarray  # (K, D) LPS mm, or voxels; NaN where one is not known
     names: tuple[str, ...] | None
     voxels: bool = False  # of their image, counted from 0
+    weights: np.ndarray | None = None  # (K,), of a column ``weight``; an empty cell is 1
 
     @property
     def flat(self) -> bool:
@@ -57,7 +58,10 @@ def named_landmarks(path: str | Path, file: BinaryIO | None = None) -> Landmarks
     if names is not None and not all(name.strip() for name in names):
         warn_once(f"{path}: not all of its landmarks have a name; they pair by their order")
         names = None
-    return Landmarks(found.points, names, found.voxels)
+    weights = None if found.weights is None else np.nan_to_num(found.weights, nan=1.0)
+    if weights is not None and not (np.isfinite(weights).all() and weights.min() >= 0 and weights.any()):
+        raise InputError(f"{path}: has weights below 0, infinite, or all 0; give each landmark 0 or more")
+    return Landmarks(found.points, names, found.voxels, weights)
 
 
 def stored_affine(path: PathLike, file: BinaryIO | None = None) -> np.ndarray:
@@ -73,11 +77,12 @@ def placed(found: Landmarks, dim: int, affine: np.ndarray | None, plane: Plane |
     """
     if plane is not None and found.points.shape[1] == 3:
         whole = flipped(found.points) if affine is None else apply_affine(planes.placed(affine, plane), found.points)
-        return Landmarks(flipped(apply_affine(np.linalg.inv(plane.lift), whole)[:, :2]), found.names)
+        flat = flipped(apply_affine(np.linalg.inv(plane.lift), whole)[:, :2])
+        return found._replace(points=flat, voxels=False)
     points = found.points[:, :2] if dim == 2 and found.flat else found.points
     if affine is not None and points.shape[1] == dim:
         points = flipped(apply_affine(affine, points))
-    return Landmarks(points, found.names)
+    return found._replace(points=points, voxels=False)
 
 
 def pairing(

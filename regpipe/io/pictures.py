@@ -35,8 +35,8 @@ class _Stack(NamedTuple):
     size: tuple[float, float, float]  # mm
 
 
-def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
-    """A picture of one frame, a film (X, Y, 1, T), or a volume (X, Y, Z[, T])."""
+def open_picture(path: Path, file: BinaryIO, *, label: bool, values: bool = False) -> Source:
+    """A picture of one frame, a film (X, Y, 1, T), or a volume (X, Y, Z[, T]); ``values``: its colours are frames."""
     with _opened(file) as picture:
         frames, size, mode = getattr(picture, "n_frames", 1), picture.size, picture.mode
         turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
@@ -51,8 +51,12 @@ def open_picture(path: Path, file: BinaryIO, *, label: bool) -> Source:
         affine = np.diag([-stack.size[0], -stack.size[1], stack.size[2], 1.0])
         require_voxel_size(path, stack.size)
     shape = squeezed(shape)
+    if values and frames == 1 and not indexed:
+        shape = (*size, 1, 3)
 
     def voxels(frame: int | None) -> np.ndarray:
+        if len(shape) == 4 and frames == 1:
+            return _colours(path, file)[..., frame]
         if frames == 1:
             return _pixels(path, file, 0, indexed, label)
         film = [*range(frames)] if frame is None else [frame]
@@ -187,8 +191,7 @@ def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool, label: bool) 
         picture = ImageOps.exif_transpose(opened) or opened
         if indexed:
             return np.array(picture).T
-        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            picture = _laid_on_white(path, picture)
+        picture = _opaque(path, picture)
         rgb = np.array(picture.convert("RGB"))
         if (rgb != rgb[..., :1]).any():
             if label:
@@ -197,8 +200,17 @@ def _pixels(path: Path, file: BinaryIO, frame: int, indexed: bool, label: bool) 
         return np.array(picture.convert("RGB").convert("L")).T
 
 
-def _laid_on_white(path: Path, picture: Any) -> Any:
-    """What viewers show of a picture that lets its ground shine through."""
+def _colours(path: Path, file: BinaryIO) -> np.ndarray:
+    """Red, green and blue (X, Y, 3) of a picture of one frame, upright."""
+    with _opened(file) as opened:
+        opened.load()
+        return np.array(_opaque(path, ImageOps.exif_transpose(opened) or opened).convert("RGB")).swapaxes(0, 1)
+
+
+def _opaque(path: Path, picture: Any) -> Any:
+    """What viewers show of a picture, on white where it lets its ground shine through."""
+    if picture.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in picture.info:
+        return picture
     whole = picture.convert("RGBA")
     if whole.getchannel("A").getextrema()[0] == 255:
         return whole

@@ -30,6 +30,7 @@ VOXELS = {"vox", "voxel", "voxels", "px", "pixel", "pixels", "index"}
 # of a column: its letter, and behind it what it counts in: x_mm, "X [mm]", x_ras, "y (voxel)"
 COLUMN = re.compile(r"([a-z])((?:[\s_.,/()\[\]-]+[a-zµ]+)*)[\s)\]]*")
 NAMES = ("label", "name", "landmark", "id", "point")  # columns of names, in the order of preference
+WEIGHT = "weight"
 HEADER = "needs the header x,y or x,y,z (LPS mm), r,a,s, l,p,s or i,j,k (voxels), and a row per point"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 TAG = re.compile(
@@ -45,6 +46,7 @@ class PointFile(NamedTuple):
     render: Callable[[np.ndarray], bytes]
     names: tuple[str, ...] | None = None  # of the points, where the file has any
     voxels: bool = False  # whether the points are voxels of their image, counted from 0
+    weights: np.ndarray | None = None  # (K,), where the file has any
 
 
 class _Columns(NamedTuple):
@@ -71,7 +73,8 @@ def read_csv(data: bytes) -> PointFile:
     named = [cell.strip().lower() for cell in header]
     column = next((named.index(name) for name in NAMES if name in named), None)
     names = None if column is None else _names(row[column] if column < len(row) else "" for row in rows)
-    return PointFile(_numbers(rows, columns.at) * columns.scale, render, names, columns.voxels)
+    weights = _numbers(rows, [named.index(WEIGHT)])[:, 0] if WEIGHT in named else None
+    return PointFile(_numbers(rows, columns.at) * columns.scale, render, names, columns.voxels, weights)
 
 
 def _columns(header: Sequence[str]) -> _Columns | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regpipe.fields.algebra import LAYERS, Layers, Registration
+from regpipe.fields.algebra import LAYERS, Layers, Registration, warp_both
 from regpipe.losses.modules import terms_of
 from regpipe.losses.terms import TERMS, Options, Target, Term
 from regpipe.networks.encoders import Encoder
@@ -60,6 +60,7 @@ class RegistrationLoss(nn.Module):
         terms: Mapping[str, nn.Module | Term] | None = None,
     ) -> None:
         super().__init__()
+        self.channels: Sequence[RegistrationLoss] = ()  # of similarity, of further channels: ``engines.channels``
         self.terms = terms_of(terms or {}, TERMS)
         self.weights = _checked(weights, self.terms)
         if window < 1 or window % 2 == 0:
@@ -100,7 +101,18 @@ class RegistrationLoss(nn.Module):
         with torch.autocast(registration.displacement.device.type, enabled=False):
             terms = {name: self.terms[name].function(registration, target, self.options) for name in self.weights}
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return Weighed(total, {name: float(term.detach()) for name, term in {**terms, "loss": total}.items()})
+            told: dict[str, float] = {}
+            for i, (loss, view) in enumerate(zip(self.channels, target.get("channels", ()), strict=True), start=2):
+                other = loss.weigh(seen_through(registration, view, self.layers)._asdict(), view)
+                total, told = total + other.value, told | {f"{name}_{i}": x for name, x in other.terms.items()}
+        return Weighed(total, told | {name: float(x.detach()) for name, x in {**terms, "loss": total}.items()})
+
+
+def seen_through(registration: Registration, view: Target, layers: Layers) -> Registration:
+    """The registration of a pair as another channel of it shows it."""
+    images = view["moving_image"], view["fixed_image"]
+    warped = warp_both(*images, registration.displacement, registration.inverse, layers=layers)
+    return registration._replace(warped_moving=warped[0], warped_fixed=warped[1])
 
 
 def _checked(weights: Mapping[str, float], terms: Mapping[str, Term]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import Registration, warp_both
+from regpipe.losses.structures import one_hot, shared_ids
 from regpipe.losses.terms import (
     Function,
     Options,
@@ -24,8 +25,6 @@ from regpipe.losses.terms import (
     of_displacements,
     of_images,
     of_velocity,
-    one_hot,
-    shared_ids,
 )
 from regpipe.utils.errors import InputError, out_of_memory
 

@@ -7,10 +7,13 @@ Where nothing can be found, noise is what a similarity follows: ``losses.terms``
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from regpipe.data.pairs import SIDES
 
 SAMPLES = 200_000  # places that are looked at: a median of them is within 1 %
 MAD = 1.4826  # a Gaussian's standard deviation over its median absolute deviation
@@ -57,3 +60,27 @@ def split_noise(image: Tensor) -> Halves:
     clipped = (image <= 0) | (image >= 1)  # a background that was set, a saturated edge: no noise is left there
     noise = white.masked_fill_(clipped, 0) * noise_variance(image).sqrt().view(-1, *[1] * (image.ndim - 1))
     return Halves(image + SHARE * noise, image - noise / SHARE, noise)
+
+
+NOISE_FLOOR = 4.0  # times the noise's variance: a window of less contrast says little (docs/results/harm.md)
+
+
+def with_noise(target: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The target with ``fixed_noise`` and ``moving_noise`` (B,), the variance of each image's noise.
+
+    What is absent is found: once, for a target that is looked at many times.
+    """
+    absent = [side for side in SIDES if f"{side}_noise" not in target]
+    known = {**target, **{f"{side}_noise": noise_variance(target[f"{side}_image"]) for side in absent}}
+    return known | in_channels(target, with_noise)
+
+
+def in_channels(target: Mapping[str, Any], function: Callable[[Mapping[str, Any]], Any]) -> dict[str, list[Any]]:
+    """The same of each channel, as ``channels``; nothing where there are none."""
+    return {"channels": [function(view) for view in target["channels"]]} if "channels" in target else {}
+
+
+def floors_of(target: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(B,) each: the variance that a window of the fixed and of the moving image has to stand out from."""
+    known = with_noise(target)
+    return NOISE_FLOOR * known["fixed_noise"], NOISE_FLOOR * known["moving_noise"]

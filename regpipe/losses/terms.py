@@ -9,7 +9,7 @@ Every term is computed in float32, outside any autocast: LNCC in half precision 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import LAYERS, Layers, Registration, resize, resize_image, sample_at, warp_both
 from regpipe.losses import regularity, similarity
 from regpipe.losses.lncc import lncc, local_correlation
-from regpipe.losses.noise import noise_variance
+from regpipe.losses.noise import floors_of
+from regpipe.losses.structures import one_hot, overlap, shared_ids, signed_distances
 from regpipe.networks.encoders import Encoder
 from regpipe.networks.extractor import Extractor
 from regpipe.utils.errors import InputError
 
-Target = Mapping[str, Tensor]  # a collated batch, see data.load
+Target = Mapping[str, Any]  # a collated batch, see data.load; its ``channels``, where there are any: such, too
 Dissimilarity = Callable[..., Tensor]  # f(a, b, *, mask) -> scalar, see losses.similarity
 
 
@@ -92,24 +93,6 @@ def of_displacements(measure: Callable[[Tensor], Tensor]) -> Function:
     return lambda r, target, options: torch.stack([measure(u) for u in (r.displacement, r.inverse)]).mean()
 
 
-NOISE_FLOOR = 4.0  # times the noise's variance: a window of less contrast says little (docs/results/harm.md)
-
-
-def with_noise(target: Target) -> Target:
-    """The target with ``fixed_noise`` and ``moving_noise`` (B,), the variance of each image's noise.
-
-    What is absent is found: once, for a target that is looked at many times.
-    """
-    absent = [side for side in SIDES if f"{side}_noise" not in target]
-    return {**target, **{f"{side}_noise": noise_variance(target[f"{side}_image"]) for side in absent}}
-
-
-def floors_of(target: Target) -> tuple[Tensor, Tensor]:
-    """(B,) each: the variance that a window of the fixed and of the moving image has to stand out from."""
-    known = with_noise(target)
-    return NOISE_FLOOR * known["fixed_noise"], NOISE_FLOOR * known["moving_noise"]
-
-
 Measure = Callable[..., Tensor]  # measure(a, b, *, mask, window, floors)
 
 
@@ -161,17 +144,6 @@ def _magnitude(r: Registration, target: Target, options: Options) -> Tensor:
     return (r.displacement.abs().mean() - r.inverse.abs().mean()).abs()
 
 
-def one_hot(labels: Tensor, ids: Sequence[int]) -> Tensor:
-    """(B, 1, *spatial) label map -> (B, len(ids), *spatial) float."""
-    return torch.cat([labels == i for i in ids], 1).float()
-
-
-def shared_ids(fixed: Tensor, moving: Tensor) -> list[int]:
-    """The labels that both maps hold."""
-    shared = set(fixed.unique().tolist()) & set(moving.unique().tolist())
-    return sorted(int(i) for i in shared if i > 0)
-
-
 def _dice(r: Registration, target: Target, options: Options) -> Tensor:
     """1 - soft Dice of linearly warped one-hot labels, both ways, over the labels both images of a pair hold."""
     if not all(f"{side}_label" in target for side in SIDES):
@@ -184,16 +156,28 @@ def _dice(r: Registration, target: Target, options: Options) -> Tensor:
     return 1 - warped_overlap(r, fixed, moving, options)[held].mean() if held.any() else nothing(r)
 
 
+def with_distances(target: Target, options: Options) -> Target:
+    """The target with ``fixed_distance`` and ``moving_distance``, ``signed_distances`` of both images' structures."""
+    if "fixed_distance" in target or not all(f"{side}_label" in target for side in SIDES):
+        return target
+    ids = options.label_ids or shared_ids(target["fixed_label"], target["moving_label"])
+    return {**target, **{f"{side}_distance": signed_distances(target[f"{side}_label"], ids) for side in SIDES}}
+
+
+def _distance(r: Registration, target: Target, options: Options) -> Tensor:
+    """Mean squared difference of the structures' distance maps, both ways; in [0, 4]. It reaches where none overlap."""
+    known = with_distances(target, options)
+    fixed, moving = (known.get(f"{side}_distance") for side in SIDES)
+    if fixed is None or moving is None or not fixed.numel():
+        return nothing(r)
+    warped = torch.cat(warp_both(moving, fixed, r.displacement, r.inverse, layers=options.layers))
+    return (warped - torch.cat([fixed, moving])).square().mean()
+
+
 def warped_overlap(r: Registration, fixed: Tensor, moving: Tensor, options: Options) -> Tensor:
     """(B, K): soft Dice of K structures (B, K, *spatial), each image's warped onto the other's, mean of both ways."""
     warped_moving, warped_fixed = warp_both(moving, fixed, r.displacement, r.inverse, layers=options.layers)
     return (overlap(fixed, warped_moving) + overlap(moving, warped_fixed)) / 2
-
-
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Soft Dice of two (B, K, *spatial) in [0, 1] -> (B, K)."""
-    a, b = a.flatten(2), b.flatten(2)
-    return 2 * (a * b).sum(2) / (a.sum(2) + b.sum(2)).clamp(min=1e-5)
 
 
 def _anatomy(r: Registration, target: Target, options: Options) -> Tensor:
@@ -232,17 +216,22 @@ def _anatomy_of(target: Target) -> Tensor:
 
 
 def _landmarks(r: Registration, target: Target, options: Options) -> Tensor:
-    """Mean distance of corresponding landmarks in voxels, both ways; NaN rows are missing points."""
+    """Mean distance of corresponding landmarks in voxels, both ways; NaN rows are missing points.
+
+    ``landmark_weights`` (B, K), where there are any, weigh them.
+    """
     if not all(f"{side}_landmarks" in target for side in SIDES):
         return nothing(r)
     ends = (target["fixed_landmarks"], target["moving_landmarks"])
     valid = ~(ends[0].isnan() | ends[1].isnan()).any(-1)
     if not valid.any():
         return nothing(r)
+    weights = target["landmark_weights"][valid] if "landmark_weights" in target else 1.0
     distances = []
     for u, (start, end) in ((r.displacement, ends), (r.inverse, ends[::-1])):
         moved = start + sample_at(u, start.nan_to_num())
-        distances.append(((moved - end)[valid].square().sum(-1) + 1e-6).sqrt().mean())
+        apart = ((moved - end)[valid].square().sum(-1) + 1e-6).sqrt()
+        distances.append((weights * apart).sum() / (weights + 0 * apart).sum().clamp(min=1e-6))
     return torch.stack(distances).mean()
 
 
@@ -309,6 +298,7 @@ TERMS: dict[str, Term] = {
     "log_jacobian": Term(of_displacements(regularity.log_jacobian), "regularity"),  # 0 where no volume changes
     "magnitude": Term(_magnitude, "regularity"),
     "dice": Term(_dice, "supervision", "label"),
+    "distance": Term(_distance, "supervision", "label"),
     "anatomy": Term(_anatomy, "supervision", "label"),
     "predicted_dice": Term(_predicted_dice, "supervision"),
     "landmarks": Term(_landmarks, "supervision", "landmarks"),

@@ -23,7 +23,9 @@ from regpipe.utils.settings import AffineOptions, RefinementOptions, names
 
 NEAR = ("*", "*/*", "*/*/*", "*/*/*/*")  # how deep beside the results inputs are looked for
 FIELDS = ("displacement.nii.gz", "1Warp.nii.gz")  # what is compared in mm; the latter is without the affine part
-MORE = ("guide", "uncertainty", "features")  # settings that are given again where they were given
+# settings that are given again where they were given; and those that registering with a bundle by MONAI does not know
+MORE = ("guide", "guide_labels", "rigid", "uncertainty", "features", "channel_weights")
+OWN = {"guide", "rigid", "channel_weights", "channel_similarity"}
 BOTH = (*names(AffineOptions), "formats", "landmark_channels", "refine")
 ZERO = (*BOTH, *(name for name in names(RefinementOptions) if name not in MORE))  # given to registering from zero
 BUNDLE = (*BOTH, "refine_loss", "refine_window", "refine_finest", "repair")  # and registering with a bundle
@@ -69,6 +71,9 @@ def rerun(
         raise InputError(f"{given}: was registered by SYMNet; do so again with its weights, to another folder")
     if "features_sha256" in first["settings"]:
         raise InputError(f"{given}: was registered by --features {first['settings']['features']}; do so again with it")
+    if first["model"] and not OWN.isdisjoint(first["settings"]):
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(OWN & first["settings"].keys()))
+        raise InputError(f"{given}: was registered with a bundle and {told}; do so again, to another folder")
     if bundle is not None and not first["model"]:
         raise InputError(f"{given}: was registered without a network; leave out --bundle")
     beside = next(iter(old)).absolute().parent.parent  # of the folder of cases

@@ -137,12 +137,18 @@ def split(
     return moving_frame, np.moveaxis(apply_affine(np.linalg.inv(moving_frame), at) - x, -1, 0)
 
 
-def back(b: np.ndarray, places: np.ndarray, about: str = "the initial transform") -> np.ndarray:
-    """``R^-1`` of places (D, ...) in voxels; NaN stays NaN. Where ``R`` folds or jumps the nearest that was found."""
+def back(
+    b: np.ndarray, places: np.ndarray, about: str = "the initial transform", *, start: np.ndarray | None = None
+) -> np.ndarray:
+    """``R^-1`` of places (D, ...) in voxels; NaN stays NaN. Where ``R`` folds or jumps the nearest that was found.
+
+    ``start``: where it is looked for first; None: at the places.
+    """
     known = np.isfinite(places).all(axis=0)
     found = places.astype(np.float64)
-    x = found[:, known]
-    target, left = x.copy(), np.arange(x.shape[1])
+    target = found[:, known]
+    x = target.copy() if start is None else start[:, known].astype(np.float64)
+    left = np.arange(x.shape[1])
     for _ in range(TRIES):
         error = x[:, left] + interpolate(b, x[:, left]) - target[:, left]
         x[:, left] -= error / 2  # half of it: a whole one runs away where R stretches

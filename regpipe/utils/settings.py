@@ -47,7 +47,9 @@ class RefinementOptions:
         InputError: features that nothing asks for.
     """
 
-    similarity: str = _option("auto", "What refinement compares images by: {}.")
+    similarity: str | Sequence[str] = _option(
+        "auto", "What refinement compares images by: {}. Of several channels one for all, or each its own: auto,mi."
+    )
     smoothness: float = _option(1.0, "Of refinement; 1: the default, 0.5 follows the images further.")
     finest: int | None = _option(
         None, "Of refinement: 1 compares at full resolution, 2 at half, faster; default: by size."
@@ -60,17 +62,38 @@ class RefinementOptions:
         "Of --similarity features: resnet18 (default), vgg16, alexnet, BACKBONE:WEIGHTS, or a TorchScript file, "
         "FILE.ts or FILE.ts=1,0.5 with weights.",
     )
+    channel_weights: Sequence[float] = _option(
+        (), "Of several channels: their shares of the similarity; default: alike."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.guide, str):
             object.__setattr__(self, "guide", [name.strip() for name in self.guide.split(",")])
-        if self.features is not None and self.similarity != "features":
+        object.__setattr__(self, "channel_weights", _numbers(self.channel_weights))
+        given = self.similarity.split(",") if isinstance(self.similarity, str) else self.similarity
+        names = tuple(name.strip() for name in given)
+        object.__setattr__(self, "similarity", names if len(names) > 1 else names[0])
+        if self.features is not None and self.first != "features":
             raise InputError(f"--features {self.features}: goes with --similarity features")
+
+    @property
+    def first(self) -> str:
+        """The similarity of the first channel, or of all."""
+        return self.similarity if isinstance(self.similarity, str) else self.similarity[0]
 
     @property
     def loss(self) -> dict[str, Any]:
         """What ``engines.refine.refinement_loss`` is told."""
-        return {name: value for name in LOSS if (value := getattr(self, name)) != ()}
+        told = {name: value for name in LOSS if (value := getattr(self, name)) != ()}
+        return told | {"similarity": self.first}
+
+
+def _numbers(weights: str | Sequence[float]) -> tuple[float, ...]:
+    try:
+        words = weights.split(",") if isinstance(weights, str) else weights
+        return tuple(float(word) for word in words)
+    except ValueError:
+        raise InputError(f"--channel-weights {weights}: give a number for each channel, by commas: 1,0.5") from None
 
 
 def names(kind: type) -> tuple[str, ...]:

@@ -16,7 +16,11 @@ from helpers.registered import write_csv
 from regpipe import register_images
 from regpipe.data.load import LoadPair
 from regpipe.engines.pyramid import pyramid_level
+from regpipe.io.labels import read_label
+from regpipe.metrics.measures import dice
+from regpipe.provenance.rerun import rerun
 from regpipe.transforms.displacement import write_image
+from regpipe.transforms.volume import jacobian
 from regpipe.utils.errors import InputError
 
 SIDE, SHIFT = 48, 4.0  # voxels; mm
@@ -100,8 +104,106 @@ def test_what_is_ignored_does_not_count(pair: dict[str, Path], tmp_path: Path) -
     assert torch.equal(item["fixed_mask"][0] == 0, torch.from_numpy((lesion > 0) | (half == 0)))
 
 
+def test_labels_that_lie_apart_find_each_other_and_others_are_left(pair: dict[str, Path]) -> None:
+    """Ids of Allen's kind, and above all signed ones: 7 lies 20 voxels from its partner, 2^40 is not to lead."""
+    x, y = np.indices((SIDE, SIDE))
+    for side, shift in (("fixed", 0), ("moving", 20)):
+        labels = np.zeros((SIDE, SIDE), np.uint64)
+        labels[(x - 14 - shift) ** 2 + (y - 14) ** 2 < 25] = 7
+        labels[(x - 30 + shift) ** 2 + (y - 36) ** 2 < 25] = 2**40
+        write_image(pair[f"{side}_label"], labels, LPS)
+    led = registered(pair, "label", guide="labels", guide_labels="7")
+    moved = led.warped_label.array
+    fixed = read_label(pair["fixed_label"])[0].array
+    scores = dice(fixed, moved, [7, 2**40])
+    assert scores[7] > 0.9 and scores[2**40] < 0.1
+    assert led.metrics["folds_percent"] == 0
+    settings = json.loads((led.folder / "manifest.json").read_text())["settings"]
+    assert settings["guide_labels"] == [7]
+    with pytest.raises(InputError, match="--guide labels: needs labels 9 of both images"):
+        registered(pair, "label", guide="labels", guide_labels="9")
+    with pytest.raises(InputError, match="--guide-labels goes with --guide labels"):
+        registered(pair, "label", guide_labels="7")
+
+
+def test_landmarks_weigh_as_their_column_says(pair: dict[str, Path]) -> None:
+    """Half of the points say that nothing moves, half that all does: those of more weight are followed."""
+    rows = [(x, y) for x in (14, 24, 34) for y in (14, 24, 34)]
+    off = {}
+    for name, (still, moved) in {"still": (1.0, 0.01), "moved": (0.01, 1.0)}.items():
+        lines = {"fixed": ["x,y,weight"], "moving": ["x,y"]}
+        for x, y in rows:
+            for step, weight in ((0.0, still), (SHIFT, moved)):
+                lines["fixed"].append(f"{x},{y},{weight}")
+                lines["moving"].append(f"{x + step},{y}")
+        for side, text in lines.items():
+            pair[f"{side}_landmarks"].write_text("\n".join(text) + "\n")
+        u = registered(pair, "landmarks", guide="landmarks").displacement.array
+        off[name] = np.mean([u[0][x, y] for x, y in rows])
+    assert abs(off["still"]) < 0.5 and abs(off["moved"] - SHIFT) < 0.5
+
+
 def test_what_is_wrong_is_said_in_a_line(pair: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="--guide labels: needs labels of both images"):
         registered(pair, guide="labels")
     with pytest.raises(InputError, match="--guide shapes: choose among labels, landmarks"):
         registered(pair, guide="shapes")
+    pair["fixed_landmarks"].write_text("x,y,weight\n1,1,-1\n2,2,1\n3,3,1\n")
+    with pytest.raises(InputError, match="has weights below 0"):
+        registered(pair, "landmarks", guide="landmarks")
+
+
+def turned(degrees: float, about: tuple[float, float], shift: tuple[float, float], p: np.ndarray) -> np.ndarray:
+    """Points (2, ...) moved rigidly."""
+    angle, (middle, step) = np.deg2rad(degrees), (np.reshape(v, (2, 1, 1)) for v in (about, shift))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return np.tensordot(turn, p - middle, 1) + middle + step
+
+
+@pytest.fixture
+def bones(tmp_path: Path) -> dict[str, Any]:
+    """Two bars that turn by 8 and -10 degrees in a tissue that follows them; the bars' labels."""
+    size, rng = 80, np.random.default_rng(0)
+    p = np.indices((size, size)).astype(float)
+    texture = ndimage.gaussian_filter(rng.standard_normal((3 * size, 3 * size)), 2)
+    labels = np.zeros((size, size), np.int64)
+    labels[14:38, 24:36], labels[46:70, 46:58] = 4, 2**40
+    motions = {4: turned(8, (26, 30), (2, 1), p), 2**40: turned(-10, (58, 52), (-1, 3), p)}
+    near = {i: 1 / np.maximum(ndimage.distance_transform_edt(labels != i), 0.5) ** 2 for i in motions}
+    u = sum(near[i] * (motions[i] - p) for i in motions) / (sum(near.values()) + 1 / 20**2)
+    u = np.stack([ndimage.gaussian_filter(part, 1) for part in u])
+    for i, moved in motions.items():
+        u[:, labels == i] = (moved - p)[:, labels == i]
+    files: dict[str, Any] = {"fixed_label": tmp_path / "bones_seg.nii.gz", "true": u, "labels": labels}
+    for side, at in (("fixed", p + u), ("moving", p)):
+        image = ndimage.map_coordinates(texture, at + size, order=3) + 0.005 * rng.standard_normal((size, size))
+        files[f"{side}_image"] = tmp_path / f"{side}.nii.gz"
+        write_image(files[f"{side}_image"], image.astype(np.float32), LPS)
+    write_image(files["fixed_label"], labels, LPS)
+    return files
+
+
+def test_bones_move_as_rigid_bodies_each_by_its_own_motion(bones: dict[str, Any], tmp_path: Path) -> None:
+    told = {"bundle": "none", "affine": "none", "fixed_label": bones["fixed_label"], "smoothness": 0.5}
+    found = register_images(bones["fixed_image"], bones["moving_image"], rigid="all", **told)
+    motions, inside = found.metrics["rigid"], bones["labels"] > 0
+    assert motions["4"]["angle"] == pytest.approx(8, abs=0.5)
+    assert motions[str(2**40)]["angle"] == pytest.approx(10, abs=0.5)
+    assert np.linalg.norm(found.displacement.array - bones["true"], axis=0)[inside].max() < 0.3
+    assert found.metrics["ndv_percent"] == 0 and found.warnings == []
+    case, labels = found.save(tmp_path / "out") / found.folder.name, bones["fixed_label"]
+    rows = jacobian(case, tmp_path / "e.nii.gz", strained=True, labels=labels)
+    assert max(abs(row[name]) for row in rows for name in row if name.startswith("strain")) < 1e-3
+    free = register_images(bones["fixed_image"], bones["moving_image"], **told).save(tmp_path / "free")
+    rows = jacobian(free / found.folder.name, tmp_path / "free.nii.gz", strained=True, labels=labels)
+    assert all(row["strain_max_p95"] > 0.01 for row in rows)
+    assert not rerun(tmp_path / "out", data=tmp_path)[0].different
+
+
+def test_rigid_labels_have_to_be_there(bones: dict[str, Any], pair: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="--rigid: the fixed image has no label 5"):
+        register_images(
+            bones["fixed_image"], bones["moving_image"], fixed_label=bones["fixed_label"], rigid="5", **TOLD
+        )
+    with pytest.raises(InputError, match="--rigid: the fixed image has no label that is not 0"):
+        registered(pair, rigid="all")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from helpers.terms import WAYS, constant, example, fields_only, noise, smooth, term
 from regpipe.fields.algebra import Registration, identity_grid, register, register_midway, resize, warp
 from regpipe.losses.loss import RegistrationLoss, feature_encoder, weigh
+from regpipe.losses.structures import signed_distances
 from regpipe.losses.terms import TERMS, Options, overlaps, supervised
 from regpipe.networks.encoders import Encoder
 from regpipe.networks.symmetric import SymmetricNet
@@ -260,3 +261,22 @@ def test_pairs_with_labels_or_landmarks_of_both_images_are_supervised() -> None:
     assert supervised(pairs, {"landmarks": 1.0}).tolist() == [False, True, False, False, False]
     assert supervised(pairs, {"landmarks": 1.0}, landmark_channels=1).tolist() == [True, False, False, False, False]
     assert not supervised(pairs, {"lncc": 1.0, "dice": 0.0}).any()  # labels that the loss does not see change nothing
+
+
+def test_distance_maps_are_those_of_a_ball_and_pull_structures_that_lie_apart() -> None:
+    """Of a disc of radius 5 at distance d of its middle: d - 5, by 12 voxels; apart, soft Dice pulls nothing."""
+    x = torch.stack(torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")).float()
+    far = [
+        (x - middle.view(2, 1, 1)).norm(dim=0) for middle in (torch.tensor([12.0, 20.0]), torch.tensor([28.0, 20.0]))
+    ]
+    fixed, moving = ((d <= 5).int()[None, None] * 3 for d in far)
+    found = signed_distances(fixed, [3])[0, 0]
+    expected = ((far[0] - 5) / 12).clamp(-1, 1)
+    assert (found - expected).abs().max() < 1.2 / 12  # voxels
+    for name, pulls in (("dice", False), ("distance", True)):
+        velocity = torch.zeros(1, 2, 40, 40, requires_grad=True)
+        images = torch.rand(1, 1, 40, 40)
+        target = {"fixed_image": images, "moving_image": images, "fixed_label": fixed, "moving_label": moving}
+        term(name, register(images, images, velocity), target).backward()
+        assert velocity.grad is not None
+        assert (float(-velocity.grad[0, 0].sum()) > 1e-3) is pulls  # fixed(p) = moving(p + u): u along +x

@@ -1,0 +1,101 @@
+"""Several channels of a pair in one refinement: each its own similarity and weight, one motion.
+
+What is optimised, and what judges, is a pair as ever, whose ``channels`` are the same pair seen in another image each
+(``data.channels``); the loss's ``channels`` say how each of them compares.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.terms import TERMS, Target
+from regpipe.utils.errors import InputError
+from regpipe.utils.settings import RefinementOptions
+
+
+class Channels(NamedTuple):
+    """How the images of a side compare."""
+
+    similarity: tuple[str, ...] = ()  # one for each channel, the first one's too; none: that of the loss for all
+    weights: tuple[float, ...] = ()  # their shares, of whatever sum; none: alike
+
+    @classmethod
+    def of(cls, asked: RefinementOptions) -> Channels:
+        """What was asked for. Raises ``InputError``: as ``weight_of``."""
+        names = () if isinstance(asked.similarity, str) else tuple(asked.similarity)
+        for name in names:
+            weight_of(name)
+        return cls(names, tuple(asked.channel_weights))
+
+    def asked(self) -> dict[str, list[Any]]:
+        """What was asked for, for records."""
+        told = {"channel_similarity": self.similarity, "channel_weights": self.weights}
+        return {name: [*values] for name, values in told.items() if values}
+
+    def loss(self, first: RegistrationLoss, many: int) -> RegistrationLoss:
+        """The loss of so many channels: ``first`` with its similarity shared out among them, so that its regularity
+        weighs as of one.
+
+        Raises:
+            InputError: not as many similarities or weights as channels; a weight that is not above 0.
+        """
+        for option, told in (("--similarity", self.similarity), ("--channel-weights", self.weights)):
+            if len(told) not in (0, many):
+                raise InputError(f"{option}: {len(told)} of them, the images have {many} channels; give one for each")
+        weights = self.weights or (1.0,) * many
+        if not all(0 < weight < math.inf for weight in weights):
+            raise InputError(f"--channel-weights {','.join(f'{w:g}' for w in weights)}: give numbers above 0")
+        alike = {name: weight for name, weight in first.weights.items() if first.terms[name].kind == "similarity"}
+        unit = sum(weight / (TERMS[name].weight or 1.0) for name, weight in alike.items())
+        losses = []
+        for i, weight in enumerate(weights):
+            names = self.similarity[i : i + 1]
+            of_this = {name: unit * weight_of(name) for name in names} or alike
+            if "features" in of_this and first.encoder is None:
+                raise InputError("--similarity: features of a further channel goes with features of the first")
+            one = copy.copy(first)
+            one.weights = {name: value * weight / sum(weights) for name, value in of_this.items()}
+            losses.append(one)
+        whole, *others = losses
+        whole.weights |= {name: weight for name, weight in first.weights.items() if name not in alike}
+        whole.channels = others
+        return whole
+
+
+ALIKE = Channels()
+
+
+def weight_of(similarity: str) -> float:
+    """Of a similarity in refinement, of like effect. Raises ``InputError``: it is not offered."""
+    offered = {name: term.weight for name, term in TERMS.items() if term.weight is not None}
+    if similarity not in offered:
+        raise InputError(f"--similarity {similarity}: choose among {', '.join(offered)}")
+    return offered[similarity]
+
+
+def each_pair(
+    fixed: Tensor,
+    moving: Tensor,
+    masks: Sequence[Tensor],
+    anatomy: Tensor | None,
+    truth: Target,
+    channels: Sequence[Tensor],
+) -> Iterator[dict[str, Any]]:
+    """One pair at a time, with its ``channels``: in a joint batch one pair's convergence would tell on another's."""
+    given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
+    beside = dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
+    views = [side.float().split(1, dim=1) for side in channels]
+    for i in range(len(fixed)):
+        seen = {key: mask[i : i + 1].float() for key, mask in beside.items()}
+        pair: dict[str, Any] = {key: x[i : i + 1].float() for key, x in given.items() if x is not None} | seen
+        pair |= {key: tensor[i : i + 1] for key, tensor in truth.items()}
+        further = [
+            {"fixed_image": f[i : i + 1], "moving_image": m[i : i + 1], **seen} for f, m in zip(*views, strict=True)
+        ]
+        yield pair | ({"channels": further} if further else {})
