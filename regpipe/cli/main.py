@@ -29,7 +29,7 @@ COMMANDS: list[Callable[..., None]] = [
     bids.bids,
     results.dashboard,
 ]
-COMMANDS += [results.figures, results.report, provenance.verify, provenance.rerun]
+COMMANDS += [results.figures, results.report, results.validate, provenance.verify, provenance.rerun]
 for command in COMMANDS:
     app.command()(command)
 

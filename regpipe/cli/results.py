@@ -1,4 +1,4 @@
-"""The commands that show results: ``regpipe report``, ``dashboard`` and ``figures``."""
+"""The commands that show results: ``regpipe report``, ``validate``, ``dashboard`` and ``figures``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,34 @@ def report(
     verdicts = [{"case": case.name, "verdict": case.verdict.status} for case in cases]
     console.tell(page=page, cases=verdicts, **counts)
     console.say(f"{page}: {len(cases)} case{'s' * (len(cases) != 1)} ({told}), {page.stat().st_size / 1e6:.1f} MB")
+
+
+def validate(
+    folder: Annotated[Path, typer.Argument(help="What regpipe register -o wrote.")],
+    truth: Annotated[
+        Path, typer.Option(help="Data set of the same cases: landmarks, label maps, displacements/ (regpipe phantom).")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for both files; default: FOLDER.")] = None,
+) -> None:
+    """Hold finished cases to a truth: TRE, Dice, HD95, end-point error, with bootstrap intervals, and checkerboards.
+
+    Writes validation.csv and validation.html. All is measured on the files that were written, in mm of native space.
+    """
+    from regpipe.study.validation import PAGE, TABLE
+    from regpipe.study.validation import validate as run
+
+    rows, problems = run(folder, truth, out)
+    target = out or folder
+    console.tell(table=target / TABLE, page=target / PAGE, rows=[row._asdict() for row in rows], problems=problems)
+    for row in rows[-len({row.measure for row in rows}) :]:
+        unit = f" {row.unit}" if row.unit else ""
+        told = f"{row.before:.3g} -> {row.after:.3g}{unit} (95 % interval {row.low:.3g} to {row.high:.3g})"
+        print(f"{row.measure}: {told}, {row.n} case{'s' * (row.n != 1)}")
+    print(f"table: {target / TABLE}, page: {target / PAGE}")
+    for name, problem in problems.items():
+        console.complain("error", f"{name}: {problem}")
+    if problems:
+        raise typer.Exit(1)
 
 
 def dashboard(
