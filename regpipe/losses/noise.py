@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import smooth
 
-from regpipe.data.pairs import SIDES
-
 SAMPLES = 200_000  # places that are looked at: a median of them is within 1 %
 MAD = 1.4826  # a Gaussian's standard deviation over its median absolute deviation
 CLASSES, LEAST = 12, 50  # of grey values, equally many places each, whose noise is measured apart; places in each
