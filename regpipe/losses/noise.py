@@ -20,7 +20,7 @@ SAMPLES = 200_000  # places that are looked at: a median of them is within 1 %
 MAD = 1.4826  # a Gaussian's standard deviation over its median absolute deviation
 CLASSES, LEAST = 12, 50  # of grey values, equally many places each, whose noise is measured apart; places in each
 RISES, STEEP = 0.9, 10.0  # correlation of the noise with the grey value; its variance, brightest over darkest
-FAINTEST = 0.05  # of the median variance, added to each: a class of almost none must not count for all
+FAINTEST = 0.05  # of the median variance, added to each: a class with almost no noise must not outweigh the others
 SHARE = 0.5  # of the noise's standard deviation, added to one copy and taken from the other divided by this
 
 
@@ -43,7 +43,8 @@ def noise_level(image: Tensor) -> Tensor:
 
     Speckle's rises with the grey value: its variance is ``a + b m^2`` at a local mean m. The two are fitted to the
     noise of ``CLASSES`` of grey values, and count where it rises in a line, ``RISES`` to 1, and by much, ``STEEP`` to
-    1: texture, of which the classes hold some too, and Rician noise do not.
+    1. Rician noise does not rise so, nor does texture, of which the classes hold some; the counts of photons do, and
+    so does white noise in tissue beside air that has little, of which the one number would say less than the truth.
     """
     values, means = (x.flatten() for x in _differences(image))
     values, means = values[values > 0], means[values > 0]

@@ -45,6 +45,9 @@ def test_speckle_is_measured_at_each_grey_value_and_white_noise_by_one_number(sh
     assert noise_level(clean + white).tolist() == noise_variance(clean + white).sqrt().tolist()
     rician = ((clean + white).square() + draw(shape, 1).square()).sqrt()
     assert noise_level(rician).numel() == 1
+    quiet = torch.cat([0.1 + 0.1 * white, 0.6 + white], dim=3)  # air, and tissue with white noise
+    told = float(noise_level(quiet)[:, :, :, -10:].mean())
+    assert 2 * float(noise_variance(quiet).sqrt()) < 0.5 * SIGMA < told < 1.5 * SIGMA
     noise, part = split_noise(speckled).noise[0, 0], shape[0] // 4
     ratio = clean[0, 0, -part:].square().mean().sqrt() / clean[0, 0, :part].square().mean().sqrt()
     assert float(noise[-part:].std() / noise[:part].std()) == pytest.approx(float(ratio), rel=0.05)
