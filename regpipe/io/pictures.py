@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -134,13 +135,25 @@ def _opened(file: BinaryIO) -> Iterator[Any]:
         try:
             picture = Picture.open(file)
         except UnidentifiedImageError as cause:
-            if tiff:
+            if tiff and _has_directory(file, head):
                 raise OSError("a kind of TIFF not supported by Pillow") from cause
             raise
         with picture:
             yield picture
     finally:
         Picture.MAX_IMAGE_PIXELS = limit
+
+
+def _has_directory(file: BinaryIO, head: bytes) -> bool:
+    """Whether a TIFF holds all of its first directory, as it does not where it is cut off; BigTIFF is not looked at."""
+    if head[2:4] in (b"+\0", b"\0+"):
+        return True
+    order = "<" if head[:1] == b"I" else ">"
+    (start,) = struct.unpack(f"{order}I", head[4:8].ljust(4, b"\0"))
+    end = file.seek(0, 2)
+    file.seek(start)
+    entries = file.read(2)
+    return len(entries) == 2 and start + 6 + 12 * struct.unpack(f"{order}H", entries)[0] <= end
 
 
 def _learn_heic(file: BinaryIO) -> None:

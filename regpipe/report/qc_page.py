@@ -250,6 +250,7 @@ def chart(name: str, values: Sequence[float], limit: Threshold | None) -> dict[s
     low, high = (float(numbers.min()), float(numbers.max())) if len(numbers) else (0.0, 1.0)
     steps = [] if limit is None else [(kind, getattr(limit, kind)) for kind in ("warn", "fail")]
     steps = [step for step in steps if math.isfinite(step[1])]
+    low, high = (low, low) if high - low < 1e-9 * abs(high) else (low, high)  # digits lost, no range of values
     reach = high - low or max([abs(step - low) for _, step in steps], default=0.0) or 1.0
     near = [step for _, step in steps if low - reach <= step <= high + reach]
     low, high = min([low, *near]), max([high, *near])

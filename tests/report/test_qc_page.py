@@ -231,6 +231,7 @@ def test_a_histogram_of_one_value_shows_how_far_the_threshold_is() -> None:
     assert found["bars"][0] == 1
     assert [line["at"] for line in found["lines"]] == [0, 1]
     assert sum(chart("dice", [math.nan], None)["bars"]) == 0
+    assert sum(chart("space", [2.0, math.nextafter(2.0, 3)], None)["bars"]) == 1  # equal but for the last digit
 
 
 def test_the_command_says_where_and_how_many(folder: Path, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_registering_twice_gives_the_same_bytes(tmp_path, model, data, registered, monai_bundle) -> None:
     infer(monai_bundle, model, data, tmp_path)
     found = contents(tmp_path)
-    assert found.keys() == registered.keys() and len(found) == 3 * FILES + 1
+    assert found.keys() == registered.keys() and len(found) == 3 * FILES + 2
     assert [name for name in found if found[name] != registered[name]] == []
 
 
@@ -308,7 +308,7 @@ def test_a_case_that_fails_leaves_nothing_and_the_others_are_done(
     said = capsys.readouterr()
     assert line.format(tmp_path / "case_001") in said.out
     assert "case_001: case_001:" not in said.out + said.err
-    assert {path.name for path in tmp_path.iterdir()} == {"case_000", "case_002", "metrics.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"case_000", "case_002", "metrics.csv", "volumes.csv"}
     monkeypatch.undo()
     infer(monai_bundle, model, data, tmp_path)
     assert contents(tmp_path) == registered
