@@ -274,7 +274,9 @@ def nifti_affine(path: PathLike, image: Any) -> np.ndarray:
     by_nibabel = np.asarray(image.affine, np.float64)
     affine = nifti_place.itk_place(header, by_nibabel, min(len(image.shape), 3))
     if affine is None:
-        warn_once(f"{path}: ITK refuses where its header puts it (sheared, or 2-D and not axial); placed by nibabel")
+        lies = len(image.shape) > 2 or np.allclose(by_nibabel[2, :2], 0, atol=1e-3)
+        told = "sheared); placed by nibabel" if lies else "2-D, not axial); its place is left out, voxel sizes are kept"
+        warn_once(f"{path}: ITK refuses where its header puts it ({told}")
         return by_nibabel
     told = nifti_place.told(header, affine, by_nibabel, image.shape)
     if told:

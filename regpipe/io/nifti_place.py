@@ -37,8 +37,7 @@ def placed_image(array: np.ndarray, affine: np.ndarray) -> Any:
 def itk_place(header: Any, by_nibabel: np.ndarray, dim: int = 3) -> np.ndarray | None:
     """RAS affine (4, 4) of a header as it stands in the file; None where ITK refuses it.
 
-    That is a sheared sform without a qform; of a picture, ``dim`` 2, which ITK lays onto the plane of the first two
-    axes, a place where nothing is left of it there.
+    None: a sheared sform without a qform, or a 2D image that stands upright on the plane of the first two axes.
     """
     if _plain(header) and (dim > 2 or np.allclose(by_nibabel[2, :2], 0, atol=1e-6)):
         return by_nibabel

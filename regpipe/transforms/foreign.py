@@ -46,7 +46,9 @@ def read(path: Path) -> Foreign | None:
         return _x5(path)
     if head.startswith(b"MATLAB "):
         raise InputError(f"{path}: a MATLAB 5 or 7 file (SPM's?), not ITK's; convert it to an ITK transform first")
-    _require_unnamed(path, head)
+    if head.startswith(formats.GZIP) and not path.name.lower().endswith(".nii.gz"):
+        raise InputError(f"{path}: packed by gzip; unpack it, gunzip {path.name}")
+    _refuse_by_name(path)
     if b"\0" in head or b"#Insight" in head[:16]:
         return None
     text = head.decode("utf-8-sig", "replace")
@@ -66,13 +68,11 @@ def read(path: Path) -> Foreign | None:
     return None
 
 
-def _require_unnamed(path: Path, head: bytes) -> None:
-    """Raises ``InputError`` of what only its suffix tells."""
+def _refuse_by_name(path: Path) -> None:
+    """Raises ``InputError`` of what its suffix tells: its content does not, or it is never enough."""
     told = next((told for suffix, told in NAMED.items() if path.name.lower().endswith(suffix)), "")
     if told:
         raise InputError(f"{path}: {told.format(path.name)}")
-    if head.startswith(formats.GZIP) and not path.name.lower().endswith(".nii.gz"):
-        raise InputError(f"{path}: packed by gzip; unpack it, gunzip {path.name}")
 
 
 def _affine(matrix: np.ndarray, *, of_moving: bool = False) -> Foreign:
@@ -236,6 +236,13 @@ def _elastix_part(path: Path, said: Mapping[str, list[str]]) -> Any:
     return transform
 
 
+def _register_dat(path: Path, _text: str) -> Foreign:
+    raise InputError(
+        f"{path}: FreeSurfer's register.dat needs its images; "
+        f"tkregister2 --reg {path.name} --mov MOVING --targ FIXED --noedit --ltaout affine.lta"
+    )
+
+
 def _elastix_toml(path: Path, _text: str) -> Foreign:
     raise InputError(f"{path}: elastix's parameters as TOML; give those as .txt, or {ELASTIX}")
 
@@ -243,8 +250,6 @@ def _elastix_toml(path: Path, _text: str) -> Foreign:
 NAMED = {
     ".m3z": "FreeSurfer's warp; mri_warp_convert --inm3z {} --outitk warp.nii.gz",
     ".mgz": "FreeSurfer's; a warp is converted by mri_warp_convert --inmgzwarp {} --outitk warp.nii.gz",
-    ".dat": "FreeSurfer's register.dat needs its images; tkregister2 --reg {} --mov MOVING --targ FIXED --noedit "
-    "--ltaout affine.lta",
     ".trm": "BrainVISA's, in mm of two images that it does not name; write the matrix as ITK's .tfm",
 }
 READERS: dict[str, Callable[[Path, str], Foreign]] = {
@@ -252,6 +257,8 @@ READERS: dict[str, Callable[[Path, str], Foreign]] = {
     r"^\s*nxforms\s*=": _lta,
     r"^\s*MNI Transform File": _xfm,
     r'^\s*Transform\s*=\s*\[?\s*"': _elastix_toml,
+    # a subject, two voxel sizes and an intensity before the matrix; the last word is missing in old ones
+    rf"\A\s*\S+\s*\n(?:\s*{NUMBER}\s*\n){{3}}\s*(?:{NUMBER}[ \t]+){{3}}{NUMBER}": _register_dat,
     # the first line that is no comment begins with four numbers
     rf"\A(?:\s*(?:[#/%].*)?\n)*\s*(?:{NUMBER}[\s,]+){{3}}{NUMBER}": _matrix,
 }

@@ -75,16 +75,22 @@ def keys(case: Mapping[str, Any]) -> list[str]:
 def read(case: Mapping[str, str], dim: int, files: Source | None = None) -> Initial | None:
     """The initial transform of a case; None where it has none.
 
-    Of two slices that are stored in 3-D, which ``files`` know, those of space are taken to the slices' planes.
+    Where both images are slices stored in 3-D, files that are 3-D become a map from one slice's plane to the other's.
+
+    Args:
+        case: names the files.
+        dim: of the images; 2 for slices.
+        files: knows the planes of slices; None: there are no slices.
 
     Raises:
-        InputError: see ``read_transform``; another dimension; a file without an inverse is to be inverted.
+        InputError: see ``read_transform``; another dimension; a file without an inverse is to be inverted; together the
+            files take the fixed slice off the moving one's plane.
     """
     parts = [_part(Path(case[key]), inverse=key.endswith("_inverse")) for key in keys(case)]
     if not parts:
         return None
     of = [part.GetInputSpaceDimension() for part in parts]
-    planes = [] if files is None or {dim, *of} != {2, 3} or 2 in of else [files.plane(case[key]) for key in IMAGES]
+    planes = [files.plane(case[key]) for key in IMAGES] if files is not None and dim == 2 and set(of) == {3} else []
     lies = [plane for plane in planes if plane is not None]
     for key, own in zip(keys(case), of, strict=True):
         if own != dim and len(lies) < 2:
@@ -94,7 +100,7 @@ def read(case: Mapping[str, str], dim: int, files: Source | None = None) -> Init
         try:
             chain = itk_bridge.composite(lift.in_planes(chain, *files.header(case[IMAGES[0]]), lies[0], lies[1]))
         except InputError as problem:
-            raise InputError(f"{case[keys(case)[0]]}: {problem}") from problem
+            raise InputError(f"{', '.join(case[key] for key in keys(case))}: {problem}") from problem
     chain.FlattenTransformQueue()
     return Initial(chain, matrix_of(chain, dim) if chain.IsLinear() else None)
 

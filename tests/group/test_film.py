@@ -127,6 +127,15 @@ def test_landmarks_of_two_frames_are_found_in_all_and_their_drift_is_told(made: 
     assert about["film"]["landmarks_mm"] < 0.7
 
 
+def test_labels_beside_a_link_to_a_film_are_found(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "echo.nii.gz").write_bytes(data.read_bytes())  # beside which there are none
+    (tmp_path / "echo.nii.gz").symlink_to(tmp_path / "away" / "echo.nii.gz")
+    (tmp_path / "labels").symlink_to(data.parent / "labels")
+    found = list_subjects(tmp_path / "echo.nii.gz", film=True)
+    assert [i for i, one in enumerate(found) if one.label is not None] == [LABELLED]
+
+
 def test_a_folder_of_frames_keeps_their_order_and_one_image_is_no_film(tmp_path: Path) -> None:
     for i in (10, 9, 1):
         Image.fromarray(frame(i % FRAMES)[0].clip(0, 255).astype(np.uint8)).save(tmp_path / f"frame_{i}.png")

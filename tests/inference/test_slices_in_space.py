@@ -260,5 +260,9 @@ def test_a_start_that_leaves_the_plane_is_refused_for_that(
     capsys: pytest.CaptureFixture[str],
     told: dict[str, float],
 ) -> None:
-    assert registered(slices, tmp_path, monkeypatch, "--initial", start(tmp_path / "t.tfm", slices, **told)) == 1
-    assert "off the plane of the moving one; give one that keeps it" in capsys.readouterr().err
+    none, away = start(tmp_path / "none.tfm", slices), start(tmp_path / "t.tfm", slices, **told)
+    sitk.WriteTransform(sitk.Transform(3, sitk.sitkIdentity), str(none))
+    assert registered(slices, tmp_path, monkeypatch, "--initial", none, "--initial", away) == 1
+    said = capsys.readouterr().err
+    assert "off the plane of the moving one; give one that keeps it" in said
+    assert f"{none}, {away}: takes" in said

@@ -192,7 +192,16 @@ def test_what_itk_refuses_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with pytest.raises(RuntimeError):
         by_itk(path)
     read_image(path)
-    assert "ITK refuses where its header puts it" in caplog.text
+    assert "ITK refuses where its header puts it (sheared); placed by nibabel" in caplog.text
+
+
+def test_an_upright_picture_keeps_its_voxel_sizes_and_no_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coronal = np.array([[2, 0, 0, -20], [0, 0, 3, 30], [0, 1.5, 0, 12], [0, 0, 0, 1.0]])
+    path = write(tmp_path / "a.nii", {"s": coronal, "sc": 1, "q": coronal, "qc": 1}, ARRAY[..., 0])
+    assert np.allclose(read_image(path).affine, np.diag([2, 1.5, 1]))
+    assert "its place is left out, voxel sizes are kept" in caplog.text
 
 
 def test_what_itk_and_nibabel_see_otherwise_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

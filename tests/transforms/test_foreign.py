@@ -252,6 +252,11 @@ def test_what_is_not_read_is_called_by_its_name(tmp_path: Path, name: str, conte
         read_transform(tmp_path / name)
 
 
+def test_plain_numbers_in_a_dat_are_no_register_dat(tmp_path: Path) -> None:
+    (tmp_path / "affine.dat").write_text("1 0 0 3\n0 1 0 4\n0 0 1 5\n0 0 0 1\n")
+    np.testing.assert_allclose(moved(tmp_path / "affine.dat"), POINTS + [-3, -4, 5])  # RAS -> LPS
+
+
 def test_a_mark_of_unicode_before_the_text_does_not_matter(tmp_path: Path) -> None:
     transform = sitk.AffineTransform(3)
     transform.Rotate(0, 1, 0.2)

@@ -12,12 +12,13 @@ import SimpleITK as sitk
 import torch
 from PIL import Image as Picture
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from helpers.folders import save
 from regpipe.data.load import LoadPair
 from regpipe.fields.algebra import warp
 from regpipe.io.images import make_grid
-from regpipe.io.labels import read_label, whole_numbers
+from regpipe.io.labels import is_label_map, look_of, read_label, whole_numbers
 from regpipe.io.source import Source
 from regpipe.transforms.apply import apply
 from regpipe.utils.errors import InputError
@@ -156,6 +157,36 @@ def test_voxels_say_what_names_do_not(
     path = save(tmp_path / f"{name}.nii.gz", array.astype({"f": np.float32}.get(array.dtype.kind, np.int16)), AFFINE)
     assert method_of(path, capsys) == expected
     assert (told in caplog.text) if told else not caplog.records, caplog.text
+
+
+def cells(count: int, *shape: int) -> np.ndarray:
+    """0, 1, ...: cells that touch, numbered row by row."""
+    seeds = np.random.default_rng(0).random((count, len(shape))) * shape
+    seeds = seeds[np.lexsort(seeds.T[::-1])]
+    places = np.moveaxis(np.indices(shape), 0, -1)
+    return cKDTree(seeds).query(places)[1].astype(np.int64)
+
+
+@pytest.mark.parametrize("array", [cells(400, 200, 200), cells(1000, 60, 60, 60)], ids=["2-D", "3-D"])
+def test_cells_whose_numbers_have_gaps_are_labels(array: np.ndarray) -> None:
+    some = np.sort(np.random.default_rng(1).choice(4 * array.max(), array.max() + 1, replace=False))
+    for ids in (array, array * 3 + 3, array + 3 * (array > 50), some[array]):
+        assert look_of(ids).label
+
+
+@pytest.mark.parametrize("largest", [250, 4000, 60000])
+@pytest.mark.parametrize("step", [1, 16])
+def test_repeated_voxels_of_any_depth_are_an_image(largest: int, step: int) -> None:
+    smooth = ndimage.gaussian_filter(np.random.default_rng(2).random((128, 128)), 6)
+    grey = np.rint((smooth - smooth.min()) / np.ptp(smooth) * largest).astype(np.int64) * step
+    assert not look_of(np.kron(grey, np.ones((3, 3), np.int64))).label
+
+
+def test_flat_shades_in_order_are_an_image_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    x, y = np.indices((200, 200)) - 99.5
+    sectors = (np.arctan2(x, y) + np.pi) / (2 * np.pi) * 72
+    assert not is_label_map(tmp_path / "a.nii", sectors.astype(np.int16) + 1, False)
+    assert "is taken for an image, by its 72 values; else give --interpolation nearest" in caplog.text
 
 
 def scaled(path: Path, stored: np.ndarray, slope: float) -> Path:
