@@ -1,4 +1,4 @@
-"""The options of a registration, each declared once: commands, functions, bundles and manifests go by its name."""
+"""The options of a registration: name, help and choices, once for commands, functions, bundles and manifests."""
 
 from __future__ import annotations
 
