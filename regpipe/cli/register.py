@@ -46,7 +46,7 @@ Trust = Annotated[
 
 
 def asked(context: typer.Context, *own: str) -> dict[str, Any]:
-    """The options that were given, by their names, without the command's ``own``."""
+    """The options by their names, but those of no value, unset switches and the command's ``own``; defaults stay."""
     given = {name: value for name, value in context.params.items() if name not in own}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 

@@ -251,23 +251,25 @@ def _of_loss(loss: nn.Module) -> dict[str, Any]:
 
 def _of_layers(inferer: Any) -> dict[str, str]:
     """What warps and integrates, where that is not regpipe's own as it is by default."""
-    layers: Layers = getattr(inferer, "layers", LAYERS)
-    if layers is LAYERS:
+    told, usual = map(_each, (getattr(inferer, "layers", LAYERS), LAYERS))
+    if told == usual:
         return {}
     from regpipe.fields.layers import DVF2DDF, Warp  # bring MONAI
 
-    told, usual = (
-        {name: _layer(layer) for name, layer in of._asdict().items()} for of in (layers, Layers(Warp(), DVF2DDF()))
-    )
-    return {} if told == usual else told
+    return {} if told == _each(Layers(Warp(), DVF2DDF())) else told
+
+
+def _each(layers: Layers) -> dict[str, str]:
+    return {name: _layer(layer) for name, layer in layers._asdict().items()}
 
 
 def _layer(layer: Any) -> str:
-    """Its class and what MONAI's layers keep of their arguments."""
+    """Its class, or the function's name, and what MONAI's layers keep of their arguments."""
     kept = {**vars(getattr(layer, "warp_layer", layer)), **vars(layer)}
     names = ("num_steps", "_interp_mode", "_padding_mode", "jitter")
     told = ", ".join(f"{name.strip('_')}={kept[name]}" for name in names if name in kept)
-    return f"{type(layer).__module__}.{type(layer).__name__}({told})"
+    named = layer if hasattr(layer, "__qualname__") else type(layer)
+    return f"{named.__module__}.{named.__qualname__}({told})"
 
 
 def _of_load(load: LoadPair) -> dict[str, Any]:

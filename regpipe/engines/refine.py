@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ class Refiner:
         if supervised:
             raise InputError(f"refinement cannot use {', '.join(supervised)}: a new pair has no such truth")
         self.losses, self.steps, self.rate, self.finest = losses, steps, rate, finest
-        self.guides = sorted(name for name, of_guide in GUIDES.items() if guided and terms & {*of_guide})
+        self.guides = guides_of(terms) if guided else []
         self.judged = not self.guides  # see ``engines.judge``; a dry run without numbers has nothing to judge
         self.layers = next(iter(losses.values())).layers.in_steps(SQUARINGS)
 
@@ -255,6 +255,11 @@ class Refiner:
         return velocity.detach()
 
 
+def guides_of(terms: Iterable[str]) -> list[str]:
+    """Which of ``GUIDES`` these terms follow."""
+    return sorted(name for name, of_guide in GUIDES.items() if not of_guide.keys().isdisjoint(terms))
+
+
 def refinement_loss(
     similarity: str, *, structures: int = 0, smoothness: float = 1.0, spatial_dims: int = 3, guide: Sequence[str] = ()
 ) -> dict[str, float]:
@@ -313,7 +318,8 @@ class Refinement(NamedTuple):
 
     def asked(self) -> dict[str, Any]:
         """The ids of a configuration that ask for it."""
-        asked = {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
+        asked: dict[str, Any] = {"refine": self.steps, "refine_loss": dict(self.weights), "refine_window": self.window}
+        asked |= {"guide": guides_of(self.weights)} if self.guided else {}
         return asked | self.channels.asked() | (described(self.features or DEFAULT) if self.by_features else {})
 
 

@@ -32,10 +32,10 @@ from regpipe.io.labels import ids_of, read_label
 from regpipe.metrics.measures import dice, mean_of
 from regpipe.report.pictures import contact_sheet, save_png
 from regpipe.transforms import displacement
+from regpipe.transforms.affine import STAGES
 from regpipe.utils import console, distributed
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file, sha256
-from regpipe.utils.settings import STAGES
 
 WITHIN = "within"  # a folder of the result: the subjects' own means
 BENDING = ("similarity", "affine")  # what a subject's own images are not aligned by: that is growth
@@ -108,9 +108,8 @@ def make_template(
 
 
 def _check(affine: str, rounds: int, within: str | None, *, sequence: bool, over_time: float) -> None:
-    stages = [stage for stage in STAGES if stage not in ("auto", "projective")]
-    if affine not in stages:
-        raise InputError(f"--affine {affine}: of a template choose among {', '.join(stages)}")
+    if affine not in STAGES:
+        raise InputError(f"--affine {affine}: of a template choose among {', '.join(STAGES)}")
     if rounds < 0:
         raise InputError(f"--rounds {rounds}: give 0, for an affine template, or more")
     if sequence and within is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from regpipe.data import channels
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
-from regpipe.fields.algebra import Registration
+from regpipe.fields.algebra import LAYERS, Layers, Registration
 from regpipe.io import background
 from regpipe.io.images import PICTURE, Image, read_image
 from regpipe.io.planes import as_stored
@@ -69,6 +69,7 @@ def save_case(
     fill: float | None = None,
     settings: Mapping[str, Any] | None = None,
     typical: Mapping[str, Any] | None = None,
+    layers: Layers = LAYERS,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Write everything that one registered case gives, in native space.
 
@@ -76,6 +77,7 @@ def save_case(
         files: of the case.
         fill: see ``FolderRun``.
         typical: what is known of the model's training.
+        layers: see ``metrics.measured.measure``.
 
     Returns:
         Its metrics on the working grid with a list ``warnings``, see ``metrics.trust``; and the SHA-256 of each file
@@ -102,7 +104,7 @@ def save_case(
         error = displacement.native_lengths(_array(prediction["uncertainty"]), *frames, fixed)
         out.image("uncertainty.nii.gz", error)
     images, labels, native = out.save_warped(forward, alignment if matrix is None else matrix, fill)
-    pair = Measured.of(registration, batch, load.grid_of(case, files).spacing)
+    pair = Measured.of(registration, batch, load.grid_of(case, files).spacing, layers=layers)
     shown = views.Shown(fixed.affine, images, labels, forward, determinant, alignment, error)
     view = views.write_view(folder / views.FOLDER, shown, shown_landmarks(pair, frames[0]))
     out.hashes |= {f"{views.FOLDER}/{name}": digest for name, digest in view.items()}

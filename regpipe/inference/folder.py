@@ -22,6 +22,7 @@ from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
 from regpipe.engines.inferers import prepare_batch
 from regpipe.engines.rigid import held, labels_of
+from regpipe.fields.algebra import LAYERS
 from regpipe.inference import guides, jobs, summary
 from regpipe.inference.case_files import BY_DEFAULT, DENSE, clear, save_case
 from regpipe.inference.ladder import FittingInferer, require_for_files
@@ -91,9 +92,8 @@ class FolderRun:
         self.uncertainty = uncertainty
         self._rigid = labels_of(rigid) if rigid else []
         self._guide_labels = labels_of(guide_labels, "--guide-labels") if guide_labels else []
-        told |= {"guide_labels": self._guide_labels} if guide_labels else {}
-        told |= {"uncertainty": True} if uncertainty else {}
-        told |= {"rigid": self._rigid} if rigid else {}
+        given = {"guide_labels": self._guide_labels, "uncertainty": uncertainty, "rigid": self._rigid}
+        told |= {name: value for name, value in given.items() if value}
         self._settings = {**(settings or {}), "formats": sorted(formats), **told}
         self.failures: dict[str, str] = {}
         listed = list_pairs(dataset_dir, pairing=pairing, problems=self.failures)
@@ -108,6 +108,7 @@ class FolderRun:
         self._finished, self._mine = len(self.cases) - len(left), distributed.share(left)
         self._current, self._began, self._files = "", 0.0, Source()
         self._guides: list[str] = []  # of the pair's own truth, see ``inference.guides``
+        self._layers = LAYERS  # what the inferer warps by, and the metrics
 
     @functools.cached_property
     def dataset(self) -> Any:
@@ -202,16 +203,14 @@ class FolderRun:
         if (folder / "metrics.json").is_file():
             console.say(f"{name}: was registered from other files, weights or settings before, and is replaced")
         clear(folder)
-        reduced = prediction.get("to_fit_memory")
-        spared: dict[str, Any] = {"to_fit_memory": reduced} if reduced else {}
-        spared |= {
-            key: prediction[key][0] for key in ("start", "contrast") if prediction.get(key, [None])[0]
-        }  # of the refinement
+        told_of = {key: prediction.get(key, [None])[0] for key in ("start", "contrast")}  # of the refinement
+        told_of = {"to_fit_memory": prediction.get("to_fit_memory"), **told_of}
+        spared: dict[str, Any] = {key: value for key, value in told_of.items() if value}
         if not prediction["displacement"].any():
             spared["found"] = summary.NOTHING
         told = {**self._settings, "weights": self._weights, **spared}
         how: dict[str, Any] = {"formats": self.formats, "fill": self._fill, "settings": told, "typical": self._typical}
-        row, hashes = save_case(case, batch, prediction, self.load, folder, self._files, **how)
+        row, hashes = save_case(case, batch, prediction, self.load, folder, self._files, layers=self._layers, **how)
         motions = prediction.get("rigid", {})
         row["warnings"] += guides.warnings(self._guides, motions)
         row |= {**spared, **guides.told_of(motions), "made_from": self._made_from(case)}
@@ -278,15 +277,15 @@ class FolderRun:
                 self._save(target, prediction)
                 del batch, pair, target, told, truth, prediction  # not kept while the next case is registered
 
-        self._register(run, strict=strict, processes=processes)
+        self._register(run, inferer, strict=strict, processes=processes)
 
     def register(self, evaluator: Any, *, strict: bool = False) -> None:
         """As ``_register``, with MONAI's evaluator, whose data loader and handler this object is."""
         if self._rigid:
             raise InputError("--rigid goes with regpipe's own configurations")
-        self._register(evaluator.run, strict=strict)
+        self._register(evaluator.run, evaluator.inferer, strict=strict)
 
-    def _register(self, run: Callable[[], object], *, strict: bool, processes: int = 1) -> None:
+    def _register(self, run: Callable[[], object], inferer: Any, *, strict: bool, processes: int = 1) -> None:
         """Register the cases that are left, write ``metrics.csv`` over all finished ones and print a summary.
 
         Raises:
@@ -294,6 +293,7 @@ class FolderRun:
             SystemExit: with 1, if a case failed or, where ``strict``, has a warning; with 130 on Ctrl-C, finished
                 cases kept.
         """
+        self._layers = getattr(inferer, "layers", LAYERS)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:

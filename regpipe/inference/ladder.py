@@ -23,7 +23,7 @@ from regpipe.data.pairs import SIDES, Case
 from regpipe.engines.inferers import Inferer
 from regpipe.engines.pyramid import SMALLEST
 from regpipe.engines.uncertainty import BESIDE, Ensemble
-from regpipe.fields.algebra import resize_image
+from regpipe.fields.algebra import LAYERS, resize_image
 from regpipe.inference import memory
 from regpipe.io.labels import read_label
 from regpipe.metrics.measures import shared_labels
@@ -65,6 +65,7 @@ class FittingInferer(Inferer):
         if memory_gib is not None and not memory_gib > 0:
             raise InputError(f"--memory_gib {memory_gib}: give more than 0, or leave it out for what is free")
         self.inferer, self.memory_gib, self.uncertainty = inferer, memory_gib, uncertainty
+        self.layers = getattr(inferer, "layers", LAYERS)
         self._share, self._held = machine.share(memory_gib, distributed.device()), machine.held()
         if memory_gib is not None and self._share <= 0:
             own = memory_gib - self._share / GIB

@@ -75,7 +75,7 @@ def register_files(
         InputError: what a user can mend.
         SystemExit: as ``FolderRun.register``.
     """
-    chosen = {name: value for name, value in chosen.items() if value is not None and value != ()}
+    chosen = {name: value for name, value in chosen.items() if value not in (None, (), [])}
     if network is not None or weights is not None:
         if network != "symnet" or weights is None:
             raise InputError("--network symnet and --weights FILE, its authors' .pth, go together; else give --bundle")
@@ -94,10 +94,9 @@ def register_files(
         return
     folder, told = found
     steps = told.get("refine", 0) if refine is None else refine
-    chosen_loss = not given.keys().isdisjoint(LOSS)
-    if chosen_loss and not steps:
-        told_of = "--similarity, --smoothness and --guide"
-        raise InputError(f"{told_of}: with a bundle they go with --refine STEPS, 0 by default")
+    if given and not steps:
+        told_of = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{told_of}: with a bundle needs --refine STEPS, 0 by default")
     told |= chosen | ({} if refine is None else {"refine": refine})
     found_own = own(folder)
     if found_own is not None and told.keys() <= OF_OWN:
@@ -110,7 +109,7 @@ def register_files(
         raise InputError(f"{folder}: --guide, --rigid and several channels go with regpipe's own configurations")
     told |= {"refine_finest": asked.finest} if "finest" in given else {}
     told |= {"features": asked.features} if "features" in given else {}
-    if chosen_loss:
+    if not given.keys().isdisjoint(LOSS):
         told["refine_loss"] = _refine_loss(asked.loss)
     register_with_bundle(folder, dataset, out, told, trust=trust)
 

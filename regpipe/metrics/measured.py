@@ -120,12 +120,12 @@ def measure(
 def measured(
     prediction: Any, batch: Mapping[str, Any], spacing: Sequence[float], *, layers: Layers = LAYERS
 ) -> list[Measured]:
-    """Each pair of a batch, as ``Measured``; kept in the prediction for whatever asks for them next.
+    """Each pair of a batch, as ``Measured``. Kept in the prediction: who asks next gets the same.
 
     Args:
         prediction: ``Registration``'s fields by name, as the inferers give them.
         batch: as ``data.pairs.collate_pairs`` gives it.
-        spacing, layers: as ``measure``'s, of the first that asks.
+        spacing, layers: as ``measure``'s; only those of the first call count.
     """
     if KEPT not in prediction:
         parts = [slice(i, i + 1) for i in range(len(batch["case"]))]

@@ -141,9 +141,9 @@ def ncc(a: Array, b: Array) -> float:
 # --------------------------------------------------------------------------------------- regularity
 
 
-def determinant_of(displacement: Array) -> Tensor:
-    """det(I + grad u) by central differences, (*S), of u (D, *S)."""
-    return jacobian_determinant(_batched(displacement))[0]
+def determinant_of(displacement: Array, known: Tensor | None = None) -> Tensor:
+    """det(I + grad u) by central differences, (*S), of u (D, *S): ``known``, where it was computed before."""
+    return jacobian_determinant(_batched(displacement))[0] if known is None else known
 
 
 def folds_percent(displacement: Array, determinant: Tensor | None = None) -> float:
@@ -152,7 +152,7 @@ def folds_percent(displacement: Array, determinant: Tensor | None = None) -> flo
     Central differences skip the voxel itself and miss folds (the checkerboard problem): see
     ``ndv_percent``.
     """
-    det = determinant_of(displacement) if determinant is None else determinant
+    det = determinant_of(displacement, determinant)
     safe = det > 0  # NaN is not safe
     return 100 * (~safe).double().mean().item()
 
@@ -176,7 +176,7 @@ def ndv_percent(displacement: Array) -> float:
 
 def sdlogj(displacement: Array, determinant: Tensor | None = None) -> float:
     """Standard deviation of log det(I + grad u) over all voxels; folds count as log(1e-9)."""
-    det = determinant_of(displacement) if determinant is None else determinant
+    det = determinant_of(displacement, determinant)
     return det.double().clamp(min=1e-9).log().std(correction=0).item()
 
 
@@ -186,7 +186,7 @@ def sdlogj_l2r(displacement: Array, determinant: Tensor | None = None) -> float:
     The + 3 makes it far smaller than ``sdlogj``: only this one compares with numbers published by
     the challenge. NaN if no voxel is left. Source: ``evaluation.py`` of the Learn2Reg challenge.
     """
-    det = determinant_of(displacement) if determinant is None else determinant
+    det = determinant_of(displacement, determinant)
     inner = det.double()[(slice(2, -2),) * det.ndim]
     return (inner + 3).clamp(1e-9, 1e9).log().std(correction=0).item() if inner.numel() else math.nan
 

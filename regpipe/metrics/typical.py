@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from regpipe.data.pairs import SIDES, Case
+from regpipe.fields.algebra import LAYERS, Layers
 from regpipe.io import background, images
 from regpipe.io.geometry import upright
 from regpipe.io.images import Image
@@ -201,10 +202,11 @@ class TypicalPairs:
     Args:
         ckpt_dir: where the model is.
         spacing: mm per voxel of the working grid.
+        layers: see ``metrics.measured.measure``.
     """
 
-    def __init__(self, ckpt_dir: str, spacing: Sequence[float]) -> None:
-        self.ckpt_dir, self.spacing = ckpt_dir, tuple(spacing)
+    def __init__(self, ckpt_dir: str, spacing: Sequence[float], *, layers: Layers = LAYERS) -> None:
+        self.ckpt_dir, self.spacing, self.layers = ckpt_dir, tuple(spacing), layers
         self._rows: dict[str, dict[str, float]] = {}
 
     def attach(self, engine: Any) -> None:
@@ -218,7 +220,7 @@ class TypicalPairs:
     def _note(self, engine: Any) -> None:
         output: Any = engine.state.output
         batch, prediction = output["label"], output["pred"]
-        for i, pair in enumerate(measured(prediction, batch, self.spacing)):
+        for i, pair in enumerate(measured(prediction, batch, self.spacing, layers=self.layers)):
             item = {name: value[i : i + 1] for name, value in batch.items()}
             self._rows[batch["case"][i]] = numbers(item, pair)
 

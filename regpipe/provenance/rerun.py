@@ -14,6 +14,7 @@ import numpy as np
 from regpipe.bundle.run import register_with_bundle
 from regpipe.bundle.write import all_shipped
 from regpipe.data import manifest
+from regpipe.fields.algebra import Layers
 from regpipe.inference.from_zero import register_from_zero
 from regpipe.provenance.verify import Sources, manifests, nearest, unlike
 from regpipe.transforms.displacement import read_displacement
@@ -74,6 +75,8 @@ def rerun(
     if first["model"] and not OWN.isdisjoint(first["settings"]):
         told = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(OWN & first["settings"].keys()))
         raise InputError(f"{given}: was registered with a bundle and {told}; do so again, to another folder")
+    if not first["settings"].keys().isdisjoint(Layers._fields):
+        raise InputError(f"{given}: was registered with a warp and a dvf2ddf of its own; do so again by its bundle")
     if bundle is not None and not first["model"]:
         raise InputError(f"{given}: was registered without a network; leave out --bundle")
     beside = next(iter(old)).absolute().parent.parent  # of the folder of cases

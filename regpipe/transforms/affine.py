@@ -24,10 +24,11 @@ from regpipe.io.itk_bridge import itk_affine, to_itk, wrapped
 from regpipe.transforms.likeness import Side, Sides, make_sides, overlap, reduced, similarity
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
+from regpipe.utils.settings import STAGES as OFFERED
 
 log = logging.getLogger(__name__)
 
-STAGES = ("none", "centre", "rigid", "similarity", "affine")
+STAGES = tuple(stage for stage in OFFERED if stage not in ("auto", "projective"))
 ELASTIX = {"rigid": ("Euler",), "similarity": ("Euler", "Similarity"), "affine": ("Euler", "Affine")}  # elastix's names
 METRICS = {"mi": "AdvancedMattesMutualInformation", "ncc": "AdvancedNormalizedCorrelation"}
 COARSE = 40  # voxels a side (the geometric mean) at which the starts are compared

@@ -1,4 +1,4 @@
-"""The options of a registration, each declared once: commands, functions, bundles and manifests go by its name."""
+"""The options of a registration: name, help and choices, once for commands, functions, bundles and manifests."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class RefinementOptions:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.guide, str):
-            object.__setattr__(self, "guide", [name.strip() for name in self.guide.split(",")])
+        words = self.guide.split(",") if isinstance(self.guide, str) else self.guide
+        object.__setattr__(self, "guide", tuple(name.strip() for name in words))
         object.__setattr__(self, "channel_weights", _numbers(self.channel_weights))
         given = self.similarity.split(",") if isinstance(self.similarity, str) else self.similarity
         names = tuple(name.strip() for name in given)
@@ -84,8 +84,7 @@ class RefinementOptions:
     @property
     def loss(self) -> dict[str, Any]:
         """What ``engines.refine.refinement_loss`` is told."""
-        told = {name: value for name in LOSS if (value := getattr(self, name)) != ()}
-        return told | {"similarity": self.first}
+        return {name: getattr(self, name) for name in LOSS} | {"similarity": self.first}
 
 
 def _numbers(weights: str | Sequence[float]) -> tuple[float, ...]:

@@ -57,3 +57,14 @@ def test_layers_that_move_nothing_register_nothing(cohort: Path, tmp_path: Path,
     still = ("--dvf2ddf", "$lambda v: 0 * v", "--refine", "2")
     infer(monai_bundle, bundle, cohort, tmp_path / "out", "--formats", "[displacement]", "--affine", "none", *still)
     assert np.abs(read_displacement(tmp_path / "out" / "case_000" / FIELDS[0])[0]).max() == 0
+
+
+def test_the_inverse_consistency_of_a_case_is_measured_by_the_layers_of_the_bundle(
+    tmp_path: Path, monai_bundle: Command
+) -> None:
+    data = write_cohort(tmp_path / "data", kind="synthetic", shape=(32, 32), n_pairs=1)
+    bundle = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)), gain=1.0)  # moves next to nothing
+    told = ("--formats", "[displacement]", "--affine", "none", "--warp", "$lambda image, u: image + 3")
+    infer(monai_bundle, bundle, data, tmp_path / "out", *told)
+    row = json.loads((tmp_path / "out" / "case_000" / "metrics.json").read_text())
+    assert row["inverse_consistency"] == pytest.approx(3 * 2**0.5, rel=0.05)  # 3 voxels of 1 mm along both axes

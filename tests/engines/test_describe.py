@@ -13,7 +13,12 @@ from monai.utils import get_seed
 
 from helpers.training import refusal, workflow
 from regpipe.bundle.write import rendered
-from regpipe.engines.describe import same
+from regpipe.data.load import LoadPair
+from regpipe.engines.describe import registrations, same
+from regpipe.engines.inferers import RegistrationInferer
+from regpipe.engines.refine import Refinement
+from regpipe.fields import algebra
+from regpipe.fields.layers import DVF2DDF, Warp
 
 
 @pytest.mark.usefixtures("restored")
@@ -158,6 +163,20 @@ def test_every_id_of_the_head_is_recorded_as_its_object_has_it(bundle, cohort, t
 )
 def test_a_part_that_would_not_do_what_it_says_is_refused(bundle, cohort, given, said) -> None:
     assert said in refusal(bundle, cohort, 1, **given)
+
+
+def own_warp(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return image
+
+
+def test_layers_are_recorded_by_name_where_they_are_not_regpipes_own() -> None:
+    def told(layers: algebra.Layers) -> dict[str, Any]:
+        inferer, load = RegistrationInferer(layers=layers), LoadPair(None, affine="none")
+        return registrations(torch.nn.Identity(), load, refinement=Refinement(0, {}), inferer=inferer)
+
+    assert "warp" not in told(algebra.Layers(algebra.warp, algebra.Integration()))
+    assert "warp" not in told(algebra.Layers(Warp(), DVF2DDF()))
+    assert told(algebra.Layers(own_warp, algebra.Integration()))["warp"] == f"{__name__}.own_warp()"
 
 
 def test_a_term_of_no_weight_makes_no_difference_and_another_weight_does() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from scipy import ndimage
 
+from helpers.bundles import deforming_bundle
 from helpers.commandline import regpipe
 from helpers.registered import write_csv
 from regpipe import register_images
 from regpipe.data.load import LoadPair
 from regpipe.engines.pyramid import pyramid_level
+from regpipe.io.images import Grid
 from regpipe.io.labels import read_label
 from regpipe.metrics.measures import dice
 from regpipe.provenance.rerun import rerun
@@ -77,6 +79,18 @@ def test_the_command_takes_both(pair: dict[str, Path], tmp_path: Path, monkeypat
     assert regpipe(monkeypatch, "register", *images, *files, *quick, "-o", tmp_path / "out") == 0
     (path,) = (tmp_path / "out").glob("*/metrics.json")
     assert sum("led" in line for line in json.loads(path.read_text())["warnings"]) == 2
+
+
+def test_what_led_a_refinement_with_a_bundle_is_recorded_and_not_repeated_without_it(
+    pair: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = deforming_bundle(tmp_path / "bundle", Grid((SIDE, SIDE), (1.0, 1.0)))
+    files = {key: pair[key] for key in ("fixed_label", "moving_label")}
+    images = pair["fixed_image"], pair["moving_image"]
+    led = register_images(*images, bundle=str(bundle), refine=2, guide="labels", **files)
+    assert json.loads((led.folder / "manifest.json").read_text())["settings"]["guide"] == ["labels"]
+    with pytest.raises(InputError, match="with a bundle and --guide; do so again"):
+        rerun(led.folder, data=tmp_path, bundle=bundle)
 
 
 def test_a_coarser_grid_has_the_labels_and_the_points_where_they_are() -> None:

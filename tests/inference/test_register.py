@@ -16,6 +16,7 @@ from monai.transforms import LoadImage
 from helpers.bundles import deforming_bundle
 from helpers.commandline import regpipe
 from regpipe import register_images
+from regpipe.inference.register import register_files
 from regpipe.io.images import Grid, read_image
 from regpipe.io.itk_bridge import to_itk
 from regpipe.phantoms.cohort import write_cohort
@@ -105,3 +106,13 @@ def test_what_is_wrong_is_an_error_of_one_line(files: tuple[Path, Path], tmp_pat
             register_images(wrong, files[1], **FEW)
     with pytest.raises(InputError, match="choose among"):
         register_images(*files, bundle="none", similarity="likeness")
+
+
+def test_a_bundle_without_steps_takes_an_empty_guide_and_refuses_what_would_do_nothing(tmp_path: Path) -> None:
+    data = write_cohort(tmp_path / "data", kind="synthetic", shape=(32, 32), n_pairs=1)
+    bundle = str(deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0))))
+    register_files(data, tmp_path / "out", bundle=bundle, refine=0, guide=[], affine="none")
+    assert (tmp_path / "out" / "case_000" / "metrics.json").is_file()
+    for name, value in {"finest": 2, "guide": "labels", "channel_weights": "1,2"}.items():
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: with a bundle needs --refine STEPS"):
+            register_files(data, tmp_path / "no", bundle=bundle, **{name: value})  # type: ignore[arg-type]

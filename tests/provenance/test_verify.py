@@ -248,6 +248,15 @@ def test_what_monai_would_run_is_refused_in_a_manifest(planted: dict[str, Any], 
         (registered / "out" / "case_000" / "manifest.json").write_text(before)
 
 
+def test_what_was_warped_by_a_bundles_own_layer_is_not_repeated_by_regpipes(registered: Path, tmp_path: Path) -> None:
+    case = shutil.copytree(registered / "out" / "case_000", tmp_path / "case_000")
+    told = content(case)
+    told["settings"]["warp"] = "monai.networks.blocks.warp.Warp(_padding_mode=zeros)"
+    rewrite(case, told)
+    with pytest.raises(InputError, match="with a warp and a dvf2ddf of its own"):
+        rerun.rerun(case, bundle=registered / "bundle")
+
+
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory, data: Path, monai_bundle: Command) -> Path:
     """A bundle, and what was registered with it."""

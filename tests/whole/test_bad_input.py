@@ -113,7 +113,7 @@ def of_options(cohort: Path, bundle: Path, root: Path) -> dict[str, tuple[list[o
         "less memory than is held": (["--memory-gib", 0.0001], "--memory_gib 0.0001: this process holds "),
         "affine": (["--affine", "elastic"], "--affine elastic: choose among"),
         "formats": (["--formats", "itk,dcm"], "'dcm'; choose among itk"),
-        "refinement": (["--similarity", "mind", "--bundle", bundle], "they go with --refine STEPS"),
+        "refinement": (["--finest", 2, "--bundle", bundle], "--finest: with a bundle needs --refine STEPS"),
         "label": (["--fixed-label", one], "two files"),
         "no bundle": (["--bundle", root / "none"], "none/configs/inference.yaml"),
         "untrained": (["--bundle", new], "new/models/model.pt: no trained model"),

@@ -20,6 +20,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import accuracy
 import judging
+import mutations
 import networks
 import peers
 import sets
@@ -55,6 +56,13 @@ def batch_of(data: sets.Data, i: int = 0) -> dict[str, Any]:
 def row(method: str, case: str, **metrics: float) -> tables.Row:
     numbers = dict.fromkeys(tables.COLUMNS[3:], math.nan)
     return {"method": method, "case": case, "made_from": "x 1", **numbers, "peak_mib": 512.0, **metrics}
+
+
+def test_every_mistake_can_be_put_into_the_code_and_has_its_test_file() -> None:
+    for mistake in mutations.mistakes():
+        found = (mutations.ROOT / "regpipe" / mistake.module).read_text().count(mistake.old)
+        assert found == 1 and mistake.old != mistake.new, mistake
+        assert (mutations.ROOT / "tests" / mistake.test).is_file(), mistake
 
 
 # ------------------------------------------------------------------------------------------- sets of pairs
