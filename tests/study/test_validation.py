@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import itk
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from helpers.commandline import regpipe
 from helpers.registered import write_case, write_csv
-from regpipe.io import itk_bridge
 from regpipe.study.validation import validate
 from regpipe.transforms.displacement import write_displacement
 from regpipe.utils.errors import InputError
@@ -43,11 +42,8 @@ def registered(tmp_path: Path) -> tuple[Path, Path]:
     (data / "displacements").mkdir()
     field = np.broadcast_to(TRUE[:, None, None], (2, SIDE, SIDE)).astype(np.float32)
     write_displacement(data / "displacements" / "a.nii.gz", field, np.diag([-1.0, -1.0, 1.0]))
-    there = itk.TranslationTransform[itk.D, 2].New()
-    there.SetOffset(FOUND.tolist())
-    back = itk.TranslationTransform[itk.D, 2].New()
-    back.SetOffset((-FOUND).tolist())
-    ways = {"moving_to_fixed": itk_bridge.composite(there), "fixed_to_moving": itk_bridge.composite(back)}
+    moves = {"moving_to_fixed": FOUND, "fixed_to_moving": -FOUND}
+    ways = {name: sitk.CompositeTransform([sitk.TranslationTransform(2, v.tolist())]) for name, v in moves.items()}
     write_case(out / "a", ways, images)
     return out, data
 
