@@ -43,7 +43,8 @@ def registered(tmp_path: Path) -> tuple[Path, Path]:
     field = np.broadcast_to(TRUE[:, None, None], (2, SIDE, SIDE)).astype(np.float32)
     write_displacement(data / "displacements" / "a.nii.gz", field, np.diag([-1.0, -1.0, 1.0]))
     moves = {"moving_to_fixed": FOUND, "fixed_to_moving": -FOUND}
-    ways = {name: sitk.CompositeTransform([sitk.TranslationTransform(2, v.tolist())]) for name, v in moves.items()}
+    one = sitk.TranslationTransform
+    ways: dict[str, sitk.Transform] = {name: one(2, v.tolist()) for name, v in moves.items()}
     write_case(out / "a", ways, images)
     return out, data
 
