@@ -247,11 +247,17 @@ def test_files_that_do_not_fit_are_refused_by_the_images_name(monkeypatch: pytes
 # ---------------------------------------------------------------------------------------- out of memory
 
 
+def of_numpy() -> MemoryError:
+    with pytest.raises(MemoryError) as found:
+        np.empty(1 << 60, np.uint8)
+    return found.value
+
+
 @pytest.mark.parametrize(
     "error",
     [
         MemoryError(),
-        np._core._exceptions._ArrayMemoryError((9,), np.dtype(float)),  # type: ignore[attr-defined]
+        of_numpy(),
         RuntimeError(ALLOCATION),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("Failed to allocate memory for image."),
