@@ -112,7 +112,6 @@ def _blended(u: np.ndarray, labels: np.ndarray, pulls: Mapping[int, np.ndarray])
         motion = np.moveaxis(apply_affine(pull, np.moveaxis(x, 0, -1)), -1, 0) - x
         total += share
         target += share * motion
-        del motion
     target /= total
     for i, pull in pulls.items():
         at = taken == i

@@ -32,10 +32,7 @@ def noise_variance(image: Tensor) -> Tensor:
     mean). Places where they are exactly 0 hold no noise, a background that was set, and are left out. Noise that was
     smoothed is underestimated. 0 for an image of less than 2 voxels along an axis.
     """
-    values = _differences(image)[0]
-    if not values.shape[1]:
-        return image.new_zeros(len(image), dtype=torch.float32)
-    return _spread(values).square() / 2 ** (image.ndim - 2)
+    return _variance(_differences(image), image)
 
 
 def noise_level(image: Tensor) -> Tensor:
@@ -46,8 +43,9 @@ def noise_level(image: Tensor) -> Tensor:
     1. Rician noise does not rise so, nor does texture, of which the classes hold some; the counts of photons do, and
     so does white noise in tissue beside air that has little, of which the one number would say less than the truth.
     """
-    values, means = (x.flatten() for x in _differences(image))
-    values, means = values[values > 0], means[values > 0]
+    differences = _differences(image)
+    means = _some(_along_all_axes(image, lambda one, other: (one + other) / 2))
+    values, means = differences[differences > 0], means[differences > 0]
     if len(values) > CLASSES * LEAST:
         classes = means.argsort().chunk(CLASSES)
         level = torch.cat([_spread(values[None, part]) for part in classes]) / 2 ** ((image.ndim - 2) / 2)
@@ -59,7 +57,7 @@ def noise_level(image: Tensor) -> Tensor:
             for axis in range(2, image.ndim):
                 smoothed = smooth(smoothed, axis, 1.0)
             return (a + b * smoothed.square()).sqrt()
-    return noise_variance(image).sqrt()
+    return _variance(differences, image).sqrt()
 
 
 def _fitted(variance: Tensor, square: Tensor) -> tuple[float, float]:
@@ -73,14 +71,22 @@ def _fitted(variance: Tensor, square: Tensor) -> tuple[float, float]:
     return (alone[0], 0.0) if b < 0 else (0.0, alone[1])
 
 
-def _differences(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences along all axes at once, and means of the same voxels, each (B, places), of not too many places."""
-    difference = mean = image.detach().float()
+def _differences(image: Tensor) -> Tensor:
+    """Absolute differences along all axes at once, (B, places), of not too many places."""
+    return _some(_along_all_axes(image, lambda one, other: one - other)).abs()
+
+
+def _along_all_axes(image: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What ``join`` makes of each voxel and the one before it, along one axis after the other."""
+    found = image.detach().float()
     for axis in range(2, image.ndim):
-        difference = difference.diff(dim=axis)
-        mean = (mean.narrow(axis, 1, mean.shape[axis] - 1) + mean.narrow(axis, 0, mean.shape[axis] - 1)) / 2
-    step = max(1, difference[0].numel() // SAMPLES)
-    return difference.flatten(1)[:, ::step].abs(), mean.flatten(1)[:, ::step]
+        size = found.shape[axis] - 1
+        found = join(found.narrow(axis, 1, size), found.narrow(axis, 0, size))
+    return found
+
+
+def _some(values: Tensor) -> Tensor:
+    return values.flatten(1)[:, :: max(1, values[0].numel() // SAMPLES)]
 
 
 def _all_around(where: Tensor) -> Tensor:
@@ -89,8 +95,14 @@ def _all_around(where: Tensor) -> Tensor:
     return pool((~where).float(), 3, stride=1, padding=1) == 0
 
 
+def _variance(differences: Tensor, image: Tensor) -> Tensor:
+    return _spread(differences).square() / 2 ** (image.ndim - 2)
+
+
 def _spread(values: Tensor) -> Tensor:
-    """(B,) standard deviations of differences (B, places) of 0 mean, but of what is exactly 0."""
+    """(B,) standard deviations of differences (B, places) of 0 mean, but of what is exactly 0; 0 without any."""
+    if not values.shape[1]:
+        return values.new_zeros(len(values))
     return MAD * values.masked_fill(values == 0, torch.nan).nanmedian(1).values.nan_to_num()
 
 
