@@ -37,6 +37,7 @@ from regpipe.group.subjects import Subject
 from regpipe.inference import jobs
 from regpipe.inference.case_files import BY_DEFAULT, clear, save_case
 from regpipe.io import images
+from regpipe.io.geometry import voxel_size
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import affine_mat, composite, itk_field, sampled
 from regpipe.io.source import Source
@@ -195,10 +196,10 @@ class Group:
         kept = self.phases.once(name, lambda: self._meaned(stage, seen))
         mean = Mean(kept["image"], kept["covered"])
         about: dict[str, float | str] = {"stage": stage.tag}
-        about["sharpness"] = sharpness(mean.image, images.voxel_size(stage.space.affine).tolist())
+        about["sharpness"] = sharpness(mean.image, voxel_size(stage.space.affine).tolist())
         if stage.round:
             u = self.phases.read(f"mean velocity {stage.round}")["velocity"]
-            size = VELOCITY_STRIDE * images.voxel_size(stage.space.affine).reshape(-1, *[1] * (u.ndim - 1))
+            size = VELOCITY_STRIDE * voxel_size(stage.space.affine).reshape(-1, *[1] * (u.ndim - 1))
             about["mean_velocity_mm"] = float(np.linalg.norm(u * size, axis=0).mean())
         self.told.append(about)
         return mean

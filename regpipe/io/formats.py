@@ -70,22 +70,6 @@ REASONS = {  # of a library's refusal, where the file may be sound
 }
 
 
-class _Header1(nib.Nifti1Header):
-    quaternion_threshold = np.float64(-1e-3)  # rounding makes them a little longer than 1; ITK takes any
-
-
-class _Header2(nib.Nifti2Header):
-    quaternion_threshold = np.float64(-1e-3)
-
-
-class _Image1(nib.Nifti1Image):
-    header_class = _Header1
-
-
-class _Image2(nib.Nifti2Image):
-    header_class = _Header2
-
-
 class Source(NamedTuple):
     """An open file whose header has been read and whose voxels have not.
 
@@ -220,7 +204,7 @@ def load_nifti(path: PathLike, file: BinaryIO) -> Any:
         head = stream.read(nib.Nifti2Header.sizeof_hdr)
     except (OSError, EOFError, zlib.error):
         head = b""
-    for kind in (_Image1, _Image2) if name.endswith((".nii", ".nii.gz")) else ():
+    for kind in nifti_place.IMAGES if name.endswith((".nii", ".nii.gz")) else ():
         if kind.header_class.may_contain_header(head):
             image = kind.from_file_map({"image": FileHolder(str(path), stream)})
             if image.dataobj.offset < image.header.sizeof_hdr:

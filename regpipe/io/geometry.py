@@ -26,6 +26,11 @@ def is_affine(matrix: np.ndarray) -> bool:
     return not matrix[-1, :-1].any()
 
 
+def voxel_size(affine: np.ndarray) -> np.ndarray:
+    """Voxel size (D,) in mm: the lengths of the affine's columns."""
+    return np.linalg.norm(affine[:-1, :-1], axis=0)
+
+
 def voxel_corners(shape: Sequence[int]) -> np.ndarray:
     """Indices (2^D, D) of the voxels at an array's corners."""
     return np.array([*np.ndindex(*[2] * len(shape))]) * (np.array(shape) - 1)

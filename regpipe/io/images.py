@@ -25,7 +25,7 @@ from scipy import ndimage
 from regpipe.io import background, dicom, formats, pictures, planes
 from regpipe.io.dicom import is_series
 from regpipe.io.formats import PICTURE, SUFFIXES, PathLike, Source, locate, one_line, squeezed, unreadable, warn_once
-from regpipe.io.geometry import carry, extent, is_affine, orientation
+from regpipe.io.geometry import carry, extent, is_affine, orientation, voxel_size
 from regpipe.io.planes import Plane
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
@@ -139,11 +139,6 @@ def on_own_axes(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, 
     """The same of an image whose header is known."""
     shape, affine = _canonical(shape, affine)
     return shape, voxel_size(affine)
-
-
-def voxel_size(affine: np.ndarray) -> np.ndarray:
-    """Voxel size (D,) in mm: the lengths of the affine's columns."""
-    return np.linalg.norm(affine[:-1, :-1], axis=0)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.io import savemat
 
-from regpipe.io.geometry import lps_matrix
-from regpipe.io.images import Image, voxel_size
+from regpipe.io.geometry import lps_matrix, voxel_size
+from regpipe.io.images import Image
 
 # The pixel types that ITK's filters are built for in Python; anything else becomes one of them.
 PIXELS = {"uint8": "UC", "int16": "SS", "uint16": "US", "float32": "F", "float64": "D"}

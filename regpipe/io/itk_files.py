@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from regpipe.io.formats import SEGMENTS
+from regpipe.io.geometry import voxel_size
 from regpipe.io.headers import LARGEST_TEXT
-from regpipe.io.images import voxel_size
 
 META = {"u1": "UCHAR", "i1": "CHAR", "u2": "USHORT", "i2": "SHORT", "u4": "UINT", "i4": "INT"}
 META |= {"u8": "ULONG_LONG", "i8": "LONG_LONG", "f4": "FLOAT", "f8": "DOUBLE"}

@@ -21,6 +21,25 @@ PLACED += ["quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qof
 UNITS = {1: "metres", 3: "microns"}
 
 
+class _Header1(nib.Nifti1Header):
+    quaternion_threshold = np.float64(-1e-3)  # rounding makes them a little longer than 1; ITK takes any
+
+
+class _Header2(nib.Nifti2Header):
+    quaternion_threshold = np.float64(-1e-3)
+
+
+class _Image1(nib.Nifti1Image):
+    header_class = _Header1
+
+
+class _Image2(nib.Nifti2Image):
+    header_class = _Header2
+
+
+IMAGES = (_Image1, _Image2)  # as nibabel reads them, and as ITK does where a quaternion is a little too long
+
+
 def placed_image(array: np.ndarray, affine: np.ndarray) -> Any:
     """A ``nib.Nifti1Image`` of an array that lies at ``affine`` (D+1, D+1), voxel index -> RAS mm, for every reader."""
     whole, keep = np.eye(4), [*range(len(affine) - 1), 3]

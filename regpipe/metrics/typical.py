@@ -19,7 +19,7 @@ import torch
 from regpipe.data.pairs import SIDES, Case
 from regpipe.fields.algebra import LAYERS, Layers
 from regpipe.io import background, images
-from regpipe.io.geometry import upright
+from regpipe.io.geometry import upright, voxel_size
 from regpipe.io.images import Image
 from regpipe.metrics.measured import Measured, measured
 from regpipe.metrics.measures import ncc
@@ -53,7 +53,7 @@ def look(image: Image) -> Look:
     """The numbers of one image."""
     dim = image.array.ndim
     array, affine = upright(image.array, image.affine)
-    array, spacing = images.normalise(np.ascontiguousarray(array)), images.voxel_size(affine)
+    array, spacing = images.normalise(np.ascontiguousarray(array)), voxel_size(affine)
     steps = np.mean([np.abs(np.diff(array, axis=axis)).mean() for axis in range(dim)])
     pool = torch.nn.functional.adaptive_avg_pool2d if dim == 2 else torch.nn.functional.adaptive_avg_pool3d
     small = pool(torch.from_numpy(array)[None], THUMBNAIL[dim])[0].numpy()

@@ -25,8 +25,7 @@ from nibabel.affines import apply_affine
 from PIL import Image as Picture
 from PIL import ImageDraw
 
-from regpipe.io.geometry import flipped, upright
-from regpipe.io.images import voxel_size
+from regpipe.io.geometry import flipped, upright, voxel_size
 from regpipe.utils.files import replace_hashed
 
 FORMAT = "regpipe view 1"

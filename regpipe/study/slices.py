@@ -12,7 +12,7 @@ import numpy as np
 from regpipe.data.pairs import list_pairs
 from regpipe.engines import record
 from regpipe.io import images
-from regpipe.io.geometry import upright
+from regpipe.io.geometry import upright, voxel_size
 from regpipe.io.images import PathLike
 from regpipe.io.labels import read_label
 from regpipe.transforms import displacement
@@ -99,7 +99,7 @@ def _write_slice(out: Path, image: str, label: str, axis: int, index: int) -> No
         raise InputError(f"{label}: is not on the grid of {image}; resample it first")
     for folder, whole in kinds.items():
         array, affine = upright(whole.array, whole.affine)
-        plane = np.diag([*np.delete(images.voxel_size(affine), axis), 1.0])
+        plane = np.diag([*np.delete(voxel_size(affine), axis), 1.0])
         path = out / folder / f"{images.stem(image)}.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         displacement.write_image(path, array.take(index, axis), plane)

@@ -21,8 +21,8 @@ from scipy import ndimage
 from regpipe.fields.algebra import jacobian_determinant
 from regpipe.io import background, pictures
 from regpipe.io.formats import load_nifti, nifti_affine, nifti_array
-from regpipe.io.geometry import LPS
-from regpipe.io.images import PICTURE, Image, PathLike, exactly, voxel_size
+from regpipe.io.geometry import LPS, voxel_size
+from regpipe.io.images import PICTURE, Image, PathLike, exactly
 from regpipe.io.nifti_place import placed_image
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError

@@ -25,8 +25,8 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from regpipe.io import geometry
-from regpipe.io.geometry import lps_matrix
-from regpipe.io.images import PathLike, voxel_size
+from regpipe.io.geometry import lps_matrix, voxel_size
+from regpipe.io.images import PathLike
 from regpipe.io.itk_bridge import affine_mat, affine_part, composite_h5, field_part
 from regpipe.io.source import Source
 from regpipe.transforms.displacement import displacement_bytes, map_points

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from regpipe.io.geometry import lps_matrix, upright
-from regpipe.io.images import Image, normalise, voxel_size
+from regpipe.io.geometry import lps_matrix, upright, voxel_size
+from regpipe.io.images import Image, normalise
 from regpipe.utils.errors import InputError
 
 BINS = 32

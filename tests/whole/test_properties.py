@@ -21,7 +21,8 @@ from scipy.spatial.transform import Rotation
 
 from regpipe.data.pairs import list_pairs
 from regpipe.fields.algebra import compose, identity_grid, integrate_both, resize, warp
-from regpipe.io.images import Grid, Image, to_grid, voxel_size
+from regpipe.io.geometry import voxel_size
+from regpipe.io.images import Grid, Image, to_grid
 from regpipe.io.points import read_points, write_points
 from regpipe.transforms.displacement import (
     grid_displacement,
