@@ -33,6 +33,7 @@ from regpipe.utils.versions import versions
 
 NAME = "manifest.json"
 TRANSFORM = "transform.json"  # of a case: it holds the hashes of its transform files
+WITHIN = "within"  # of a template of subjects of several images: the folder of their own ones
 FORMAT = "regpipe manifest 1"
 KINDS = ("registration", "training", "evaluation", "comparison", "study", "application", "composition", "template")
 SEED = 0  # of a registration: elastix draws its samples from it, nothing else is random

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regpipe.bundle.run import own
 from regpipe.data import manifest
-from regpipe.data.manifest import TRANSFORM
+from regpipe.data.manifest import TRANSFORM, WITHIN
 from regpipe.data.pairs import SIDES
 from regpipe.engines import inferers, record
 from regpipe.engines.refine import SHIPPED_STEPS, ZERO_STEPS, zero_refiner
@@ -37,7 +37,6 @@ from regpipe.utils import console, distributed
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_file, sha256
 
-WITHIN = "within"  # a folder of the result: the subjects' own means
 BENDING = ("similarity", "affine")  # what a subject's own images are not aligned by: that is growth
 
 

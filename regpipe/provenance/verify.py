@@ -70,6 +70,9 @@ def verify(folder: Path, *, data: Path | None = None, bundle: Path | None = None
         InputError: no such folder, or no result in it.
     """
     found, problems = manifests(folder)
+    for inner in sorted((folder / manifest.WITHIN).glob("*/")):
+        more, theirs = manifests(inner)
+        found, problems = found + more, problems | theirs
     sources = None if data is None else Sources(data)
     files, named = 0, dict[str, Path]()
     for path in Progress(found, what="checking", unit="results"):

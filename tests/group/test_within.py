@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,15 @@ def test_the_order_of_time_points_does_not_count(made: tuple[Path, dict[str, Any
         assert (tmp_path / "out" / name).read_bytes() == (made[0] / name).read_bytes(), name
 
 
-def test_the_manifests_hold(made: tuple[Path, dict[str, Any]], data: Path) -> None:
+def test_the_manifests_hold_and_a_subjects_own_mean_that_was_exchanged_is_found(
+    made: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
     for folder in (made[0], made[0] / "within" / "sub1"):
         assert verify(folder, data=data).problems == {}
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    mean = copy / "within" / "sub1" / "template.nii.gz"
+    mean.write_bytes(mean.read_bytes() + b"0")
+    assert list(verify(copy).problems) == [str(mean)]
 
 
 def one(name: str) -> Subject:
