@@ -3,7 +3,8 @@
 The alignment matrix ``T`` (D+1, D+1) is in RAS mm and takes a fixed point to its moving point. The images' places in
 space count, so they may differ in shape, spacing, direction and field of view; intensities are arbitrary.
 
-    reduced to a common size -> a coarse rigid search from each start -> the most similar one -> rigid -> affine
+    reduced to a common size -> a coarse rigid search from each start -> the most similar one, or where it looks poor
+    one found from any rotation -> rigid -> affine
 
 A stage that makes the images less similar is dropped. The result does not depend on the number of threads, nor on how
 an image is stored: it is turned to the closest RAS first.
@@ -16,12 +17,12 @@ import logging
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from regpipe.io.geometry import lps_matrix
 from regpipe.io.images import Image
 from regpipe.io.itk_bridge import itk_affine, to_itk, wrapped
 from regpipe.transforms.likeness import Side, Sides, make_sides, overlap, reduced, similarity
+from regpipe.transforms.starts import STARTS, elsewhere, middle, onto, usual
 from regpipe.utils.console import Progress
 from regpipe.utils.errors import InputError
 from regpipe.utils.settings import STAGES as OFFERED
@@ -76,7 +77,7 @@ def align(
     Args:
         stage: ``none``: the start, or the images' places in space. ``centre``: the middle of one field of view onto
             that of the other. ``rigid``, ``similarity``, ``affine``: found by elastix, from the best of three starts
-            (places in space, middles, centres of mass).
+            (places in space, middles, centres of mass), or from any rotation, see ``transforms.starts``.
         metric: ``mi``, mutual information; ``ncc``, correlation, for images of one contrast.
         fixed_mask: (*S) of the fixed image, nonzero where it counts; without, where it is not dark.
         moving_mask: the same of the moving image; without, everywhere.
@@ -92,15 +93,20 @@ def align(
     begin = np.eye(fixed.array.ndim + 1) if start is None else np.asarray(start, np.float64)
     matrix = begin
     if stage == "centre":
-        matrix = _shift(*(_middle(side) for side in fine))
+        matrix = onto(*(middle(side) for side in fine))
     elif stage != "none":
-        starts = _starts(*coarse) if start is None else [begin]
-        work = len(starts) * LOOK.work + len(ELASTIX[stage]) * FIND.work
+        starts = usual(*coarse) if start is None else [begin]
+        work = (len(starts) + STARTS) * LOOK.work + len(ELASTIX[stage]) * FIND.work  # those elsewhere are seldom needed
         with Progress(what="aligning", unit="", total=work) as bar:
-            found = [_improved(coarse, m, "Euler", metric, LOOK, seed, bar) for m in starts]
-            matrix = max(found, key=lambda m: similarity(*coarse, m, metric))
+
+            def look(begun: np.ndarray) -> np.ndarray:
+                return _improved(coarse, begun, "Euler", metric, LOOK, seed, bar)
+
+            matrix = max(map(look, starts), key=lambda m: similarity(*coarse, m, metric))
             if similarity(*seen, matrix, metric) < similarity(*seen, begin, metric):
                 matrix = begin
+            if start is None:
+                matrix = elsewhere(coarse, seen, matrix, look)
             for kind in ELASTIX[stage]:
                 matrix = _improved(seen, matrix, kind, metric, FIND, seed, bar)
     shared = overlap(*fine, matrix)
@@ -176,32 +182,6 @@ def _check(fixed: Image, moving: Image, stage: str, metric: str, start: np.ndarr
         raise InputError("stage 'centre' takes no start; use 'none' to keep the start as it is")
     if np.shape(start) != (dims[0] + 1,) * 2 or not np.abs(np.linalg.det(start)) > 0:
         raise InputError(f"start: shape {np.shape(start)}; give an invertible matrix {(dims[0] + 1,) * 2} in RAS mm")
-
-
-def _middle(side: Side) -> np.ndarray:
-    return side.affine[:-1] @ [*(np.array(side.array.shape) - 1) / 2, 1.0]
-
-
-def _mass(side: Side) -> np.ndarray:
-    """The centre of mass (D,) of the intensities within the mask, RAS mm."""
-    return side.affine[:-1] @ [*ndimage.center_of_mass((side.array + 1e-6) * side.mask), 1.0]
-
-
-def _shift(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
-    matrix = np.eye(len(fixed) + 1)
-    matrix[:-1, -1] = moving - fixed
-    return matrix
-
-
-def _starts(fixed: Side, moving: Side) -> list[np.ndarray]:
-    """Matrices to start from: places in space if they overlap, middles, centres of mass; none twice (to a voxel)."""
-    own = np.eye(fixed.array.ndim + 1)
-    kept = [own] if overlap(fixed, moving, own) > 0 else []
-    apart = Image(fixed.array, fixed.affine).spacing.max()
-    for matrix in (_shift(of(fixed), of(moving)) for of in (_middle, _mass)):
-        if all(np.linalg.norm((matrix - other)[:-1, -1]) > apart for other in kept):
-            kept.append(matrix)
-    return kept
 
 
 def _improved(

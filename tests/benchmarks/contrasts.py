@@ -28,7 +28,6 @@ from torch import Tensor
 
 from regpipe.engines.inferers import ZeroInferer, prepare_batch
 from regpipe.engines.refine import zero_refiner
-from regpipe.networks.extractor import DEFAULT
 
 MEASURES = ("dice_before", "dice", "tre_before", "tre", "error_before", "error", "sdlogj", "folds_percent")
 COLUMNS = ("set", "pair", "contrast", "answer", "chose", "seconds", *MEASURES)
@@ -82,7 +81,7 @@ def seen_of(pair: Loaded, contrast: str, *, noisy: bool) -> dict[str, Any]:
 @torch.no_grad()
 def register(similarity: str, batch: dict[str, Any]) -> tuple[Field, str, float]:
     kind, _, looks = similarity.partition(" ")  # "features vgg16:FILE"
-    inferer = ZeroInferer(zero_refiner(kind, features=looks or DEFAULT), repair=True)
+    inferer = ZeroInferer(zero_refiner(kind, features=looks or None), repair=True)
     images, _, _, told = prepare_batch(batch)
     began = time.process_time()
     found = inferer(images, torch.nn.Identity(), **told)
