@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regpipe.data.pairs import SIDES
-from regpipe.engines.pyramid import FROM_NETWORK, coarser_shape, pyramid_level
+from regpipe.engines.pyramid import FROM_NETWORK, coarsen, coarser_shape, pyramid_level
 from regpipe.fields.algebra import Layers, Registration, register, resize_image
 from regpipe.losses.lncc import box_sum
 from regpipe.losses.loss import RegistrationLoss
@@ -26,6 +26,9 @@ GAIN = 0.08  # of what is explained, or of what is not where that is less, by wh
 FAINT = 0.01  # of what can be explained: what rises by less is no evidence, however little there was before
 MARGIN = 2.0  # times what the opposite step gains: any interpolation smooths, and raises it
 LEAST = 0.25  # of a neighbourhood that has to lie in a mask for its mean to count in full
+# Correlation of a neighbourhood's detail from which on it is of both images: at strides of 1 and 2, and of coarser
+# levels, where a neighbourhood holds fewer grains, and more of it is so by chance.
+ALIKE, ALIKE_COARSE, TINY = 0.25, 0.4, 1e-12
 LOOKS = 0.05  # of itself: local correlation that rises by more while mutual information falls follows a contrast
 CLEARER, CONVINCING = 1.01, 1.05  # times the mutual information of the pair as it is, and of no motion
 SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the halves, in standard deviations
@@ -86,6 +89,24 @@ class Judge:
             self.misled |= self._known(kept, unseen) < self._known(was, unseen)
         return torch.zeros_like(share) if self.misled else share
 
+    @torch.no_grad()
+    def shared(self, velocity: Tensor, unseen: Target, stride: int) -> Tensor:
+        """Where the detail of this level is that of both images: (1, 1, *grid) in [0, 1] for a velocity (1, D, *grid).
+
+        Speckle of two planes is not: its grains are larger than a voxel, so that the noise's halves do not tell it, and
+        grain after grain could be laid upon its like. But what is one tissue's correlates a little as soon as the
+        coarser levels have laid it there; of several channels in one of them.
+        """
+        result = self._register(velocity, unseen)
+        pairs = ((unseen["fixed_image"], result.warped_moving), (unseen["moving_image"], result.warped_fixed))
+        masks = overlaps(result, unseen, self.loss.options)
+        least = ALIKE if stride <= 2 else ALIKE_COARSE
+        ways = [_alike(*pair, mask, least) for pair, mask in zip(pairs, masks, strict=True)]
+        share = resize_image((ways[0] + ways[1]) / 2, velocity.shape[2:])
+        for judge, view in zip(self.others, unseen.get("channels", ()), strict=True):
+            share = torch.maximum(share, judge.shared(velocity, view, stride))
+        return share
+
     def paying(self, unseen: Target, velocity: Tensor) -> Tensor:
         """What pays of a network's velocity, at the resolution where refinement begins."""
         shape = coarser_shape(unseen["fixed_image"].shape[2:], FROM_NETWORK[0].stride)
@@ -130,6 +151,17 @@ class Judge:
         similar = {name: term for name, term in terms.items() if term.kind == "similarity"}
         options = self.loss.options
         return sum(self.loss.weights[n] * float(t.function(result, unseen, options)) for n, t in similar.items())
+
+
+def _alike(a: Tensor, b: Tensor, mask: Tensor | None, least: float) -> Tensor:
+    """The share of each neighbourhood (B, 1, *spatial) in which two images' detail correlates by ``least``."""
+    details = []
+    for image in (a, b):
+        detail = image - resize_image(coarsen(image, coarser_shape(image.shape[2:], 2)), image.shape[2:])
+        details.append(detail if mask is None else detail * mask)
+    a, b = details
+    both = box_sum(a * b, REACH) / (box_sum(a * a, REACH) * box_sum(b * b, REACH)).sqrt().clamp(min=TINY)
+    return _mean((both.abs() > least).float())
 
 
 def _mean(x: Tensor, mask: Tensor | None = None) -> Tensor:

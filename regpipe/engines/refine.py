@@ -216,7 +216,7 @@ class Refiner:
         if velocity is not None:
             found = (velocity != 0).any(1, keepdim=True).float()
         with Progress(what="optimising", unit="", total=voxels) as bar:
-            for images, steps in plan:
+            for (stride, _), (images, steps) in zip(levels, plan, strict=True):
                 grid = coarser_shape(images, VELOCITY_STRIDE)
                 if velocity is None:
                     velocity = fixed.new_zeros(1, len(shape), *grid)
@@ -229,7 +229,10 @@ class Refiner:
                 if judge:
                     enough = next((s for s, _ in plan if math.prod(s) >= max(WITNESS, math.prod(images))), plan[-1][0])
                     witness = pyramid_level(unseen, enough) if enough != images else None
-                    share = judge.share(velocity, after, pyramid_level(unseen, images), witness)
+                    level = pyramid_level(unseen, images)
+                    share = judge.share(velocity, after, level, witness)
+                    if judge.local:
+                        share = share * judge.shared(velocity, level, stride)
                     borne = resize_image(found, share.shape[2:])
                     if images == plan[-1][0] != plan[0][0]:  # a rim a voxel off is interpolation: it only goes on
                         share = share * (borne > 0.5)
