@@ -79,6 +79,17 @@ def test_registering_loads_torch_itks_elastix_and_what_draws(pair, bundle, tmp_p
     assert found == ALWAYS | {"torch", "h5py", "matplotlib"}
 
 
+def test_labels_are_measured_without_monai(pair, tmp_path) -> None:
+    for path in pair:
+        shape = (np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj) > 0.5).astype(np.uint8)
+        nib.save(nib.Nifti1Image(shape, np.eye(4)), tmp_path / Path(path).name)
+    labels = ["--fixed-label", tmp_path / "fixed.nii.gz", "--moving-label", tmp_path / "moving.nii.gz"]
+    chosen = ["--bundle", "none", "--refine", "2", "--affine", "none"]
+    assert "monai" not in loaded("register", *pair, *labels, *chosen, "-o", tmp_path / "out")
+    (metrics,) = tmp_path.glob("out/*/metrics.json")
+    assert json.loads(metrics.read_text())["hd95"] >= 0
+
+
 @pytest.fixture(scope="module")
 def case(pair, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("registered")
