@@ -85,7 +85,11 @@ def read_image(path: PathLike, file: BinaryIO | None = None) -> Image:
             or too large or alike for single precision.
     """
     with opened_image(path, file) as source:
-        array = voxels_of(source, path)
+        return image_of(path, source, voxels_of(source, path))
+
+
+def image_of(path: PathLike, source: Source, array: np.ndarray) -> Image:
+    """What ``read_image`` gives of a file's voxels (*S), and raises."""
     low, high = float(np.fmin.reduce(array, axis=None)), float(np.fmax.reduce(array, axis=None))  # NaN is no data
     if not math.isfinite(low + high):
         raise InputError(f"{path}: holds infinite values, or NaN alone; make NaN of what is no data, or leave it out")
@@ -93,8 +97,7 @@ def read_image(path: PathLike, file: BinaryIO | None = None) -> Image:
         raise InputError(f"{path}: is constant ({low:g}); leave it out")
     if max(-low, high) > GREATEST or high - low < 1 / GREATEST:
         raise InputError(f"{path}: its values reach from {low:g} to {high:g}, beyond single precision; rescale them")
-    array = array.astype(np.float32)
-    return straightened(Image(array, source.affine, source.plane), path, order=1)
+    return straightened(Image(array.astype(np.float32), source.affine, source.plane), path, order=1)
 
 
 def stamps(path: PathLike) -> list[tuple[Path, int, int]]:
@@ -146,9 +149,14 @@ def opened_image(
     path: PathLike, file: BinaryIO | None = None, *, label: bool = False, film: bool = False, values: bool = False
 ) -> Iterator[Source]:
     """The header, checked, while the file is open (``file``). Frames: ``film``, and ``values`` at each place."""
-    where, _ = locate(path)
-    with contextlib.nullcontext(file) if file or where.is_dir() else opened(where) as stream:
+    with opened_file(path, file) as stream:
         yield _open(path, stream, label, film, values)
+
+
+def opened_file(path: PathLike, file: BinaryIO | None = None) -> contextlib.AbstractContextManager[BinaryIO | None]:
+    """The file of an image, open, or ``file``, which stays open; None of a folder with a DICOM series."""
+    where, _ = locate(path)
+    return contextlib.nullcontext(file) if file or where.is_dir() else opened(where)
 
 
 def _open(path: PathLike, stream: BinaryIO | None, label: bool, film: bool, values: bool) -> Source:

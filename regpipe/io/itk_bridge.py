@@ -7,9 +7,12 @@ ITK is imported by the functions, and of it the classes that they need: see ``wr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +33,31 @@ def wrapped(name: str, of: str, *, module: str | None = None) -> Any:
     From the module that wraps it. The name in ``itk`` loads its whole part of ITK, and all parts below that: 8 seconds
     for elastix, and a half by this way. ``module``: whose name is not the class's.
     """
-    return getattr(importlib.import_module(f"itk.itk{module or name}Python"), f"itk{name}{of}")
+    with _torch_later():
+        return getattr(importlib.import_module(f"itk.itk{module or name}Python"), f"itk{name}{of}")
+
+
+class _Torch(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module("torch"), name)
+
+
+@contextlib.contextmanager
+def _torch_later() -> Iterator[None]:
+    """What is imported here and imports torch gets a stand-in, which loads torch when it is used.
+
+    ITK's modules import it for functions that take tensors, and regpipe calls none of them.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = _Torch("torch")
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def to_itk(array: np.ndarray, affine: np.ndarray) -> Any:
@@ -53,7 +80,9 @@ def from_itk(image: Any) -> Image:
 
 def values(image: Any) -> np.ndarray:
     """The voxels of an ``itk.Image``, ([z, ]y, x[, D]), in its own memory: it must be kept while they are used."""
-    view: np.ndarray = wrapped("PyBuffer", type(image).__name__.replace("itkImage", "I")).GetArrayViewFromImage(image)
+    buffer = wrapped("PyBuffer", type(image).__name__.replace("itkImage", "I"))
+    with _torch_later():  # it asks for ``itk.VectorImage``, and so for all of ITKCommon
+        view: np.ndarray = buffer.GetArrayViewFromImage(image)
     return view
 
 

@@ -6,6 +6,7 @@ ITK: it has no STL, and of a VTK file it loses the header's ``SPACE=RAS``, the n
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -18,7 +19,7 @@ import numpy as np
 from regpipe.io.point_tables import DECIMALS, MM, SPACES, PointFile, number, read_csv, read_fcsv, read_tag
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import parse_json, replace_file, require_file
+from regpipe.utils.files import opened, parse_json, replace_file
 
 
 def read_points(path: str | Path, file: BinaryIO | None = None) -> PointFile:
@@ -30,10 +31,11 @@ def read_points(path: str | Path, file: BinaryIO | None = None) -> PointFile:
     Raises:
         InputError: missing, broken, or of another kind.
     """
-    path = Path(path) if file else require_file(path)
-    limits.require_size(path)
+    path = Path(path)
     try:
-        return READERS[_kind(path)](file.read() if file else path.read_bytes())
+        with contextlib.nullcontext(file) if file else opened(path) as stream:
+            limits.require_size(path)
+            return READERS[_kind(path)](stream.read())
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from problem
     except UnicodeDecodeError as cause:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -17,14 +17,14 @@ import numpy as np
 from regpipe.io import dicom, dicom_frames, formats, pictures, planes
 from regpipe.io.formats import ITK, NIFTI, PICTURE, load_nifti, locate, nifti_affine, nifti_array, squeezed
 from regpipe.io.geometry import LPS
-from regpipe.io.images import opened_image, voxels_of
+from regpipe.io.images import opened_file, opened_image, voxels_of
 from regpipe.io.itk_files import image_bytes, segment_notes
 from regpipe.io.labels import is_named_label, look_of
 from regpipe.io.nifti_place import placed_image
 from regpipe.io.planes import Plane
 from regpipe.utils import limits
 from regpipe.utils.errors import InputError
-from regpipe.utils.files import opened, replace_file
+from regpipe.utils.files import replace_file
 
 FRAMES, VALUES, COLOURS, VECTOR, TENSOR = "frames", "values", "colours", "vector", "tensor"
 INTENTS = {1005: TENSOR, 1006: VECTOR, 1007: VECTOR}
@@ -53,17 +53,19 @@ class Series(NamedTuple):
         return self.about is not None and int(self.about["intent_code"]) == RAS_VECTOR
 
 
-def read_series(path: Path) -> Series | None:
+def read_series(path: Path, file: BinaryIO | None = None) -> Series | None:
     """All values of a file; None where it holds one at each place, or one frame is asked for.
+
+    ``file``: the same, open already.
 
     Raises:
         InputError: broken; of more axes than are known.
     """
-    file, frame = locate(path)
-    if frame is not None:
+    if locate(path)[1] is not None:
         return None
     try:
-        found = _read(path, file)
+        with opened_file(path, file) as stream:
+            found = _read(path, stream)
         if found is not None and found.array.dtype.kind == "f" and np.isinf(found.array).any():
             raise InputError(f"{path}: has infinite values; set them to a number, or to NaN")
         return found
@@ -73,36 +75,36 @@ def read_series(path: Path) -> Series | None:
         raise formats.unreadable(path, cause) from cause
 
 
-def _read(path: Path, file: Path) -> Series | None:
+def _read(path: Path, stream: BinaryIO | None) -> Series | None:
+    file, _ = locate(path)
     name = file.name.lower()
     for suffixes, reader in ((PICTURE, _colours), (NIFTI, _nifti), (ITK, _of_itk)):
-        found = reader(file) if name.endswith(suffixes) and file.is_file() else None
+        found = reader(file, stream) if stream is not None and name.endswith(suffixes) else None
         if found is not None and formats.in_mm(path):
-            with opened_image(path) as source:
+            with opened_image(path, stream) as source:
                 return found._replace(affine=source.affine)
         if found is not None:
             return found
-    with opened_image(path, film=True) as source:
+    with opened_image(path, stream, film=True) as source:
         if len(source.shape) < 4:
             return None
         array, dim = voxels_of(source, path), len(source.affine) - 1
         shape = (*source.shape[:dim], source.shape[3])
-        about = _about(file) if name.endswith(NIFTI) else None
-        step = _step(file) if about is None else float(about["pixdim"][4])
+        about = _about(file, stream) if stream is not None and name.endswith(NIFTI) else None
+        step = _step(file, stream) if about is None else float(about["pixdim"][4])
         frames = array.reshape(shape)
         return Series(frames, source.affine, source.dtype, FRAMES, source.label, step, about, plane=source.plane)
 
 
-def _about(file: Path) -> Any:
+def _about(file: Path, stream: BinaryIO) -> Any:
     """NIfTI's header."""
-    with opened(file) as stream:
-        header = load_nifti(file, stream).header
+    header = load_nifti(file, stream).header
     return header if isinstance(header, nib.Nifti1Header) else None  # Analyze's says nothing of units and intents
 
 
-def _colours(file: Path) -> Series | None:
+def _colours(file: Path, stream: BinaryIO) -> Series | None:
     """A picture of one frame whose channels differ, as it is shown (upright, not on white) -> 8 bits of each."""
-    with opened(file) as stream, pictures.open_upright(stream) as picture:
+    with pictures.open_upright(stream) as picture:
         if picture is None or picture.mode in ("1", "L", "F") or picture.mode.startswith("I"):
             return None
         if picture.mode == "P":  # numbers of colours may be labels
@@ -118,19 +120,18 @@ def _colours(file: Path) -> Series | None:
     return Series(array, np.diag([-1.0, -1.0, 1.0]), np.dtype(np.uint8), COLOURS)
 
 
-def _nifti(file: Path) -> Series | None:
+def _nifti(file: Path, stream: BinaryIO) -> Series | None:
     """Colours, and values along the fifth axis; None of others."""
-    with opened(file) as stream:
-        image = load_nifti(file, stream)
-        colours = image.get_data_dtype().names
-        shape = tuple(image.shape)
-        if len(shape) < 5 and not colours:
-            return None
-        if len(shape) > 5 or (len(shape) == 5 and shape[3] > 1 and shape[4] > 1):
-            raise InputError(f"{file}: its shape is {shape}; frames in time, or several values, not both")
-        limits.require_room(file, shape, 4)
-        array = nifti_array(image)
-        affine = nifti_affine(file, image)
+    image = load_nifti(file, stream)
+    colours = image.get_data_dtype().names
+    shape = tuple(image.shape)
+    if len(shape) < 5 and not colours:
+        return None
+    if len(shape) > 5 or (len(shape) == 5 and shape[3] > 1 and shape[4] > 1):
+        raise InputError(f"{file}: its shape is {shape}; frames in time, or several values, not both")
+    limits.require_room(file, shape, 4)
+    array = nifti_array(image)
+    affine = nifti_affine(file, image)
     array = np.stack([array[name] for name in colours], -1) if colours else array
     about, dtype = image.header, array.dtype if colours else image.get_data_dtype()
     if dtype.kind not in "biuf":
@@ -154,26 +155,24 @@ def of_dimension(series: Series, dim: int) -> Series:
     return series if many == wanted else series._replace(kind=VALUES)
 
 
-def _step(file: Path) -> float:
+def _step(file: Path, stream: BinaryIO | None) -> float:
     """Between frames: in the unit of the file, of DICOM in seconds; 1 where it is not said."""
     if file.name.lower().endswith(PICTURE):
         return 1.0
-    if not file.name.lower().endswith(ITK):
+    if stream is None or not file.name.lower().endswith(ITK):
         tags = dicom_frames.read_tags(next(dicom.parts(file)) if file.is_dir() else file)
         rate = float(tags.get("CineRate") or tags.get("RecommendedDisplayFrameRate") or 0)
         ms = float(tags.get("FrameTime") or (1000 / rate if rate else 0) or tags.get("RepetitionTime") or 1000)
         return ms / 1000
-    with opened(file) as stream:
-        io = formats.itk_header(file, stream)
+    io = formats.itk_header(file, stream)
     return float(io.GetSpacing(3)) if io.GetNumberOfDimensions() > 3 else 1.0
 
 
-def _of_itk(file: Path) -> Series | None:
+def _of_itk(file: Path, stream: BinaryIO) -> Series | None:
     """Several components; None of one."""
     import itk
 
-    with opened(file) as stream:
-        io = formats.itk_header(file, stream)
+    io = formats.itk_header(file, stream)
     components, pixel = int(io.GetNumberOfComponents()), str(io.GetPixelTypeAsString(io.GetPixelType()))
     if components == 1:
         return None

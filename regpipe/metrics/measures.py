@@ -9,13 +9,13 @@ interpolation would raise Dice by about 0.008.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.ndimage import find_objects
+from scipy.ndimage import binary_erosion, find_objects
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from regpipe.fields.algebra import LAYERS, Layers, compose, jacobian_determinant, sample_at
@@ -51,18 +51,18 @@ def dice(fixed_label: Array, warped_label: Array, ids: Sequence[int]) -> dict[in
 
 
 def hd95(fixed_label: Array, warped_label: Array, ids: Sequence[int], spacing: Sequence[float]) -> dict[int, float]:
-    """95 % Hausdorff distance in mm per label: the larger directed 95th percentile (MONAI's).
+    """95 % Hausdorff distance in mm per label: the larger directed 95th percentile, between surface voxels.
 
     NaN where a label is missing from either map, so read it beside Dice, which is 0 for a label
     that vanished.
     """
     shape = torch.as_tensor(fixed_label).shape[-len(spacing) :]
-    fixed, warped = (torch.as_tensor(x).cpu().reshape(1, 1, *shape) for x in (fixed_label, warped_label))
+    fixed, warped = (torch.as_tensor(x).cpu().reshape(*shape).numpy() for x in (fixed_label, warped_label))
     scores = {}
-    boxes = [find_objects(x[0, 0].numpy()) for x in (fixed, warped)]
+    boxes = [find_objects(x) for x in (fixed, warped)]
     for i in ids:
         held = [found[i - 1] for found in boxes if i <= len(found) and found[i - 1] is not None]
-        box = (slice(None), slice(None), *_around(held))
+        box = tuple(_around(held))
         scores[i] = math.nan if len(held) < 2 else _hausdorff(warped[box] == i, fixed[box] == i, spacing)
     return scores
 
@@ -75,14 +75,11 @@ def _around(boxes: Sequence[tuple[slice, ...]]) -> list[slice]:
     ]
 
 
-def _hausdorff(a: Tensor, b: Tensor, spacing: Sequence[float]) -> float:
-    from monai.metrics import compute_hausdorff_distance  # MONAI takes seconds to import
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI's own call to its own old argument
-        return compute_hausdorff_distance(
-            a, b, include_background=True, percentile=95, spacing=[float(s) for s in spacing]
-        ).item()
+def _hausdorff(a: np.ndarray, b: np.ndarray, spacing: Sequence[float]) -> float:
+    """As ``monai.metrics.compute_hausdorff_distance`` has it, which brings seconds of imports for it."""
+    edges = [np.argwhere(mask ^ binary_erosion(mask)) * np.asarray(spacing, np.float64) for mask in (a, b)]
+    ways = (KDTree(there, leafsize=32).query(here)[0] for here, there in (edges, edges[::-1]))
+    return max(torch.quantile(torch.from_numpy(mm.astype(np.float32)), 0.95).item() for mm in ways)
 
 
 def tre(

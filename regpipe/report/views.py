@@ -208,7 +208,7 @@ def _outline(cut: np.ndarray, fine: list[int], *, dashed: bool) -> np.ndarray:
     edge[:-1] |= label[:-1] != label[1:]
     edge[:, :-1] |= label[:, :-1] != label[:, 1:]
     if dashed:
-        edge &= np.add(*np.indices(edge.shape)) // 4 % 3 < 2
+        edge &= np.add.outer(*map(np.arange, edge.shape)) // 4 % 3 < 2
     return edge.astype(np.uint8)
 
 

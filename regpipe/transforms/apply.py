@@ -17,7 +17,7 @@ from nibabel.affines import apply_affine
 
 from regpipe.io import itk_bridge
 from regpipe.io.geometry import flipped
-from regpipe.io.images import SUFFIXES, stem
+from regpipe.io.images import SUFFIXES, opened_file, stem
 from regpipe.io.itk_files import segment_notes
 from regpipe.io.planes import standing
 from regpipe.io.points import READERS, is_points, read_points, write_points
@@ -175,12 +175,14 @@ def _carrier(
 def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
     """Resamples one file; returns the interpolation, and what lies outside where it is not 0."""
     assert carrier.grid is not None
-    series = read_series(path)
+    with opened_file(path) as file:
+        series = read_series(path, file)
+        if series is None:
+            image, dtype, method = read_voxels(path, carrier.interpolation, file)
     if series is not None and carrier.ratio is not None:
         raise InputError(f"{path}: holds several values; name one frame (#0) to modulate it")
     if series is not None:
         return carry_series(path, target, series, carrier.images, carrier.grid, carrier.interpolation, carrier.fill)
-    image, dtype, method = read_voxels(path, carrier.interpolation)
     if carrier.ratio is not None and method in ("nearest", "label"):
         raise InputError(f"{path}: --modulate is for intensities, linear or bspline; leave it out for labels")
     dim = carrier.images.GetInputSpaceDimension()
@@ -190,7 +192,7 @@ def _carry_image(path: Path, target: Path, carrier: _Carrier) -> str:
     told = carrier.interpolation == "auto" and method == "nearest"  # a label map, also where it looks like an image
     fill = 0.0 if told else fill_value(path, image, carrier.fill)
     result = resample(image, carrier.images, carrier.grid, method, fill)
-    if image.array.any() and np.array_equal(result, np.full_like(result, fill), equal_nan=True):
+    if image.array.any() and (np.isnan(result) if np.isnan(fill) else result == fill).all():
         log.warning("%s: nothing of it lies on the result's grid; is it in the space of the moved image?", path)
     if carrier.ratio is not None:
         result, method = result * carrier.ratio, f"{method}, modulated"

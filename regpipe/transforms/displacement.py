@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from scipy import ndimage
 
-from regpipe.fields.algebra import jacobian_determinant
 from regpipe.io import background, pictures
 from regpipe.io.formats import load_nifti, nifti_affine, nifti_array
 from regpipe.io.geometry import LPS, voxel_size
@@ -64,6 +62,10 @@ def native_lengths(error: np.ndarray, fixed_affine: np.ndarray, moving_affine: n
 
 def native_jacobian(d: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """det of the map ``p -> p + d(p)`` at each voxel of d's grid -> (*S) float32; 1 keeps the volume."""
+    import torch  # takes a second or two to import, and resampling needs none of it
+
+    from regpipe.fields.algebra import jacobian_determinant
+
     u = np.tensordot(np.linalg.inv(affine[:-1, :-1]), _flip(np.asarray(d, np.float64)), axes=1)  # in voxels
     return jacobian_determinant(torch.from_numpy(u)[None])[0].numpy()
 

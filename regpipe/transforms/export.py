@@ -16,7 +16,6 @@ import gzip
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from regpipe.io.source import Source
 from regpipe.transforms.displacement import displacement_bytes, map_points
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import replace_hashed
+from regpipe.utils.versions import installed
 
 WAYS = ("moving_to_fixed", "fixed_to_moving")
 DOES = (
@@ -196,7 +196,7 @@ def write_transforms(
         "alignment": {"matrix": pair.matrix, "stage": stage}
         | ({} if homography is None else {"homography": homography}),
         "settings": dict(settings or {}),
-        "versions": {package: version(package) for package in ("regpipe", "itk", "torch", "monai")},
+        "versions": {package: installed(package) for package in ("regpipe", "itk", "torch", "monai")},
     }
     text = json.dumps(content, indent=1, default=np.ndarray.tolist)
     hashes = {name: digest for way in about for name, digest in way["sha256"].items()}

@@ -251,12 +251,15 @@ def composite_bytes(transform: Any) -> bytes:
     ITK's own file stamps the time and the machine: what it says of the transform is copied out of it.
     """
     import h5py
-    import itk
 
     data = io.BytesIO()
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside) / "composite.h5"
-        itk.transformwrite([transform], str(path))
+        _register(FILES[path.suffix])
+        writer = itk_bridge.wrapped("TransformFileWriterTemplate", "D", module="TransformFileWriter").New()
+        writer.SetFileName(str(path))
+        writer.AddTransform(transform)
+        writer.Update()
         with h5py.File(path) as stamped, h5py.File(data, "w") as plain:
             for i, part in stamped["TransformGroup"].items():
                 for name, values in part.items():

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from regpipe.io import background, itk_bridge, pictures
 from regpipe.io.formats import DICOM, ITK, NIFTI, PICTURE, SUFFIXES, Source, locate
 from regpipe.io.geometry import lps_matrix
-from regpipe.io.images import Image, exactly, header, opened_image, read_image, straightened, voxels_of
+from regpipe.io.images import Image, exactly, header, image_of, opened_image, read_image, straightened, voxels_of
 from regpipe.io.itk_files import image_bytes
 from regpipe.io.labels import ids_of, is_label_map, whole_numbers
 from regpipe.transforms import displacement
@@ -32,35 +32,44 @@ WRITTEN |= {".jpg": ".png", ".jpeg": ".png", ".gif": ".png", ".webp": ".png"} | 
 WRITTEN |= dict.fromkeys((".jfif", ".jp2", ".avif", ".heic", ".heif"), ".png")
 
 
-def read_voxels(path: Path, interpolation: str) -> tuple[Image, np.dtype, str]:
+def read_voxels(path: Path, interpolation: str, file: BinaryIO | None = None) -> tuple[Image, np.dtype, str]:
     """An image or label map, the type that its result is written as, and the interpolation that ``auto`` stands for.
+
+    ``file``: the same, open already.
 
     Raises:
         InputError: as ``read_image``; ``label`` of values that are not whole.
     """
     if interpolation in ("linear", "bspline"):
-        return read_image(path), np.dtype(np.float32), interpolation
-    header(path)  # refuses several frames, which a label map would take for channels
-    stored = _stored(path, required=interpolation == "label")
-    if stored is None or (interpolation == "auto" and not is_label_map(path, stored[0], stored[1].label)):
-        return read_image(path), np.dtype(np.float32), "linear" if interpolation == "auto" else interpolation
+        return read_image(path, file), np.dtype(np.float32), interpolation
+    header(path, file)  # refuses several frames, which a label map would take for channels
+    stored = _stored(path, file, required=interpolation == "label")
+    if stored is None:
+        return read_image(path, file), np.dtype(np.float32), interpolation.replace("auto", "linear")
     array, source, dtype = stored
-    whole = whole_numbers(array)
+    label = interpolation != "auto" or is_label_map(path, array, source.label)
+    whole = whole_numbers(array) if label else None
     if whole is None and interpolation == "label":
         raise InputError(f"{path}: labels are whole numbers, these are not; is it an image?")
-    image = (
-        read_image(path) if whole is None else straightened(Image(whole, source.affine, source.plane), path, order=0)
+    if whole is not None:
+        image = straightened(Image(whole, source.affine, source.plane), path, order=0)
+    else:  # of a picture other voxels: its grey, and not its numbers of colours
+        picture = locate(path)[0].name.lower().endswith(PICTURE)
+        image = read_image(path, file) if picture else image_of(path, source, array)
+    return (
+        image,
+        dtype if label else np.dtype(np.float32),
+        interpolation.replace("auto", "nearest" if label else "linear"),
     )
-    return image, dtype, interpolation.replace("auto", "nearest")
 
 
-def _stored(path: Path, *, required: bool) -> tuple[np.ndarray, Source, np.dtype] | None:
+def _stored(path: Path, file: BinaryIO | None, *, required: bool) -> tuple[np.ndarray, Source, np.dtype] | None:
     """A file's voxels, what it says, and their type there; None of what a label map cannot be: colours.
 
     Formats that do not keep a type get that of ``io.labels.ids_of``.
     """
     try:
-        with opened_image(path, label=True) as source:
+        with opened_image(path, file, label=True) as source:
             array = voxels_of(source, path)
     except InputError:
         if required:

@@ -14,6 +14,7 @@ from typing import Any
 
 import nibabel as nib
 
+from regpipe.utils import machine
 from regpipe.utils.errors import InputError
 
 GIB = 2**30
@@ -26,9 +27,7 @@ def require_room(path: object, shape: Sequence[int], itemsize: int = 8) -> None:
     needed = math.prod(int(n) for n in shape) * itemsize
     if needed <= UNASKED:
         return
-    from regpipe.utils.machine import free  # imports torch, which takes seconds
-
-    if needed > free():
+    if needed > machine.free():
         raise InputError(
             f"{path}: says that it holds {' x '.join(str(n) for n in shape)} values; that does not fit into memory "
             f"({needed / GIB:.3g} GiB); mend its header, or save it coarser"

@@ -6,8 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # takes a second or two to import, and only GPUs need it
 
 GIB = 2**30
 # Of control groups, version 2 and 1: folder, files of the limit and of what is used, caches that count as free.
@@ -32,8 +34,9 @@ def held_since(before: int) -> int:
 
 def free(device: str | torch.device = "cpu") -> int:
     """Free bytes: of the GPU, or of the machine within the limit of a container or job."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if _is_gpu(device):
+        import torch
+
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return min(_machine(_table(Path("/proc/meminfo"))), *_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
@@ -43,8 +46,11 @@ def room(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
     """Bytes that a run may still take: ``free``, or what is left of ``memory_gib`` for the whole process."""
     if memory_gib is None:
         return free(device)
-    cuda = torch.device(device).type == "cuda"
-    return int(memory_gib * GIB) - (torch.cuda.memory_allocated(device) if cuda else held())
+    if not _is_gpu(device):
+        return int(memory_gib * GIB) - held()
+    import torch
+
+    return int(memory_gib * GIB) - torch.cuda.memory_allocated(device)
 
 
 def share(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
@@ -52,13 +58,21 @@ def share(memory_gib: float | None, device: str | torch.device = "cpu") -> int:
 
     ``memory_gib`` is for one process; free memory is for all processes on the device.
     """
-    return room(memory_gib, device) // (1 if memory_gib is not None else _beside(torch.device(device)))
+    return room(memory_gib, device) // (1 if memory_gib is not None else _beside(device))
 
 
-def _beside(device: torch.device) -> int:
+def _is_gpu(device: str | torch.device) -> bool:
+    return str(device).partition(":")[0] == "cuda"
+
+
+def _beside(device: str | torch.device) -> int:
     """How many processes of this job share the machine's memory, or a GPU's."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return math.ceil(here / torch.cuda.device_count()) if device.type == "cuda" else here
+    if not _is_gpu(device):
+        return here
+    import torch
+
+    return math.ceil(here / torch.cuda.device_count())
 
 
 def _machine(table: Mapping[str, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -19,6 +20,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}, "cuda": _cuda()}
 
 
+@functools.cache  # each look parses a whole description, and every case of a folder is told of
 def installed(name: str) -> str | None:
     """The version of a package; None where it is not installed."""
     try:

@@ -50,6 +50,14 @@ def image(path: Path, shape: Sequence[int], seed: int, spacing: float = 1.0) -> 
     return path
 
 
+def label(path: Path, of: str) -> str:
+    """Three structures of an image, by its grey values."""
+    known = nib.Nifti1Image.from_filename(of)
+    found = np.digitize(np.asanyarray(known.dataobj), [300, 600, 800]).astype(np.uint8)
+    nib.save(nib.Nifti1Image(found, known.affine), path)
+    return str(path)
+
+
 def transform(path: Path) -> Path:
     """A composite as a registered case has it, for an image of ``LARGE``: a field of 2 mm and an affine."""
     place = np.diag([2.0, 2, 2, 1])
@@ -61,8 +69,13 @@ def transform(path: Path) -> Path:
 
 
 def commands(data: Path) -> dict[str, list[str]]:
-    """Name -> words after ``regpipe``; OUT stands for the place of the results."""
+    """Name -> words after ``regpipe``; OUT stands for the folder of the results."""
     small = [str(image(data / f"{i}.nii.gz", (64, 64), i)) for i in range(2)]
+    labels = [
+        word
+        for i, side in enumerate(("fixed", "moving"))
+        for word in (f"--{side}-label", label(data / f"l{i}.nii.gz", small[i]))
+    ]
     medium = [str(image(data / f"m{i}.nii.gz", (96, 128, 60), i, 1.5)) for i in range(2)]
     large = str(image(data / "large.nii.gz", LARGE, 0))
     for i in range(2 * PAIRS + 2):
@@ -74,11 +87,14 @@ def commands(data: Path) -> dict[str, list[str]]:
     return {
         "help": ["--help"],
         "pair": ["register", *small, "-o", "OUT"],
+        "labels": ["register", *small, *labels, "-o", "OUT"],
         "zero": ["register", *small, "--bundle", "none", "-o", "OUT"],
         "one": ["register", str(data / "one"), *folder],
         "many": ["register", str(data / "many"), *folder],
         "jobs": ["register", str(data / "many"), *folder, "--jobs", "2"],
         "large": ["apply", chain, large, "--reference", large, "-o", "OUT"],
+        "compose": ["compose", chain, chain, "-o", "OUT/chain.h5"],
+        "jacobian": ["jacobian", chain, "--reference", medium[0], "-o", "OUT/jacobian.nii.gz"],
         "medium": ["register", *medium, "-o", "OUT"],
     }
 
@@ -143,7 +159,7 @@ def measured(data: Path, versions: dict[str, Path], only: Sequence[str] | None, 
                 if name == "jobs" and version == "before":
                     continue
                 out = data / f"{name}_{version}_{turn}"
-                words = [str(out) if word == "OUT" else word for word in command]
+                words = [word.replace("OUT", str(out)) if word.startswith("OUT") else word for word in command]
                 best[version] = min(best[version], cost(words, checkout))
                 wrote[version] = digests(out)
         same = "the same" if len({json.dumps(found) for found in wrote.values()}) == 1 else "differ"

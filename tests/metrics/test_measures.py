@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.metrics import compute_hausdorff_distance
 from scipy import ndimage, stats
 
 from regpipe.fields.algebra import Registration, integrate_both, warp
@@ -82,6 +83,18 @@ def test_hd95_is_its_definition_and_not_the_largest_distance():
     stray = whole.copy()
     stray[0, 30, 30] = 3
     assert measures.hd95(whole, stray, [3], (1.0, 1.0)) == {3: 0}
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (24, 20, 18)])
+def test_hd95_is_monais_to_the_bit_also_of_structures_at_the_images_rim(shape):
+    spacing = (1.1, 0.7, 2.3)[: len(shape)]
+    rng = np.random.default_rng(3)
+    one, other = ((3 * ndimage.gaussian_filter(rng.standard_normal(shape), 2) > 0.2).astype(int) for _ in range(2))
+    other[:2] = 1
+    masks = [torch.from_numpy(mask)[None, None] for mask in (other, one)]
+    theirs = compute_hausdorff_distance(masks[0], masks[1], include_background=True, percentile=95, spacing=spacing)
+    expected = theirs.item()
+    assert expected > 0 and measures.hd95(one, other, [1], spacing) == {1: expected}
 
 
 def test_hd95_in_3d_takes_the_spacing_of_its_own_axis():

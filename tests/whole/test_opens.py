@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from helpers.commandline import regpipe
 from helpers.opens import opens
+from regpipe.io import itk_bridge
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's"),
@@ -67,6 +68,22 @@ def test_each_file_of_a_pair_is_opened_once_to_hash_check_load_place_and_save_it
     assert hashes == files.keys()
     most = {path.name: 1 if path.suffix == ".csv" else 1 + by_the_reader for path in files.values()}
     assert {name: counted[name] for name in most if counted[name] > most[name]} == {}
+
+
+@pytest.mark.parametrize(("suffix", "most"), [(".nii.gz", 1), (".png", 2), (".mha", 2 * ITKS_OWN)])
+def test_applying_opens_each_file_once_and_a_picture_for_its_frames_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, most: int
+) -> None:
+    files = pair(tmp_path / "data", suffix)
+    shift = itk_bridge.composite_h5(itk_bridge.affine_part(np.array([[1.0, 0, 2], [0, 1, 0], [0, 0, 1]])))
+    (tmp_path / "shift.h5").write_bytes(shift)
+    moved = [files[f"moving_{kind}"] for kind in ("image", "label", "mask", "landmarks")]
+    told = ["--reference", files["fixed_image"], "-o", tmp_path / "out"]
+    with opens(tmp_path / "data") as counted:
+        assert regpipe(monkeypatch, "apply", tmp_path / "shift.h5", *moved, *told) == 0
+    used = {path.name for path in (*moved, files["fixed_image"])}
+    assert counted.keys() == used and len(list((tmp_path / "out").iterdir())) == len(moved)
+    assert {name: n for name, n in counted.items() if n > (1 if name.endswith(".csv") else most)} == {}
 
 
 def test_no_output_is_read_again_but_what_says_that_its_case_is_finished(

@@ -46,7 +46,7 @@ HEAVY += (
 HEAVY += tuple(
     f"itk._ITK{part}Python" for part in ("ImageIntensity", "LabelMap", "LevelSets", "ImageGrid", "Metricsv4")
 )
-ALWAYS = {"torch", "itk", "scipy", "nibabel", "PIL"}
+ALWAYS = {"itk", "scipy", "nibabel", "PIL"}
 CODE = "import json, sys; from regpipe.cli import main; main.app(sys.argv[2:], standalone_mode=False); "
 CODE += "print(json.dumps([m for m in sys.argv[1].split() if m in sys.modules]))"
 
@@ -76,15 +76,45 @@ def test_help_loads_none() -> None:
 @pytest.mark.parametrize("bundle", ["resnet18", "none"])
 def test_registering_loads_torch_itks_elastix_and_what_draws(pair, bundle, tmp_path) -> None:
     found = loaded("register", *pair, "--bundle", bundle, "--refine", "2", "-o", tmp_path)
-    assert found == ALWAYS | {"h5py", "matplotlib"}
+    assert found == ALWAYS | {"torch", "h5py", "matplotlib"}
 
 
-def test_applying_loads_itks_sampler_and_no_more(monkeypatch, pair, tmp_path) -> None:
-    chosen = ["--bundle", "none", "--refine", "2", "--affine", "none", "-o", tmp_path / "out"]
-    assert regpipe(monkeypatch, "register", *pair, *chosen) == 0
-    (case,) = (path.parent for path in (tmp_path / "out").glob("*/metrics.json"))
+def test_labels_are_measured_without_monai(pair, tmp_path) -> None:
+    for path in pair:
+        shape = (np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj) > 0.5).astype(np.uint8)
+        nib.save(nib.Nifti1Image(shape, np.eye(4)), tmp_path / Path(path).name)
+    labels = ["--fixed-label", tmp_path / "fixed.nii.gz", "--moving-label", tmp_path / "moving.nii.gz"]
+    chosen = ["--bundle", "none", "--refine", "2", "--affine", "none"]
+    assert "monai" not in loaded("register", *pair, *labels, *chosen, "-o", tmp_path / "out")
+    (metrics,) = tmp_path.glob("out/*/metrics.json")
+    assert json.loads(metrics.read_text())["hd95"] >= 0
+
+
+@pytest.fixture(scope="module")
+def case(pair, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("registered")
+    with pytest.MonkeyPatch.context() as patch:
+        assert regpipe(patch, "register", *pair, "--bundle", "none", "--refine", 2, "--affine", "none", "-o", out) == 0
+    (finished,) = out.glob("*/metrics.json")
+    return finished.parent
+
+
+def test_applying_loads_itks_sampler_and_no_more(pair, case, tmp_path) -> None:
     found = loaded("apply", case, pair[1], "-o", tmp_path / "applied")
     assert found == ALWAYS | {"h5py", "itk._ITKImageGridPython"}
+
+
+@pytest.mark.parametrize(
+    "command", [["compose", "-o", "chain.h5"], ["compose", "-o", "d.nii.gz"], ["jacobian", "-o", "j.nii.gz"]]
+)
+def test_composing_and_jacobians_load_itks_transforms_and_no_more(case, tmp_path, monkeypatch, command) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert loaded(*command, case) == ALWAYS | {"h5py"}
+
+
+def test_a_report_loads_what_draws_and_verifying_no_itk(case) -> None:
+    assert loaded("report", case.parent) == {"scipy", "nibabel", "PIL", "matplotlib"}
+    assert loaded("verify", case) == {"torch", "scipy", "nibabel", "PIL"}
 
 
 def test_a_shipped_bundle_gives_the_files_that_monai_bundle_run_gives(pair, tmp_path) -> None:
