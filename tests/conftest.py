@@ -20,6 +20,7 @@ import torch
 from monai.utils import set_determinism
 
 from regpipe.bundle.write import write_bundle
+from regpipe.io.formats import warn_once
 from regpipe.phantoms.cohort import write_cohort
 
 pytest.register_assert_rewrite("helpers")  # an assert that fails there says what it saw
@@ -80,6 +81,12 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     from helpers.registered import make_pair
 
     return make_pair(tmp_path_factory.mktemp("flat"), 2)
+
+
+@pytest.fixture(autouse=True)
+def warned_anew() -> None:
+    """A file's warning is logged once in a process; a test may get a folder of the name that another one had."""
+    warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Processor seconds, wall-clock seconds and memory of regpipe's parts, as ratios to a named reference in the same run.
 
-    python tests/benchmarks/speed.py lncc fields inference refinement [-o docs/results] [--shape 160,192,224]
+    python tests/benchmarks/speed.py lncc fields inference layers refinement [-o docs/results] [--shape 160,192,224]
 
 Each measurement is a process of its own; the variants of a part take turns, ``--repeats`` times, and medians are
 reported. ``GiB`` is what the part adds to the peak of a process that holds its inputs already. Weights are random:
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.refine import Refiner, refinement_loss
-from regpipe.fields.algebra import integrate_both, register, resize
+from regpipe.fields.algebra import LAYERS, Layers, integrate_both, register, resize
 from regpipe.losses.lncc import lncc
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.metrics.cost import peak_memory
@@ -62,14 +62,19 @@ def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], shape: Sequence[int]
     return lambda: loss(a, b).backward()
 
 
+def monais() -> Layers:
+    """MONAI's own layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Layers(warp=Warp(padding_mode="border"), dvf2ddf=DVF2DDF(7, padding_mode="border"))
+
+
 def transported(shape: Sequence[int], *, stride: int, ours: bool) -> Work:
     """exp(v), exp(-v) and both warps, with gradients, the velocity at a resolution."""
     fixed, moving = images(shape)
     grid = tuple((n - 1) // stride + 1 for n in shape)
     velocity = resize(velocity_of(shape), grid).requires_grad_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        block, puller = DVF2DDF(7, padding_mode="border"), Warp(padding_mode="border")
+    puller, block = monais()
 
     def monai() -> None:
         u, back = resize(block(velocity), shape), resize(block(-velocity), shape)
@@ -82,12 +87,13 @@ def transported(shape: Sequence[int], *, stride: int, ours: bool) -> Work:
     return regpipe if ours else monai
 
 
-def inferred(shape: Sequence[int], backbone: str) -> Work:
+def inferred(shape: Sequence[int], backbone: str, *, within: Layers = LAYERS, after: Layers = LAYERS) -> Work:
+    """A pair registered, by layers of the network's levels and by those that integrate and warp at the end."""
     fixed, moving = images(shape)
     torch.manual_seed(0)
     symnet = backbone == "symnet"
-    network = (SymNet(3) if symnet else SymmetricNet(3, backbone)).eval()
-    inferer = RegistrationInferer()
+    network = (SymNet(3) if symnet else SymmetricNet(3, backbone, layers=within)).eval()
+    inferer = RegistrationInferer(layers=after)
 
     def work() -> None:
         with torch.no_grad():
@@ -117,6 +123,12 @@ PARTS: dict[str, dict[str, Callable[[Sequence[int]], Work]]] = {  # the first va
     "inference": {
         name: lambda s, name=name: inferred(s, name)  # type: ignore[misc]
         for name in ("symnet", "resnet18", "alexnet", "vgg16")
+    },
+    "layers": {  # a bundle names one pair of them for both
+        "regpipe": lambda s: inferred(s, "resnet18"),
+        "MONAI after the network": lambda s: inferred(s, "resnet18", after=monais()),
+        "MONAI in its levels": lambda s: inferred(s, "resnet18", within=monais()),
+        "MONAI in both": lambda s: inferred(s, "resnet18", within=monais(), after=monais()),
     },
     "refinement": {"resnet18 alone": lambda s: inferred(s, "resnet18"), f"{STEPS} steps": refined},
 }

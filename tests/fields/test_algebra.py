@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import monai
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -85,7 +86,7 @@ def test_warp_and_sample_at_agree_with_scipy(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (19, 1), (14, 9, 1)])
 def test_warping_and_integrating_are_monais_and_so_are_their_gradients(shape: tuple[int, ...]) -> None:
-    if shape == (19, 1) and TorchVersion(torch.__version__) < "2.9":
+    if 1 in shape and TorchVersion(monai.__version__) < "1.6":
         pytest.skip("MONAI's Warp divides by 0 there, and torch 2.8 ends in a segmentation fault")
     image, u = smooth(shape, 2, 1.0, batch=2), smooth(shape, len(shape), 4.0, seed=1, batch=2)
     blocks: list[Callable[..., Tensor]] = [Warp(padding_mode="border"), DVF2DDF(7, padding_mode="border")]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import monai
 import pytest
 import torch
+from monai.losses import BendingEnergyLoss
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from regpipe.fields.algebra import identity_grid, resize
 from regpipe.losses.regularity import bending, diffusion, elastic, jacobian, log_jacobian
@@ -77,6 +80,13 @@ def test_a_quadratic_field_has_bending_in_closed_form() -> None:
     u = torch.stack([0.1 * x * x + 0.2 * x * y, -0.15 * y * y])[None]
     # sum of squared second derivatives, the mixed one twice; mean over the two components
     assert float(bending(u)) == pytest.approx((0.2**2 + 2 * 0.2**2 + 0.3**2) / 2, rel=1e-4)
+
+
+@pytest.mark.skipif(TorchVersion(monai.__version__) < "1.6", reason="takes its differences over 5 voxels")
+@EACH
+def test_bending_is_monais(shape) -> None:
+    u = noise(2, len(shape), *shape)
+    assert float(bending(u)) == pytest.approx(float(BendingEnergyLoss()(u)), rel=1e-5)
 
 
 @pytest.mark.parametrize("measure", [diffusion, bending, elastic])

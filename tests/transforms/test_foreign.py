@@ -83,6 +83,7 @@ def test_afnis_matrix_is_in_dicoms_mm_from_fixed_to_moving(tmp_path: Path) -> No
 
 
 def test_an_x5_is_in_ras_mm_from_fixed_to_moving(tmp_path: Path) -> None:
+    pytest.importorskip("nitransforms", "25", reason="older ones write none")
     path = tmp_path / "t.x5"
     nitransforms.linear.Affine(RAS).to_filename(str(path), fmt="x5")
     np.testing.assert_allclose(moved(path), lps(RAS), atol=1e-9)
