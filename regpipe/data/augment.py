@@ -13,7 +13,7 @@ from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import identity_grid, resize_image, warp
 from regpipe.utils.errors import InputError
 
-IN_SPACE = ("image", "label", "mask")
+IN_SPACE = ("image", "label", "mask", "channels")
 MOVING = ("monai.transforms.spatial", "monai.transforms.croppad", "monai.transforms.smooth_field")
 
 
@@ -50,7 +50,8 @@ class RandomAffine:
             matrix, shift = draw_affine(shape, self.amount)
             matrix = matrix * signs
             u = affine_displacement(matrix, shift, shape)
-            for kind, mode in (("image", "bilinear"), ("label", "nearest"), ("mask", "nearest")):
+            for kind in IN_SPACE:
+                mode = "nearest" if kind in ("label", "mask") else "bilinear"
                 if f"{side}_{kind}" in item:
                     moved[f"{side}_{kind}"] = warp(item[f"{side}_{kind}"][None], u, mode=mode)[0]
             # the image is pulled: what stood at p is seen where x + u(x) = p
@@ -179,7 +180,10 @@ class RandomIntensity:
         item = self.load(case)
         if not self.amount:
             return item
-        return item | {f"{side}_image": change_intensity(item[f"{side}_image"], self.amount) for side in SIDES}
+        keys = [key for kind in ("image", "channels") for side in SIDES if (key := f"{side}_{kind}") in item]
+        return item | {
+            key: torch.cat([change_intensity(one, self.amount) for one in item[key].split(1)]) for key in keys
+        }
 
 
 def change_intensity(image: Tensor, amount: float) -> Tensor:

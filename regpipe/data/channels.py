@@ -6,8 +6,9 @@ those beside it. A datalist has a list of files in place of one; of a file of se
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from regpipe.data.members import report
@@ -44,8 +45,23 @@ def flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def count(cases: Iterable[Mapping[str, str]]) -> int:
+    """How many images each side of every case has. Raises ``InputError``: not all have as many."""
+    found = [(1 + len(keys(case, "fixed")), case["moving_image"]) for case in cases]
+    (few, file), (most, other) = min(found), max(found)
+    if few != most:
+        told = f"{file}: {few} channels, {other} has {most}"
+        raise InputError(f"{told}; a network takes as many of each pair: give as many, or leave one of them out")
+    return most
+
+
+def worded(which: str | int | Sequence[int]) -> str:
+    """``which`` of ``spread`` as a text: MONAI's command line makes numbers of it."""
+    return which if isinstance(which, str) else ",".join(map(str, which if isinstance(which, Sequence) else [which]))
+
+
 def spread(
-    cases: Iterable[Mapping[str, str]], which: str, *, problems: dict[str, str] | None = None
+    cases: Iterable[Mapping[str, str]], which: str | int | Sequence[int], *, problems: dict[str, str] | None = None
 ) -> list[dict[str, str]]:
     """Cases whose files hold several values at each place, as ones of so many channels.
 
@@ -56,21 +72,21 @@ def spread(
     Raises:
         InputError: a file that cannot be read; no such value; it is one of many already.
     """
-    found, numbers = [], numbers_of(which)
+    found, numbers, many = [], numbers_of(worded(which)), functools.cache(count_of)
     for case in cases:
         try:
-            found.append(_spread(case, numbers))
+            found.append(_spread(case, numbers, many))
         except InputError as problem:
             report(problems, case["case"], str(problem))
     return found
 
 
-def _spread(case: Mapping[str, str], wanted: list[int]) -> dict[str, str]:
+def _spread(case: Mapping[str, str], wanted: list[int], count_in: Callable[[str], int]) -> dict[str, str]:
     told: dict[str, Any] = dict(case)
     for key in ("fixed_image", "moving_image"):
         if locate(case[key])[1] is not None or keys(case, "fixed"):
             raise InputError(f"{case[key]}: is one of several channels already; leave out --channels")
-        many = count_of(case[key])
+        many = count_in(case[key])
         if many == 1:
             raise InputError(f"{case[key]}: holds one value at each place; leave out --channels")
         numbers = wanted or range(min(many, MOST))

@@ -70,7 +70,7 @@ class LoadPair:
     Outside an image's field of view the grid repeats its rim; without ``mask_rims`` that counts as image.
     ``space`` and the ``AffineOptions``: how the moving image's frame is aligned with the fixed one's, see
     ``data.placement``; each alignment is found once (by each worker of a data loader, without ``cache_dir``). Without a
-    ``grid`` each pair has its own.
+    ``grid`` each pair has its own. A case of other than ``image_channels`` is refused, where a network takes several.
     """
 
     def __init__(
@@ -85,8 +85,9 @@ class LoadPair:
         affine_from: str = "images",
         affine_metric: str = "mi",
         space: Mapping[str, Any] | None = None,
+        image_channels: int = 1,
     ) -> None:
-        self.grid = grid
+        self.grid, self.image_channels = grid, image_channels
         self.alignment = AffineOptions(affine, affine_from, affine_metric)
         self.landmark_channels = landmark_channels
         self.mask_rims = mask_rims
@@ -96,6 +97,7 @@ class LoadPair:
         self.cache: dict[tuple[Any, ...], dict[str, Tensor]] | None = {} if cache else None
 
     def __call__(self, case: Case, files: Source | None = None) -> dict[str, Any]:
+        self.require_channels(case)
         item: dict[str, Any] = {"case": case["case"]}
         files = files or Source()  # both frames and arrays may ask for a file
         grid = self.grid_of(case, files)
@@ -129,6 +131,13 @@ class LoadPair:
                 values, first = item[name], len(item[name]) - count
                 moved[name] = torch.cat([values[:first], values[first:][torch.from_numpy(order)]])
         return moved
+
+    def require_channels(self, case: Case) -> None:
+        """Raises ``InputError`` where the case is not of as many channels as the network takes."""
+        many = 1 + len(channels.keys(case, "moving"))
+        if self.image_channels not in (1, many):
+            told = f"{case['moving_image']}: {many} of the {self.image_channels} channels that the network takes"
+            raise InputError(f"{told}; give as many: --channels, --fixed-channel or a list of images")
 
     def grid_of(self, case: Case, files: Source | None = None) -> Grid:
         """The working grid of a case."""

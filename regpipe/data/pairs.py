@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regpipe.data import channels
+from regpipe.data import channels as several
 from regpipe.data.members import KINDS, files_of, natural, report, subjects_of
 from regpipe.io import images
 from regpipe.io.formats import warn_once
@@ -43,6 +43,7 @@ def list_pairs(
     pairing: str = "all",
     seed: int = 0,
     max_pairs: int | None = None,
+    channels: str | int | Sequence[int] | None = None,
     problems: dict[str, str] | None = None,
 ) -> list[Case]:
     """The pairs of a dataset, as cases.
@@ -63,6 +64,7 @@ def list_pairs(
             ``first`` in natural order (a sequence).
         seed: of the split and of ``max_pairs``.
         max_pairs: keep at most so many, drawn at random, in order.
+        channels: of images of several values at each place, which are channels: ``data.channels.spread``.
         problems: where given, takes what is wrong with single cases (case -> message) instead of an error.
 
     Raises:
@@ -84,7 +86,7 @@ def list_pairs(
     if max_pairs is not None and max_pairs < len(cases):
         kept = np.random.default_rng(seed).choice(len(cases), max_pairs, replace=False)
         cases = [cases[i] for i in sorted(kept)]
-    return cases
+    return cases if channels is None else several.spread(cases, channels, problems=problems)
 
 
 class Cut(NamedTuple):
@@ -224,11 +226,11 @@ def _entry(entry: Mapping[str, str], file: Path) -> Case:
         raise InputError(f"{file}: a case is a dict of paths, not {json.dumps(entry)[:120]}; see the layouts")
     case = {}
     try:
-        entry = channels.flat(entry)
+        entry = several.flat(entry)
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
     keys = [f"{side}_{kind}" for side, kind in itertools.product(SIDES, KINDS)] + initial.keys(entry)
-    keys += [key for side in SIDES for key in channels.keys(entry, side)]
+    keys += [key for side in SIDES for key in several.keys(entry, side)]
     wrong = [key for key in entry if key.startswith((*SIDES, "initial")) and key not in keys]
     if wrong:
         raise InputError(f"{file}: unknown key '{wrong[0][:40]}'; known are {', '.join(keys)}, initial_1, ...")
@@ -306,6 +308,7 @@ class Split(NamedTuple):
     pairing: str = "all"
     seed: int = 0
     max_val_pairs: int | None = None  # of all but the training pairs
+    channels: str | int | Sequence[int] | None = None  # as of ``list_pairs``, or in numbers
 
     def pairs(self, part: str) -> list[Case]:
         """``training``, ``validation`` or ``all``."""
@@ -313,5 +316,6 @@ class Split(NamedTuple):
         return list_pairs(self.dataset_dir, split=part, max_pairs=most, **self.chosen())
 
     def chosen(self) -> dict[str, Any]:
-        """What decides on which side a pair is."""
-        return {"holdout": self.holdout, "pairing": self.pairing, "seed": self.seed}
+        """What decides on which side a pair is, and which channels it has."""
+        several_of = {} if self.channels is None else {"channels": several.worded(self.channels)}
+        return {"holdout": self.holdout, "pairing": self.pairing, "seed": self.seed, **several_of}

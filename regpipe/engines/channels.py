@@ -1,4 +1,4 @@
-"""Several channels of a pair in one refinement: each its own similarity and weight, one motion.
+"""Several channels of a pair in one refinement or training: each its own similarity and weight, one motion.
 
 What is optimised, and what judges, is a pair as ever, whose ``channels`` are the same pair seen in another image each
 (``data.channels``); the loss's ``channels`` say how each of them compares.
@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from regpipe.losses.loss import RegistrationLoss
+from regpipe.losses.loss import RegistrationLoss, views_of
 from regpipe.losses.terms import TERMS, Target
 from regpipe.utils.errors import InputError
 from regpipe.utils.settings import RefinementOptions
@@ -52,7 +52,7 @@ class Channels(NamedTuple):
         if not all(0 < weight < math.inf for weight in weights):
             raise InputError(f"--channel-weights {','.join(f'{w:g}' for w in weights)}: give numbers above 0")
         alike = {name: weight for name, weight in first.weights.items() if first.terms[name].kind == "similarity"}
-        unit = sum(weight / (TERMS[name].weight or 1.0) for name, weight in alike.items())
+        unit = sum(weight / (first.terms[name].weight or 1.0) for name, weight in alike.items())
         losses = []
         for i, weight in enumerate(weights):
             names = self.similarity[i : i + 1]
@@ -69,6 +69,27 @@ class Channels(NamedTuple):
 
 
 ALIKE = Channels()
+
+
+def of_all(
+    loss: nn.Module, many: int, *, similarity: str | Sequence[str] = (), weights: Sequence[float] = ()
+) -> nn.Module:
+    """The loss of a training whose images have so many channels: ``Channels.loss``.
+
+    Args:
+        loss: of the first one.
+        many: 1 and nothing beside it: ``loss`` itself, as is any that has no terms.
+        similarity, weights: one for each, as in ``RefinementOptions``; no ``similarity``: those of ``loss`` for all.
+
+    Raises:
+        InputError: as ``Channels.loss``.
+    """
+    asked = RefinementOptions(similarity or "auto", channel_weights=weights)
+    names = (asked.similarity,) if isinstance(asked.similarity, str) else tuple(asked.similarity)
+    compared = Channels(names if similarity else (), tuple(asked.channel_weights))
+    if not isinstance(loss, RegistrationLoss) or (many == 1 and compared == ALIKE):
+        return loss
+    return compared.loss(loss, many)
 
 
 def weight_of(similarity: str) -> float:
@@ -90,12 +111,10 @@ def each_pair(
     """One pair at a time, with its ``channels``: in a joint batch one pair's convergence would tell on another's."""
     given = {"fixed_image": fixed, "moving_image": moving, "anatomy": anatomy}
     beside = dict(zip(("fixed_mask", "moving_mask"), masks, strict=False))
-    views = [side.float().split(1, dim=1) for side in channels]
+    views = views_of(*(side.float() for side in channels)) if channels else []
     for i in range(len(fixed)):
         seen = {key: mask[i : i + 1].float() for key, mask in beside.items()}
         pair: dict[str, Any] = {key: x[i : i + 1].float() for key, x in given.items() if x is not None} | seen
         pair |= {key: tensor[i : i + 1] for key, tensor in truth.items()}
-        further = [
-            {"fixed_image": f[i : i + 1], "moving_image": m[i : i + 1], **seen} for f, m in zip(*views, strict=True)
-        ]
+        further = [{key: x[i : i + 1] for key, x in view.items()} | seen for view in views]
         yield pair | ({"channels": further} if further else {})

@@ -18,7 +18,7 @@ from regpipe.fields.algebra import LAYERS, Layers
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.modules import in_words
 from regpipe.networks.symmetric import SymmetricNet
-from regpipe.networks.weights import unwrapped
+from regpipe.networks.weights import channels_of, unwrapped
 
 if TYPE_CHECKING:  # registering a folder needs none of a training, nor MONAI
     from ignite.handlers import EarlyStopping
@@ -130,7 +130,8 @@ class Training:
             return {"training_pairs": "synthetic", "pairs_per_epoch": len(dataset) * dataset.batch_size}
         augment = self.augmentation
         theirs = [name for part in self._transforms() if isinstance(part, MonaiTransforms) for name in part.names]
-        return ({"transforms": _words(theirs)} if theirs else {}) | {
+        asked = {"transforms": _words(theirs), "channels": self.split.chosen().get("channels")}
+        return {name: value for name, value in asked.items() if value} | {
             "training_pairs": len(self.cases),
             "data": digest(self.cases),
             "augment": augment.amount if augment else 0.0,
@@ -166,8 +167,7 @@ class Training:
             "mirror": self.augmentation.mirror if self.augmentation else [],
             "grid_shape": list(self.load.grid.shape) if self.load.grid else None,
             "grid_spacing": list(self.load.grid.spacing) if self.load.grid else None,
-            "holdout": self.split.holdout,
-            "pairing": self.split.pairing,
+            **self.split.chosen(),
             "num_workers": self.loader.num_workers,
             "epochs": self.trainer.state.epoch,
         }
@@ -189,6 +189,7 @@ class Training:
             "affine": affine,
             "space": common_space(self.pairs) if affine == "none" else None,
             "own_grids": own_grids,
+            "image_channels": channels_of(self.network),
             "to_fit_memory": list(to_fit_memory),
         }
 
@@ -238,15 +239,17 @@ def _of_network(network: nn.Module) -> dict[str, Any]:
     if not isinstance(network, SymmetricNet):  # an overlay's: named as its overlay does
         return {"backbone": type(network).__name__.lower(), "pretrained": "none", "freeze": 0, "transfer": "encoder"}
     about = {name: getattr(network, name) for name in ("backbone", "freeze", "max_stride", "transfer")}
-    return about | {"pretrained": named(network.pretrained)}
+    many = {"image_channels": network.image_channels} if network.image_channels > 1 else {}
+    return about | {"pretrained": named(network.pretrained)} | many
 
 
 def _of_loss(loss: nn.Module) -> dict[str, Any]:
     if not isinstance(loss, RegistrationLoss):
         return {"loss": type(loss).__name__}
-    weights = " ".join(f"{name}={weight:g}" for name, weight in loss.weights.items())
+    weights, *others = (_words(f"{name}={x:g}" for name, x in one.weights.items()) for one in (loss, *loss.channels))
+    told = {"loss": weights, **{f"loss_{i}": one for i, one in enumerate(others, start=2)}}
     own = {f"loss_{name}": in_words(loss.terms[name]) for name in loss.weights if loss.terms[name].module}
-    return {"loss": weights, "lncc_window": loss.window, "label_ids": _words(loss.label_ids), **own}
+    return {**told, "lncc_window": loss.window, "label_ids": _words(loss.label_ids), **own}
 
 
 def _of_layers(inferer: Any) -> dict[str, str]:

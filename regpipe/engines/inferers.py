@@ -34,7 +34,7 @@ from regpipe.fields.folds import repair
 from regpipe.io import images
 from regpipe.io.images import Grid, load_grid
 from regpipe.networks.symmetric import Prediction, SymmetricNet, prediction
-from regpipe.networks.weights import check_sound, read_state_dict, unwrapped
+from regpipe.networks.weights import channels_of, check_sound, read_state_dict, unwrapped
 from regpipe.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class RegistrationInferer(Inferer):
     ``networks.symmetric.Prediction``.
 
     Args:
-        layers: what warps and integrates.
+        layers: what warps and integrates; ``channels`` of a pair are seen by a network of as many ``image_channels``.
         cascades: how often the network is applied: each time it sees both images in the midway space of the velocity so
             far and adds to it, for motion beyond its reach (as Zhao et al. 2019, but symmetric).
         refiner: optimises the velocity of each pair further, starting from the network's, or from zero where no
@@ -99,14 +99,16 @@ class RegistrationInferer(Inferer):
         channels: Sequence[Tensor] = (),
         **kwargs: Any,
     ) -> dict[str, Any]:
-        found = prediction(network(inputs, *args, **kwargs))
+        seen = all_channels(inputs, channels, network)
+        found = prediction(network(seen, *args, **kwargs))
         if found.back is not None and (self.refiner is not None or self.cascades > 1):
             raise InputError("refinement and cascades go on from one velocity, SYMNet gives two: leave them out")
         anatomy = {} if found.structures is None else {"anatomy": found.structures.float()}
         fixed, moving = inputs.float().chunk(2, dim=1)
         velocity = found.velocity.float()
         for _ in range(self.cascades - 1):
-            more = prediction(network(midway_images(fixed, moving, velocity, self.layers), *args, **kwargs))
+            one, other = seen.float().chunk(2, dim=1)
+            more = prediction(network(midway_images(one, other, velocity, self.layers), *args, **kwargs))
             velocity = velocity + more.velocity.float()
         beside: dict[str, Any] = dict(anatomy)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -122,8 +124,23 @@ class RegistrationInferer(Inferer):
         return {**(without_folds(fixed, moving, result, self.layers) if self.repair else result.tensors()), **beside}
 
 
+def all_channels(pair: Tensor, channels: Sequence[Tensor], network: Callable[..., Any]) -> Tensor:
+    """What a network sees of a pair (B, 2, *spatial) and the images beside it: (B, 2 C, *spatial), C as it takes.
+
+    ``channels``: (B, C - 1, *spatial) of the fixed and of the moving side; a network of one sees none of them.
+    """
+    wanted = channels_of(network)
+    if wanted == 1:
+        return pair
+    many = 1 + (channels[0].shape[1] if channels else 0)
+    if many != wanted:
+        raise InputError(f"the network takes {wanted} channels of each image, these have {many}; give as many")
+    fixed, moving = pair.chunk(2, dim=1)
+    return torch.cat([fixed, channels[0], moving, channels[1]], 1)
+
+
 def midway_images(fixed: Tensor, moving: Tensor, velocity: Tensor, layers: Layers = LAYERS) -> Tensor:
-    """Both images (B, 1, *spatial) moved halfway to each other by exp(-v/2) and exp(v/2): (B, 2, *spatial)."""
+    """Both images (B, C, *spatial) moved halfway to each other by exp(-v/2) and exp(v/2): (B, 2 C, *spatial)."""
     to_fixed, to_moving = integrate_both(velocity / 2, layers=layers)
     shape = fixed.shape[2:]
     halves = warp_both(fixed, moving, resize(to_moving, shape), resize(to_fixed, shape), layers=layers)

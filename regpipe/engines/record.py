@@ -40,6 +40,8 @@ class Data(NamedTuple):
     space: dict | None = None
     to_fit_memory: list = []
     own_grids: bool = False
+    channels: str | None = None
+    image_channels: int = 1
 
 
 KINDS = get_type_hints(Data) | {"training_images": list}  # anything else would end in the middle of a run
@@ -67,7 +69,7 @@ def state_format(bundle_root: str, ckpt_dir: str, network: Any, shape: Sequence[
     """
     own = Path(ckpt_dir).resolve() == Path(bundle_root).resolve() / "models"
     if own and isinstance(network, SymmetricNet) and distributed.rank() == 0:
-        zoo.state_format(bundle_root, shape, any_size=own_grids)
+        zoo.state_format(bundle_root, shape, any_size=own_grids, channels=network.image_channels)
 
 
 def conclude(

@@ -61,7 +61,7 @@ def register_by_bundle(
     alignment |= taken(AffineOptions, how)
     told = {name: known[name] for name in ("landmark_channels", "mask_rims", "space")}
     grid = None if known["own_grids"] else inferers.trained_grid(ckpt_dir)
-    load = LoadPair(grid, cache=False, **alignment, **told)
+    load = LoadPair(grid, cache=False, image_channels=network.image_channels, **alignment, **told)
     asked = RefinementOptions(**taken(RefinementOptions, how))
     weights = refinement_loss(**asked.loss, spatial_dims=dim, structures=structures)
     more: dict[str, Any] = {"finest": asked.finest, "guided": bool(asked.guide), "features": asked.features}

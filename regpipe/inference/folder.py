@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from regpipe.data import manifest
-from regpipe.data.channels import spread
 from regpipe.data.checks import check_pairs
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import SIDES, Case, list_pairs
@@ -77,7 +76,7 @@ class FolderRun:
         uncertainty: bool = False,
         rigid: str | Sequence[Any] = (),
         guide_labels: str | Sequence[Any] = (),
-        channels: str | None = None,
+        channels: str | int | Sequence[int] | None = None,
     ) -> None:
         if not str(output_dir):
             raise InputError("the folder for the results has no name; give one, or . for the current folder")
@@ -96,8 +95,7 @@ class FolderRun:
         told |= {name: value for name, value in given.items() if value}
         self._settings = {**(settings or {}), "formats": sorted(formats), **told}
         self.failures: dict[str, str] = {}
-        listed = list_pairs(dataset_dir, pairing=pairing, problems=self.failures)
-        listed = listed if channels is None else spread(listed, channels, problems=self.failures)
+        listed = list_pairs(dataset_dir, pairing=pairing, channels=channels, problems=self.failures)
         self.cases = {case["case"]: case for case in listed}
         self._model = manifest.bundle_files(Path(model).parent) if Path(model).is_file() else []
         self._weights = sha256([Path(model)]) if self._model else ""
@@ -145,6 +143,7 @@ class FolderRun:
                 continue
             self._current, self._began, self._files = case["case"], time.monotonic(), Source(hashed=True)
             try:
+                self.load.require_channels(case)
                 problem = check_pairs([case], landmark_channels=self.load.landmark_channels, files=self._files)
                 if problem:
                     raise InputError(problem[case["case"]])

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regpipe.data import channels
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import SIDES, Case
 from regpipe.engines.inferers import Inferer
@@ -28,6 +29,7 @@ from regpipe.inference import memory
 from regpipe.io.labels import read_label
 from regpipe.metrics.measures import shared_labels
 from regpipe.networks.symmetric import VELOCITY_STRIDE, Prediction, SymmetricNet, joined, parted, prediction
+from regpipe.networks.weights import channels_of
 from regpipe.utils import distributed, machine
 from regpipe.utils.errors import LESS_MEMORY, InputError
 from regpipe.utils.machine import GIB
@@ -204,8 +206,8 @@ def _cache_bytes(load: LoadPair | None, cases: Sequence[Case], shape: Sequence[i
     """Bytes that keeping every image of these pairs in memory takes at most; a cache on disk takes none."""
     if load is None or load.cache is None or load.store is not None:
         return 0
-    count = len({case[f"{side}_image"] for case in cases for side in SIDES})
-    return memory.CACHED * math.prod(shape) * count
+    images = {case[key] for case in cases for side in SIDES for key in (f"{side}_image", *channels.keys(case, side))}
+    return memory.CACHED * math.prod(shape) * len(images)
 
 
 def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, ...]:
@@ -214,8 +216,8 @@ def _labels_of_one(cases: Sequence[Case], load: LoadPair | None) -> tuple[int, .
     both = next((files for files in labels if len(files) == 2), None)
     if both is None:
         return ()
-    channels = None if load is None else load.landmark_channels
-    return tuple(shared_labels(*(read_label(file, landmark_channels=channels)[0].array for file in both)))
+    landmarks = None if load is None else load.landmark_channels
+    return tuple(shared_labels(*(read_label(file, landmark_channels=landmarks)[0].array for file in both)))
 
 
 def require_for_files(fixed: str, *shapes: Sequence[int], memory_gib: float | None = None, reusable: int = 0) -> None:
@@ -292,7 +294,7 @@ class HalfPrecision:
     """A network under bfloat16's autocast; its output is float32."""
 
     def __init__(self, network: SymmetricNet) -> None:
-        self.network = network
+        self.network, self.image_channels = network, network.image_channels
 
     def inner_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The network's."""
@@ -314,7 +316,7 @@ class Tiled:
     """
 
     def __init__(self, network: Any, size: int) -> None:
-        self.network, self.size = network, size
+        self.network, self.size, self.image_channels = network, size, channels_of(network)
         self.most: int | None = None  # a dry run learns nothing from more tiles than two
 
     def __call__(self, pair: Tensor, *args: Any, **kwargs: Any) -> Prediction:

@@ -20,10 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import places_anew, warp_both
 from regpipe.losses.loss import RegistrationLoss
 from regpipe.losses.terms import needing
 from regpipe.networks.symmetric import Prediction
+from regpipe.networks.weights import channels_of
 
 LIBRARIES = 20 << 20  # bytes: code and kernels that are loaded when they are first used
 HEAP = 32 << 20  # bytes: glibc keeps what it is given back of smaller arrays
@@ -204,10 +206,13 @@ def training(
             if needing(getattr(criterion, "weights", {}), "displacement"):
                 batch["displacement"] = torch.empty(batch_size, len(shape), *shape)
             if needing(getattr(criterion, "weights", {}), "clean"):
-                batch |= {f"{side}_clean": torch.empty_like(batch[f"{side}_image"]) for side in ("fixed", "moving")}
+                batch |= {f"{side}_clean": torch.empty_like(batch[f"{side}_image"]) for side in SIDES}
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
+            more = channels_of(fake) - 1
+            beside = {f"{side}_channels": torch.empty(batch_size, more, *shape) for side in SIDES if more}
+            batch |= beside
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                found = dry(pair, fake)
+                found = dry(pair, fake, **({"channels": [*beside.values()]} if more else {}))
             criterion(found, batch).mean().backward()
             return states, batch
 

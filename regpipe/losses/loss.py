@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regpipe.data.pairs import SIDES
 from regpipe.fields.algebra import LAYERS, Layers, Registration, warp_both
 from regpipe.losses.modules import terms_of
 from regpipe.losses.terms import TERMS, Options, Target, Term
@@ -102,10 +103,26 @@ class RegistrationLoss(nn.Module):
             terms = {name: self.terms[name].function(registration, target, self.options) for name in self.weights}
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
             told: dict[str, float] = {}
-            for i, (loss, view) in enumerate(zip(self.channels, target.get("channels", ()), strict=True), start=2):
+            for i, (loss, view) in enumerate(zip(self.channels, self._views(target), strict=True), start=2):
                 other = loss.weigh(seen_through(registration, view, self.layers)._asdict(), view)
                 total, told = total + other.value, told | {f"{name}_{i}": x for name, x in other.terms.items()}
         return Weighed(total, told | {name: float(x.detach()) for name, x in {**terms, "loss": total}.items()})
+
+    def _views(self, target: Target) -> Sequence[Target]:
+        """The pair as each further channel shows it: ``channels`` of a refinement, or a batch's own."""
+        if not self.channels:
+            return ()
+        if "channels" in target:
+            given: Sequence[Target] = target["channels"]
+            return given
+        masks = {key: target[key] for key in ("fixed_mask", "moving_mask") if key in target}
+        return [{**view, **masks} for view in views_of(*(target[f"{side}_channels"] for side in SIDES))]
+
+
+def views_of(fixed: Tensor, moving: Tensor) -> list[Target]:
+    """Further channels (B, C - 1, *spatial) of both sides as pairs (B, 1, *spatial)."""
+    views = zip(fixed.split(1, 1), moving.split(1, 1), strict=True)
+    return [{"fixed_image": one, "moving_image": other} for one, other in views]
 
 
 def seen_through(registration: Registration, view: Target, layers: Layers) -> Registration:

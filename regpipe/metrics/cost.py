@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from regpipe.networks.weights import channels_of
+
 
 def parameters(network: nn.Module) -> int:
     """How many numbers the network holds, frozen ones included."""
@@ -25,7 +27,7 @@ def flops(network: nn.Module, shape: Sequence[int]) -> int:
     training = network.training
     network.eval()
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 2, *shape, device=device))
+        network(torch.zeros(1, 2 * channels_of(network), *shape, device=device))
     network.train(training)
     return counter.get_total_flops()
 

@@ -2,7 +2,7 @@
 
 Contract of an encoder
 ----------------------
-``encoder(image (B, 1, *spatial)) -> list of features``, finest first; feature ``i`` is
+``encoder(image (B, C, *spatial)) -> list of features``, C = 1 or as it is told, finest first; feature ``i`` is
 ``(B, channels[i], *ceil(spatial / strides[i]))`` for any input size, odd sizes included.
 ``channels`` and ``strides`` are attributes; whoever uses an encoder reads these and never its name.
 
@@ -11,7 +11,8 @@ The layers are torchvision's (``networks.layouts``); the yardsticks are ``plain`
 them:
 
 - grey for RGB: the stem's three input channels are summed, and images in [0, 1] are shifted and
-  scaled by the mean of ImageNet's statistics, so that a pretrained stem sees what it was trained on;
+  scaled by the mean of ImageNet's statistics, so that a pretrained stem sees what it was trained on; of C channels
+  each has a C-th of that, three those of the colours;
 - inflation to 3D (Carreira & Zisserman 2017): kernels are repeated along the new axis and divided by its
   length, so that a volume constant along that axis gives the 2D features (away from its two ends);
 - centred padding, so that feature ``i`` looks at the image around voxel ``stride * i`` and no size is too small
@@ -138,6 +139,7 @@ class Encoder(nn.Module):
         pretrained: ``none``, ``imagenet``, ``medicalnet`` or a file; see ``networks.weights``.
         freeze: how many stages, finest first, keep their weights during training.
         max_stride: coarser stages are cut off; None: as many stages as a network trained here has, else ``MAX_STRIDE``.
+        image_channels: of an image.
 
     Raises:
         InputError: unknown backbone, dimension, a stride finer than the finest, or weights that do not fit.
@@ -151,6 +153,7 @@ class Encoder(nn.Module):
         pretrained: str = "none",
         freeze: int = 0,
         max_stride: int | None = None,
+        image_channels: int = 1,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
@@ -162,14 +165,14 @@ class Encoder(nn.Module):
         kept = _kept(backbone, max_stride, state or {})
         if not 0 <= freeze <= len(kept):
             raise InputError(f"freeze is {freeze}: {backbone} has {len(kept)} stages here")
-        self.channels = tuple(spec.channels[i] for i in kept)
         self.strides = tuple(spec.strides[i] for i in kept)
         with torch.device("meta"):  # the classifiers, nine tenths of all weights, are never made
             net = spec.build()
         stages = nn.ModuleList(spec.stages(net)[: len(kept)])
         names = _original_names(net, stages)
         _make_room(stages)
-        _take_grey(stages)
+        has_stem = _take(stages, image_channels)
+        self.channels = tuple(spec.channels[i] * (1 if has_stem else image_channels) for i in kept)
         keep_norm = state is not None and any(name.endswith("running_mean") for name in state)
         self.stages = nn.ModuleList(adapt(stage, spatial_dims, keep_statistics=keep_norm) for stage in stages)
         self.stages.apply(_initialise)
@@ -235,13 +238,13 @@ def _make_room(stages: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _take_grey(stages: nn.Module) -> None:
-    """Give the stem one input channel; its weights are laid in afterwards."""
+def _take(stages: nn.Module, channels: int) -> bool:
+    """Give the stem so many input channels; its weights are laid in afterwards. Whether there is one."""
     stem = next((m for m in stages.modules() if isinstance(m, nn.Conv2d)), None)
-    if stem is None:
-        return
-    stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True))
-    stem.in_channels = 1
+    if stem is not None:
+        stem.weight = nn.Parameter(stem.weight.detach()[:, :1].repeat(1, channels, 1, 1))
+        stem.in_channels = channels
+    return stem is not None
 
 
 def adapt(module: nn.Module, spatial_dims: int, *, keep_statistics: bool) -> nn.Module:

@@ -81,8 +81,8 @@ def divisible(network: Callable[[Tensor], Tensor], pair: Tensor) -> Tensor:
 class DisplacementInferer(Inferer):
     """Network -> two displacements (B, D, *spatial) -> a dict of ``Registration``'s fields.
 
-    Stands where ``engines.inferers.RegistrationInferer`` does, and takes masks as that does, with no use for them.
-    ``velocity`` and ``back`` hold the displacements too, so that regularity terms count them.
+    Stands where ``engines.inferers.RegistrationInferer`` does, and takes masks and channels as that does, without a use
+    for them. ``velocity`` and ``back`` hold the displacements too, so that regularity terms count them.
     """
 
     def __call__(
@@ -91,6 +91,7 @@ class DisplacementInferer(Inferer):
         network: Callable[..., Prediction],
         *args: Any,
         masks: Sequence[Tensor] = (),
+        channels: Sequence[Tensor] = (),
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         found = network(inputs, *args, **kwargs)

@@ -1,6 +1,7 @@
 """From a pair of images to a velocity: the symmetric coarse-to-fine network, and what any network says of a pair.
 
-A network takes one tensor ``(B, 2, *spatial)``, channel 0 fixed and channel 1 moving. One that gives a velocity alone
+A network takes one tensor ``(B, 2, *spatial)``, channel 0 fixed and channel 1 moving; of images of C channels
+``(B, 2 C, *spatial)``, the fixed one's first. One that gives a velocity alone
 returns that tensor, as MONAI's bundle checks ask; one that gives more returns a ``Prediction``, and one tensor where it
 is traced. Integration and warping are not theirs (``fields.algebra.register``).
 """
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regpipe.fields.algebra import LAYERS, Layers, integrate_both, resize, resize_image, window
 from regpipe.networks.encoders import CONV, VELOCITY_STRIDE, Encoder
-from regpipe.networks.weights import holds_decoder, lay_in_decoder
+from regpipe.networks.weights import channels_in, holds_decoder, lay_in_decoder
 from regpipe.utils.errors import InputError
 
 # Points of an image, and of a level, up to which both images, and both directions, are one batch: on the CPU torch
@@ -56,7 +57,7 @@ def parted(output: Tensor) -> Prediction:
 class SymmetricNet(nn.Module):
     """One encoder for both images, then a velocity refined from coarse to fine, antisymmetric in the two.
 
-    ``net(pair (B, 2, *spatial)) -> velocity (B, D, *half)``, in voxels of its own grid of ``half`` points
+    ``net(pair (B, 2 C, *spatial)) -> velocity (B, D, *half)``, in voxels of its own grid of ``half`` points
     per axis, about ``spatial / 2``, of the same extent as the images. Swapping fixed and moving flips its sign,
     exactly: at each level ``v += (g(a, b) - g(b, a)) / 2``, a and b the features of both images in the midway
     space (moving warped by exp(v/2), fixed by exp(-v/2); Mok & Chung, CVPR 2020).
@@ -74,6 +75,7 @@ class SymmetricNet(nn.Module):
         structures: how many labelled structures the network shall tell apart, where labels supervise. It then returns
             a ``Prediction``; and the levels see the logits as features.
         layers: what warps the features and integrates, in ``STEPS`` squarings at most.
+        image_channels: C, of each image; None: as a network trained here has it, else 1.
 
     """
 
@@ -92,15 +94,18 @@ class SymmetricNet(nn.Module):
         correlation: int = 1,
         structures: int = 0,
         layers: Layers = LAYERS,
+        image_channels: int | None = None,
     ) -> None:
         super().__init__()
         if transfer not in (None, "encoder", "network"):
             raise InputError(f"transfer is '{transfer}': choose encoder or network")
         transfer = transfer or ("network" if holds_decoder(pretrained, backbone, spatial_dims) else "encoder")
         self.backbone, self.pretrained, self.freeze, self.transfer = backbone, str(pretrained), freeze, transfer
-        self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, freeze=freeze, max_stride=max_stride)
+        self.image_channels = image_channels or channels_in(pretrained, backbone, spatial_dims)
+        asked: dict[str, Any] = {"freeze": freeze, "max_stride": max_stride, "image_channels": self.image_channels}
+        self.encoder = Encoder(backbone, spatial_dims, pretrained=pretrained, **asked)
         self.max_stride = self.encoder.strides[-1]
-        self.detail = _Detail(spatial_dims, width // 2)
+        self.detail = _Detail(spatial_dims, width // 2, self.image_channels)
         channels = {VELOCITY_STRIDE: width // 2}
         for stride, count in zip(self.encoder.strides, self.encoder.channels, strict=True):
             channels[stride] = channels.get(stride, 0) + count
@@ -108,7 +113,7 @@ class SymmetricNet(nn.Module):
         widths = [width // 2 if stride == VELOCITY_STRIDE else width for stride in self.strides]
         seen = [channels[stride] for stride in self.strides]
         self.pyramid = _Pyramid(spatial_dims, seen, widths)
-        self.anatomy = _Anatomy(spatial_dims, width // 2, structures + 1) if structures else None
+        self.anatomy = _Anatomy(spatial_dims, width // 2, structures + 1, self.image_channels) if structures else None
         extra = structures + 1 if structures else 0
         self.levels = nn.ModuleList(
             _Level(spatial_dims, count + extra, count, correlation, layers.in_steps(STEPS)) for count in widths
@@ -159,7 +164,7 @@ class SymmetricNet(nn.Module):
         return checkpoint(compute, *given, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
     def _see(self, images: Tensor) -> list[Tensor]:
-        """(N, 1, *inner) -> what each level sees of them, coarse to fine."""
+        """(N, C, *inner) -> what each level sees of them, coarse to fine."""
         finest = {VELOCITY_STRIDE: [self.detail(images)]}
         lateral = dict(zip(self.strides, self.pyramid.lateral, strict=True))
         beside = {}
@@ -169,7 +174,7 @@ class SymmetricNet(nn.Module):
         return self.pyramid([beside.pop(stride) for stride in self.strides])
 
     def _structures(self, anatomy: nn.Module, pair: Tensor) -> Tensor:
-        """(B, 2, *spatial) -> logits (2B, K + 1, *grid), fixed's first, on a grid that a U-Net can halve four times."""
+        """(B, 2 C, *spatial) -> logits (2B, K + 1, *grid), fixed's first, on a grid that a U-Net halves four times."""
         # 16 k points; of 16 an axis one would be left at the bottom, and instance norm refuses a single one
         images = resize_image(pair, [max(n - 1, 32) for n in self.inner_shape(pair.shape[2:])])
         return torch.cat([self._part(anatomy, both) for both in together(images.chunk(2, 1), SMALL_IMAGE)])
@@ -185,10 +190,10 @@ class SymmetricNet(nn.Module):
 class _Detail(nn.Module):
     """A cheap, untransferred view of the full-resolution image: the cells that ``fold`` makes of it, at stride 2."""
 
-    def __init__(self, spatial_dims: int, width: int) -> None:
+    def __init__(self, spatial_dims: int, width: int, channels: int) -> None:
         super().__init__()
         conv = CONV[spatial_dims]
-        first, then = conv(2**spatial_dims, width, 3, padding=1), conv(width, width, 3, padding=1)
+        first, then = conv(channels * 2**spatial_dims, width, 3, padding=1), conv(width, width, 3, padding=1)
         rectify = functools.partial(nn.LeakyReLU, 0.2, inplace=True)
         self.texture = nn.Sequential(first, rectify(), then, rectify())
 
@@ -203,12 +208,12 @@ class _Anatomy(nn.Module):
     (docs/results/accuracy.md, prostate).
     """
 
-    def __init__(self, spatial_dims: int, width: int, classes: int) -> None:
+    def __init__(self, spatial_dims: int, width: int, classes: int, image_channels: int) -> None:
         from monai.networks.nets import UNet  # MONAI takes seconds to import
 
         super().__init__()
         channels = [width << i for i in range(5)]
-        self.net = UNet(spatial_dims, 1, classes, channels, strides=(2, 2, 2, 2), num_res_units=2)
+        self.net = UNet(spatial_dims, image_channels, classes, channels, strides=(2, 2, 2, 2), num_res_units=2)
         self.classes = CONV[spatial_dims](classes, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from regpipe.data.channels import MOST
 from regpipe.utils.errors import InputError
 from regpipe.utils.files import damage, save_tensors
 
@@ -31,6 +32,7 @@ _HERE = Path(__file__).parents[1]
 SHIPPED = (_HERE / "shipped", _HERE.parent / "bundles")  # where an installed package has its bundles, and a checkout
 BEST = {2: "resnet18", 3: "none"}  # where nothing is said: from zero is better than the 3D one is yet (docs/results)
 PUBLISHED = ("none", "imagenet", "medicalnet")  # sources of encoders alone
+DETAIL = "detail.texture.0.weight"  # of a network trained here: what looks at the images beside its encoder
 MEDICALNET = ("TencentMedicalNet/MedicalNet-Resnet18", "resnet_18_23dataset.pth")
 
 
@@ -107,6 +109,11 @@ def read_state_dict(path: str | Path, *, old: bool = True) -> dict[str, Tensor]:
 def unwrapped(network: nn.Module) -> nn.Module:
     """The network itself, which DDP, or torch's ``AveragedModel``, may be around."""
     return getattr(network, "module", network)
+
+
+def channels_of(network: object) -> int:
+    """How many images of each side a network sees, DDP's wrapper around it or not; 1 where it does not say."""
+    return int(getattr(getattr(network, "module", network), "image_channels", 1))
 
 
 def weights_now(network: nn.Module) -> dict[str, Tensor]:
@@ -208,6 +215,14 @@ def lay_in(stages: nn.Module, state: dict[str, Tensor], names: dict[str, str], *
     return missing
 
 
+def channels_in(source: str, backbone: str, dim: int) -> int:
+    """Of how many channels the images are for a network that was trained here; 1 for any other ``source``."""
+    if source in PUBLISHED:
+        return 1
+    first = (read_weights(source, backbone, dim) or {}).get(DETAIL)
+    return 1 if first is None else first.shape[1] // 2 ** (first.ndim - 2)
+
+
 def holds_decoder(source: str, backbone: str, dim: int) -> bool:
     """Whether ``source`` (of ``read_weights``) is a whole network that was trained here."""
     if source in PUBLISHED:
@@ -241,6 +256,8 @@ def lay_in_decoder(network: nn.Module, source: str, backbone: str) -> list[str]:
         raise InputError(
             f"{source}: its decoder is not {dim}D as these data are; give --transfer encoder, which inflates"
         )
+    if DETAIL in known:
+        state = {**state, DETAIL: _shared_out(state[DETAIL], own[DETAIL], dim)}
     fitting = [name for name in known if state[name].shape == own[name].shape]
     for name in fitting:
         own[name].copy_(state[name])
@@ -253,11 +270,14 @@ def lay_in_decoder(network: nn.Module, source: str, backbone: str) -> list[str]:
 def fit(source: Tensor, target: Tensor, *, name: str) -> Tensor:
     """``source`` in ``target``'s shape: colours summed, 2D kernels inflated to 3D, 3D ones summed to 2D.
 
+    A stem's sum is shared out among the target's channels, unless it has as many.
+
     Raises:
         InputError: the shapes do not correspond.
     """
-    if source.ndim >= 4 and source.shape[1] == 3 and target.shape[1] == 1:
+    if source.ndim >= 4 and source.shape[1] != (many := target.shape[1]) and max(source.shape[1], many) <= MOST:
         source = source.sum(1, keepdim=True)
+        source = source if many == 1 else source.repeat_interleave(many, 1) / many
     if source.ndim == 4 and target.ndim == 5:
         source = inflate(source, target.shape[-1])
     elif source.ndim == 5 and target.ndim == 4:
@@ -268,6 +288,15 @@ def fit(source: Tensor, target: Tensor, *, name: str) -> Tensor:
             f"name the backbone it belongs to"
         )
     return source
+
+
+def _shared_out(source: Tensor, target: Tensor, dim: int) -> Tensor:
+    """``DETAIL`` of some channels, 2^D of its inputs each, for as many as ``target`` has: as ``fit``."""
+    cells = source.unflatten(1, (-1, 2**dim))
+    many = target.shape[1] // 2**dim
+    if many == cells.shape[1]:
+        return source
+    return (cells.sum(1, keepdim=True).repeat_interleave(many, 1) / many).flatten(1, 2)
 
 
 def inflate(weight: Tensor, depth: int) -> Tensor:

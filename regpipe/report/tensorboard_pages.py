@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 from regpipe.data.pairs import Case
 from regpipe.losses.terms import TERMS
 from regpipe.metrics.metric import METRICS, shown_in
+from regpipe.networks.weights import channels_of
 from regpipe.report.tensorboard import tag_terms
 from regpipe.utils.versions import versions
 
@@ -43,7 +44,7 @@ def layout(own: Iterable[str] = ()) -> dict[str, dict[str, list[Any]]]:
     charts["accuracy"]["error of known displacements, training pairs, voxels"] = _chart("training/end_point$")
     for kind in ("similarity", "regularity"):
         terms = "|".join(name for name, term in TERMS.items() if term.kind == kind)
-        charts[kind][f"{kind} terms, training pairs"] = _chart(f"training/({terms})$")
+        charts[kind][f"{kind} terms, training pairs"] = _chart(f"training/({terms})(_[2-9])?$")  # of channels
     groups = dict(zip(("Accuracy, held-out pairs", "Similarity", "Regularity"), charts.values(), strict=True))
     training = {"loss": _chart("training/loss$"), "learning rate": _chart("training/learning_rate$")}
     theirs = "|".join(re.escape(name) for name in own if name not in TERMS)
@@ -125,7 +126,8 @@ def log_graph(writer: SummaryWriter, network: nn.Module, shape: Sequence[int], *
     training, device = network.training, next(network.parameters()).device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: other shapes have other graphs
-        writer.add_graph(network.eval(), torch.zeros(1, 2, *shape, device=device))
+        pair = torch.zeros(1, 2 * channels_of(network), *shape, device=device)
+        writer.add_graph(network.eval(), pair)
     writer.flush()
     network.train(training)
 

@@ -91,7 +91,7 @@ def _numbers(weights: str | Sequence[float]) -> tuple[float, ...]:
     try:
         words = weights.split(",") if isinstance(weights, str) else weights
         return tuple(float(word) for word in words)
-    except ValueError:
+    except (ValueError, TypeError):
         raise InputError(f"--channel-weights {weights}: give a number for each channel, by commas: 1,0.5") from None
 
 

@@ -49,6 +49,19 @@ def test_a_landmark_goes_where_its_blob_goes(shape: tuple[int, ...]) -> None:
     assert not torch.equal(after["fixed_landmarks"], after["moving_landmarks"])  # each its own motion
 
 
+def test_further_channels_move_with_their_image_and_look_as_they_will() -> None:
+    torch.manual_seed(0)
+    before = item((30, 40))
+    before |= {f"{side}_channels": before[f"{side}_image"].repeat(2, 1, 1) for side in ("fixed", "moving")}
+    looks = RandomIntensity(lambda case: dict(before), amount=1.0)({})
+    moved = RandomAffine(lambda case: dict(before), amount=0.1)({})
+    for side in ("fixed", "moving"):
+        assert torch.equal(moved[f"{side}_channels"], moved[f"{side}_image"].repeat(2, 1, 1))
+        one, other = looks[f"{side}_channels"]
+        assert not torch.equal(one, other) and not torch.equal(one, looks[f"{side}_image"][0])
+        assert looks[f"{side}_channels"].shape == before[f"{side}_channels"].shape
+
+
 def test_no_amount_changes_nothing_and_the_same_seed_the_same() -> None:
     before = item((20, 22))
     assert RandomAffine(lambda case: before, amount=0.0)({}) is before

@@ -28,6 +28,8 @@ CHOICES = {
     "space": None,
     "to_fit_memory": ["checkpointing"],
     "own_grids": False,
+    "channels": "0,2",
+    "image_channels": 2,
 }
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from PIL import Image as Picture
-from scipy import ndimage
 
 from helpers.commandline import regpipe
+from helpers.stripes import FROM_LPS, as_4d, stripes
 from regpipe import register_images
 from regpipe.io.images import count_of, read_image
 from regpipe.provenance.rerun import rerun
@@ -25,13 +25,6 @@ TOLD: dict[str, Any] = {"bundle": "none", "affine": "none"}
 X, Y = np.indices((SIDE, SIDE)).astype(float)
 BUMP = np.exp(-((X - 32) ** 2 + (Y - 32) ** 2) / (2 * 12**2))
 TRUE = MOST * np.stack([BUMP, -BUMP])  # fixed(p) = moving(p + TRUE(p))
-
-
-def stripes(at: np.ndarray, seed: int) -> np.ndarray:
-    """A random profile along one axis, at places along it: nothing of it tells a motion along the other."""
-    profile = ndimage.gaussian_filter1d(np.random.default_rng(seed).standard_normal(4 * SIDE), 2.0)
-    noise = np.random.default_rng(seed + round(float(at.sum()))).standard_normal(at.shape)
-    return (np.interp(at, np.arange(4 * SIDE) - SIDE, profile) + 0.02 * noise).astype(np.float32)
 
 
 FIXED = [stripes(X + TRUE[0], 1), stripes(Y + TRUE[1], 2)]
@@ -74,21 +67,15 @@ def test_a_network_sees_the_first_channel_and_refinement_all() -> None:
     assert off(alone) > 2 and off(together) < 0.6
 
 
-def as_4d(folder: Path, name: str, channels: list[np.ndarray]) -> Path:
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    nib.save(nib.Nifti1Image(np.stack(channels, -1)[:, :, None], affine), folder / name)
-    return folder / name
-
-
 def test_channels_of_one_file_of_several_or_of_a_list_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {"f": as_4d(tmp_path, "f.nii.gz", FIXED), "m": as_4d(tmp_path, "m.nii.gz", MOVING)}
+    files = {"f": as_4d(tmp_path / "f.nii.gz", FIXED), "m": as_4d(tmp_path / "m.nii.gz", MOVING)}
     single = {}
     for name, channels in (("f", FIXED), ("m", MOVING)):
         for i, channel in enumerate(channels):
             single[name, i] = tmp_path / f"{name}{i}.nii.gz"
-            nib.save(nib.Nifti1Image(channel[:, :, None], np.diag([-1.0, -1.0, 1.0, 1.0])), single[name, i])
+            nib.save(nib.Nifti1Image(channel[:, :, None], FROM_LPS), single[name, i])
     quick = ["--bundle", "none", "--affine", "none", "--refine", 8]
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert regpipe(monkeypatch, "register", files["f"], files["m"], "--channels", "all", *quick, "-o", one) == 0
@@ -106,7 +93,7 @@ def test_colours_and_values_at_each_place_are_channels(tmp_path: Path) -> None:
     rgb = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
     Picture.fromarray(rgb).save(tmp_path / "a.png")
     sitk.WriteImage(sitk.GetImageFromArray(rgb, isVector=True), tmp_path / "a.mha")
-    vectors = nib.Nifti1Image(rgb.swapaxes(0, 1)[:, :, None, None].astype(np.float32), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    vectors = nib.Nifti1Image(rgb.swapaxes(0, 1)[:, :, None, None].astype(np.float32), FROM_LPS)
     nib.save(vectors, tmp_path / "a.nii.gz")
     for name in ("a.png", "a.mha", "a.nii.gz"):
         assert count_of(tmp_path / name) == 3
@@ -135,6 +122,8 @@ def test_what_is_wrong_with_channels_is_said_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds one value at each place"):
         register_images(f[0], m[0], channels="all", **quick)
     with pytest.raises(InputError, match="has no channel 2"):
-        register_images(as_4d(tmp_path, "f.nii.gz", FIXED), as_4d(tmp_path, "m.nii.gz", MOVING), channels="2", **quick)
+        register_images(
+            as_4d(tmp_path / "f.nii.gz", FIXED), as_4d(tmp_path / "m.nii.gz", MOVING), channels="2", **quick
+        )
     with pytest.raises(InputError, match="--channels red: give all, or which"):
         register_images(f[0], m[0], channels="red", **quick)

@@ -66,6 +66,17 @@ def test_swapping_the_images_flips_the_velocity_to_the_bit(backbone: str, dims: 
         assert torch.equal(there.warped_fixed, back.warped_moving)
 
 
+@EVERY
+def test_of_several_channels_swapping_the_sides_flips_the_velocity_to_the_bit(backbone: str, dims: int) -> None:
+    torch.manual_seed(0)
+    net = SymmetricNet(dims, backbone, width=16, image_channels=3, structures=1).eval()
+    fixed, moving = torch.rand(2, 1, 3, *SIZES[dims][0])
+    with torch.no_grad():
+        there, back = (net(torch.cat(sides, 1)) for sides in ((fixed, moving), (moving, fixed)))
+    assert torch.equal(there.velocity, -back.velocity) and there.velocity.abs().max() > 0
+    assert torch.equal(there.structures, back.structures.roll(2, 1))
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_levels_warp_and_integrate_by_the_layers_that_are_given(dims: int) -> None:
     net, both = built("plain", dims), pair(SIZES[dims][0])

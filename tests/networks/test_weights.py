@@ -22,6 +22,7 @@ from regpipe.networks.symnet import load_symnet
 from regpipe.networks.weights import inflate, lay_in_decoder, read_state_dict, read_weights
 
 State = dict[str, Tensor]
+STEM = "stages.0.0.weight"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,36 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     return tmp_path / "hub" / "checkpoints"
+
+
+def test_a_grey_network_shared_out_among_channels_sees_alike_ones_as_it_saw_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    grey = SymmetricNet(2, "resnet18").eval()
+    for name, weight in grey.named_parameters():
+        if "flow" in name:
+            nn.init.normal_(weight, std=0.1)
+    torch.save(grey.state_dict(), tmp_path / "grey.pt")
+    again = SymmetricNet(2, "resnet18", pretrained=str(tmp_path / "grey.pt")).eval().double()
+    assert again.image_channels == 1
+    pair = torch.rand(1, 2, 40, 33).double()
+    with torch.no_grad():
+        for many in (2, 3):
+            net = SymmetricNet(2, "resnet18", image_channels=many, pretrained=str(tmp_path / "grey.pt")).eval().double()
+            torch.testing.assert_close(net(pair.repeat_interleave(many, 1)), again(pair), rtol=0, atol=1e-5)
+    torch.save(net.state_dict(), tmp_path / "three.pt")
+    assert SymmetricNet(2, "resnet18", pretrained=str(tmp_path / "three.pt")).image_channels == 3
+
+
+def test_three_channels_keep_the_weights_of_the_colours(resnet: State, tmp_path: Path) -> None:
+    torch.save(resnet, tmp_path / "resnet.pth")
+    stems = [
+        Encoder("resnet18", dim, pretrained=str(tmp_path / "resnet.pth"), image_channels=many).state_dict()[STEM]
+        for dim, many in ((2, 3), (2, 2), (3, 3))
+    ]
+    colours = resnet["conv1.weight"]
+    assert torch.equal(stems[0], colours)
+    torch.testing.assert_close(stems[1], colours.sum(1, keepdim=True).repeat(1, 2, 1, 1) / 2)
+    torch.testing.assert_close(stems[2].sum(-1), colours)
 
 
 def cached_name(backbone: str) -> str:
