@@ -130,7 +130,7 @@ def _sweep(pair: Sides) -> list[np.ndarray]:
 def _rotations(dim: int) -> np.ndarray:
     """(N, D, D): evenly over the circle; in 3-D the cube's and super-Fibonacci spirals (Alexa, CVPR 2022, eq. 11)."""
     if dim == 2:
-        return Rotation.from_euler("z", np.arange(0, 360, ANGLE), degrees=True).as_matrix()[:, :2, :2]
+        return Rotation.from_rotvec(np.deg2rad(np.arange(0, 360, ANGLE))[:, None] * [0, 0, 1]).as_matrix()[:, :2, :2]
     s = np.arange(ROTATIONS) + 0.5
     alpha, beta = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
     r, rest = np.sqrt(s / ROTATIONS), np.sqrt(1 - s / ROTATIONS)

@@ -83,7 +83,7 @@ def test_every_rotation_lies_near_one_of_the_sweep(dim: int, widest: float) -> N
     drawn = Rotation.random(2000, random_state=0).as_matrix()
     if dim == 2:
         angle = np.random.default_rng(0).uniform(0, 360, 2000)
-        drawn = Rotation.from_euler("z", angle, degrees=True).as_matrix()[:, :2, :2]
+        drawn = Rotation.from_rotvec(np.deg2rad(angle)[:, None] * [0, 0, 1]).as_matrix()[:, :2, :2]
     trace = np.einsum("nij,mij->nm", drawn, swept)
     cosine = trace / 2 if dim == 2 else (trace - 1) / 2
     assert np.degrees(np.arccos(np.clip(cosine.max(axis=1), -1, 1))).max() <= widest
