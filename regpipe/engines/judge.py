@@ -26,9 +26,9 @@ GAIN = 0.08  # of what is explained, or of what is not where that is less, by wh
 FAINT = 0.01  # of what can be explained: what rises by less is no evidence, however little there was before
 MARGIN = 2.0  # times what the opposite step gains: any interpolation smooths, and raises it
 LEAST = 0.25  # of a neighbourhood that has to lie in a mask for its mean to count in full
-# Correlation of a neighbourhood's detail from which on it is of both images: at strides of 1 and 2, and of coarser
-# levels, where a neighbourhood holds fewer grains, and more of it is so by chance.
-ALIKE, ALIKE_COARSE, TINY = 0.25, 0.4, 1e-12
+# Correlation of a neighbourhood's detail from which on it is of both images: at strides of 1 and 2, before the step; of
+# coarser levels of speckle, where fewer grains are more often alike by chance, before it and after it.
+ALIKE, ALIKE_COARSE, LAID, TINY = 0.25, 0.4, 0.75, 1e-12
 LOOKS = 0.05  # of itself: local correlation that rises by more while mutual information falls follows a contrast
 CLEARER, CONVINCING = 1.01, 1.05  # times the mutual information of the pair as it is, and of no motion
 SEEN, UNSEEN = (1 + SHARE**2) ** 0.5, (1 + 1 / SHARE**2) ** 0.5  # noise of the halves, in standard deviations
@@ -41,6 +41,7 @@ def halves_of(batch: Target) -> tuple[dict[str, Any], dict[str, Any]]:
         seen["channels"], unseen["channels"] = zip(*map(halves_of, batch["channels"]), strict=True)
     for side in SIDES:
         halves = split_noise(batch[f"{side}_image"])
+        unseen["speckled"] = unseen.get("speckled", False) or halves.speckled
         seen |= {f"{side}_image": halves.seen, f"{side}_noise": SEEN * halves.noise}
         unseen |= {f"{side}_image": halves.unseen, f"{side}_noise": UNSEEN * halves.noise}
     return seen, unseen
@@ -90,22 +91,30 @@ class Judge:
         return torch.zeros_like(share) if self.misled else share
 
     @torch.no_grad()
-    def shared(self, velocity: Tensor, unseen: Target, stride: int) -> Tensor:
-        """Where the detail of this level is that of both images: (1, 1, *grid) in [0, 1] for a velocity (1, D, *grid).
+    def shared(self, before: Tensor, after: Tensor, unseen: Target, stride: int) -> Tensor:
+        """Where the detail of this level is that of both images: (1, 1, *grid) in [0, 1], for velocities (1, D, *grid).
 
         Speckle of two planes is not: its grains are larger than a voxel, so that the noise's halves do not tell it, and
         grain after grain could be laid upon its like. But what is one tissue's correlates a little as soon as the
-        coarser levels have laid it there; of several channels in one of them.
+        coarser levels have laid it there; of several channels in one of them. The coarse levels themselves may have far
+        to go: they count, and of speckle where it fits well afterwards.
         """
+        if stride <= 2:
+            share = self._alike(before, unseen, ALIKE)
+        elif unseen["speckled"]:
+            share = torch.maximum(self._alike(before, unseen, ALIKE_COARSE), self._alike(after, unseen, LAID))
+        else:
+            share = torch.ones_like(before[:, :1])
+        for judge, view in zip(self.others, unseen.get("channels", ()), strict=True):
+            share = torch.maximum(share, judge.shared(before, after, view, stride))
+        return share
+
+    def _alike(self, velocity: Tensor, unseen: Target, least: float) -> Tensor:
         result = self._register(velocity, unseen)
         pairs = ((unseen["fixed_image"], result.warped_moving), (unseen["moving_image"], result.warped_fixed))
         masks = overlaps(result, unseen, self.loss.options)
-        least = ALIKE if stride <= 2 else ALIKE_COARSE
         ways = [_alike(*pair, mask, least) for pair, mask in zip(pairs, masks, strict=True)]
-        share = resize_image((ways[0] + ways[1]) / 2, velocity.shape[2:])
-        for judge, view in zip(self.others, unseen.get("channels", ()), strict=True):
-            share = torch.maximum(share, judge.shared(velocity, view, stride))
-        return share
+        return resize_image((ways[0] + ways[1]) / 2, velocity.shape[2:])
 
     def paying(self, unseen: Target, velocity: Tensor) -> Tensor:
         """What pays of a network's velocity, at the resolution where refinement begins."""

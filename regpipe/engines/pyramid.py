@@ -60,7 +60,7 @@ def pyramid_level(batch: Target, shape: Sequence[int]) -> dict[str, Any]:
     for key in (key for key in batch if key.endswith("landmarks")):
         new, old = (batch[key].new_tensor(n) for n in cells)
         level[key] = batch[key] * new / old
-    return level | {key: batch[key] for key in ("anatomy", "landmark_weights") if key in batch}
+    return level | {key: batch[key] for key in ("anatomy", "landmark_weights", "speckled") if key in batch}
 
 
 def _picked(labels: Tensor, shape: Sequence[int]) -> Tensor:

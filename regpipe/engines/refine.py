@@ -232,7 +232,7 @@ class Refiner:
                     level = pyramid_level(unseen, images)
                     share = judge.share(velocity, after, level, witness)
                     if judge.local:
-                        share = share * judge.shared(velocity, level, stride)
+                        share = share * judge.shared(velocity, after, level, stride)
                     borne = resize_image(found, share.shape[2:])
                     if images == plan[-1][0] != plan[0][0]:  # a rim a voxel off is interpolation: it only goes on
                         share = share * (borne > 0.5)

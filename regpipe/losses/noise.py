@@ -112,6 +112,7 @@ class Halves(NamedTuple):
     seen: Tensor  # of 1 + SHARE ** 2 times the noise's variance
     unseen: Tensor  # of 1 + 1 / SHARE ** 2 times
     noise: Tensor  # white noise of the image's own variance
+    speckled: bool  # whether it rises with the grey value
 
 
 def split_noise(image: Tensor) -> Halves:
@@ -125,10 +126,11 @@ def split_noise(image: Tensor) -> Halves:
     white = torch.randn(image.shape, generator=generator).to(image.device)
     level = noise_level(image)
     clipped = (image <= 0) | (image >= 1)  # a background that was set, a saturated edge: no noise is left there
-    if level.numel() > 1:  # speckle saturates voxel by voxel: which of them is its noise too
+    speckled = level.numel() > 1
+    if speckled:  # it saturates voxel by voxel: which of them is its noise too
         clipped = _all_around(clipped)
     noise = white.masked_fill_(clipped, 0) * level.view(-1, *level.shape[1:] or [1] * (image.ndim - 1))
-    return Halves(image + SHARE * noise, image - noise / SHARE, noise)
+    return Halves(image + SHARE * noise, image - noise / SHARE, noise, speckled)
 
 
 NOISE_FLOOR = 4.0  # times the noise's variance: a window of less contrast says little (docs/results/harm.md)

@@ -107,6 +107,7 @@ def align(
                 matrix = begin
             if start is None:
                 matrix = elsewhere(coarse, seen, matrix, look)
+            bar.update((len(starts) + STARTS) * LOOK.work - bar.n)
             for kind in ELASTIX[stage]:
                 matrix = _improved(seen, matrix, kind, metric, FIND, seed, bar)
     shared = overlap(*fine, matrix)

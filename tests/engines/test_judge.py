@@ -164,20 +164,21 @@ def test_refinement_goes_on_from_a_velocity_that_pays(shape: tuple[int, ...]) ->
     assert float((found - shift).norm(dim=1)[head(shape)[:, 0] > 0.1].median()) < 1.0
 
 
-def _two_planes() -> list[Tensor]:
-    """A bright bar that moves by 4 pixels, over grains of 4 pixels that are others in each image."""
-    rng, bar = np.random.default_rng(3), np.zeros((96, 96))
-    bar[40:52] = 0.4
-    grains = [0.4 * ndimage.gaussian_filter(rng.standard_normal((96, 96)), 1.5) for _ in range(2)]
-    images = [0.4 + moved + grain for moved, grain in zip((bar, np.roll(bar, 4, 0)), grains, strict=True)]
+def _two_planes(side: int) -> list[Tensor]:
+    """A bright bar that moves by 4 pixels under speckle whose grains of 4 pixels are others in each image."""
+    rng, tissue = np.random.default_rng(3), np.full((side, side), 0.3) * np.linspace(0.2, 1.5, side)
+    grains = [1 + 0.7 * ndimage.gaussian_filter(rng.standard_normal((side, side)), 1.5) for _ in range(2)]
+    bar = np.zeros((side, side))
+    bar[side // 2 - 8 : side // 2 + 8] = 0.3
+    images = [(tissue + moved) * grain for moved, grain in zip((bar, np.roll(bar, 4, 0)), grains, strict=True)]
     return [torch.from_numpy(image.clip(0, 1)).float()[None, None] for image in images]
 
 
 def test_grains_of_two_planes_are_not_laid_upon_each_other_and_a_bar_between_them_is() -> None:
-    fixed, moving = _two_planes()
+    fixed, moving = _two_planes(192)
     u = register(fixed, moving, zero_refiner("lncc")(fixed, moving)).displacement[0]
-    assert float(u[0, 42:50, 16:80].mean()) == pytest.approx(4, abs=1)
-    assert max(sdlogj(u[:, :24]), sdlogj(u[:, 72:])) < 0.12  # 0.35 where every grain is followed
+    assert float(u[0, 90:102, 16:176].mean()) == pytest.approx(4, abs=1)
+    assert max(sdlogj(u[:, :48]), sdlogj(u[:, 144:])) < 0.25  # 0.41 and 0.47 where every grain is followed
 
 
 def test_grains_that_both_images_show_lead() -> None:
