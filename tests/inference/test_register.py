@@ -11,11 +11,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from monai.transforms import LoadImage
 
 from helpers.bundles import deforming_bundle
 from helpers.commandline import regpipe
-from regpipe import register_images
+from regpipe import LoadPair, SymmetricNet, collate_pairs, list_pairs, register, register_images
 from regpipe.inference.register import register_files
 from regpipe.io.images import Grid, read_image
 from regpipe.io.itk_bridge import to_itk
@@ -76,6 +77,23 @@ def test_labels_and_a_bundle_of_ones_own(cohort: Path, tmp_path: Path) -> None:
     found = register_images(sides["fixed"], sides["moving"], bundle=str(bundle), **labels)
     assert (sys.excepthook, sys.path) == before
     assert 0 < found.metrics["dice"] < 1 and found.warped_label.array.max() > 0
+
+
+def test_a_bundles_network_in_memory_gives_what_the_command_gives(cohort: Path, tmp_path: Path) -> None:
+    bundle = deforming_bundle(tmp_path / "bundle", Grid((32, 32), (1.0, 1.0)))
+    case = list_pairs(cohort)[0]
+    images = [case[f"{side}_image"] for side in ("fixed", "moving")]
+    told = register_images(*images, bundle=str(bundle), affine="none", refine=0)
+    pair = collate_pairs([LoadPair(None)(case)])
+    network = SymmetricNet(2, "alexnet", pretrained=str(bundle)).eval()
+    with torch.no_grad():
+        velocity = network(torch.cat([pair["fixed_image"], pair["moving_image"]], 1))
+    found = register(pair["fixed_image"], pair["moving_image"], velocity)
+    voxels = (
+        np.linalg.inv(told.displacement.affine[:2, :2]) @ np.diag([-1, -1]) @ told.displacement.array.reshape(2, -1)
+    )
+    assert np.abs(voxels.reshape(2, 32, 32) - found.displacement[0].numpy()).max() < 1e-3
+    assert found.displacement.abs().max() > 0.5
 
 
 def test_structures_tell_how_much_larger_they_are_in_the_moving_image(tmp_path: Path) -> None:
