@@ -24,7 +24,7 @@ from regpipe.metrics.typical import numbers
 from regpipe.report import pictures, views
 from regpipe.report.shown import shown_images, shown_labels, shown_landmarks
 from regpipe.transforms import displacement, export, homography, initial, lift, volume
-from regpipe.utils.files import sweep
+from regpipe.utils.files import sweep, written_together
 
 DENSE = "displacement"  # one field per direction on the image's own grid, everything in it
 BY_DEFAULT = (DENSE, "itk", "ants")
@@ -57,6 +57,7 @@ def clear(folder: Path) -> None:
     sweep(folder, *WRITTEN)
 
 
+@written_together()
 def save_case(
     case: Case,
     batch: Mapping[str, Any],

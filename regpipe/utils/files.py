@@ -9,11 +9,14 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from regpipe.utils.errors import InputError
+
+_later: ContextVar[list[Path] | None] = ContextVar("later", default=None)  # files that wait to be written through
 
 
 def sha256(paths: Iterable[Path]) -> str:
@@ -40,26 +43,56 @@ def _add(digest: Any, file: BinaryIO) -> None:
 def replace_file(path: str | Path, data: bytes) -> None:
     """Write a whole file, or leave the old one: to a temporary file, to the disk, then renamed. Folders are made.
 
-    After it returns, the file survives a crash of the machine.
+    After it returns, or ``written_together`` around it, the file survives a crash of the machine.
 
     Raises:
         OSError: with the file's own name.
     """
-    path = Path(path)
+    path, later = Path(path), _later.get()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if later is None:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:  # name the file itself, not the temporary one
         error.filename, error.filename2 = str(path), None
         raise
     finally:
         aside.unlink(missing_ok=True)
-    _folder_to_disk(path.parent)
+    if later is None:
+        _folder_to_disk(path.parent)
+    else:
+        later.append(path)
+
+
+@contextlib.contextmanager
+def written_together() -> Iterator[None]:
+    """Files that ``replace_file`` writes within are written through to the disk at the end: one wait, not one for each.
+
+    Write what marks them as finished after it. Where an error leaves the block, none is waited for.
+
+    Raises:
+        OSError: with the name of the file that the disk did not take.
+    """
+    paths: list[Path] = []
+    token = _later.set(paths)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+    for path in dict.fromkeys(paths):
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(path)
+            raise
+    for folder in dict.fromkeys(path.parent for path in paths):
+        _folder_to_disk(folder)
 
 
 def replace_hashed(path: str | Path, data: bytes) -> str:

@@ -162,3 +162,29 @@ def test_two_states_are_kept_and_none_is_deleted_before_the_next_is_written(tmp_
     for path in tmp_path.iterdir():
         path.write_bytes(b"half")
     assert checkpoints.training_seconds(tmp_path) != checkpoints.training_seconds(tmp_path)  # NaN: not known
+
+
+def test_files_written_together_are_on_the_disk_at_the_end_each_once(tmp_path, monkeypatch) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real(handle)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with files.written_together():
+        for name in ("a", "b", "a"):
+            files.replace_file(tmp_path / "in" / name, name.encode())
+        assert synced == [] and (tmp_path / "in" / "b").read_bytes() == b"b"
+    assert synced == ["a", "b", "in"]
+    files.replace_file(tmp_path / "last", b"c")
+    assert synced[3:] == [f".last.{os.getpid()}", tmp_path.name]
+
+
+def test_a_disk_that_is_full_at_the_end_names_the_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match=f"full: '{tmp_path / 'a'}'"), files.written_together():
+        files.replace_file(tmp_path / "a", b"new")
+    with pytest.raises(KeyError), files.written_together():  # an error within is told, and none is waited for
+        files.replace_file(tmp_path / "a", b"new")
+        raise KeyError
