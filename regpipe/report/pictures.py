@@ -7,6 +7,7 @@ otherwise. One voxel becomes a square of k x k pixels, k the same for every pict
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from regpipe.fields.algebra import jacobian_determinant
 from regpipe.utils.files import replace_hashed
@@ -33,8 +31,8 @@ SHORTEST_SIDE = 256  # pixels
 SQUARES = 8  # of the checkerboard, along the shorter side
 LINES = 16  # of the grid, along the shorter side
 GAP = 4  # pixels between pictures
-DPI = 128  # a power of two: pixels / DPI is exact and no figure loses a row to rounding
-FOLD = "red"
+FINER = 4  # lines are drawn so much larger, and are smooth when reduced
+FOLD, GOLD = (255, 0, 0), (255, 215, 0)
 FOREGROUND = 0.1  # of an image in [0, 1]
 
 
@@ -160,41 +158,23 @@ def _beside(left: Picture, right: Picture) -> Picture:
     return np.concatenate([left, gap, right], axis=1)
 
 
-# ------------------------------------------------------------------------------ drawn by matplotlib
-
-
-def _canvas(width: int, height: int) -> tuple[Figure, FigureCanvasAgg]:
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    return figure, FigureCanvasAgg(figure)
-
-
-def _drawn(canvas: FigureCanvasAgg) -> Picture:
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _frame(axes: Axes, shape: tuple[int, ...], origin: Origin) -> None:
-    """Voxel coordinates on ``axes``: x is array axis 0, y is array axis 1."""
-    low, high = (shape[1] - 0.5, -0.5) if origin == "upper" else (-0.5, shape[1] - 0.5)
-    axes.set(xlim=(-0.5, shape[0] - 0.5), ylim=(low, high), xticks=[], yticks=[])
-
-
 def _grid(view: Slice) -> Picture:
     """Lines of the fixed grid where x + u(x) takes them, over the (dimmed) fixed image."""
     shape = view.displacement.shape[1:]
     step = max(1, round(min(shape) / LINES))
+    finer = FINER if view.scale > 1 else 2  # of large images less, for memory
+    first, fine = step // 2, view.scale * finer
     where = np.moveaxis(np.indices(shape) + view.displacement, 0, -1)  # (X, Y, 2)
-    first = step // 2
-    lines = [*where[first::step], *where[:, first::step].swapaxes(0, 1)]
-    figure, canvas = _canvas(view.fixed.shape[1], view.fixed.shape[0])
-    axes = figure.add_axes((0, 0, 1, 1), frameon=False)
-    _frame(axes, shape, view.origin)
-    rim = (*axes.get_xlim(), *axes.get_ylim())
-    axes.imshow(_grey(view.fixed) // 3 * 2, extent=rim, origin="upper", aspect="auto", interpolation="nearest")
-    drawn = LineCollection(lines, colors="gold", linewidths=0.6)
-    drawn.set_snap(False)  # else straight lines jump to whole pixels
-    axes.add_collection(drawn, autolim=False)
-    return _drawn(canvas)
+    if view.origin == "lower":
+        where[..., 1] = shape[1] - 1 - where[..., 1]
+    where = np.nan_to_num((where + 0.5) * fine)
+    lines = Image.new("L", (shape[0] * fine, shape[1] * fine))
+    pen = ImageDraw.Draw(lines)
+    for line in (*where[first::step], *where[:, first::step].swapaxes(0, 1)):
+        pen.line(line.ravel().tolist(), fill=255, width=finer)
+    dimmed = Image.fromarray(_grey(view.fixed) // 3 * 2)
+    dimmed.paste(GOLD, mask=lines.reduce(finer))
+    return np.asarray(dimmed)
 
 
 def _jacobian(view: Slice) -> Picture:
@@ -202,24 +182,34 @@ def _jacobian(view: Slice) -> Picture:
 
     The colours span 0 to 2 in every picture, so that pictures can be compared.
     """
-    det = view.determinant
-    width, height = (side * view.scale for side in det.shape)
+    shown = view.determinant.T if view.origin == "upper" else view.determinant.T[::-1]
+    colours = (255 * colormaps["PRGn"](np.linspace(0, 1, 256))[:, :3]).round().astype(np.uint8)
+    levels, folds = (
+        values.repeat(view.scale, 0).repeat(view.scale, 1)
+        for values in (np.clip(128 * np.nan_to_num(shown), 0, 255).astype(np.uint8), ~(shown > 0))  # NaN is a fold
+    )
+    drawn = colours[levels]
+    drawn[ndimage.maximum_filter(folds, size=max(5 - view.scale, 1))] = FOLD  # 4 pixels at least, not to be overlooked
+    height, width = levels.shape
     right, top, edge = 70, 28, 6  # pixels for the colour bar, the title and the rim
-    wide, high = width + right + edge, height + top + edge
-    figure, canvas = _canvas(wide, high)
-    axes = figure.add_axes((edge / wide, edge / high, width / wide, height / high))
-    colours = colormaps["PRGn"].with_extremes(under=FOLD, bad=FOLD)
-    shown: Any = np.where(det <= 0, -1, det).T
-    image = axes.imshow(shown, cmap=colours, vmin=0, vmax=2, origin=view.origin, aspect="auto", interpolation="nearest")
-    folds = np.argwhere(~(det > 0))
-    size = max(view.scale, 4) * 72 / DPI  # at least 4 pixels: one folded voxel must not be overlooked
-    axes.plot(*folds.T, "s", color=FOLD, markersize=size, markeredgewidth=0)
-    _frame(axes, det.shape, view.origin)
-    bar = figure.add_axes(((edge + width + 10) / wide, edge / high, 16 / wide, height / high))
-    figure.colorbar(image, cax=bar, extend="both", ticks=[0, 0.5, 1, 1.5, 2])
-    bar.tick_params(labelsize=7)
-    figure.text(edge / wide, 1 - top / 2 / high, view.title, fontsize=8, va="center")
-    return _drawn(canvas)
+    sheet = Image.new("RGB", (edge + width + right, top + height + edge), "white")
+    sheet.paste(Image.fromarray(drawn), (edge, top))
+    bar, left, bottom = Image.fromarray(colours[::-1, None].copy()), edge + width + 10, top + height
+    sheet.paste(bar.resize((16, height)), (left, top))
+    pen = ImageDraw.Draw(sheet)
+    pen.rectangle((edge - 1, top - 1, edge + width, bottom), outline="black")
+    pen.polygon([(left, bottom), (left + 15, bottom), (left + 7, bottom + edge - 1)], fill=FOLD)
+    for determinant in (0, 0.5, 1, 1.5, 2):
+        y = top + (height - 1) * (1 - determinant / 2)
+        pen.line((left + 16, y, left + 19, y), fill="black")
+        pen.text((left + 23, y), f"{determinant:.1f}", fill="black", font=_font(12), anchor="lm")
+    pen.text((edge, top / 2), view.title, fill="black", font=_font(14), anchor="lm")
+    return np.asarray(sheet)
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size=size)
 
 
 class Kind(NamedTuple):
@@ -281,7 +271,7 @@ def contact_sheet(
 def _captioned(picture: Picture, title: str, height: int) -> Image.Image:
     image = Image.fromarray(picture)
     image = image.resize((max(round(image.width * height / image.height), 1), height), Image.Resampling.LANCZOS)
-    font = ImageFont.load_default(size=15)
+    font = _font(15)
     band = 24  # pixels
     width = max(image.width, round(font.getlength(title)) + 2 * GAP)
     cell = Image.new("RGB", (width, height + band), "white")
