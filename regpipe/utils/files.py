@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from regpipe.utils.errors import InputError
 
-_later: ContextVar[list[Path] | None] = ContextVar("later", default=None)  # files that wait to be written through
+_later: ContextVar[dict[int, Path] | None] = ContextVar("later", default=None)  # open files, not yet written through
 
 
 def sha256(paths: Iterable[Path]) -> str:
@@ -57,6 +57,8 @@ def replace_file(path: str | Path, data: bytes) -> None:
             file.flush()
             if later is None:
                 os.fsync(file.fileno())
+            else:
+                later[os.dup(file.fileno())] = path
         os.replace(aside, path)
     except OSError as error:  # name the file itself, not the temporary one
         error.filename, error.filename2 = str(path), None
@@ -65,8 +67,6 @@ def replace_file(path: str | Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
     if later is None:
         _folder_to_disk(path.parent)
-    else:
-        later.append(path)
 
 
 @contextlib.contextmanager
@@ -78,21 +78,22 @@ def written_together() -> Iterator[None]:
     Raises:
         OSError: with the name of the file that the disk did not take.
     """
-    paths: list[Path] = []
-    token = _later.set(paths)
+    written: dict[int, Path] = {}
+    token = _later.set(written)
     try:
         yield
+        for handle, path in written.items():
+            try:
+                os.fsync(handle)
+            except OSError as error:
+                error.filename = str(path)
+                raise
+        for folder in dict.fromkeys(path.parent for path in written.values()):
+            _folder_to_disk(folder)
     finally:
         _later.reset(token)
-    for path in dict.fromkeys(paths):
-        try:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = str(path)
-            raise
-    for folder in dict.fromkeys(path.parent for path in paths):
-        _folder_to_disk(folder)
+        for handle in written:
+            os.close(handle)
 
 
 def replace_hashed(path: str | Path, data: bytes) -> str:
