@@ -115,7 +115,7 @@ def unreadable(path: PathLike, cause: Exception) -> InputError:
         return InputError(f"{path}: {cause.filename} is missing; put it there")
     if isinstance(cause, OSError) and cause.errno:  # the system's own: no right to it, a disk that fails
         return InputError(f"{path}: cannot be read: {cause.strerror}; check the disk, and whether you may read it")
-    told = one_line(cause)
+    told = re.sub(r"\.? Reason: [^.]*$", "", one_line(cause))  # ITK's is of whatever call failed last, "Success" too
     for pattern, reason in REASONS.items():
         if re.search(pattern, told, re.IGNORECASE):
             return InputError(f"{path}: {reason} ({told})")
