@@ -63,15 +63,20 @@ class Judge:
         self.misled = False
 
     @torch.no_grad()
-    def share(self, before: Tensor, after: Tensor, unseen: Target, witness: Target | None = None) -> Tensor:
+    def share(
+        self, before: Tensor, after: Tensor, unseen: Target, witness: Target | None = None, *, stride: int | None = None
+    ) -> Tensor:
         """(1, 1, *grid) in [0, 1] for velocities (1, D, *grid) and a target of images (1, 1, *spatial).
 
         ``witness``: the images that tell mutual information, of a finer level where this one has too few voxels.
+        ``stride``: of the level, by which local correlation asks for detail that is in both images; None: it does not.
         """
         share = self._share(before, after, unseen, witness)
+        if self.local and stride is not None:
+            share = share * self._shared(before, after, unseen, stride)
         for i, judge in enumerate(self.others):
-            other = judge.share(before, after, unseen["channels"][i], witness and witness["channels"][i])
-            share = torch.maximum(share, other)
+            views = unseen["channels"][i], witness and witness["channels"][i]
+            share = torch.maximum(share, judge.share(before, after, *views, stride=stride))
         return share
 
     def _share(self, before: Tensor, after: Tensor, unseen: Target, witness: Target | None) -> Tensor:
@@ -90,24 +95,19 @@ class Judge:
             self.misled |= self._known(kept, unseen) < self._known(was, unseen)
         return torch.zeros_like(share) if self.misled else share
 
-    @torch.no_grad()
-    def shared(self, before: Tensor, after: Tensor, unseen: Target, stride: int) -> Tensor:
+    def _shared(self, before: Tensor, after: Tensor, unseen: Target, stride: int) -> Tensor:
         """Where the detail of this level is that of both images: (1, 1, *grid) in [0, 1], for velocities (1, D, *grid).
 
         Speckle of two planes is not: its grains are larger than a voxel, so that the noise's halves do not tell it, and
         grain after grain could be laid upon its like. But what is one tissue's correlates a little as soon as the
-        coarser levels have laid it there; of several channels in one of them. The coarse levels themselves may have far
-        to go: they count, and of speckle where it fits well afterwards.
+        coarser levels have laid it there. The coarse levels themselves may have far to go: they count, and of speckle
+        where it fits well afterwards.
         """
         if stride <= 2:
-            share = self._alike(before, unseen, ALIKE)
-        elif unseen["speckled"]:
-            share = torch.maximum(self._alike(before, unseen, ALIKE_COARSE), self._alike(after, unseen, LAID))
-        else:
-            share = torch.ones_like(before[:, :1])
-        for judge, view in zip(self.others, unseen.get("channels", ()), strict=True):
-            share = torch.maximum(share, judge.shared(before, after, view, stride))
-        return share
+            return self._alike(before, unseen, ALIKE)
+        if unseen["speckled"]:
+            return torch.maximum(self._alike(before, unseen, ALIKE_COARSE), self._alike(after, unseen, LAID))
+        return torch.ones_like(before[:, :1])
 
     def _alike(self, velocity: Tensor, unseen: Target, least: float) -> Tensor:
         result = self._register(velocity, unseen)

@@ -230,9 +230,7 @@ class Refiner:
                     enough = next((s for s, _ in plan if math.prod(s) >= max(WITNESS, math.prod(images))), plan[-1][0])
                     witness = pyramid_level(unseen, enough) if enough != images else None
                     level = pyramid_level(unseen, images)
-                    share = judge.share(velocity, after, level, witness)
-                    if judge.local:
-                        share = share * judge.shared(velocity, after, level, stride)
+                    share = judge.share(velocity, after, level, witness, stride=stride)
                     borne = resize_image(found, share.shape[2:])
                     if images == plan[-1][0] != plan[0][0]:  # a rim a voxel off is interpolation: it only goes on
                         share = share * (borne > 0.5)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from regpipe import SymmetricNet
 from regpipe.engines import judge
+from regpipe.engines.channels import Channels
 from regpipe.engines.inferers import RegistrationInferer
 from regpipe.engines.judge import Judge
+from regpipe.engines.pyramid import pyramid_level
 from regpipe.engines.refine import make_refiner, refinement_loss, zero_refiner
 from regpipe.fields.algebra import LAYERS, identity_grid, register, smooth, warp
 from regpipe.losses.contrast import AS_IT_IS
@@ -179,6 +181,23 @@ def test_grains_of_two_planes_are_not_laid_upon_each_other_and_a_bar_between_the
     u = register(fixed, moving, zero_refiner("lncc")(fixed, moving)).displacement[0]
     assert float(u[0, 90:102, 16:176].mean()) == pytest.approx(4, abs=1)
     assert max(sdlogj(u[:, :48]), sdlogj(u[:, 144:])) < 0.25  # 0.41 and 0.47 where every grain is followed
+
+
+def test_what_counts_does_not_hang_on_which_channel_comes_first() -> None:
+    speckle = dict(zip(("fixed_image", "moving_image"), _two_planes(96), strict=True))
+    flat = {key: noisy(torch.full_like(image, 0.5), i) for i, (key, image) in enumerate(speckle.items())}
+    pairs, shares = {"lncc": speckle, "mi": flat}, []
+    refiner = zero_refiner("lncc")
+    refiner.judged = False  # grain is laid upon grain
+    after = refiner(*speckle.values())
+    for names in (("lncc", "mi"), ("mi", "lncc")):
+        loss = Channels(names).loss(RegistrationLoss(refinement_loss(names[0], spatial_dims=2), window=9), 2)
+        halves = judge.halves_of(pairs[names[0]] | {"channels": [pairs[names[1]]]})
+        unseen = pyramid_level(halves[1], (96, 96))
+        own, asked = (Judge(loss, LAYERS).share(0 * after, after, unseen, stride=stride) for stride in (None, 1))
+        shares.append(asked)
+        assert float(asked.mean()) < 0.5 * float(own.mean())
+    assert torch.allclose(*shares, atol=1e-5)
 
 
 def test_grains_that_both_images_show_lead() -> None:
