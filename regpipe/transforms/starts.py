@@ -26,7 +26,7 @@ POOR = 0.85  # a start elsewhere with this share of the similarity that was reac
 STARTS = 4  # of the sweep, looked at closer
 APART, SAME = 0.2, 0.1  # of the field of view: so far apart starts are, and so near two ends are one
 STANDS_OUT = (
-    1.2  # times as similar as everywhere else: true turns reach 1.23 and more, see docs/results/large_motion.md
+    1.2  # times as alike as everywhere else: a slice's true turn reaches 1.23, see docs/results/large_motion.md
 )
 
 
@@ -80,9 +80,9 @@ def elsewhere(pair: Sides, fine: Sides, reached: np.ndarray, search: Callable[[n
         return float(np.sqrt(far.mean()) / np.linalg.norm(corners[0] - corners[-1]))
 
     swept = sorted(((similarity(*small, m, "mi"), i, m) for i, m in enumerate(_sweep(small))), reverse=True)
-    starts: list[np.ndarray] = []
+    enough, starts = POOR * similarity(*small, reached, "mi"), list[np.ndarray]()
     for score, _, matrix in swept:
-        if score < POOR * similarity(*small, reached, "mi") or len(starts) == STARTS:
+        if score < enough or len(starts) == STARTS:
             break
         if all(apart(matrix, other) > APART for other in (reached, *starts)):
             starts.append(matrix)
