@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from regpipe.fields.algebra import jacobian_determinant
+from regpipe.report import views
 from regpipe.utils.files import replace_hashed
 
 Array = NDArray[np.floating]
@@ -183,7 +183,7 @@ def _jacobian(view: Slice) -> Picture:
     The colours span 0 to 2 in every picture, so that pictures can be compared.
     """
     shown = view.determinant.T if view.origin == "upper" else view.determinant.T[::-1]
-    colours = (255 * colormaps["PRGn"](np.linspace(0, 1, 256))[:, :3]).round().astype(np.uint8)
+    colours = np.array(views.colours(views.CHANGE, 256), np.uint8)
     levels, folds = (
         values.repeat(view.scale, 0).repeat(view.scale, 1)
         for values in (np.clip(128 * np.nan_to_num(shown), 0, 255).astype(np.uint8), ~(shown > 0))  # NaN is a fold

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 from nibabel.affines import apply_affine
 from PIL import Image as Picture
 from PIL import ImageDraw
@@ -43,7 +42,11 @@ FOLD = (230, 25, 25)
 # Okabe and Ito's orange and sky blue: told apart by everybody. The moving side is dashed besides.
 COLOURS = {"fixed": (230, 159, 0), "before": (86, 180, 233), "warped": (86, 180, 233)}
 GRID_COLOUR = (255, 215, 0)
-CHANGE, ERROR = "PRGn", "inferno"  # purple (shrunk) over white to green (grown); dark (sure) to bright
+# Colours from the lowest value to the highest, matplotlib's PRGn and inferno, which takes long to import: purple
+# (shrunk) over white to green (grown); dark (sure) to bright.
+CHANGE = "40004b 752982 9970ab c1a4ce e7d4e8 f6f7f6 d9f0d3 a5da9f 5aae61 1a7736 00441b"
+ERROR = "000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d24644 e45a31 f1731d f98e09 fcac11 f9cb35"
+ERROR += " f2ea69 fcffa4"
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across each
 LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
 
@@ -227,14 +230,17 @@ def _error(cut: np.ndarray, tile: list[int]) -> np.ndarray:
     return (255 * np.clip(np.nan_to_num(largest) / FARTHEST, 0, 1)).round().astype(np.uint8)
 
 
-def colours(name: str, count: int) -> list[tuple[int, int, int]]:
-    """Of a map of matplotlib's, from its lowest value to its highest."""
-    return [tuple(int(c) for c in rgb) for rgb in (255 * colormaps[name](np.linspace(0, 1, count))[:, :3]).round()]  # type: ignore[misc]
+def colours(map_: str, count: int) -> list[tuple[int, ...]]:
+    """So many of a map, from its lowest value to its highest."""
+    known = np.array([list(bytes.fromhex(colour)) for colour in map_.split()])
+    at = np.linspace(0, len(known) - 1, count)
+    channels = (np.interp(at, np.arange(len(known)), channel) for channel in known.T)
+    return [*map(tuple, np.stack([*channels], axis=1).round().astype(int).tolist())]
 
 
-def stops(name: str) -> list[str]:
+def stops(map_: str) -> list[str]:
     """Nine colours of a map, for a bar, as CSS writes them."""
-    return ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in colours(name, 9)]
+    return [f"#{bytes(rgb).hex()}" for rgb in colours(map_, 9)]
 
 
 def _grid(plane: Plane, shown: Shown, at: int, affine: np.ndarray, back: np.ndarray, fine: list[int]) -> np.ndarray:
@@ -284,7 +290,7 @@ def _webp(grey: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def _png(levels: np.ndarray, colours: list[tuple[int, int, int, int]]) -> bytes:
+def _png(levels: np.ndarray, colours: list[tuple[int, ...]]) -> bytes:
     """Indices (H, W) into RGBA colours."""
     picture, data = Picture.fromarray(levels, mode="P"), io.BytesIO()
     picture.putpalette([c for rgba in colours for c in rgba[:3]])

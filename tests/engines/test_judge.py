@@ -197,7 +197,7 @@ def test_what_counts_does_not_hang_on_which_channel_comes_first() -> None:
         own, asked = (Judge(loss, LAYERS).share(0 * after, after, unseen, stride=stride) for stride in (None, 1))
         shares.append(asked)
         assert float(asked.mean()) < 0.5 * float(own.mean())
-    assert torch.allclose(*shares, atol=1e-5)
+    assert torch.allclose(shares[0], shares[1], atol=1e-5)
 
 
 def test_grains_that_both_images_show_lead() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from nibabel.affines import apply_affine
 from PIL import Image as Picture
 from scipy import ndimage
@@ -187,3 +188,9 @@ def test_landmarks_are_told_in_voxels_of_the_turned_axes(tmp_path: Path) -> None
     (row,) = json.loads((tmp_path / "view.json").read_text())["landmarks"]
     assert row["fixed"] == [SHAPE[0] - 1 - 3, SHAPE[1] - 1 - 4, 5]
     assert row["errors"] == [1.0, 0.25]
+
+
+@pytest.mark.parametrize(("name", "own", "within"), [("PRGn", views.CHANGE, 1.5), ("inferno", views.ERROR, 7)])
+def test_colours_are_those_of_matplotlibs_maps(name: str, own: str, within: float) -> None:
+    told = 255 * colormaps[name](np.linspace(0, 1, 256))[:, :3]
+    assert np.abs(told - views.colours(own, 256)).max() <= within

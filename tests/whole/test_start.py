@@ -76,7 +76,7 @@ def test_help_loads_none() -> None:
 @pytest.mark.parametrize("bundle", ["resnet18", "none"])
 def test_registering_loads_torch_itks_elastix_and_what_draws(pair, bundle, tmp_path) -> None:
     found = loaded("register", *pair, "--bundle", bundle, "--refine", "2", "-o", tmp_path)
-    assert found == ALWAYS | {"torch", "h5py", "matplotlib"}
+    assert found == ALWAYS | {"torch", "h5py"}
 
 
 def test_labels_are_measured_without_monai(pair, tmp_path) -> None:
@@ -113,7 +113,7 @@ def test_composing_and_jacobians_load_itks_transforms_and_no_more(case, tmp_path
 
 
 def test_a_report_loads_what_draws_and_verifying_no_itk(case) -> None:
-    assert loaded("report", case.parent) == {"scipy", "nibabel", "PIL", "matplotlib"}
+    assert loaded("report", case.parent) == {"scipy", "nibabel", "PIL"}
     assert loaded("verify", case) == {"torch", "scipy", "nibabel", "PIL"}
 
 
