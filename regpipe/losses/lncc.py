@@ -5,7 +5,7 @@ By ``losses.similarity``'s conventions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from regpipe.losses.similarity import centred, in_float32, masked_mean
 
 VARIANCE = 1e-5  # of a window that counts as flat, where images have no noise: grey values are in [0, 1]
+SMALL = 50_000  # voxels of a batch whose sums are taken at once: there the calls take longer than the sums
 
 
 @in_float32
@@ -68,15 +69,14 @@ def _windows(a: Tensor, b: Tensor, mask: Tensor | None, window: int, floors: Seq
     # less than a voxel in sight: as if the rest were of mean intensity
     share = _window_sizes(a, window) if mask is None else box_sum(mask, window).clamp_(min=1)
     share = share.reciprocal_()
-
-    def mean(x: Tensor) -> Tensor:
-        return box_sum(x if mask is None else mask * x, window).mul_(share)
-
-    mean_a, mean_b = mean(a), mean(b)
-    covariance = mean(a * b).sub_(mean_a * mean_b)
+    inside = (lambda x: x) if mask is None else (lambda x: mask * x)
+    products = (inside(x if y is None else x * y) for x, y in ((a, None), (b, None), (a, b), (a, a), (b, b)))
+    means = (summed.mul_(share) for summed in _box_sums(products, window, a))
+    mean_a, mean_b = next(means), next(means)
+    covariance = next(means).sub_(mean_a * mean_b)
     var_a, var_b = (
-        mean(x * x).sub_(middle * middle).clamp_(min=0).add_(_each_pair(floor, x))
-        for x, middle, floor in ((a, mean_a, floors[0]), (b, mean_b, floors[1]))
+        square.sub_(middle * middle).clamp_(min=0).add_(_each_pair(floor, a))
+        for square, middle, floor in zip(means, (mean_a, mean_b), floors, strict=True)
     )
     return _Windows(share, mean_a, mean_b, covariance, var_a, var_b)
 
@@ -114,15 +114,12 @@ class _LocalCorrelation(torch.autograd.Function):
         if any(wanted):
             weights = share.mul_(_weights(a, mask))
             r, pull = r.mul_(weights), pull.mul_(weights).mul_(-2)
-            both = box_sum(pull, window)
-            found = [
-                inside(_gradient(*sides, r / var, pull, both, window)) if want else None
-                for want, sides, var in (
-                    (wanted[0], (a, b, mean_a, mean_b), var_a),
-                    (wanted[1], (b, a, mean_b, mean_a), var_b),
-                )
-            ]
-            ctx.save_for_backward(*found)
+            sides = ((a, b, mean_a, mean_b, var_a), (b, a, mean_b, mean_a, var_b))
+            asked = [side for side, want in zip(sides, wanted, strict=True) if want]
+            sums = _box_sums(_summed(pull, r, asked), window, a)
+            both = next(sums)
+            found = iter([inside(_gradient(x, other, both, next(sums), next(sums))) for x, other, *_ in asked])
+            ctx.save_for_backward(*(next(found) if want else None for want in wanted))
         return value
 
     @staticmethod
@@ -132,12 +129,18 @@ class _LocalCorrelation(torch.autograd.Function):
         return (*(None if x is None else scale * x for x in ctx.saved_tensors), None, None, None, None)
 
 
-def _gradient(
-    x: Tensor, other: Tensor, mean: Tensor, other_mean: Tensor, h: Tensor, g: Tensor, both: Tensor, window: int
-) -> Tensor:
-    """See ``_LocalCorrelation``: of ``x``; ``both`` is S(g)."""
-    middle = box_sum(torch.addcmul(g * other_mean, h, mean, value=2), window)
-    return torch.addcmul(other * both, x, box_sum(h, window), value=2).sub_(middle)
+def _summed(g: Tensor, r: Tensor, sides: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
+    """What ``_LocalCorrelation``'s gradient sums over windows: g, and of each side h and g B + 2 h A."""
+    yield g
+    for _, _, mean, other_mean, var in sides:
+        h = r / var
+        yield h
+        yield torch.addcmul(g * other_mean, h, mean, value=2)
+
+
+def _gradient(x: Tensor, other: Tensor, both: Tensor, h: Tensor, middle: Tensor) -> Tensor:
+    """See ``_LocalCorrelation``: of ``x``, by the sums of ``_summed``."""
+    return torch.addcmul(other * both, x, h, value=2).sub_(middle)
 
 
 def _weights(like: Tensor, mask: Tensor | None) -> Tensor:
@@ -167,6 +170,13 @@ def box_sum(x: Tensor, window: int) -> Tensor:
     for axis in range(2, x.ndim):
         x = _slide(x, axis, window)
     return x
+
+
+def _box_sums(images: Iterable[Tensor], window: int, like: Tensor) -> Iterator[Tensor]:
+    """``box_sum`` of each, of the shape of ``like``: small ones all at once, the same numbers; large ones by and by."""
+    if like.numel() > SMALL or torch.is_grad_enabled():
+        return (box_sum(x, window) for x in images)
+    return iter(box_sum(torch.cat([*images], 1), window).split(like.shape[1], 1))
 
 
 def _slide(x: Tensor, axis: int, window: int) -> Tensor:

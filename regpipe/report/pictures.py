@@ -283,5 +283,5 @@ def _captioned(picture: Picture, title: str, height: int) -> Image.Image:
 def save_png(path: str | Path, picture: Picture) -> str:
     """Write (H, W, 3) or (H, W) uint8 as PNG; folders are made. Returns its SHA-256."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=4)  # by default 8 % smaller, in twice the time
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=3)  # by default 9 % smaller, in twice the time
     return replace_hashed(path, buffer.getvalue())

@@ -295,5 +295,5 @@ def _png(levels: np.ndarray, colours: list[tuple[int, ...]]) -> bytes:
     picture, data = Picture.fromarray(levels, mode="P"), io.BytesIO()
     picture.putpalette([c for rgba in colours for c in rgba[:3]])
     bits = next(n for n in (1, 2, 4, 8) if len(colours) <= 1 << n)
-    picture.save(data, format="PNG", bits=bits, compress_level=4, transparency=bytes(rgba[3] for rgba in colours))
+    picture.save(data, format="PNG", bits=bits, compress_level=3, transparency=bytes(rgba[3] for rgba in colours))
     return data.getvalue()
