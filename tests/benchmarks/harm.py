@@ -154,7 +154,8 @@ def _from_zero(similarity: str, fixed: Tensor, moving: Tensor, seen: Tensor) -> 
 
 
 def _of_peer(method: str, fixed: Tensor, moving: Tensor, seen: Tensor) -> Tensor:
-    everywhere = bool(seen.all()) or method == "convexadam"  # whose masks end in an IndexError on odd sizes
+    # ConvexAdam's masks end in an IndexError on odd sizes, elastix's in an error on volumes
+    everywhere = bool(seen.all()) or method == "convexadam" or (method == "elastix" and fixed.ndim == 5)
     masks = (None, None) if everywhere else (np.ones(seen.shape[2:], np.float32), seen[0, 0].numpy())
     pair = peers.Pair(fixed[0, 0].numpy(), moving[0, 0].numpy(), (1.0,) * (fixed.ndim - 2), *masks)
     return torch.from_numpy(peers.run(method, pair, peers.Place())[0].displacement)
