@@ -26,6 +26,11 @@ def keys(case: Mapping[str, Any], side: str) -> list[str]:
     return sorted(key for key in case if KEY.fullmatch(key) and key.startswith(f"{side}_"))
 
 
+def images(case: Mapping[str, str], side: str) -> list[str]:
+    """All images of a side, the first one first."""
+    return [case[key] for key in (f"{side}_image", *keys(case, side))]
+
+
 def flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A case with a key of its own for each image of a list.
 
