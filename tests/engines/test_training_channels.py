@@ -18,6 +18,7 @@ from helpers.training import refusal, train, workflow
 from regpipe.bundle.write import write_bundle
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs
+from regpipe.engines.channels import of_all
 from regpipe.engines.inferers import RegistrationInferer, midway_images, prepare_batch, trained_grid
 from regpipe.inference import memory
 from regpipe.inference.by_bundle import load_network
@@ -183,3 +184,9 @@ def test_the_memory_of_training_counts_all_channels() -> None:
         for many in (1, 2)
     )
     assert two - one >= 4 * 256 * 256 * 4  # an image more of each side, and all of them joined
+
+
+def test_the_memory_of_training_counts_channels_that_the_loss_alone_sees() -> None:
+    loss, shape, inferer = RegistrationLoss({"lncc": 1.0, "diffusion": 0.7}), (128, 128), RegistrationInferer()
+    one, two = (memory.training(inferer, SymmetricNet(2, "pooled"), of_all(loss, many), shape) for many in (1, 2))
+    assert two - one >= 3 * 128 * 128 * 4  # an image more of each side, and one of them warped
