@@ -165,6 +165,19 @@ def test_pairs_of_unlike_channels_are_not_one_training(pairs: Path, bundle: Path
     assert "case_00.nii.gz#0: 1 channels" in said and "a network takes as many of each pair" in said
 
 
+def test_all_channels_of_a_list_of_images_are_that_list_and_some_are_asked_for_otherwise(
+    pairs: Path, tmp_path: Path
+) -> None:
+    files = {f"{side}_image": str(pairs / f"{side}_images" / "case_00.nii.gz") for side in ("fixed", "moving")}
+    two = {key: [f"{file}#1", f"{file}#0"] for key, file in files.items()}
+    (tmp_path / "list.json").write_text(json.dumps([{"case": "listed", **two}, {"case": "whole", **files}]))
+    listed, whole = list_pairs(tmp_path / "list.json", channels="all")  # what a model of --channels all is evaluated on
+    assert listed["moving_image_2"] == whole["moving_image"] == f"{files['moving_image']}#0"
+    assert whole["moving_image_2"].endswith("#1")
+    with pytest.raises(InputError, match="is one of several channels already; give --channels all"):
+        list_pairs(tmp_path / "list.json", channels="0,1")
+
+
 def test_each_cascade_sees_all_channels_halfway() -> None:
     torch.manual_seed(0)
     net = SymmetricNet(2, "plain", image_channels=2).eval()
