@@ -146,7 +146,7 @@ def test_channels_and_how_each_compares_are_recorded(pairs: Path, tmp_path: Path
     ("given", "message"),
     [
         ({"channels": "red"}, "--channels red: give all, or which"),
-        ({"channels": "all", "similarity": ["lncc"]}, "--similarity: 1 of them, the images have 2 channels"),
+        ({"channels": "all", "similarity": "lncc,mi,ncc"}, "--similarity: 3 of them, the images have 2 channels"),
         ({"channels": "all", "similarity": "lncc,looks"}, "--similarity looks: choose among"),
         ({"channels": "all", "channel_weights": 1}, "--channel-weights 1: give a number for each"),
         ({"channels": "1", "channel_weights": [1, 2]}, "--channel-weights: 2 of them, the images have 1 channels"),
@@ -203,3 +203,27 @@ def test_the_memory_of_training_counts_channels_that_the_loss_alone_sees() -> No
     loss, shape, inferer = RegistrationLoss({"lncc": 1.0, "diffusion": 0.7}), (128, 128), RegistrationInferer()
     one, two = (memory.training(inferer, SymmetricNet(2, "pooled"), of_all(loss, many), shape) for many in (1, 2))
     assert two - one >= 3 * 128 * 128 * 4  # an image more of each side, and one of them warped
+
+
+def of_two(terms: dict[str, float], **asked: Any) -> list[dict[str, float]]:
+    loss = of_all(RegistrationLoss(terms), 2, **asked)
+    assert isinstance(loss, RegistrationLoss)
+    return [one.weights for one in (loss, *loss.channels)]
+
+
+def test_one_similarity_may_be_that_of_all_channels() -> None:
+    weights = {"lncc": 1.0, "diffusion": 0.7}
+    first, second = of_two(weights, similarity="ncc")
+    assert first == {"ncc": 0.5, "diffusion": 0.7} and second == {"ncc": 0.5}
+    assert of_two(weights, similarity="ncc,ncc") == [first, second]
+
+
+def test_a_loss_without_similarity_sees_no_channel_unless_one_is_asked_for() -> None:
+    weights = {"dice": 1.0, "diffusion": 0.7}
+    assert of_two(weights) == [weights]
+    assert of_two(weights, similarity="ncc", weights=[3, 1]) == [{"ncc": 0.75, **weights}, {"ncc": 0.25}]
+
+
+def test_features_that_nothing_gives_are_refused_with_what_to_do() -> None:
+    with pytest.raises(InputError, match="give features a weight in loss_weights"):
+        of_two({"lncc": 1.0}, similarity="lncc,features")
