@@ -99,6 +99,24 @@ def of_all(
     return compared.loss(loss, many)
 
 
+def options_of(loss: nn.Module) -> dict[str, Any]:
+    """What a training is told to have such a loss of ``of_all``: ``loss_weights``, and where channels are not alike."""
+    weights = dict(getattr(loss, "weights", {}))
+    if not isinstance(loss, RegistrationLoss) or not loss.channels:
+        return {"loss_weights": weights}
+    terms = loss.terms
+    each = [{n: w for n, w in one.weights.items() if terms[n].kind == "similarity"} for one in (loss, *loss.channels)]
+    units = [sum(weight / (terms[name].weight or 1.0) for name, weight in alike.items()) for alike in each]
+    shares = [round(unit / sum(units), 6) for unit in units]
+    weights |= {name: round(weight * sum(units) / units[0], 9) for name, weight in each[0].items()}
+    told: dict[str, Any] = {"loss_weights": weights}
+    if len(set(shares)) > 1:
+        told["channel_weights"] = shares
+    if len(set(map(frozenset, each))) > 1:
+        told["similarity"] = [name for alike in each for name in alike]
+    return told
+
+
 def weight_of(similarity: str) -> float:
     """Of a similarity in refinement, of like effect. Raises ``InputError``: it is not offered."""
     offered = {name: term.weight for name, term in TERMS.items() if term.weight is not None}

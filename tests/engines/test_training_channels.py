@@ -18,7 +18,7 @@ from helpers.training import refusal, train, workflow
 from regpipe.bundle.write import write_bundle
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs
-from regpipe.engines.channels import of_all
+from regpipe.engines.channels import of_all, options_of
 from regpipe.engines.inferers import RegistrationInferer, midway_images, prepare_batch, trained_grid
 from regpipe.inference import memory
 from regpipe.inference.by_bundle import load_network
@@ -131,6 +131,8 @@ def test_channels_and_how_each_compares_are_recorded(pairs: Path, tmp_path: Path
     told, record = of("described").recipe, json.loads((bundle / "models" / "training.json").read_text())
     assert (told["channels"], told["image_channels"]) == (record["channels"], record["image_channels"]) == ("1,0", 2)
     assert (told["loss"], told["loss_2"]) == ("lncc=0.75 diffusion=0.2", "mse=2.5")  # a quarter of mse's 10
+    assert told["loss_weights"] == TOLD["loss_weights"] and told["similarity"] == ["lncc", "mse"]
+    assert told["channel_weights"] == [0.75, 0.25]
     seen = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]
     assert seen["num_channels"] == 4 and seen["channel_def"]["2"] == "moving, channel 1"
     batch = next(iter(of("train#dataloader")))
@@ -222,6 +224,27 @@ def test_a_loss_without_similarity_sees_no_channel_unless_one_is_asked_for() -> 
     weights = {"dice": 1.0, "diffusion": 0.7}
     assert of_two(weights) == [weights]
     assert of_two(weights, similarity="ncc", weights=[3, 1]) == [{"ncc": 0.75, **weights}, {"ncc": 0.25}]
+
+
+@pytest.mark.parametrize(
+    ("many", "asked", "told"),
+    [
+        (1, {}, {}),
+        (3, {}, {}),
+        (2, {"weights": [3, 1]}, {"channel_weights": [0.75, 0.25]}),
+        (2, {"similarity": "lncc,mse"}, {"similarity": ["lncc", "mse"]}),
+        (2, {"similarity": "ncc"}, {"loss_weights": {"ncc": 1.0, "diffusion": 0.7}}),
+    ],
+)
+def test_a_loss_of_several_channels_tells_the_options_that_make_it(many: int, asked: Any, told: Any) -> None:
+    given = {"lncc": 1.0, "diffusion": 0.7}
+    loss = of_all(RegistrationLoss(given), many, **asked)
+    found = options_of(loss)
+    assert found == {"loss_weights": given, **told}
+    again = {{"channel_weights": "weights"}.get(name, name): x for name, x in found.items() if name != "loss_weights"}
+    same = of_all(RegistrationLoss(found["loss_weights"]), many, **again)
+    for one, other in zip((loss, *loss.channels), (same, *same.channels), strict=True):
+        assert one.weights == pytest.approx(other.weights)
 
 
 def test_features_that_nothing_gives_are_refused_with_what_to_do() -> None:
