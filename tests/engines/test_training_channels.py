@@ -207,23 +207,23 @@ def test_the_memory_of_training_counts_channels_that_the_loss_alone_sees() -> No
     assert two - one >= 3 * 128 * 128 * 4  # an image more of each side, and one of them warped
 
 
-def of_two(terms: dict[str, float], **asked: Any) -> list[dict[str, float]]:
-    loss = of_all(RegistrationLoss(terms), 2, **asked)
+def weights_of(terms: dict[str, float], *, many: int = 2, **asked: Any) -> list[dict[str, float]]:
+    loss = of_all(RegistrationLoss(terms), many, **asked)
     assert isinstance(loss, RegistrationLoss)
     return [one.weights for one in (loss, *loss.channels)]
 
 
 def test_one_similarity_may_be_that_of_all_channels() -> None:
     weights = {"lncc": 1.0, "diffusion": 0.7}
-    first, second = of_two(weights, similarity="ncc")
+    first, second = weights_of(weights, similarity="ncc")
     assert first == {"ncc": 0.5, "diffusion": 0.7} and second == {"ncc": 0.5}
-    assert of_two(weights, similarity="ncc,ncc") == [first, second]
+    assert weights_of(weights, similarity="ncc,ncc") == [first, second]
 
 
 def test_a_loss_without_similarity_sees_no_channel_unless_one_is_asked_for() -> None:
     weights = {"dice": 1.0, "diffusion": 0.7}
-    assert of_two(weights) == [weights]
-    assert of_two(weights, similarity="ncc", weights=[3, 1]) == [{"ncc": 0.75, **weights}, {"ncc": 0.25}]
+    assert weights_of(weights) == [weights]
+    assert weights_of(weights, similarity="ncc", weights=[3, 1]) == [{"ncc": 0.75, **weights}, {"ncc": 0.25}]
 
 
 @pytest.mark.parametrize(
@@ -238,15 +238,14 @@ def test_a_loss_without_similarity_sees_no_channel_unless_one_is_asked_for() -> 
 )
 def test_a_loss_of_several_channels_tells_the_options_that_make_it(many: int, asked: Any, told: Any) -> None:
     given = {"lncc": 1.0, "diffusion": 0.7}
-    loss = of_all(RegistrationLoss(given), many, **asked)
-    found = options_of(loss)
+    found = options_of(of_all(RegistrationLoss(given), many, **asked))
     assert found == {"loss_weights": given, **told}
     again = {{"channel_weights": "weights"}.get(name, name): x for name, x in found.items() if name != "loss_weights"}
-    same = of_all(RegistrationLoss(found["loss_weights"]), many, **again)
-    for one, other in zip((loss, *loss.channels), (same, *same.channels), strict=True):
-        assert one.weights == pytest.approx(other.weights)
+    same, loss = weights_of(found["loss_weights"], many=many, **again), weights_of(given, many=many, **asked)
+    for one, other in zip(same, loss, strict=True):
+        assert one == pytest.approx(other)
 
 
 def test_features_that_nothing_gives_are_refused_with_what_to_do() -> None:
     with pytest.raises(InputError, match="give features a weight in loss_weights"):
-        of_two({"lncc": 1.0}, similarity="lncc,features")
+        weights_of({"lncc": 1.0}, similarity="lncc,features")
