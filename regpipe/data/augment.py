@@ -71,14 +71,15 @@ class RandomAffine:
 class MonaiTransforms:
     """Loads a case and gives it to dictionary transforms of MONAI's, after which affines and landmarks are right.
 
-    Images, labels and masks go in as ``MetaTensor`` with their affine, working voxel -> RAS mm. What this says when
-    they come out is their new frame, and landmarks are moved into it. They leave as plain tensors, on whatever grid
-    the transforms made, the same for both images; a true displacement is left out where they moved. MONAI's
-    transforms have random states of their own, which a resumed run begins anew.
+    Images, further channels, labels and masks go in as ``MetaTensor`` with their affine, working voxel -> RAS mm. What
+    this says when they come out is their new frame, and landmarks are moved into it. They leave as plain tensors, on
+    whatever grid the transforms made, the same for both images; a true displacement is left out where they moved.
+    MONAI's transforms have random states of their own, which a resumed run begins anew.
 
     Args:
         load: case -> item, ``regpipe.LoadPair``.
-        transforms: of ``monai.transforms``; what moves an image is given its label and mask in ``keys``, too.
+        transforms: of ``monai.transforms``; what moves an image is given its channels (``fixed_channels``), label and
+            mask in ``keys``, too.
 
     Raises:
         InputError: a transform of which no affine tells what it moved; later, where the parts of a pair were not moved

@@ -26,6 +26,11 @@ def keys(case: Mapping[str, Any], side: str) -> list[str]:
     return sorted(key for key in case if KEY.fullmatch(key) and key.startswith(f"{side}_"))
 
 
+def images(case: Mapping[str, str], side: str) -> list[str]:
+    """All images of a side, the first one first."""
+    return [case[key] for key in (f"{side}_image", *keys(case, side))]
+
+
 def flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A case with a key of its own for each image of a list.
 
@@ -66,7 +71,7 @@ def spread(
     """Cases whose files hold several values at each place, as ones of so many channels.
 
     Args:
-        which: ``all``, or some, counted from 0: ``0,2``.
+        which: ``all``, or some, counted from 0: ``0,2``. A datalist's own list of images is all of them already.
         problems: see ``data.pairs.list_pairs``.
 
     Raises:
@@ -83,8 +88,12 @@ def spread(
 
 def _spread(case: Mapping[str, str], wanted: list[int], count_in: Callable[[str], int]) -> dict[str, str]:
     told: dict[str, Any] = dict(case)
+    if keys(case, "fixed"):
+        if wanted:
+            raise InputError(f"{case['fixed_image']}: is one of several channels already; give --channels all")
+        return told
     for key in ("fixed_image", "moving_image"):
-        if locate(case[key])[1] is not None or keys(case, "fixed"):
+        if locate(case[key])[1] is not None:
             raise InputError(f"{case[key]}: is one of several channels already; leave out --channels")
         many = count_in(case[key])
         if many == 1:

@@ -22,7 +22,7 @@ from regpipe.utils.settings import RefinementOptions
 class Channels(NamedTuple):
     """How the images of a side compare."""
 
-    similarity: tuple[str, ...] = ()  # one for each channel, the first one's too; none: that of the loss for all
+    similarity: tuple[str, ...] = ()  # one for each channel, the first one's too, or for all; none: those of the loss
     weights: tuple[float, ...] = ()  # their shares, of whatever sum; none: alike
 
     @classmethod
@@ -40,25 +40,32 @@ class Channels(NamedTuple):
 
     def loss(self, first: RegistrationLoss, many: int) -> RegistrationLoss:
         """The loss of so many channels: ``first`` with its similarity shared out among them, so that its regularity
-        weighs as of one.
+        weighs as of one. ``first`` itself if it has none, and none was asked for: no channel beside it is seen.
 
         Raises:
-            InputError: not as many similarities or weights as channels; a weight that is not above 0.
+            InputError: not as many similarities or weights as channels; a weight that is not above 0; ``features``
+                that ``first`` knows no network for.
         """
-        for option, told in (("--similarity", self.similarity), ("--channel-weights", self.weights)):
+        similarity = self.similarity * many if len(self.similarity) == 1 else self.similarity
+        for option, told in (("--similarity", similarity), ("--channel-weights", self.weights)):
             if len(told) not in (0, many):
                 raise InputError(f"{option}: {len(told)} of them, the images have {many} channels; give one for each")
         weights = self.weights or (1.0,) * many
         if not all(0 < weight < math.inf for weight in weights):
             raise InputError(f"--channel-weights {','.join(f'{w:g}' for w in weights)}: give numbers above 0")
         alike = {name: weight for name, weight in first.weights.items() if first.terms[name].kind == "similarity"}
-        unit = sum(weight / (first.terms[name].weight or 1.0) for name, weight in alike.items())
+        if not (alike or similarity):
+            return first
+        unit = sum(weight / (first.terms[name].weight or 1.0) for name, weight in alike.items()) if alike else 1.0
         losses = []
         for i, weight in enumerate(weights):
-            names = self.similarity[i : i + 1]
+            names = similarity[i : i + 1]
             of_this = {name: unit * weight_of(name) for name in names} or alike
             if "features" in of_this and first.encoder is None:
-                raise InputError("--similarity: features of a further channel goes with features of the first")
+                raise InputError(
+                    "--similarity features: of what network is not told; in training give features a weight in "
+                    "loss_weights, in refinement name it for the first channel"
+                )
             one = copy.copy(first)
             one.weights = {name: value * weight / sum(weights) for name, value in of_this.items()}
             losses.append(one)
@@ -79,7 +86,7 @@ def of_all(
     Args:
         loss: of the first one.
         many: 1 and nothing beside it: ``loss`` itself, as is any that has no terms.
-        similarity, weights: one for each, as in ``RefinementOptions``; no ``similarity``: those of ``loss`` for all.
+        similarity, weights: as in ``RefinementOptions``; no ``similarity``: those of ``loss`` for all.
 
     Raises:
         InputError: as ``Channels.loss``.
@@ -90,6 +97,24 @@ def of_all(
     if not isinstance(loss, RegistrationLoss) or (many == 1 and compared == ALIKE):
         return loss
     return compared.loss(loss, many)
+
+
+def options_of(loss: nn.Module) -> dict[str, Any]:
+    """What a training is told to have such a loss of ``of_all``: ``loss_weights``, and where channels are not alike."""
+    weights = dict(getattr(loss, "weights", {}))
+    if not isinstance(loss, RegistrationLoss) or not loss.channels:
+        return {"loss_weights": weights}
+    terms = loss.terms
+    each = [{n: w for n, w in one.weights.items() if terms[n].kind == "similarity"} for one in (loss, *loss.channels)]
+    units = [sum(weight / (terms[name].weight or 1.0) for name, weight in alike.items()) for alike in each]
+    shares = [round(unit / sum(units), 6) for unit in units]
+    weights |= {name: round(weight * sum(units) / units[0], 9) for name, weight in each[0].items()}
+    told: dict[str, Any] = {"loss_weights": weights}
+    if len(set(shares)) > 1:
+        told["channel_weights"] = shares
+    if len(set(map(frozenset, each))) > 1:
+        told["similarity"] = [name for alike in each for name in alike]
+    return told
 
 
 def weight_of(similarity: str) -> float:

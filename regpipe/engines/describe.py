@@ -12,6 +12,7 @@ from regpipe.data.augment import MonaiTransforms, RandomAffine
 from regpipe.data.load import LoadPair
 from regpipe.data.pairs import Case, Split
 from regpipe.data.placement import common_space
+from regpipe.engines.channels import options_of
 from regpipe.engines.record import digest, named
 from regpipe.engines.refine import Refinement
 from regpipe.fields.algebra import LAYERS, Layers
@@ -162,7 +163,7 @@ class Training:
             **self.settings,
             **self.schedule,
             "network": type(self.network).__name__,
-            "loss_weights": dict(getattr(self.loss, "weights", {})),
+            **options_of(self.loss),
             "label_ids": list(getattr(self.loss, "label_ids", ())),
             "mirror": self.augmentation.mirror if self.augmentation else [],
             "grid_shape": list(self.load.grid.shape) if self.load.grid else None,

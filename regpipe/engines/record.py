@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from regpipe.bundle import zoo
-from regpipe.data import manifest
-from regpipe.data.pairs import Case
+from regpipe.data import channels, manifest
+from regpipe.data.pairs import SIDES, Case
 from regpipe.io import images
+from regpipe.io.formats import locate
 from regpipe.networks.symmetric import SymmetricNet
 from regpipe.utils import distributed
 from regpipe.utils.errors import InputError
@@ -51,7 +53,8 @@ def write(ckpt_dir: str, cases: Sequence[Case], data: dict[str, Any]) -> None:
     """Keep the choices ``Data`` and the images of the training pairs beside the model."""
     root, known = absolute(data["dataset_dir"]), {**Data._field_defaults, **data}
     about = {**{key: known[key] for key in Data._fields}, "dataset_dir": _way(root, absolute(ckpt_dir))}
-    about |= {"dataset": fingerprint(root), "training_images": [fingerprint(path) for path in _images(cases)]}
+    trained = {path for case in cases for side in SIDES for path in _known(case, side, known["channels"])}
+    about |= {"dataset": fingerprint(root), "training_images": [fingerprint(path) for path in sorted(trained)]}
     text = json.dumps(about, indent=1)
     manifest.forget(Path(ckpt_dir))  # of what was there before this training
     replace_file(Path(ckpt_dir) / NAME, text.encode())
@@ -204,11 +207,15 @@ def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> Non
     A sequence's fixed image is in every pair of it, and is no leak while the moving ones are held out.
 
     Raises:
-        InputError: a case's moving image was trained on.
+        InputError: a case's moving image was trained on, or another channel of its file.
     """
     seen = set(record["training_images"])
-    # records of earlier versions hold the paths
-    leaks = [c["case"] for c in cases if seen & {c["moving_image"], fingerprint(c["moving_image"])}]
+    leaks = []
+    for case in cases:
+        moving = channels.images(case, "moving")
+        paths = {*moving, *(str(locate(path)[0]) for path in moving)}
+        if seen & {*paths, *map(fingerprint, paths)}:  # records of earlier versions hold the paths
+            leaks.append(case["case"])
     if leaks:
         raise InputError(
             f"{len(leaks)} of {len(cases)} pairs hold images that the model was trained on, e.g. {leaks[0]}: "
@@ -218,10 +225,22 @@ def refuse_training_images(cases: Sequence[Case], record: dict[str, Any]) -> Non
 
 def digest(cases: Sequence[Case]) -> str:
     """A short hash of the pairs' names and of their images' sizes: other data, another digest."""
-    sizes = {path: sum(file.stat().st_size for file in images.files(path)) for path in _images(cases)}
-    known = [(c["case"], sizes[c["fixed_image"]], sizes[c["moving_image"]]) for c in cases]
+    paths = [[path for side in SIDES for path in channels.images(case, side)] for case in cases]
+    sizes = {path: sum(file.stat().st_size for file in images.files(path)) for path in {*chain(*paths)}}
+    known = [(case["case"], *map(sizes.__getitem__, theirs)) for case, theirs in zip(cases, paths, strict=True)]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
-def _images(cases: Sequence[Case]) -> list[str]:
-    return sorted({case[f"{side}_image"] for case in cases for side in ("fixed", "moving")})
+def _known(case: Case, side: str, chosen: str | None) -> set[str]:
+    """What of a side counts as trained on: of channels their whole file, of a film its frame: others may be held out.
+
+    ``chosen``: of ``data.channels.spread``, or None.
+    """
+    paths = channels.images(case, side)
+    places = [locate(path) for path in paths]
+    files = [file for file, _ in places]
+    spread = chosen is not None and len(paths) == 1
+    return {
+        path if frame is not None and files.count(file) == 1 and not spread else str(file)
+        for path, (file, frame) in zip(paths, places, strict=True)
+    }

@@ -206,7 +206,7 @@ def _cache_bytes(load: LoadPair | None, cases: Sequence[Case], shape: Sequence[i
     """Bytes that keeping every image of these pairs in memory takes at most; a cache on disk takes none."""
     if load is None or load.cache is None or load.store is not None:
         return 0
-    images = {case[key] for case in cases for side in SIDES for key in (f"{side}_image", *channels.keys(case, side))}
+    images = {path for case in cases for side in SIDES for path in channels.images(case, side)}
     return memory.CACHED * math.prod(shape) * len(images)
 
 

@@ -208,7 +208,8 @@ def training(
             if needing(getattr(criterion, "weights", {}), "clean"):
                 batch |= {f"{side}_clean": torch.empty_like(batch[f"{side}_image"]) for side in SIDES}
             pair = torch.cat([batch["fixed_image"], batch["moving_image"]], 1)
-            more = channels_of(fake) - 1
+            # a network of one channel, too, may be taught by a loss of several
+            more = max(channels_of(fake) - 1, len(getattr(criterion, "channels", ())))
             beside = {f"{side}_channels": torch.empty(batch_size, more, *shape) for side in SIDES if more}
             batch |= beside
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ class _Torch(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        _leave(self)
         return getattr(importlib.import_module("torch"), name)
 
 
@@ -53,10 +55,18 @@ def _torch_later() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
-    sys.modules["torch"] = _Torch("torch")
+    stand_in = _Torch("torch")
+    stand_in.__spec__ = importlib.util.find_spec("torch")  # for those who only ask whether it is there
+    sys.modules["torch"] = stand_in
     try:
         yield
     finally:
+        _leave(stand_in)
+
+
+def _leave(stand_in: _Torch) -> None:
+    """Make room for torch itself, unless it is there already."""
+    if sys.modules.get("torch") is stand_in:
         del sys.modules["torch"]
 
 

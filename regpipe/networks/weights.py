@@ -33,6 +33,7 @@ SHIPPED = (_HERE / "shipped", _HERE.parent / "bundles")  # where an installed pa
 BEST = {2: "resnet18", 3: "none"}  # where nothing is said: from zero is better than the 3D one is yet (docs/results)
 PUBLISHED = ("none", "imagenet", "medicalnet")  # sources of encoders alone
 DETAIL = "detail.texture.0.weight"  # of a network trained here: what looks at the images beside its encoder
+ANATOMY = ("anatomy.net.model.0.conv.unit0.conv.weight", "anatomy.net.model.0.residual.weight")  # and what else does
 MEDICALNET = ("TencentMedicalNet/MedicalNet-Resnet18", "resnet_18_23dataset.pth")
 
 
@@ -256,8 +257,8 @@ def lay_in_decoder(network: nn.Module, source: str, backbone: str) -> list[str]:
         raise InputError(
             f"{source}: its decoder is not {dim}D as these data are; give --transfer encoder, which inflates"
         )
-    if DETAIL in known:
-        state = {**state, DETAIL: _shared_out(state[DETAIL], own[DETAIL], dim)}
+    inputs = {DETAIL: 2**dim, **dict.fromkeys(ANATOMY, 1)}  # of each channel
+    state |= {name: _shared_out(state[name], own[name], each) for name, each in inputs.items() if name in known}
     fitting = [name for name in known if state[name].shape == own[name].shape]
     for name in fitting:
         own[name].copy_(state[name])
@@ -290,10 +291,10 @@ def fit(source: Tensor, target: Tensor, *, name: str) -> Tensor:
     return source
 
 
-def _shared_out(source: Tensor, target: Tensor, dim: int) -> Tensor:
-    """``DETAIL`` of some channels, 2^D of its inputs each, for as many as ``target`` has: as ``fit``."""
-    cells = source.unflatten(1, (-1, 2**dim))
-    many = target.shape[1] // 2**dim
+def _shared_out(source: Tensor, target: Tensor, each: int) -> Tensor:
+    """Weights of some channels, ``each`` of the inputs for one, for as many channels as ``target`` has: as ``fit``."""
+    cells = source.unflatten(1, (-1, each))
+    many = target.shape[1] // each
     if many == cells.shape[1]:
         return source
     return (cells.sum(1, keepdim=True).repeat_interleave(many, 1) / many).flatten(1, 2)

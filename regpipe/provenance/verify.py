@@ -70,8 +70,11 @@ def verify(folder: Path, *, data: Path | None = None, bundle: Path | None = None
         InputError: no such folder, or no result in it.
     """
     found, problems = manifests(folder)
-    for inner in sorted((folder / manifest.WITHIN).glob("*/")):
-        more, theirs = manifests(inner)
+    for inner in sorted(path for path in (folder / manifest.WITHIN).glob("*") if path.is_dir()):
+        try:
+            more, theirs = manifests(inner)
+        except InputError as problem:  # of an unfinished one: what is wrong with the others is wanted, too
+            more, theirs = [], {str(inner): str(problem)}
         found, problems = found + more, problems | theirs
     sources = None if data is None else Sources(data)
     files, named = 0, dict[str, Path]()

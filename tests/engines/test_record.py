@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,65 @@ def test_pairs_whose_moving_image_was_trained_on_are_refused(kept: Callable[[str
     with pytest.raises(InputError, match="1 of 2 .* a_to_c"):
         record.refuse_training_images([case("a", "c"), case("c", "d")], known)
     record.refuse_training_images([case("c", "a")], known)  # a sequence's first frame
+
+
+def channels(side: str, *paths: str) -> dict[str, str]:
+    return {f"{side}_image{'' if i == 1 else f'_{i}'}": path for i, path in enumerate(paths, start=1)}
+
+
+@pytest.mark.parametrize("chosen, trained", [("all", ["x.nii#0", "x.nii#1"]), ("1", ["x.nii#1"])])
+@pytest.mark.parametrize("evaluated", [["x.nii"], ["x.nii#0"], ["x.nii#3"], ["y.nii", "x.nii"]])
+def test_no_channel_of_a_file_that_was_trained_on_is_evaluated(
+    chosen: str, trained: list[str], evaluated: list[str], tmp_path: Path
+) -> None:
+    pairs = [{"case": "x", **channels("moving", *trained), **channels("fixed", *(["f.nii"] * len(trained)))}]
+    record.write(str(tmp_path), pairs, {**CHOICES, "channels": chosen})
+    later = [{"case": "later", **channels("moving", *evaluated), **channels("fixed", *(["f.nii"] * len(evaluated)))}]
+    with pytest.raises(InputError, match=r"1 of 1 .* later"):
+        record.refuse_training_images(later, record.read(str(tmp_path)))
+
+
+def test_the_second_images_of_a_datalist_were_trained_on(tmp_path: Path) -> None:
+    pairs = [{"case": "p", **channels("moving", "m_t1", "m_t2"), **channels("fixed", "f_t1", "f_t2")}]
+    record.write(str(tmp_path), pairs, {**CHOICES, "channels": None})
+    with pytest.raises(InputError, match="m_t2_to_other"):
+        record.refuse_training_images([case("m_t2", "other")], record.read(str(tmp_path)))
+
+
+@pytest.mark.parametrize("films", [["film.nii"], ["size.nii", "phase.nii"]])
+def test_later_frames_of_a_film_that_was_trained_on_are_evaluated(films: list[str], tmp_path: Path) -> None:
+    def onto_the_first(frame: int) -> dict[str, str]:
+        moving, fixed = ([f"{film}#{i}" for film in films] for i in (frame, 0))
+        return {"case": str(frame), **channels("moving", *moving), **channels("fixed", *fixed)}
+
+    record.write(str(tmp_path), [onto_the_first(i) for i in (1, 2)], {**CHOICES, "channels": None})
+    known = record.read(str(tmp_path))
+    record.refuse_training_images([onto_the_first(3)], known)
+    with pytest.raises(InputError, match="1 of 2 .* 2"):
+        record.refuse_training_images([onto_the_first(i) for i in (2, 3)], known)
+
+
+def test_a_picture_in_mm_is_the_same_picture(tmp_path: Path) -> None:
+    record.write(str(tmp_path), [case("a.png#mm", "b.png#mm")], CHOICES | {"channels": None})
+    with pytest.raises(InputError, match="trained on"):
+        record.refuse_training_images([case("a.png", "c.png")], record.read(str(tmp_path)))
+
+
+def test_the_digest_tells_other_second_images_apart(tmp_path: Path) -> None:
+    for name in ("f1", "f2", "m1", "m2"):
+        (tmp_path / name).write_bytes(b"x")
+    f1, f2, m1, m2 = (str(tmp_path / name) for name in ("f1", "f2", "m1", "m2"))
+    pairs = [{"case": "p", **channels("fixed", f1, f2), **channels("moving", m1, m2)}]
+    before = record.digest(pairs)
+    (tmp_path / "m2").write_bytes(b"xx")
+    assert record.digest(pairs) != before
+
+
+def test_the_digest_of_one_channel_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    (tmp_path / "m").write_bytes(b"xx")
+    pairs = [{"case": "p", "fixed_image": str(tmp_path / "f"), "moving_image": str(tmp_path / "m")}]
+    assert record.digest(pairs) == hashlib.sha256(b'[["p", 1, 2]]').hexdigest()[:12]
 
 
 def test_the_digest_tells_data_apart(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from helpers.training import refusal, train, workflow
 from regpipe.bundle.write import write_bundle
 from regpipe.data.load import LoadPair, collate_pairs
 from regpipe.data.pairs import list_pairs
+from regpipe.engines.channels import of_all, options_of
 from regpipe.engines.inferers import RegistrationInferer, midway_images, prepare_batch, trained_grid
 from regpipe.inference import memory
 from regpipe.inference.by_bundle import load_network
@@ -130,6 +131,8 @@ def test_channels_and_how_each_compares_are_recorded(pairs: Path, tmp_path: Path
     told, record = of("described").recipe, json.loads((bundle / "models" / "training.json").read_text())
     assert (told["channels"], told["image_channels"]) == (record["channels"], record["image_channels"]) == ("1,0", 2)
     assert (told["loss"], told["loss_2"]) == ("lncc=0.75 diffusion=0.2", "mse=2.5")  # a quarter of mse's 10
+    assert told["loss_weights"] == TOLD["loss_weights"] and told["similarity"] == ["lncc", "mse"]
+    assert told["channel_weights"] == [0.75, 0.25]
     seen = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]
     assert seen["num_channels"] == 4 and seen["channel_def"]["2"] == "moving, channel 1"
     batch = next(iter(of("train#dataloader")))
@@ -145,7 +148,7 @@ def test_channels_and_how_each_compares_are_recorded(pairs: Path, tmp_path: Path
     ("given", "message"),
     [
         ({"channels": "red"}, "--channels red: give all, or which"),
-        ({"channels": "all", "similarity": ["lncc"]}, "--similarity: 1 of them, the images have 2 channels"),
+        ({"channels": "all", "similarity": "lncc,mi,ncc"}, "--similarity: 3 of them, the images have 2 channels"),
         ({"channels": "all", "similarity": "lncc,looks"}, "--similarity looks: choose among"),
         ({"channels": "all", "channel_weights": 1}, "--channel-weights 1: give a number for each"),
         ({"channels": "1", "channel_weights": [1, 2]}, "--channel-weights: 2 of them, the images have 1 channels"),
@@ -162,6 +165,19 @@ def test_pairs_of_unlike_channels_are_not_one_training(pairs: Path, bundle: Path
     (tmp_path / "list.json").write_text(json.dumps([{"case": str(i), **(two if i else one)} for i in range(4)]))
     said = refusal(bundle, tmp_path / "list.json", 3, **TOLD | {"holdout": 1})
     assert "case_00.nii.gz#0: 1 channels" in said and "a network takes as many of each pair" in said
+
+
+def test_all_channels_of_a_list_of_images_are_that_list_and_some_are_asked_for_otherwise(
+    pairs: Path, tmp_path: Path
+) -> None:
+    files = {f"{side}_image": str(pairs / f"{side}_images" / "case_00.nii.gz") for side in ("fixed", "moving")}
+    two = {key: [f"{file}#1", f"{file}#0"] for key, file in files.items()}
+    (tmp_path / "list.json").write_text(json.dumps([{"case": "listed", **two}, {"case": "whole", **files}]))
+    listed, whole = list_pairs(tmp_path / "list.json", channels="all")  # what a model of --channels all is evaluated on
+    assert listed["moving_image_2"] == whole["moving_image"] == f"{files['moving_image']}#0"
+    assert whole["moving_image_2"].endswith("#1")
+    with pytest.raises(InputError, match="is one of several channels already; give --channels all"):
+        list_pairs(tmp_path / "list.json", channels="0,1")
 
 
 def test_each_cascade_sees_all_channels_halfway() -> None:
@@ -183,3 +199,53 @@ def test_the_memory_of_training_counts_all_channels() -> None:
         for many in (1, 2)
     )
     assert two - one >= 4 * 256 * 256 * 4  # an image more of each side, and all of them joined
+
+
+def test_the_memory_of_training_counts_channels_that_the_loss_alone_sees() -> None:
+    loss, shape, inferer = RegistrationLoss({"lncc": 1.0, "diffusion": 0.7}), (128, 128), RegistrationInferer()
+    one, two = (memory.training(inferer, SymmetricNet(2, "pooled"), of_all(loss, many), shape) for many in (1, 2))
+    assert two - one >= 3 * 128 * 128 * 4  # an image more of each side, and one of them warped
+
+
+def weights_of(terms: dict[str, float], *, many: int = 2, **asked: Any) -> list[dict[str, float]]:
+    loss = of_all(RegistrationLoss(terms), many, **asked)
+    assert isinstance(loss, RegistrationLoss)
+    return [one.weights for one in (loss, *loss.channels)]
+
+
+def test_one_similarity_may_be_that_of_all_channels() -> None:
+    weights = {"lncc": 1.0, "diffusion": 0.7}
+    first, second = weights_of(weights, similarity="ncc")
+    assert first == {"ncc": 0.5, "diffusion": 0.7} and second == {"ncc": 0.5}
+    assert weights_of(weights, similarity="ncc,ncc") == [first, second]
+
+
+def test_a_loss_without_similarity_sees_no_channel_unless_one_is_asked_for() -> None:
+    weights = {"dice": 1.0, "diffusion": 0.7}
+    assert weights_of(weights) == [weights]
+    assert weights_of(weights, similarity="ncc", weights=[3, 1]) == [{"ncc": 0.75, **weights}, {"ncc": 0.25}]
+
+
+@pytest.mark.parametrize(
+    ("many", "asked", "told"),
+    [
+        (1, {}, {}),
+        (3, {}, {}),
+        (2, {"weights": [3, 1]}, {"channel_weights": [0.75, 0.25]}),
+        (2, {"similarity": "lncc,mse"}, {"similarity": ["lncc", "mse"]}),
+        (2, {"similarity": "ncc"}, {"loss_weights": {"ncc": 1.0, "diffusion": 0.7}}),
+    ],
+)
+def test_a_loss_of_several_channels_tells_the_options_that_make_it(many: int, asked: Any, told: Any) -> None:
+    given = {"lncc": 1.0, "diffusion": 0.7}
+    found = options_of(of_all(RegistrationLoss(given), many, **asked))
+    assert found == {"loss_weights": given, **told}
+    again = {{"channel_weights": "weights"}.get(name, name): x for name, x in found.items() if name != "loss_weights"}
+    same, loss = weights_of(found["loss_weights"], many=many, **again), weights_of(given, many=many, **asked)
+    for one, other in zip(same, loss, strict=True):
+        assert one == pytest.approx(other)
+
+
+def test_features_that_nothing_gives_are_refused_with_what_to_do() -> None:
+    with pytest.raises(InputError, match="give features a weight in loss_weights"):
+        weights_of({"lncc": 1.0}, similarity="lncc,features")

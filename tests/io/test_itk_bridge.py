@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
 import h5py
 import itk
 import numpy as np
@@ -146,3 +151,29 @@ def test_itk_and_simpleitk_read_a_composite_file(dim, tmp_path):
     for read in (itk.transformread(str(path))[0], sitk.ReadTransform(str(path))):
         np.testing.assert_allclose(moved(read, points), expected, atol=1e-4)
     assert np.abs(expected - lps(apply_affine(matrix, lps(points)))).max() > 0.5  # the field counts
+
+
+@pytest.fixture
+def own_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that has not been loaded yet."""
+    (tmp_path / "torch.py").write_text("answer = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")
+
+
+@pytest.mark.usefixtures("own_torch")
+def test_torch_that_is_used_while_another_stands_in_for_it_is_loaded_and_stays() -> None:
+    with itk_bridge._torch_later():
+        stand_in = importlib.import_module("torch")
+        assert importlib.util.find_spec("torch") is not None
+        assert "answer" not in vars(sys.modules["torch"])
+        assert stand_in.answer == vars(sys.modules["torch"])["answer"] == 42
+    assert sys.modules["torch"].answer == stand_in.answer == 42
+
+
+@pytest.mark.usefixtures("own_torch")
+def test_what_stood_in_for_torch_is_gone_and_loads_it_later() -> None:
+    with itk_bridge._torch_later():
+        stand_in = importlib.import_module("torch")
+    assert "torch" not in sys.modules
+    assert stand_in.answer == 42 and "answer" in vars(sys.modules["torch"])

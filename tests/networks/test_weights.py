@@ -9,6 +9,7 @@ import types
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def test_a_grey_network_shared_out_among_channels_sees_alike_ones_as_it_saw_one(
             torch.testing.assert_close(net(pair.repeat_interleave(many, 1)), again(pair), rtol=0, atol=1e-5)
     torch.save(net.state_dict(), tmp_path / "three.pt")
     assert SymmetricNet(2, "resnet18", pretrained=str(tmp_path / "three.pt")).image_channels == 3
+
+
+def test_what_tells_structures_apart_is_shared_out_among_channels_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    grey = SymmetricNet(2, "resnet18", structures=2).eval()
+    torch.save(grey.state_dict(), tmp_path / "grey.pt")
+    told: dict[str, Any] = {"pretrained": str(tmp_path / "grey.pt"), "transfer": "network"}
+    net = SymmetricNet(2, "resnet18", structures=2, image_channels=2, **told).eval()
+    images = torch.rand(1, 1, 48, 32)
+    with torch.no_grad():
+        found, expected = (
+            one.get_submodule("anatomy")(images.repeat_interleave(many, 1)) for one, many in ((net, 2), (grey, 1))
+        )
+    assert expected.std() > 0
+    torch.testing.assert_close(found, expected)
 
 
 def test_three_channels_keep_the_weights_of_the_colours(resnet: State, tmp_path: Path) -> None:

@@ -282,6 +282,12 @@ def test_a_case_that_was_taken_away_or_copied_is_named(out: Path) -> None:
     assert problem.startswith(f"{out / 'case_001' / 'manifest.json'}: is of case_000, as {out / 'case_000'}")
 
 
+def test_an_unfinished_subject_of_a_template_is_named_and_a_file_beside_them_is_none(out: Path) -> None:
+    (out / "within" / "sub1").mkdir(parents=True)
+    (out / "within" / ".DS_Store").touch()
+    assert list(verify(out).problems) == [str(out / "within" / "sub1")]
+
+
 def test_settings_that_were_edited_are_named(out: Path) -> None:
     told = content(out / "case_001")
     told["settings"]["smoothness"] = 0.5
