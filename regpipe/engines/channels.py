@@ -53,10 +53,10 @@ class Channels(NamedTuple):
         weights = self.weights or (1.0,) * many
         if not all(0 < weight < math.inf for weight in weights):
             raise InputError(f"--channel-weights {','.join(f'{w:g}' for w in weights)}: give numbers above 0")
-        alike = {name: weight for name, weight in first.weights.items() if first.terms[name].kind == "similarity"}
+        alike = _similarities(first)
         if not (alike or similarity):
             return first
-        unit = sum(weight / (first.terms[name].weight or 1.0) for name, weight in alike.items()) if alike else 1.0
+        unit = _strength(first) if alike else 1.0
         losses = []
         for i, weight in enumerate(weights):
             names = similarity[i : i + 1]
@@ -104,9 +104,8 @@ def options_of(loss: nn.Module) -> dict[str, Any]:
     weights = dict(getattr(loss, "weights", {}))
     if not isinstance(loss, RegistrationLoss) or not loss.channels:
         return {"loss_weights": weights}
-    terms = loss.terms
-    each = [{n: w for n, w in one.weights.items() if terms[n].kind == "similarity"} for one in (loss, *loss.channels)]
-    units = [sum(weight / (terms[name].weight or 1.0) for name, weight in alike.items()) for alike in each]
+    channels = (loss, *loss.channels)
+    each, units = [*map(_similarities, channels)], [*map(_strength, channels)]
     shares = [round(unit / sum(units), 6) for unit in units]
     weights |= {name: round(weight * sum(units) / units[0], 9) for name, weight in each[0].items()}
     told: dict[str, Any] = {"loss_weights": weights}
@@ -115,6 +114,16 @@ def options_of(loss: nn.Module) -> dict[str, Any]:
     if len(set(map(frozenset, each))) > 1:
         told["similarity"] = [name for alike in each for name in alike]
     return told
+
+
+def _similarities(loss: RegistrationLoss) -> dict[str, float]:
+    """The weights of its similarities alone."""
+    return {name: weight for name, weight in loss.weights.items() if loss.terms[name].kind == "similarity"}
+
+
+def _strength(loss: RegistrationLoss) -> float:
+    """How strongly it compares: the sum of ``_similarities``, each over its weight of like effect."""
+    return sum(weight / (loss.terms[name].weight or 1.0) for name, weight in _similarities(loss).items())
 
 
 def weight_of(similarity: str) -> float:

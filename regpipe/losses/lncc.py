@@ -174,7 +174,7 @@ def box_sum(x: Tensor, window: int) -> Tensor:
 
 def _box_sums(images: Iterable[Tensor], window: int, like: Tensor) -> Iterator[Tensor]:
     """``box_sum`` of each, of the shape of ``like``: small ones all at once, the same numbers; large ones by and by."""
-    if like.numel() > SMALL or torch.is_grad_enabled():
+    if like.numel() > SMALL:
         return (box_sum(x, window) for x in images)
     return iter(box_sum(torch.cat([*images], 1), window).split(like.shape[1], 1))
 

@@ -32,7 +32,7 @@ SQUARES = 8  # of the checkerboard, along the shorter side
 LINES = 16  # of the grid, along the shorter side
 GAP = 4  # pixels between pictures
 FINER = 4  # lines are drawn so much larger, and are smooth when reduced
-FOLD, GOLD = (255, 0, 0), (255, 215, 0)
+FOLD = (255, 0, 0)
 FOREGROUND = 0.1  # of an image in [0, 1]
 
 
@@ -173,7 +173,7 @@ def _grid(view: Slice) -> Picture:
     for line in (*where[first::step], *where[:, first::step].swapaxes(0, 1)):
         pen.line(line.ravel().tolist(), fill=255, width=finer)
     dimmed = Image.fromarray(_grey(view.fixed) // 3 * 2)
-    dimmed.paste(GOLD, mask=lines.reduce(finer))
+    dimmed.paste(views.GRID_COLOUR, mask=lines.reduce(finer))
     return np.asarray(dimmed)
 
 
@@ -184,13 +184,11 @@ def _jacobian(view: Slice) -> Picture:
     """
     shown = view.determinant.T if view.origin == "upper" else view.determinant.T[::-1]
     colours = np.array(views.colours(views.CHANGE, 256), np.uint8)
-    levels, folds = (
-        values.repeat(view.scale, 0).repeat(view.scale, 1)
-        for values in (np.clip(128 * np.nan_to_num(shown), 0, 255).astype(np.uint8), ~(shown > 0))  # NaN is a fold
-    )
-    drawn = colours[levels]
+    large = shown.repeat(view.scale, 0).repeat(view.scale, 1)
+    height, width = large.shape
+    drawn = colours[np.clip(128 * np.nan_to_num(large), 0, 255).astype(np.uint8)]
+    folds = ~(large > 0)  # NaN is one
     drawn[ndimage.maximum_filter(folds, size=max(5 - view.scale, 1))] = FOLD  # 4 pixels at least, not to be overlooked
-    height, width = levels.shape
     right, top, edge = 70, 28, 6  # pixels for the colour bar, the title and the rim
     sheet = Image.new("RGB", (edge + width + right, top + height + edge), "white")
     sheet.paste(Image.fromarray(drawn), (edge, top))

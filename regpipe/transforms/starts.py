@@ -25,9 +25,7 @@ SHIFTS, WIDEST = {2: 17, 3: 7}, 0.65  # along each axis, up to this share of the
 POOR = 0.85  # a start elsewhere with this share of the similarity that was reached makes it doubtful
 STARTS = 4  # of the sweep, looked at closer
 APART, SAME = 0.2, 0.1  # of the field of view: so far apart starts are, and so near two ends are one
-STANDS_OUT = (
-    1.2  # times as alike as everywhere else: a slice's true turn reaches 1.23, see docs/results/large_motion.md
-)
+STANDS_OUT = 1.2  # times as alike as all else: a slice's true turn reaches 1.23, docs/results/large_motion.md
 
 
 def middle(side: Side) -> np.ndarray:
